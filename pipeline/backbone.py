@@ -1,0 +1,202 @@
+"""The frozen language model and its tokenizer: identity, loading, and the one way a text becomes prompt tokens."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from pipeline.artifacts import digest_of, file_sha256
+from pipeline.errors import BackboneError
+from pipeline.params import Params
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Template = Literal["raw", "chat"]
+DType = Literal["bfloat16", "float16", "float32"]
+
+_IDENTITY_FILES = ("*.safetensors", "*.bin", "config.json", "tokenizer*.json", "*.model", "chat_template*", "vocab*", "merges.txt")
+
+
+class BackboneParams(Params):
+    """The language model whose answers are encoded."""
+
+    name: str = Field(description="hub name or local folder")
+    revision: str | None = Field(default=None, description="commit on the hub; pin it")
+    dtype: DType = "bfloat16"
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="e.g. {enable_thinking: false}")
+    trust_remote_code: bool = False
+
+
+def identify(name: str, revision: str | None) -> dict[str, str]:
+    """What pins a model: hub name and commit, or the sha256 over a local folder's weights and tokenizer.
+
+    Raises:
+        BackboneError: a local path that is not a folder with a config.json or modules.json.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") != 1 and "/" in name:
+            raise BackboneError(f"model folder {name} does not exist")
+        return {"name": name, "revision": revision or "main"}
+    files = sorted({path for pattern in _IDENTITY_FILES for path in folder.rglob(pattern)})
+    if not files:
+        raise BackboneError(f"{name} is a folder without model weights")
+    hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    return {"name": name, "sha256": digest_of(hashes)}
+
+
+def load_tokenizer(params: BackboneParams) -> "PreTrainedTokenizerBase":
+    """The backbone's tokenizer.
+
+    Raises:
+        BackboneError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            params.name, revision=params.revision, trust_remote_code=params.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load(params, error) from None
+
+
+def load_backbone(params: BackboneParams, device: "torch.device | str" = "cpu") -> "PreTrainedModel":
+    """The causal LM in eval mode with every parameter frozen.
+
+    Raises:
+        BackboneError: it cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            params.name,
+            revision=params.revision,
+            dtype=getattr(torch, params.dtype),
+            trust_remote_code=params.trust_remote_code,
+        )
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise _cannot_load(params, error) from None
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _cannot_load(params: BackboneParams, error: Exception) -> BackboneError:
+    revision = f" at revision {params.revision}" if params.revision else ""
+    reason = str(error).strip().splitlines()[0]
+    return BackboneError(f"backbone.name: cannot load '{params.name}'{revision}: {reason}")
+
+
+def best_device() -> str:
+    """`cuda` where there is one, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class FormattedPrompt:
+    """Token ids of a prompt, and whether its text was cut to fit."""
+
+    token_ids: list[int]
+    truncated: bool
+
+
+class PromptFormatter:
+    """Turns a text into the backbone's prompt tokens, at most `max_tokens` of them.
+
+    `raw` is the text itself with the tokenizer's own special tokens (as the paper trains); `chat` is the chat
+    template with the text as the user's turn and the start of the assistant's. A text that is too long loses its end;
+    the template around it stays whole.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template: Template,
+        max_tokens: int,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Raises BackboneError if the tokenizer has no chat template, or the template alone exceeds `max_tokens`."""
+        self._tokenizer, self._template, self._max_tokens = tokenizer, template, max_tokens
+        self._kwargs = chat_template_kwargs or {}
+        if template == "chat" and not tokenizer.chat_template:
+            raise BackboneError(
+                f"tokenizer of '{tokenizer.name_or_path}' has no chat template: use an instruct model, "
+                "or for the student set train.template: raw"
+            )
+        self._overhead = len(self._ids(""))
+        if self._overhead >= max_tokens:
+            raise BackboneError(
+                f"the {template} template alone takes {self._overhead} tokens, the limit is {max_tokens}: raise it"
+            )
+
+    def __call__(self, text: str) -> FormattedPrompt:
+        """The prompt of one text."""
+        # Four characters a token is already long; beyond this bound tokenising the rest is wasted work.
+        bounded = text[: 64 * self._max_tokens]
+        ids = self._ids(bounded)
+        if len(ids) <= self._max_tokens:
+            return FormattedPrompt(ids, len(bounded) < len(text))
+        return FormattedPrompt(self._cut(bounded), True)
+
+    def _cut(self, text: str) -> list[int]:
+        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        keep = min(self._max_tokens - self._overhead, len(offsets))
+        while keep > 0:
+            ids = self._ids(text[: offsets[keep - 1][1]])
+            if len(ids) <= self._max_tokens:
+                return ids
+            keep -= len(ids) - self._max_tokens
+        return self._ids("")
+
+    def _ids(self, text: str) -> list[int]:
+        if self._template == "raw":
+            return list(self._tokenizer(text)["input_ids"])
+        rendered = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, **self._kwargs
+        )
+        return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def eos_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The end-of-sequence token that the tokenizer names.
+
+    Raises:
+        BackboneError: it names none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise BackboneError(f"tokenizer of '{tokenizer.name_or_path}' names no EOS token")
+    return int(tokenizer.eos_token_id)
+
+
+def pad_left(rows: Sequence[Sequence[int]], fill: int = 0) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Rows of token ids as `(input_ids, attention_mask)`, both int64 [B, T], padded on the left.
+
+    Needs no pad token: padded positions are masked, whatever their id.
+    """
+    return _pad(rows, fill, left=True)
+
+
+def pad_right(rows: Sequence[Sequence[int]], fill: int = 0) -> "tuple[torch.Tensor, torch.Tensor]":
+    """As `pad_left`, on the right."""
+    return _pad(rows, fill, left=False)
+
+
+def _pad(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> "tuple[torch.Tensor, torch.Tensor]":
+    import torch
+
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), fill, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for index, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[index, span] = torch.tensor(row, dtype=torch.long)
+        mask[index, span] = 1
+    return ids, mask

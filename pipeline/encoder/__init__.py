@@ -1,0 +1,1 @@
+"""The student: new tokens and two projections on a frozen language model."""

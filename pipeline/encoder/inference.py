@@ -1,0 +1,141 @@
+"""A trained encoder in use: texts in, embeddings or soft prompts out, one forward pass, nothing generated."""
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.artifacts import file_sha256
+from pipeline.backbone import BackboneParams, DType, PromptFormatter, identify, load_backbone, load_tokenizer
+from pipeline.encoder.config import EncoderConfig
+from pipeline.encoder.passes import PlainPasses
+from pipeline.encoder.student import Student, new_student
+from pipeline.errors import TrainingError
+from pipeline.params import validate
+from pipeline.prompts import join_instruction
+
+CONFIG_FILE = "encoder_config.json"
+WEIGHTS_FILE = "student.safetensors"
+
+
+class Encoder:
+    """A frozen backbone with its student.
+
+    Attributes:
+        model: the backbone; it still answers as before.
+        tokenizer: the backbone's.
+        width: dimensions of an embedding.
+        max_tokens: longest prompt, new tokens not counted; longer texts lose their end.
+        identity: what pins the weights.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, student: Student, config: EncoderConfig, identity: dict[str, Any]
+    ) -> None:
+        """From loaded parts; `load` reads them from a folder."""
+        self.model, self.tokenizer, self.student, self.config = model, tokenizer, student.eval(), config
+        self.width, self.max_tokens, self.identity = config.width, config.max_query_tokens, identity
+        self._passes = PlainPasses(model)
+        self._format = PromptFormatter(tokenizer, config.template, config.max_query_tokens, config.chat_template_kwargs)
+
+    @classmethod
+    def load(cls, path: Path, *, device: str = "cpu", dtype: DType = "float32", backbone: Any = None) -> Self:
+        """Read an encoder folder; `backbone` is the name or a loaded model to use in place of the recorded one.
+
+        Raises:
+            TrainingError: the folder is no encoder, or the backbone is not the one it was trained on.
+            BackboneError: the backbone cannot be loaded.
+        """
+        config = read_config(path)
+        name = backbone if isinstance(backbone, str) else config.backbone["name"]
+        params = BackboneParams(name=name, revision=config.backbone.get("revision"), dtype=dtype)
+        _check_identity(config, params)
+        model = load_backbone(params, device) if backbone is None or isinstance(backbone, str) else backbone
+        student = Student(config.hidden, config.width, config.compression_tokens, config.thought_tokens)
+        student.load_state_dict(load_file(path / WEIGHTS_FILE))
+        identity = {"name": path.name, "sha256": file_sha256(path / WEIGHTS_FILE)}
+        return cls(model, load_tokenizer(params), student.to(model.device), config, identity)
+
+    def untrained(self, seed: int) -> "Encoder":
+        """The same backbone with a student as the paper starts it, before any step."""
+        student = new_student(
+            self.model,
+            self.width,
+            compression_tokens=self.config.compression_tokens,
+            thought_tokens=self.config.thought_tokens,
+            seed=seed,
+        )
+        identity = {"name": "untrained", "seed": seed, "backbone": self.config.backbone}
+        return Encoder(self.model, self.tokenizer, student, self.config, identity)
+
+    def encode(self, texts: Sequence[str], *, instruction: str = "", batch_size: int = 32) -> np.ndarray:
+        """Embeddings float32 `[len(texts), width]`, not normalised: compare them by cosine.
+
+        Args:
+            texts: any strings; each is cut to `max_tokens` prompt tokens.
+            instruction: put before each text, e.g. "Generate a passage that best answers this question:".
+            batch_size: texts in one forward pass; texts of like length are put together.
+        """
+        return self._batched(texts, instruction, batch_size, self.student.embedding, (self.width,))
+
+    def soft_prompts(self, texts: Sequence[str], *, instruction: str = "", batch_size: int = 32) -> np.ndarray:
+        """Soft prompts float32 `[len(texts), n, d]`: what the backbone decodes into an answer."""
+        shape = (self.config.compression_tokens, self.config.hidden)
+        return self._batched(texts, instruction, batch_size, lambda soft: soft, shape)
+
+    def hidden_states(self, texts: Sequence[str], *, instruction: str = "", batch_size: int = 32) -> np.ndarray:
+        """Final-normed hidden states float32 `[len(texts), n, d]` at the compression tokens."""
+        shape = (self.config.compression_tokens, self.config.hidden)
+        return self._batched(texts, instruction, batch_size, None, shape)
+
+    @torch.inference_mode()
+    def _batched(
+        self,
+        texts: Sequence[str],
+        instruction: str,
+        batch_size: int,
+        head: Callable[[Tensor], Tensor] | None,
+        shape: tuple[int, ...],
+    ) -> np.ndarray:
+        prompts = [self._format(join_instruction(instruction, text)).token_ids for text in texts]
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
+        result = np.empty((len(texts), *shape), dtype=np.float32)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            hidden = self._passes.query_pass(
+                [prompts[row] for row in rows], self.student.tokens, self.student.compression_tokens
+            )
+            values = hidden if head is None else head(self.student.soft_prompts(hidden))
+            result[rows] = values.float().cpu().numpy()
+        return result
+
+
+def read_config(path: Path) -> EncoderConfig:
+    """The config of an encoder folder.
+
+    Raises:
+        TrainingError: the folder holds none.
+    """
+    try:
+        content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TrainingError(f"{path} is not an encoder (no {CONFIG_FILE}): run the train stage first") from None
+    return validate(copy.deepcopy(content), EncoderConfig, where=str(path / CONFIG_FILE))
+
+
+def _check_identity(config: EncoderConfig, params: BackboneParams) -> None:
+    expected = config.backbone.get("sha256")
+    if expected is None:
+        return
+    found = identify(params.name, params.revision).get("sha256")
+    if found != expected:
+        raise TrainingError(
+            f"backbone {params.name} has sha256 {str(found)[:12]}..., the encoder was trained on {expected[:12]}...: "
+            "give the folder it was trained on, or train again"
+        )

