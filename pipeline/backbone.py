@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 Template = Literal["raw", "chat"]
 DType = Literal["bfloat16", "float16", "float32"]
 
-_IDENTITY_FILES = ("*.safetensors", "*.bin", "config.json", "tokenizer*.json", "*.model", "chat_template*", "vocab*", "merges.txt")
+_IDENTITY_FILES = (
+    "*.safetensors",
+    "*.bin",
+    "config.json",
+    "tokenizer*.json",
+    "*.model",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+)
 
 
 class BackboneParams(Params):
@@ -40,7 +49,7 @@ def identify(name: str, revision: str | None) -> dict[str, str]:
     """
     folder = Path(name)
     if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") != 1 and "/" in name:
+        if name.startswith((".", "/", "~")) or (name.count("/") != 1 and "/" in name):
             raise BackboneError(f"model folder {name} does not exist")
         return {"name": name, "revision": revision or "main"}
     files = sorted({path for pattern in _IDENTITY_FILES for path in folder.rglob(pattern)})

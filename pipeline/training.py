@@ -13,6 +13,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ class TrainParams(Params):
     template: Template
     max_query_tokens: int = Field(ge=1)
     max_response_tokens: int = Field(ge=1)
+    passes: Literal["packed", "plain"] = "packed"
     align_weight: float = Field(ge=0)
     recon_weight: float = Field(ge=0)
     align_reduction: Literal["mean", "sum"]
@@ -135,12 +137,11 @@ class Trainer:
 
         done = len(self.curve)
         batches = steps(len(self.rows), self.params.batch_size, self.params.epochs, self.total, self.params.seed)
-        with _stop_requested() as stop, progress(None, total=self.total, desc="train", unit="step", initial=done) as bar:
-            for step, batch in enumerate(batches):
-                if step < done:
-                    continue
+        remaining = islice(enumerate(batches), done, None)
+        bar = progress(remaining, total=self.total, desc="train", unit="step", initial=done)
+        with _stop_requested() as stop:
+            for step, batch in bar:
                 self._step(step, batch)
-                bar.update()
                 bar.set_postfix(loss=f"{self.curve[-1]['loss']:.4f}", refresh=False)
                 if stop() or (step + 1) % self.params.checkpoint_every == 0:
                     self.save()

@@ -51,7 +51,8 @@ def small_teacher() -> Path:
 
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
+    "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|bot|>{% endif %}"
 )
 
 
@@ -73,7 +74,8 @@ def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
 
 _SMALL = dict(
     vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=None,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+    bos_token_id=None, eos_token_id=2, pad_token_id=None,
 )  # fmt: skip
 
 
@@ -85,7 +87,9 @@ def tiny_model(architecture: str = "llama", seed: int = 0) -> Any:
     config = {
         "llama": lambda: LlamaConfig(**_SMALL),
         "qwen3": lambda: Qwen3Config(**_SMALL),
-        "gemma3": lambda: Gemma3TextConfig(**_SMALL, sliding_window=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+        "gemma3": lambda: Gemma3TextConfig(
+            **_SMALL, sliding_window=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+        ),
     }[architecture]()
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)

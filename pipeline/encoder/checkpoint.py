@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load, save
 from torch.optim import Optimizer
 
@@ -20,7 +19,9 @@ def save_checkpoint(path: Path, student: Student, optimizer: Optimizer, progress
     for name, parameter in student.named_parameters():
         state = optimizer.state.get(parameter, {})
         tensors |= {f"{slot}.{name}": state[slot] for slot in _SLOTS if slot in state}
-    content = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {"progress": json.dumps(progress)})
+    content = save(
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {"progress": json.dumps(progress)}
+    )
     with disk_errors(path):
         write_bytes(path, bytes_sha256(content).encode() + content)
 

@@ -48,9 +48,11 @@ def join(queries: pa.Table, responses: pa.Table, targets: pa.Table) -> pa.Table:
     kept = queries.filter(pc.is_in(queries["id"], targets["id"]))
     if not kept.num_rows:
         raise TrainingError(f"none of {queries.num_rows} queries has a target: run generate and embed again")
-    return kept.append_column("response", _lookup(responses, kept["id"], "response")).append_column(
-        "finish_reason", _lookup(responses, kept["id"], "finish_reason")
-    ).append_column("embedding", _lookup(targets, kept["id"], "embedding"))
+    return (
+        kept.append_column("response", _lookup(responses, kept["id"], "response"))
+        .append_column("finish_reason", _lookup(responses, kept["id"], "finish_reason"))
+        .append_column("embedding", _lookup(targets, kept["id"], "embedding"))
+    )
 
 
 def _lookup(table: pa.Table, ids: pa.ChunkedArray, column: str) -> pa.ChunkedArray:

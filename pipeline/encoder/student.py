@@ -3,6 +3,8 @@
 Shapes: B texts, T thought tokens, n compression tokens, d hidden size of the backbone, e width of the embedding.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -57,9 +59,7 @@ class Student(nn.Module):
         return self.alignment(soft_prompts).mean(dim=1)
 
 
-def new_student(
-    backbone: nn.Module, width: int, *, compression_tokens: int, thought_tokens: int, seed: int
-) -> Student:
+def new_student(backbone: Any, width: int, *, compression_tokens: int, thought_tokens: int, seed: int) -> Student:
     """A student for `backbone` as the paper starts it: random projections, tokens near the mean embedding."""
     embeddings = backbone.get_input_embeddings()
     generator_state = torch.random.get_rng_state()
@@ -72,6 +72,6 @@ def new_student(
 
 
 @torch.no_grad()
-def _effective_rows(embeddings: nn.Module) -> Tensor:
+def _effective_rows(embeddings: Any) -> Tensor:
     # Called, not read from .weight: some architectures (Gemma) scale the rows on the way in.
     return embeddings(torch.arange(embeddings.weight.shape[0], device=embeddings.weight.device))

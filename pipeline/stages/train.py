@@ -42,6 +42,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     from accelerate import Accelerator
 
     from pipeline.backbone import load_backbone, load_tokenizer
+    from pipeline.encoder.packing import PackedPasses
     from pipeline.encoder.passes import PlainPasses
     from pipeline.encoder.student import new_student
 
@@ -58,7 +59,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
         thought_tokens=inputs.train.thought_tokens,
         seed=inputs.train.seed,
     )
-    passes = PlainPasses(backbone)
+    passes = PackedPasses(backbone) if inputs.train.passes == "packed" else PlainPasses(backbone)
     trainer = Trainer(student, passes, rows, inputs.train, accelerator, _checkpoint_path(inputs, identity, artifacts))
     if not trainer.resume() and inputs.train.warm_start.enabled:
         with torch.no_grad():
@@ -94,9 +95,7 @@ def _rows(inputs: Inputs, artifacts: list[Artifact], tokenizer: Any) -> Any:
     queries, responses, targets = artifacts
     train = inputs.train
     table = join(queries.read("train.parquet"), responses.read(), targets.read())
-    formatter = PromptFormatter(
-        tokenizer, train.template, train.max_query_tokens, inputs.backbone.chat_template_kwargs
-    )
+    formatter = PromptFormatter(tokenizer, train.template, train.max_query_tokens, inputs.backbone.chat_template_kwargs)
     return tokenize(table, formatter, tokenizer, train.max_response_tokens)
 
 

@@ -44,7 +44,7 @@ def test_eos_only_where_the_model_stopped(finish: str, limit: int, ends: bool) -
     tokenizer = tiny_tokenizer()
     rows = tokenize(join(*tables(finish)), PromptFormatter(tokenizer, "raw", 20), tokenizer, limit)
     plain = tokenizer("ra")["input_ids"]
-    assert rows.response_ids[0] == (plain + [tokenizer.eos_token_id] if ends else plain[:limit])
+    assert rows.response_ids[0] == ([*plain, tokenizer.eos_token_id] if ends else plain[:limit])
     assert rows.targets.dtype == np.float32
     assert rows.targets.tolist() == [[97.0, 0.5], [99.0, 0.5]]
 
@@ -52,7 +52,7 @@ def test_eos_only_where_the_model_stopped(finish: str, limit: int, ends: bool) -
 def test_steps_cover_each_epoch_once_in_a_new_order() -> None:
     batches = list(steps(10, batch_size=4, epochs=2, max_steps=None, seed=3))
     assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2]
-    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    first, second = ([row for batch in half for row in batch] for half in (batches[:3], batches[3:]))
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
     assert len(list(steps(10, 4, 2, 5, 3))) == 5

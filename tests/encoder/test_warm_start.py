@@ -23,7 +23,9 @@ def test_fit_ridge_recovers_a_linear_map() -> None:
 def test_fit_ridge_of_infinite_strength_is_the_mean() -> None:
     hidden, targets = linear_problem()
     fitted = fit_ridge(hidden.mean(1), targets, 1e12)
-    np.testing.assert_allclose(hidden.mean(1) @ fitted.weight.T + fitted.bias, targets.mean(0)[None].repeat(200, 0), atol=1e-4)
+    np.testing.assert_allclose(
+        hidden.mean(1) @ fitted.weight.T + fitted.bias, targets.mean(0)[None].repeat(200, 0), atol=1e-4
+    )
 
 
 def test_auto_prefers_strong_ridge_for_noise() -> None:

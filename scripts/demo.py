@@ -1,0 +1,91 @@
+"""Run the demo: the same stages as the real run, in a workspace of its own, `.demo/`.
+
+    python scripts/demo.py [--dry]
+
+The workspace holds a copy of what the stages read, so the user's tree stays clean, and what `dvc repro` makes there
+stays for the next call, which then has nothing to do.
+"""
+
+import filecmp
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKSPACE = ROOT / ".demo"
+COPIED = {"pipeline": "pipeline", "data/demo": "data/demo", "dvc.yaml": "dvc.yaml", "params.demo.yaml": "params.yaml"}
+MODELS = ("SmolLM2-135M-Instruct", "all-MiniLM-L6-v2")
+
+
+def sync(source: Path, target: Path) -> None:
+    """Make `target` equal to `source`, touching only what differs."""
+    if source.is_file():
+        if not target.is_file() or not filecmp.cmp(source, target, shallow=False):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+        return
+    names = {path.name for path in source.iterdir() if path.name != "__pycache__"}
+    target.mkdir(parents=True, exist_ok=True)
+    for extra in (path for path in target.iterdir() if path.name not in names and path.name != "__pycache__"):
+        shutil.rmtree(extra) if extra.is_dir() else extra.unlink()
+    for name in sorted(names):
+        sync(source / name, target / name)
+
+
+def lay_out() -> None:
+    """The workspace: code, data, params, links to the models, a DVC repository of its own."""
+    for source, target in COPIED.items():
+        sync(ROOT / source, WORKSPACE / target)
+    (WORKSPACE / "models").mkdir(exist_ok=True)
+    for name in MODELS:
+        link = WORKSPACE / "models" / name
+        if not link.is_symlink():
+            link.symlink_to(Path("../../models") / name)
+    if not (WORKSPACE / ".dvc").is_dir():
+        dvc("init", "--quiet", "--no-scm")
+        for setting in ("core.analytics", "core.check_update"):
+            dvc("config", setting, "false")
+
+
+def dvc(*arguments: str) -> None:
+    """Run dvc in the workspace with this interpreter's environment."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=WORKSPACE, env={**os.environ, "PATH": path})
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def main_numbers() -> str:
+    """The demo's table in short: what held-out queries find, and the retrieval task."""
+    alignment = read("probe/alignment.json")["systems"]
+    lines = [f"{'held-out queries':<16}{'cosine':>8}{'top-1':>8}{'MRR':>8}"]
+    lines += [
+        f"{name:<16}{score['cosine']:>8.3f}{score['top1']:>8.3f}{score['mrr']:>8.3f}"
+        for name, score in alignment.items()
+    ]
+    return "\n".join(lines)
+
+
+def read(name: str) -> Any:
+    """A JSON file of the workspace's results."""
+    return json.loads((WORKSPACE / "results" / name).read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Lay out, reproduce, say where the report is."""
+    started = time.monotonic()
+    lay_out()
+    dvc("repro", *sys.argv[1:])
+    if "--dry" in sys.argv[1:]:
+        return
+    report = os.path.relpath(WORKSPACE / "results" / "report.html")
+    print(f"\n{main_numbers()}\n\nreport: {report} ({time.monotonic() - started:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()

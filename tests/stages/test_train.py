@@ -1,0 +1,177 @@
+"""The train stage on a tiny backbone: a whole run, a killed run, and inputs that do not belong together."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline import contracts
+from pipeline.artifacts import create, open_artifact
+from pipeline.backbone import identify
+from pipeline.encoder.inference import Encoder
+from tests.conftest import ROOT
+
+TRAIN: dict[str, Any] = {
+    "compression_tokens": 2, "thought_tokens": 1, "template": "chat", "max_query_tokens": 64,
+    "max_response_tokens": 32, "align_weight": 1.0, "recon_weight": 1.0, "align_reduction": "sum",
+    "warm_start": {"enabled": True, "ridge": "auto"}, "learning_rate": 0.01, "weight_decay": 0.0,
+    "warmup_steps": 2, "epochs": 3, "batch_size": 8, "micro_batch_size": 4, "max_grad_norm": 1.0,
+    "checkpoint_every": 1, "seed": 0,
+}  # fmt: skip
+
+
+def write_inputs(backbone: Path, rows: int = 24, width: int = 6) -> None:
+    """The three artifacts that train reads, in the current workspace."""
+    ids = [f"{index:04x}" for index in range(rows)]
+    queries = pa.table({"id": ids, "text": [f"query {i}" for i in ids], "source": ["t"] * rows}, contracts.QUERIES)
+    with create(Path("data/queries"), kind="queries", params={}) as out:
+        out.write_table("train.parquet", queries.slice(0, rows - 4))
+        out.write_table("heldout.parquet", queries.slice(rows - 4))
+    responses = [
+        {"id": i, "response": f"answer {i}", "finish_reason": "stop", "prompt_tokens": 9, "response_tokens": 9}
+        for i in ids
+    ]
+    models = {"backbone": identify(str(backbone), None)}
+    with create(Path("data/responses"), kind="responses", params={}, models=models) as out:
+        out.write_parts([pa.Table.from_pylist(responses, contracts.RESPONSES)], contracts.RESPONSES)
+    vectors = np.random.default_rng(0).normal(size=(rows, width)).astype(np.float32)
+    schema = contracts.targets_schema(width, "float32")
+    table = pa.Table.from_pylist(
+        [{"id": i, "embedding": vector.tolist()} for i, vector in zip(ids, vectors, strict=True)], schema
+    )
+    with create(Path("data/targets"), kind="targets", params={}, models={"teacher": {"name": "t"}}) as out:
+        out.write_parts([table], schema)
+
+
+def write_params(backbone: Path, **train: Any) -> None:
+    """params.yaml (JSON is YAML) of the current workspace."""
+    content = {"backbone": {"name": str(backbone), "dtype": "float32"}, "train": {**TRAIN, **train}}
+    Path("params.yaml").write_text(json.dumps(content))
+
+
+def start_stage(**options: Any) -> "subprocess.Popen[str]":
+    """The real stage as a process of its own."""
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.stages.train"], env=environment, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def finish_stage() -> str:
+    """Run the stage to its end; its stderr."""
+    process = start_stage()
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    return stderr
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def backbone(workspace: Path, tiny_backbone: Callable[..., Path]) -> Path:
+    """A workspace with inputs and params; returns its backbone."""
+    folder = tiny_backbone("qwen3")
+    write_inputs(folder)
+    write_params(folder)
+    return folder
+
+
+def test_trains_an_encoder_that_loads(backbone: Path) -> None:
+    finish_stage()
+    artifact = open_artifact(Path("models/encoder"), "encoder")
+    assert set(artifact.manifest.inputs) == {"data/queries", "data/responses", "data/targets"}
+    assert artifact.manifest.models["backbone"] == identify(str(backbone), None)
+    encoder = Encoder.load(Path("models/encoder"))
+    embeddings = encoder.encode(["query 0001", "query 0002", "a much longer query than these"])
+    assert embeddings.shape == (3, 6)
+    np.testing.assert_allclose(encoder.encode(["query 0002"]), embeddings[1:2], atol=1e-4)
+    facts = json.loads(Path("results/train.json").read_text())
+    assert facts["steps"] == 9
+    assert Path("results/train/loss.csv").read_text().count("\n") == 10
+
+
+@pytest.mark.slow
+def test_kill_9_resumes_to_the_same_bytes(backbone: Path) -> None:
+    finish_stage()
+    expected, curve = contents(Path("models/encoder")), Path("results/train/loss.csv").read_text()
+    write_params(backbone, seed=0)
+    for path in Path(".work").rglob("checkpoint"):
+        path.unlink()
+    process = start_stage()
+    checkpoint = _wait_for_checkpoint(process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert checkpoint.is_file()
+    stderr = finish_stage()
+    assert "resuming after step" in stderr
+    assert contents(Path("models/encoder")) == expected
+    assert Path("results/train/loss.csv").read_text() == curve
+
+
+def test_ctrl_c_says_what_is_kept(backbone: Path) -> None:
+    write_params(backbone, epochs=4000)
+    process = start_stage()
+    _wait_for_checkpoint(process)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "finished work is kept" in stderr
+    assert "Traceback" not in stderr
+    assert not Path("models/encoder").exists()
+
+
+def _wait_for_checkpoint(process: "subprocess.Popen[str]") -> Path:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        found = list(Path(".work").rglob("checkpoint"))
+        if found:
+            return found[0]
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint: {process.communicate()[1]}")
+
+
+def test_another_backbone_than_the_responses(backbone: Path, tiny_backbone: Callable[..., Path]) -> None:
+    write_params(tiny_backbone("llama"))
+    process = start_stage()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "run generate and embed again" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_backbone_without_chat_template(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    folder = tiny_backbone("llama", chat=False)
+    write_inputs(folder)
+    write_params(folder)
+    process = start_stage()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "no chat template" in stderr
+    assert "train.template: raw" in stderr
+
+
+def test_truncated_parquet(backbone: Path) -> None:
+    part = Path("data/targets/part-00000.parquet")
+    part.write_bytes(part.read_bytes()[:-20])
+    process = start_stage()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: data/targets/part-00000.parquet: sha256 is" in stderr
+
+
+def test_other_backbone_weights_are_refused_when_loading(backbone: Path, tiny_backbone: Callable[..., Path]) -> None:
+    from pipeline.errors import TrainingError
+
+    finish_stage()
+    with pytest.raises(TrainingError, match="the encoder was trained on"):
+        Encoder.load(Path("models/encoder"), backbone=str(tiny_backbone("llama")))

@@ -1,0 +1,102 @@
+"""Prompt formatting, identities and padding."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.backbone import (
+    BackboneParams,
+    PromptFormatter,
+    eos_token_id,
+    identify,
+    load_backbone,
+    load_tokenizer,
+    pad_left,
+    pad_right,
+)
+from pipeline.errors import BackboneError
+from tests.conftest import tiny_tokenizer
+
+
+def test_chat_prompt_is_the_template_of_the_tokenizer() -> None:
+    tokenizer = tiny_tokenizer()
+    prompt = PromptFormatter(tokenizer, "chat", 50)("hi")
+    assert tokenizer.decode(prompt.token_ids) == "<|user|>hi<|end|><|bot|>"
+    assert not prompt.truncated
+
+
+def test_long_text_loses_its_end_and_keeps_the_template() -> None:
+    tokenizer = tiny_tokenizer()
+    prompt = PromptFormatter(tokenizer, "chat", 10)("abcdefghijkl")
+    assert tokenizer.decode(prompt.token_ids) == "<|user|>abcdefg<|end|><|bot|>"
+    assert prompt.truncated
+
+
+@pytest.mark.parametrize("text", ["x" * 100_000, "😀" * 5000, "שלום " * 3000, "a", "😀"])
+def test_any_text_fits(text: str) -> None:
+    prompt = PromptFormatter(tiny_tokenizer(), "raw", 33)(text)
+    assert 1 <= len(prompt.token_ids) <= 33
+    assert prompt.truncated == (len(text.encode()) > 33)
+
+
+def test_template_kwargs_reach_the_template() -> None:
+    tokenizer = tiny_tokenizer("{{ mode }}{{ messages[0]['content'] }}")
+    assert tokenizer.decode(PromptFormatter(tokenizer, "chat", 20, {"mode": "m:"})("q").token_ids) == "m:q"
+
+
+def test_no_chat_template_names_the_way_out() -> None:
+    with pytest.raises(BackboneError, match="no chat template: use an instruct model"):
+        PromptFormatter(tiny_tokenizer(chat_template=None), "chat", 20)
+    assert PromptFormatter(tiny_tokenizer(chat_template=None), "raw", 20)("hi").token_ids
+
+
+def test_limit_below_the_template_names_both_values() -> None:
+    with pytest.raises(BackboneError, match="takes 3 tokens, the limit is 3"):
+        PromptFormatter(tiny_tokenizer(), "chat", 3)
+
+
+def test_identity_follows_the_weights_not_the_place(tiny_backbone: Callable[..., Path], tmp_path: Path) -> None:
+    import shutil
+
+    folder = tiny_backbone("llama")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert identify(str(copy), None)["sha256"] == identify(str(folder), None)["sha256"]
+    assert identify(str(tiny_backbone("qwen3")), None)["sha256"] != identify(str(folder), None)["sha256"]
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert identify(str(copy), None)["sha256"] != identify(str(folder), None)["sha256"]
+
+
+def test_identity_of_a_hub_model_is_its_revision() -> None:
+    assert identify("org/model", "abc") == {"name": "org/model", "revision": "abc"}
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "models/nowhere/deep"])
+def test_missing_folder(name: str) -> None:
+    with pytest.raises(BackboneError, match="does not exist"):
+        identify(name, None)
+
+
+def test_missing_model_is_one_line() -> None:
+    with pytest.raises(BackboneError, match="cannot load './nowhere'") as caught:
+        load_backbone(BackboneParams(name="./nowhere"))
+    assert "\n" not in str(caught.value)
+
+
+def test_backbone_is_frozen_and_its_tokenizer_needs_no_pad(tiny_backbone: Callable[..., Path]) -> None:
+    params = BackboneParams(name=str(tiny_backbone("gemma3")), dtype="bfloat16")
+    model, tokenizer = load_backbone(params), load_tokenizer(params)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert tokenizer.pad_token is None
+    assert eos_token_id(tokenizer) == 2
+
+
+def test_padding_sides() -> None:
+    ids, mask = pad_left([[5], [6, 7]])
+    assert (ids.tolist(), mask.tolist()) == ([[0, 5], [6, 7]], [[0, 1], [1, 1]])
+    ids, mask = pad_right([[5], [6, 7]])
+    assert (ids.tolist(), mask.tolist()) == ([[5, 0], [6, 7]], [[1, 0], [1, 1]])
