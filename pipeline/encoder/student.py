@@ -36,19 +36,19 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def start_tokens(self, input_embeddings: Tensor, seed: int) -> None:
-        """Start every new token at the mean input embedding plus noise of a tenth of the rows' spread.
+        """Start every new token as a copy of a random vocabulary row.
 
-        The noise tells the tokens apart from the first step on: identical rows at neighbouring positions would
-        receive nearly identical gradients.
+        Drawn rows have the mean and the spread of the vocabulary and lie where the backbone expects inputs, and they
+        differ from each other: identical tokens would receive nearly identical gradients. As a start for the closed
+        form they beat the mean embedding (docs/results-log.md).
 
         Args:
             input_embeddings: `[V, d]`, as the backbone's first layer sees them.
-            seed: of the noise.
+            seed: of the draw.
         """
-        rows = input_embeddings.float()
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(self.tokens.shape, generator=generator).to(rows.device)
-        self.tokens.copy_(rows.mean(0) + 0.1 * rows.std(0) * noise)
+        drawn = torch.randperm(len(input_embeddings), generator=generator)[: len(self.tokens)]
+        self.tokens.copy_(input_embeddings[drawn.to(input_embeddings.device)].float())
 
     def soft_prompts(self, hidden: Tensor) -> Tensor:
         """Soft prompts `[B, n, d]` of the final-normed hidden states `[B, n, d]` at the compression tokens."""
@@ -60,18 +60,20 @@ class Student(nn.Module):
 
 
 def new_student(backbone: Any, width: int, *, compression_tokens: int, thought_tokens: int, seed: int) -> Student:
-    """A student for `backbone` as the paper starts it: random projections, tokens near the mean embedding."""
+    """A student for `backbone` as the paper starts it: random projections, tokens like vocabulary rows."""
     embeddings = backbone.get_input_embeddings()
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     student = Student(embeddings.weight.shape[1], width, compression_tokens, thought_tokens)
     torch.random.set_rng_state(generator_state)
     student = student.to(embeddings.weight.device)
-    student.start_tokens(_effective_rows(embeddings), seed)
+    student.start_tokens(input_embeddings(backbone), seed)
     return student
 
 
 @torch.no_grad()
-def _effective_rows(embeddings: Any) -> Tensor:
+def input_embeddings(backbone: Any) -> Tensor:
+    """`[V, d]`: every vocabulary row as the first layer sees it."""
+    embeddings = backbone.get_input_embeddings()
     # Called, not read from .weight: some architectures (Gemma) scale the rows on the way in.
     return embeddings(torch.arange(embeddings.weight.shape[0], device=embeddings.weight.device))

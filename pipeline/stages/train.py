@@ -38,13 +38,12 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
         BackboneError: the backbone cannot be loaded or cannot do what the params ask.
         ArtifactError: an input is missing or damaged.
     """
-    import torch
     from accelerate import Accelerator
 
     from pipeline.backbone import load_backbone, load_tokenizer
     from pipeline.encoder.packing import PackedPasses
     from pipeline.encoder.passes import PlainPasses
-    from pipeline.encoder.student import new_student
+    from pipeline.encoder.student import input_embeddings, new_student
 
     artifacts = [open_artifact(Path("data") / kind, kind) for kind in ("queries", "responses", "targets")]
     identity = _checked_identity(inputs.backbone, artifacts[1])
@@ -62,20 +61,12 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     passes = PackedPasses(backbone) if inputs.train.passes == "packed" else PlainPasses(backbone)
     trainer = Trainer(student, passes, rows, inputs.train, accelerator, _checkpoint_path(inputs, identity, artifacts))
     if not trainer.resume() and inputs.train.warm_start.enabled:
-        with torch.no_grad():
-            norm = float(backbone.get_input_embeddings()(_all_token_ids(backbone)).float().norm(dim=-1).mean())
-        run_record.update(warm_start_ridge=warm_start_student(student, passes, rows, inputs.train, norm))
+        words = input_embeddings(backbone).float().cpu().numpy()
+        run_record.update(warm_start_ridge=warm_start_student(student, passes, rows, inputs.train, words))
     trainer.run()
     if accelerator.is_main_process:
         _write(inputs, trainer, tokenizer, identity, artifacts)
         run_record.update(**_summary(trainer))
-
-
-def _all_token_ids(backbone: Any) -> Any:
-    import torch
-
-    weight = backbone.get_input_embeddings().weight
-    return torch.arange(weight.shape[0], device=weight.device)
 
 
 def _checked_identity(params: BackboneParams, responses: Artifact) -> dict[str, str]:

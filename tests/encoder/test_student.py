@@ -39,6 +39,7 @@ def test_gemma_tokens_start_at_the_scaled_rows() -> None:
     """Gemma multiplies embeddings by sqrt(d) on the way in; new rows must live on that scale."""
     backbone = tiny_model("gemma3")
     student = new_student(backbone, 4, compression_tokens=64, thought_tokens=0, seed=0)
-    spread = (student.tokens - student.tokens.mean(0)).std()
     rows = backbone.get_input_embeddings()(torch.arange(260))
-    torch.testing.assert_close(spread, 0.1 * rows.std(0).mean(), rtol=0.1, atol=0)
+    assert (student.tokens[:, None] == rows).all(-1).any(1).all()
+    assert not (student.tokens[:, None] == backbone.get_input_embeddings().weight).all(-1).any()
+    assert len(student.tokens.detach().unique(dim=0)) == 64

@@ -1,0 +1,81 @@
+"""Verify every artifact of a workspace: `python -m pipeline audit`.
+
+What is checked: file hashes, schemas, row counts, ids one-to-one along queries -> responses -> targets, finite numbers,
+the digests and model identities that link the artifacts, and dvc.lock. A finding names its artifact and its row or
+file; a damaged file is one finding, its content is not looked at further.
+"""
+
+from pathlib import Path
+
+from pipeline.artifacts import MANIFEST, Artifact, damaged_files, read_manifest
+from pipeline.audit import chain, lock, tables, tensors
+from pipeline.audit.findings import AuditReport, Findings
+from pipeline.errors import ArtifactError
+
+__all__ = ["AuditReport", "audit"]
+
+# In the order of the pipeline: whatever stands after an artifact is downstream of it.
+CHAIN = {
+    "data/queries": "queries",
+    "data/responses": "responses",
+    "data/targets": "targets",
+    "models/encoder": "encoder",
+}
+RESULT_FOLDERS = ("results/evaluate", "results/probe")
+
+
+def audit(root: Path = Path()) -> AuditReport:
+    """Verify all artifacts below `root`.
+
+    Args:
+        root: the workspace that holds data/, models/ and results/.
+    """
+    findings = Findings()
+    names = [*CHAIN, *_result_names(root)]
+    present = [name for name in names if (root / name).is_dir()]
+    missing = [name for name in CHAIN if name not in present]
+    for name in missing:
+        _check_downstream(name, names, present, findings)
+    opened = {name: artifact for name in present if (artifact := _open(root, name, findings))}
+    intact = {name: artifact for name, artifact in opened.items() if not _damaged(name, artifact, findings)}
+    tables.check_rows(intact, findings)
+    tensors.check_tensors(intact, findings)
+    chain.check_inputs(root, opened, findings)
+    chain.check_models(root, opened, findings)
+    chain.check_width(intact, findings)
+    # A damaged artifact differs from the lock too: once is enough.
+    locked = lock.check_lock(root, set(opened) - set(intact), bool(present), findings)
+    verified = {name: artifact for name, artifact in intact.items() if name not in findings.artifacts()}
+    return AuditReport.of(findings, verified, missing, locked)
+
+
+def _result_names(root: Path) -> list[str]:
+    folders = [folder for parent in RESULT_FOLDERS if (root / parent).is_dir() for folder in (root / parent).iterdir()]
+    return sorted(folder.relative_to(root).as_posix() for folder in folders if folder.is_dir())
+
+
+def _check_downstream(name: str, names: list[str], present: list[str], findings: Findings) -> None:
+    downstream = [later for later in names[names.index(name) + 1 :] if later in present]
+    if downstream:
+        findings.add(name, "", f"missing, though {downstream[0]} was made after it")
+
+
+def _open(root: Path, name: str, findings: Findings) -> Artifact | None:
+    try:
+        artifact = read_manifest(root / name)
+    except ArtifactError as error:
+        findings.add(name, MANIFEST, str(error))
+        return None
+    expected = CHAIN.get(name)
+    if expected and artifact.manifest.kind != expected:
+        findings.add(name, MANIFEST, f"holds '{artifact.manifest.kind}', expected '{expected}'")
+        return None
+    return artifact
+
+
+def _damaged(name: str, artifact: Artifact, findings: Findings) -> bool:
+    problems = damaged_files(artifact)
+    for problem in problems:
+        file, _, what = problem.removeprefix(f"{artifact.path}/").partition(": ")
+        findings.add(name, file, what)
+    return bool(problems)

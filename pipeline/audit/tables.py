@@ -1,0 +1,147 @@
+"""Row checks of queries, responses and targets: each table against its contract, and ids one-to-one across them.
+
+Tables are read batch by batch; only id columns are held whole.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.artifacts import Artifact
+from pipeline.audit.findings import Findings
+from pipeline.contracts import FINISH_REASONS, QUERIES, RESPONSES, check_ids, targets_schema
+from pipeline.errors import ContractError
+from pipeline.queries import query_id
+
+BATCH_ROWS = 16_384
+_NO_IDS = pa.array([], pa.string())
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Ids of the responses, and of those that must have a target."""
+
+    ids: pa.Array
+    usable: pa.Array
+
+
+def check_rows(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
+    """Check the tables among `artifacts`, whose files are intact."""
+    queries = _check_queries(artifacts["data/queries"], findings) if "data/queries" in artifacts else None
+    responses = _check_responses(artifacts["data/responses"], findings) if "data/responses" in artifacts else None
+    targets = _check_targets(artifacts["data/targets"], findings) if "data/targets" in artifacts else None
+    if queries is not None and responses is not None:
+        findings.add_rows("data/responses", _minus(queries, responses.ids), "this query has no response row")
+        findings.add_rows("data/responses", _minus(responses.ids, queries), "no query has this id")
+    if responses is not None and targets is not None:
+        findings.add_rows("data/targets", _minus(responses.usable, targets), "this usable response has no target")
+        findings.add_rows("data/targets", _minus(targets, responses.usable), "no usable response has this id")
+
+
+def _minus(ids: pa.Array, others: pa.Array) -> list[str]:
+    return ids.filter(pc.invert(pc.is_in(ids, value_set=others))).to_pylist()
+
+
+def _check_queries(artifact: Artifact, findings: Findings) -> pa.Array | None:
+    name = "data/queries"
+    files = {path.name: path for path in artifact.tables()}
+    if set(files) != {"train.parquet", "heldout.parquet"}:
+        findings.add(name, "", f"holds {sorted(files)}, expected train.parquet and heldout.parquet")
+        return None
+    splits = {}
+    for file, path in files.items():
+        if not _check_schema(name, path, QUERIES, artifact, findings):
+            return None
+        splits[file] = _ids(name, [path], findings)
+        for batch in _batches(path):
+            pairs = zip(batch.column("id").to_pylist(), batch.column("text").to_pylist(), strict=True)
+            findings.add_rows(name, (row for row, text in pairs if row != query_id(text)), "is not the id of its text")
+    train, heldout = splits["train.parquet"], splits["heldout.parquet"]
+    findings.add_rows(name, train.filter(pc.is_in(train, value_set=heldout)).to_pylist(), "is in train and in heldout")
+    _check_count(name, artifact, len(train) + len(heldout), findings)
+    return pa.concat_arrays([train, heldout])
+
+
+def _check_responses(artifact: Artifact, findings: Findings) -> Responses | None:
+    name = "data/responses"
+    if not all(_check_schema(name, path, RESPONSES, artifact, findings) for path in artifact.tables()):
+        return None
+    ids = _ids(name, artifact.tables(), findings)
+    usable = [_usable(batch, findings) for path in artifact.tables() for batch in _batches(path)]
+    _check_count(name, artifact, len(ids), findings)
+    return Responses(ids, pa.concat_arrays([_NO_IDS, *usable]))
+
+
+def _usable(batch: pa.RecordBatch, findings: Findings) -> pa.Array:
+    name, ids, reason = "data/responses", batch.column("id"), batch.column("finish_reason")
+    unknown = pc.invert(pc.is_in(reason, value_set=pa.array(FINISH_REASONS)))
+    findings.add_rows(name, ids.filter(unknown).to_pylist(), f"finish_reason is not one of {', '.join(FINISH_REASONS)}")
+    failed = pc.equal(reason, "error")
+    silent = pc.and_(failed, pc.equal(pc.fill_null(batch.column("error"), ""), ""))
+    findings.add_rows(name, ids.filter(silent).to_pylist(), "finish_reason is error without a reason in column 'error'")
+    for column in ("prompt_tokens", "response_tokens"):
+        negative = pc.less(batch.column(column), 0)
+        findings.add_rows(name, ids.filter(negative).to_pylist(), f"{column} is negative")
+    blank = pc.equal(pc.utf8_trim_whitespace(batch.column("response")), "")
+    return ids.filter(pc.invert(pc.or_(failed, blank)))
+
+
+def _check_targets(artifact: Artifact, findings: Findings) -> pa.Array | None:
+    name, paths = "data/targets", artifact.tables()
+    found = pq.read_schema(paths[0]) if paths else pa.schema([])
+    kind = found.field("embedding").type if "embedding" in found.names else None
+    if not isinstance(kind, pa.FixedSizeListType):
+        findings.add(name, "", f"column 'embedding' is {kind}, expected a fixed-size list")
+        return None
+    dtype = "float16" if pa.types.is_float16(kind.value_type) else "float32"
+    schema = targets_schema(kind.list_size, dtype)
+    if not all(_check_schema(name, path, schema, artifact, findings) for path in paths):
+        return None
+    ids = _ids(name, paths, findings)
+    for path in paths:
+        for batch in _batches(path):
+            findings.add_rows(name, _not_finite(batch, kind.list_size), "embedding holds NaN or infinite values")
+    _check_count(name, artifact, len(ids), findings)
+    return ids
+
+
+def _not_finite(batch: pa.RecordBatch, width: int) -> list[str]:
+    values = batch.column("embedding").flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    rows = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    return batch.column("id").take(pa.array(rows)).to_pylist()
+
+
+def _check_schema(name: str, path: Path, schema: pa.Schema, artifact: Artifact, findings: Findings) -> bool:
+    found = pq.read_schema(path)
+    if found.equals(schema):
+        return True
+    columns = ", ".join(f"{field.name}: {field.type}" for field in found)
+    expected = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    findings.add(name, path.relative_to(artifact.path).as_posix(), f"schema is ({columns}), must be ({expected})")
+    return False
+
+
+def _check_count(name: str, artifact: Artifact, rows: int, findings: Findings) -> None:
+    if rows != artifact.manifest.rows:
+        findings.add(name, "", f"holds {rows} rows, the manifest says {artifact.manifest.rows}")
+
+
+def _ids(name: str, paths: list[Path], findings: Findings) -> pa.Array:
+    chunks = [chunk for path in paths for chunk in pq.read_table(path, columns=["id"]).column("id").chunks]
+    ids = pa.chunked_array(chunks, pa.string())
+    try:
+        check_ids(ids, name)
+    except ContractError as error:
+        where, _, what = str(error).removeprefix(f"{name}: id ").partition(" ")
+        findings.add(name, where, what)
+    return ids.combine_chunks() if ids.num_chunks else _NO_IDS
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(batch_size=BATCH_ROWS)

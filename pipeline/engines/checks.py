@@ -1,0 +1,52 @@
+"""What engines check before they start and before they take a prompt, and how they name what went wrong."""
+
+from typing import Any
+
+from pipeline.backbone import BackboneParams
+from pipeline.errors import BackboneError, EngineError
+
+
+def load_config(backbone: BackboneParams) -> Any:
+    """The backbone's text config.
+
+    Raises:
+        BackboneError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            backbone.name, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"backbone.name: cannot read the config of '{backbone.name}': {describe(error)}") from None
+    return config.get_text_config()
+
+
+def context_length(backbone: BackboneParams, config: Any, max_prompt_tokens: int, max_new_tokens: int) -> int:
+    """Positions that a prompt and its answer may take together.
+
+    Raises:
+        EngineError: more than the backbone has.
+    """
+    wanted = max_prompt_tokens + max_new_tokens
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and wanted > limit:
+        raise EngineError(
+            f"generate.max_prompt_tokens ({max_prompt_tokens}) + generate.max_new_tokens ({max_new_tokens}) = {wanted} "
+            f"tokens, but backbone '{backbone.name}' has {limit} positions: lower one of them"
+        )
+    return wanted
+
+
+def too_long(prompt_tokens: int, max_new_tokens: int, positions: int) -> str | None:
+    """Why a prompt does not fit into `positions` with its answer, or None if it does."""
+    if prompt_tokens + max_new_tokens <= positions:
+        return None
+    return f"prompt too long: {prompt_tokens} tokens + {max_new_tokens} new ones exceed {positions}"
+
+
+def describe(error: BaseException) -> str:
+    """An error's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

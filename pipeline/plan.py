@@ -1,0 +1,273 @@
+"""Check the whole params file and say what each stage will do: `python -m pipeline params`.
+
+Estimates (GB = 1e9 bytes; P parameters, b bytes a number, L layers, d hidden, m feed-forward, q and k the widths of
+queries and keys):
+
+    weights          P * b
+    KV cache         2 * L * k * b a token
+    activations      L * b * (6 d + 2 q + 2 k + 4 m) a token that gradients pass through: the norms' and the attention's
+                     inputs and outputs, and the gated feed-forward network's; the frozen weights need no inputs kept
+    logits           10 * V bytes a response token, with plain passes only
+
+They are upper bounds for rows of full length; the allocator and the kernels take 1 to 2 GB more.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import read_manifest
+from pipeline.backbone import BackboneParams
+from pipeline.engines import engine_facts
+from pipeline.errors import ArtifactError, ParamsError
+from pipeline.evaluation.suites import SuiteParams
+from pipeline.evaluation.systems import EvaluateParams
+from pipeline.generation import GenerateParams
+from pipeline.params import Params, read_yaml, validate
+from pipeline.presets import Shape, preset_of
+from pipeline.probes.base import all_probe_params
+from pipeline.queries import CollectParams
+from pipeline.report import ReportParams
+from pipeline.targets import EmbedParams
+from pipeline.training import TrainParams, planned_steps
+
+GB = 1e9
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+class AllParams(Params):
+    """Every section of params.yaml."""
+
+    backbone: BackboneParams
+    collect: CollectParams
+    generate: GenerateParams
+    embed: EmbedParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    suites: dict[str, SuiteParams]
+    probes: dict[str, dict[str, Any]]
+    report: ReportParams
+
+
+@dataclass
+class Plan:
+    """What will run: (stage, what, on what) lines, and remarks that the user should see."""
+
+    lines: list[tuple[str, str, str]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def load_all(path: Path) -> AllParams:
+    """The whole file, every section of it checked, the probes by their own models too.
+
+    Raises:
+        ParamsError: with one line for each mistake in the file.
+    """
+    content = read_yaml(path)
+    mistakes: list[str] = []
+    params: AllParams | None = None
+    try:
+        params = validate(content, AllParams, where=str(path))
+    except ParamsError as error:
+        mistakes.append(str(error))
+    try:
+        if isinstance(content.get("probes"), Mapping):
+            all_probe_params(content["probes"], str(path))
+    except ParamsError as error:
+        mistakes.append(str(error))
+    if mistakes or params is None:
+        raise ParamsError("\n".join(mistakes))
+    return params
+
+
+def make_plan(params: AllParams, root: Path = Path()) -> Plan:
+    """What each stage will do with these params, as far as that can be known without running it."""
+    shape = shape_of(params.backbone, root)
+    rows, known = expected_rows(params, root)
+    plan = Plan()
+    plan.lines.append(("collect", _sources(params), _rows_text(rows, known)))
+    plan.lines.append(("generate", _generate_text(params, rows), _generate_memory(params, shape)))
+    plan.lines.append(("embed", _embed_text(params, rows), params.embed.teacher.name or params.embed.teacher.kind))
+    plan.lines.append(("train", _train_text(params, rows), _train_memory(params, shape)))
+    systems = ", ".join(params.evaluate.systems)
+    plan.lines += [(f"evaluate@{name}", _suite_text(suite), systems) for name, suite in params.suites.items()]
+    plan.lines += [(f"probe@{name}", _settings(entry), systems) for name, entry in params.probes.items()]
+    plan.lines.append(("report", params.report.title, "results/report.html"))
+    plan.remarks = _remarks(params, shape, root)
+    return plan
+
+
+def shape_of(backbone: BackboneParams, root: Path = Path()) -> Shape | None:
+    """The backbone's sizes from its config where it is at hand, else from the presets, else None."""
+    config = root / backbone.name / "config.json"
+    if config.is_file():
+        return _shape_from_config(json.loads(config.read_text(encoding="utf-8")))
+    preset = preset_of(backbone.name)
+    return preset.shape if preset else _shape_from_cache(backbone)
+
+
+def _shape_from_cache(backbone: BackboneParams) -> Shape | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(backbone.name, "config.json", revision=backbone.revision)
+    return _shape_from_config(json.loads(Path(found).read_text(encoding="utf-8"))) if isinstance(found, str) else None
+
+
+def _shape_from_config(config: dict[str, Any]) -> Shape | None:
+    config = config.get("text_config", config)
+    try:
+        heads = config["num_attention_heads"]
+        return Shape(
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            intermediate=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            vocabulary=config["vocab_size"],
+            tied=config.get("tie_word_embeddings", True),
+        )
+    except KeyError:
+        return None
+
+
+def expected_rows(params: AllParams, root: Path = Path()) -> tuple[int | None, bool]:
+    """How many queries there will be, at most, and whether they are there already; None if nothing bounds them."""
+    try:
+        return read_manifest(root / "data/queries").manifest.rows, True
+    except ArtifactError:
+        limits = [source.limit for source in params.collect.sources]
+        bounds = [params.collect.sample, None if None in limits else sum(limit for limit in limits if limit)]
+        return min((bound for bound in bounds if bound is not None), default=None), False
+
+
+def kv_bytes(shape: Shape, dtype: str) -> int:
+    """Bytes of the KV cache for one token."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * BYTES[dtype]
+
+
+def activation_bytes(shape: Shape, dtype: str) -> int:
+    """Bytes kept for the backward pass for one token."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return shape.layers * BYTES[dtype] * (6 * shape.hidden + 2 * queries + 2 * keys + 4 * shape.intermediate)
+
+
+def train_bytes(shape: Shape, dtype: str, train: TrainParams) -> int:
+    """Bytes of GPU memory of one training step with a micro-batch of full-length rows."""
+    new = train.compression_tokens + train.thought_tokens
+    kept = new + train.compression_tokens + train.max_response_tokens
+    row = kept * activation_bytes(shape, dtype)
+    if train.passes == "plain":
+        row += (
+            train.max_query_tokens * activation_bytes(shape, dtype) + train.max_response_tokens * 10 * shape.vocabulary
+        )
+    else:
+        row += train.max_query_tokens * kv_bytes(shape, dtype)
+    return shape.parameters() * BYTES[dtype] + train.micro_batch_size * row
+
+
+def _sources(params: AllParams) -> str:
+    return f"{', '.join(source.label for source in params.collect.sources)} (local files: {params.collect.local_dir})"
+
+
+def _rows_text(rows: int | None, known: bool) -> str:
+    if rows is None:
+        return "all queries of the sources"
+    return f"{rows:,} queries, made already" if known else f"at most {rows:,} queries"
+
+
+def _tokens(rows: int | None, each: int) -> str:
+    return f"at most {rows * each:,} tokens" if rows is not None else f"at most {each:,} tokens a row"
+
+
+def _generate_text(params: AllParams, rows: int | None) -> str:
+    generate = params.generate
+    how = "greedy" if generate.temperature == 0 else f"temperature {generate.temperature}"
+    return f"{generate.engine}, {how}; {_tokens(rows, generate.max_new_tokens)} written"
+
+
+def _generate_memory(params: AllParams, shape: Shape | None) -> str:
+    if shape is None:
+        return f"{params.backbone.name}, {params.generate.dtype}"
+    weights = shape.parameters() * BYTES[params.generate.dtype]
+    longest = params.generate.max_prompt_tokens + params.generate.max_new_tokens
+    row = longest * kv_bytes(shape, params.generate.dtype)
+    return f"{params.backbone.name}, weights {weights / GB:.1f} GB, KV cache {row / GB:.2f} GB a row of full length"
+
+
+def _embed_text(params: AllParams, rows: int | None) -> str:
+    embed = params.embed
+    scaled = ", scaled to length 1" if embed.normalize else ""
+    return f"{embed.teacher.kind}{scaled}; {_tokens(rows, embed.teacher.max_tokens)} read"
+
+
+def _train_text(params: AllParams, rows: int | None) -> str:
+    train = params.train
+    if rows is not None:
+        steps = planned_steps(round(rows * (1 - params.collect.heldout_fraction)), train)
+        count = f"about {steps:,} steps of {train.batch_size} rows"
+    else:
+        most = f", at most {train.max_steps:,} steps" if train.max_steps else ""
+        count = f"{train.epochs} epochs in steps of {train.batch_size} rows{most}"
+    return f"{count}; {train.compression_tokens} compression + {train.thought_tokens} thought tokens, {train.template}"
+
+
+def _train_memory(params: AllParams, shape: Shape | None) -> str:
+    if shape is None:
+        return f"{params.backbone.name}, {params.backbone.dtype}"
+    weights = shape.parameters() * BYTES[params.backbone.dtype]
+    total = train_bytes(shape, params.backbone.dtype, params.train)
+    rows = f"{params.train.micro_batch_size} rows of full length"
+    return f"{params.backbone.name}, weights {weights / GB:.1f} GB, with {rows} about {total / GB:.1f} GB"
+
+
+def _suite_text(suite: SuiteParams) -> str:
+    return ", ".join([*suite.local, *suite.tasks, *([suite.benchmark] if suite.benchmark else [])])
+
+
+def _settings(entry: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_short(value)}" for key, value in entry.items() if value not in (None, [], {}))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 4:
+        return f"{value[0]} and {len(value) - 1} more"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _remarks(params: AllParams, shape: Shape | None, root: Path) -> list[str]:
+    found = [f"{key}: {name} is not pinned: set the commit" for key, name in _unpinned(params, root)]
+    if engine_facts(params.generate.engine).stub:
+        found.append(f"generate.engine: {params.generate.engine} is a stub, its answers mean nothing")
+    if params.embed.teacher.kind == "hash":
+        found.append("embed.teacher.kind: hash is a stub, its targets mean nothing")
+    for key, folder in {"collect": params.collect.local_dir, "evaluate": params.evaluate.local_dir}.items():
+        if not (root / folder).is_dir():
+            found.append(f"{key}.local_dir: {folder} does not exist, `dvc repro` needs it")
+    if params.generate.max_new_tokens > params.train.max_response_tokens:
+        limits = (
+            f"{params.generate.max_new_tokens} tokens are written, {params.train.max_response_tokens} are learnt from"
+        )
+        found.append(f"train.max_response_tokens: {limits}")
+    if shape is None:
+        found.append(f"backbone.name: no sizes known of {params.backbone.name}, so no memory estimate")
+    return found
+
+
+def _unpinned(params: AllParams, root: Path) -> list[tuple[str, str]]:
+    teacher = params.embed.teacher
+    pins = [("backbone.revision", params.backbone.name, params.backbone.revision)]
+    pins += [("embed.teacher.revision", teacher.name or "", teacher.revision)]
+    pins += [
+        (f"collect.sources.{index}.revision", source.name, source.revision)
+        for index, source in enumerate(params.collect.sources)
+        if source.kind == "hub"
+    ]
+    pins += [
+        (f"probes.{name}.revision", str(entry["dataset"]), entry.get("revision"))
+        for name, entry in params.probes.items()
+        if entry.get("dataset")
+    ]
+    return [(key, name) for key, name, revision in pins if name and revision is None and not (root / name).is_dir()]

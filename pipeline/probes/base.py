@@ -1,0 +1,136 @@
+"""What a probe is: one module `pipeline/probes/<name>.py` with `PARAMS` and `run`, found by its name.
+
+    PARAMS = SafetyParams                                   # its entry under `probes` in params.yaml
+
+    def run(params: SafetyParams, context: ProbeContext) -> ProbeResult: ...
+
+The stage `python -m pipeline.stages.probe NAME` imports that module and no other probe.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import pyarrow as pa
+
+import pipeline.probes
+from pipeline.artifacts import Artifact
+from pipeline.backbone import DType
+from pipeline.errors import ParamsError
+from pipeline.evaluation.systems import System, SystemName, Systems
+from pipeline.params import Params, validate
+
+_NO_PROBES = ("base", "passages")
+
+
+@dataclass(frozen=True)
+class ProbeContext:
+    """What the stage gives a probe.
+
+    Attributes:
+        systems: builds the compared systems; `systems.encoder()` is the trained encoder itself.
+        names: the systems of the `evaluate` section, in order.
+        local_dir: where local task folders are.
+        work: a folder for finished work of this probe, kept between runs.
+        batch_size: texts in one forward pass.
+        dtype: precision of the systems.
+    """
+
+    systems: Systems
+    names: Sequence[SystemName]
+    local_dir: Path
+    work: Path
+    batch_size: int
+    dtype: DType
+
+    def build(self, names: Sequence[SystemName] | None = None) -> Iterator[System]:
+        """The systems (default: those of `evaluate`), one after another."""
+        return self.systems.build(names or self.names)
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe found.
+
+    Attributes:
+        metrics: flat, serialises to JSON; keys `<system>/<metric>`.
+        rows: the single findings behind the metrics, for audit.
+        systems: identity and prompting of each system, see `described`.
+        inputs: artifacts of other stages that were read.
+    """
+
+    metrics: dict[str, Any]
+    rows: pa.Table
+    systems: dict[str, dict[str, Any]]
+    inputs: tuple[Artifact, ...] = ()
+
+
+class Probe(Protocol):
+    """A probe's module."""
+
+    PARAMS: type[Params]
+
+    def run(self, params: Any, context: ProbeContext) -> ProbeResult:
+        """Measure; `params` is an instance of `PARAMS`.
+
+        Raises:
+            PipelineError: what it needs is missing.
+        """
+        ...
+
+
+def described(system: System) -> dict[str, Any]:
+    """A system's entry in `ProbeResult.systems`."""
+    return {"identity": system.identity, "prompting": system.prompting}
+
+
+def probe_names() -> list[str]:
+    """All probes there are."""
+    return sorted(
+        found.name for found in pkgutil.iter_modules(pipeline.probes.__path__) if found.name not in _NO_PROBES
+    )
+
+
+def find_probe(name: str) -> Probe:
+    """The probe's module.
+
+    Raises:
+        ParamsError: there is none of that name.
+    """
+    if name not in probe_names():
+        raise ParamsError(f"probes.{name}: there is no such probe (there are: {', '.join(probe_names())})")
+    return cast(Probe, importlib.import_module(f"pipeline.probes.{name}"))
+
+
+def probe_params(entries: Mapping[str, Any], name: str, where: str) -> Params:
+    """The entry `name` of the section `probes` in its probe's own model; `where` names the file in messages.
+
+    Raises:
+        ParamsError: no such entry or probe, or with one line for each mistake in the entry.
+    """
+    if name not in entries:
+        raise ParamsError(f"{where}: probes.{name}: missing (there are: {', '.join(entries)})")
+    entry = entries[name]
+    if not isinstance(entry, Mapping):
+        raise ParamsError(f"{where}: probes.{name}: must be a mapping (got {entry!r})")
+    return validate(dict(entry), find_probe(name).PARAMS, where=f"{where}: probes.{name}")
+
+
+def all_probe_params(entries: Mapping[str, Any], where: str) -> dict[str, Params]:
+    """Every entry of the section `probes`.
+
+    Raises:
+        ParamsError: with one line for each mistake in all of them.
+    """
+    checked, mistakes = {}, []
+    for name in entries:
+        try:
+            checked[name] = probe_params(entries, name, where)
+        except ParamsError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ParamsError("\n".join(mistakes))
+    return checked

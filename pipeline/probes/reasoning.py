@@ -1,0 +1,66 @@
+"""Retrieval that takes reasoning: nDCG@10 on BRIGHT tasks of mteb, or on local folders in retrieval layout.
+
+BRIGHT names passages that a query must not find; mteb leaves them out of that query's ranking. A local folder says the
+same by a config `top_ranked`.
+"""
+
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.errors import EvaluationError
+from pipeline.evaluation.instructions import load_instructions
+from pipeline.evaluation.running import run_systems
+from pipeline.evaluation.suites import find_tasks
+from pipeline.evaluation.summary import flat_metrics, summary_table
+from pipeline.params import Params
+from pipeline.probes.base import ProbeContext, ProbeResult
+
+METRIC = "ndcg_at_10"
+
+
+class ReasoningParams(Params):
+    """Which retrieval tasks: at least one."""
+
+    local: list[str] = Field(default_factory=list, description="folders under evaluate.local_dir")
+    tasks: list[str] = Field(default_factory=list, description="mteb task names, e.g. BrightBiologyRetrieval")
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not (self.local or self.tasks):
+            raise ValueError("names no task: fill local or tasks")
+        return self
+
+
+PARAMS = ReasoningParams
+
+
+def run(params: ReasoningParams, context: ProbeContext) -> ProbeResult:
+    """Run every system on every task.
+
+    Raises:
+        EvaluationError: a task is unknown, is no retrieval, or its data is missing.
+    """
+    tasks = find_tasks([context.local_dir / name for name in params.local], params.tasks)
+    _check_retrieval(tasks)
+    runs = run_systems(
+        context.build(),
+        tasks,
+        load_instructions(),
+        work=context.work,
+        batch_size=context.batch_size,
+        dtype=context.dtype,
+    )
+    rows = summary_table(tasks, runs, METRIC)
+    metrics: dict[str, Any] = flat_metrics(rows)
+    teacher, student = metrics.get("teacher/mean/tasks"), metrics.get("student/mean/tasks")
+    if teacher and student is not None:
+        metrics["gain_percent"] = round(100 * (student - teacher) / teacher, 2)
+    systems = {run.system: {"identity": run.identity, "prompting": run.prompting} for run in runs}
+    return ProbeResult(metrics, rows, systems)
+
+
+def _check_retrieval(tasks: list[Any]) -> None:
+    others = [f"{task.metadata.name} ({task.metadata.type})" for task in tasks if task.metadata.type != "Retrieval"]
+    if others:
+        raise EvaluationError(f"probes.reasoning takes retrieval tasks only, not {', '.join(others)}")

@@ -1,0 +1,11 @@
+"""One page on a run: what ran on what, how it learned, how it compares. Self-contained HTML, and Markdown."""
+
+from pydantic import Field
+
+from pipeline.params import Params
+
+
+class ReportParams(Params):
+    """Section `report`."""
+
+    title: str = Field(min_length=1)

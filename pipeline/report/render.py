@@ -1,0 +1,82 @@
+"""Content to pages."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.report.content import Content
+from pipeline.report.curves import curve_svg
+
+CURVES = {"align": "alignment loss", "recon": "reconstruction loss"}
+
+
+def render_html(content: Content) -> str:
+    """The page: one file, no other asset."""
+    environment = _environment(autoescape=True)
+    return environment.get_template("report.html.j2").render(content=content, curves=_curves(content))
+
+
+def render_markdown(content: Content) -> str:
+    """The same facts as Markdown, without curves."""
+    return _environment(autoescape=False).get_template("report.md.j2").render(content=content)
+
+
+def _environment(*, autoescape: bool) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    filters: dict[str, Any] = {"number": number, "signed": signed, "seconds": seconds, "visible": visible, "cell": cell}
+    environment.filters.update(filters)
+    return environment
+
+
+def _curves(content: Content) -> list[Markup]:
+    """Curves of the losses; made here from numbers alone, so safe to print unescaped."""
+    steps = [row["step"] for row in content.curve if "step" in row]
+    series = {label: [row[key] for row in content.curve if key in row] for key, label in CURVES.items()}
+    return [
+        Markup(curve_svg(steps, values, label)) for label, values in series.items() if len(values) == len(steps) > 0
+    ]
+
+
+def number(value: Any) -> str:
+    """Three decimals for a fraction, thousands for a count, a dash for nothing."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+def signed(value: float) -> str:
+    """A difference, its sign always shown."""
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def seconds(value: float) -> str:
+    """A duration for people."""
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{value:.1f} s"
+
+
+def visible(text: str) -> str:
+    """Text without control characters, which no page should carry."""
+    return "".join(char for char in text if char.isprintable() or char in "\n\t")
+
+
+def cell(value: Any) -> str:
+    """Text for a Markdown table: one line, no pipes, no markup."""
+    line = " ".join(visible(str(value)).split())
+    for char in "\\`*_[]|<>":
+        line = line.replace(char, f"\\{char}" if char not in "<>" else {"<": "&lt;", ">": "&gt;"}[char])
+    return line

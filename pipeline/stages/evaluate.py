@@ -1,0 +1,98 @@
+"""Stage evaluate: a suite of mteb tasks for every system -> results/evaluate/<suite>/ and <suite>.json beside it.
+
+python -m pipeline.stages.evaluate SUITE
+"""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from pipeline.artifacts import create
+from pipeline.errors import ParamsError
+from pipeline.evaluation.instructions import load_instructions
+from pipeline.evaluation.running import SystemResults, run_systems
+from pipeline.evaluation.suites import SuiteParams, find_tasks
+from pipeline.evaluation.summary import flat_metrics, summary_table, write_mteb_format
+from pipeline.params import PARAMS_FILE, load
+from pipeline.runtime import RESULTS, RunRecord, record, setup_logging, user_errors, work_dir
+from pipeline.stages._systems import SystemInputs, encoder_artifact, make_systems, manifest_params
+
+OUT = RESULTS / "evaluate"
+
+
+class Inputs(SystemInputs):
+    """The sections that this stage reads."""
+
+    suites: dict[str, SuiteParams]
+
+
+def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
+    """Run the suite and write its results.
+
+    Raises:
+        ParamsError: there is no such suite.
+        EvaluationError: a task or its data is missing.
+        ArtifactError: the encoder is missing or damaged.
+    """
+    params = _suite(inputs, suite)
+    encoder = encoder_artifact()
+    local_dir = Path(inputs.evaluate.local_dir)
+    tasks = find_tasks([local_dir / name for name in params.local], params.tasks, params.benchmark)
+    instructions = load_instructions()
+    runs = run_systems(
+        make_systems(inputs).build(inputs.evaluate.systems),
+        tasks,
+        instructions,
+        work=work_dir("evaluate"),
+        batch_size=inputs.evaluate.batch_size,
+        dtype=inputs.evaluate.dtype,
+    )
+    summary = summary_table(tasks, runs)
+    with create(
+        OUT / suite,
+        kind="evaluation",
+        params=manifest_params(inputs, suite=params.model_dump(), instructions=instructions.digest),
+        models={run.system: run.identity for run in runs},
+        inputs=[encoder],
+    ) as out:
+        out.write_table("summary.parquet", summary)
+        write_mteb_format(out.path, runs)
+    run_record.update(suite=suite, tasks=len(tasks), metrics=flat_metrics(summary), **_facts(runs))
+
+
+def _suite(inputs: Inputs, name: str) -> SuiteParams:
+    if name not in inputs.suites:
+        raise ParamsError(f"suites.{name}: missing (there are: {', '.join(inputs.suites)})")
+    return inputs.suites[name]
+
+
+def _facts(runs: list[SystemResults]) -> dict[str, Any]:
+    return {
+        "systems": {
+            run.system: {
+                "identity": run.identity,
+                "prompting": run.prompting,
+                "revision": run.meta.revision,
+                "tasks_run_now": run.computed,
+                "seconds": run.seconds,
+            }
+            for run in runs
+        }
+    }
+
+
+def main(
+    suite: str = typer.Argument(help="An entry of `suites`."),
+    params: Path = typer.Option(PARAMS_FILE, help="The params file."),
+) -> None:
+    """Run a suite of tasks for every system."""
+    setup_logging()
+    with user_errors():
+        inputs = load(params, Inputs)
+        with record("evaluate", OUT / f"{suite}.json") as run_record:
+            run(inputs, suite, run_record)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,69 @@
+"""Stage probe: one question about the systems -> results/probe/<name>/ and <name>.json beside it.
+
+python -m pipeline.stages.probe NAME
+"""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from pipeline.artifacts import create, to_json
+from pipeline.params import PARAMS_FILE, Params, load
+from pipeline.probes.base import ProbeContext, find_probe, probe_params
+from pipeline.runtime import RESULTS, RunRecord, record, setup_logging, user_errors, work_dir
+from pipeline.stages._systems import SystemInputs, encoder_artifact, make_systems, manifest_params
+
+OUT = RESULTS / "probe"
+
+
+class Inputs(SystemInputs):
+    """The sections that this stage reads; each probe checks its own entry of `probes`."""
+
+    probes: dict[str, Any]
+
+
+def run(inputs: Inputs, name: str, params: Params, run_record: RunRecord) -> None:
+    """Run the probe `name` and write its result and the rows behind it.
+
+    Raises:
+        PipelineError: what the probe needs is missing.
+    """
+    encoder = encoder_artifact()
+    context = ProbeContext(
+        systems=make_systems(inputs),
+        names=inputs.evaluate.systems,
+        local_dir=Path(inputs.evaluate.local_dir),
+        work=work_dir("probe") / name,
+        batch_size=inputs.evaluate.batch_size,
+        dtype=inputs.evaluate.dtype,
+    )
+    result = find_probe(name).run(params, context)
+    with create(
+        OUT / name,
+        kind="probe",
+        params=manifest_params(inputs, probe=name, settings=params.model_dump()),
+        models={system: facts["identity"] for system, facts in result.systems.items()},
+        inputs=[encoder, *result.inputs],
+    ) as out:
+        out.write_table("rows.parquet", result.rows)
+        content = {"probe": name, "metrics": result.metrics, "systems": result.systems}
+        (out.path / "result.json").write_text(to_json(content), encoding="utf-8")
+    run_record.update(probe=name, metrics=result.metrics, systems=result.systems)
+
+
+def main(
+    name: str = typer.Argument(help="An entry of `probes`."),
+    params: Path = typer.Option(PARAMS_FILE, help="The params file."),
+) -> None:
+    """Run a probe for every system."""
+    setup_logging()
+    with user_errors():
+        inputs = load(params, Inputs)
+        settings = probe_params(inputs.probes, name, str(params))
+        with record("probe", OUT / f"{name}.json") as run_record:
+            run(inputs, name, settings, run_record)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,41 @@
+"""A stub for tests and dry runs of the pipeline: pseudo-random vectors made from a text's hash, without meaning."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+VERSION = 1
+
+
+class HashTeacher:
+    """Standard normal vectors of `width` dimensions, a function of the text alone."""
+
+    def __init__(self, width: int = 64, delay: float = 0.0) -> None:
+        """`delay` is the time in seconds that a text takes. Raises ValueError if `width` is below 1."""
+        if width < 1:
+            raise ValueError(f"width is {width}, must be at least 1")
+        self.width, self._delay = width, delay
+        self.identity: dict[str, Any] = {
+            "kind": "hash",
+            "name": "hash",
+            "stub": True,
+            "version": VERSION,
+            "width": width,
+        }
+
+    def embed(self, texts: Sequence[str]) -> "np.ndarray[Any, Any]":
+        """See `Teacher.embed`."""
+        import numpy as np
+
+        time.sleep(self._delay * len(texts))
+        return np.stack([self._vector(text) for text in texts]) if texts else np.zeros((0, self.width), np.float32)
+
+    def _vector(self, text: str) -> "np.ndarray[Any, Any]":
+        import numpy as np
+
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+        return np.random.default_rng(seed).standard_normal(self.width, dtype=np.float32)

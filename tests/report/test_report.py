@@ -1,0 +1,224 @@
+"""The report says what the results say, names what is missing, and is one safe file."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.artifacts import create, write_json
+from pipeline.report.content import gather
+from pipeline.report.curves import curve_svg, running_mean
+from pipeline.report.render import cell, number, render_html, render_markdown, seconds, signed
+from pipeline.report.tables import compare
+from pipeline.stages.report import Inputs, run
+from tests.toy_workspace import edit_manifest, make_workspace
+
+ENVIRONMENT = {"cores": 2, "memory_gib": 6.0, "gpus": [], "versions": {"torch": "2.13.0"}, "git_revision": "abc1234"}
+RECORD: dict[str, Any] = {
+    "seconds": 65.0,
+    "peak_memory_mib": 1200,
+    "started": "2026-01-02T03:04:05Z",
+    "environment": ENVIRONMENT,
+}
+SYSTEMS = {
+    "student": {"prompting": "generative instruction", "space": "the teacher's"},
+    "teacher": {"prompting": "bare text", "space": "the teacher's"},
+}
+ALIGNMENT = {
+    "candidates": 60,
+    "student/cosine": 0.61,
+    "student/top1": 0.75,
+    "teacher/cosine": 0.68,
+    "teacher/top1": 0.91,
+}
+SUITE = {
+    "student/Facts": 0.5, "student/mean/tasks": 0.5, "teacher/Facts": 0.625, "teacher/mean/tasks": 0.625,
+    "delta/Facts": -0.125, "delta/mean/tasks": -0.125,
+}  # fmt: skip
+SAFETY = {"requests": 10, "student/accuracy@1": 0.2, "teacher/accuracy@1": 0.6, "reduction/student/accuracy@1": 66.67}
+EVIL = "<script>alert(1)</script>"
+SAMPLE = {
+    "query": f"What is {EVIL}?", "response": "A | b", "decoded": "x\x1b[31m", "faithfulness": 0.5,
+    "vocabulary": [["law", " illegal"], ["law", "court"]],
+}  # fmt: skip
+
+
+@pytest.fixture
+def made(workspace: Path) -> Path:
+    make_workspace(Path())
+    results = Path("results")
+    for stage in ("collect", "generate", "embed"):
+        write_json(results / f"{stage}.json", {"stage": stage, **RECORD})
+    write_json(results / "train.json", {"stage": "train", "steps": 20, "first_batch": {"align": 2.0}, **RECORD})
+    lines = [f"{step},3,{2 / step},{1 / step},1e-4" for step in range(1, 21)]
+    (results / "train").mkdir()
+    (results / "train/loss.csv").write_text("\n".join(["step,loss,align,recon,learning_rate", *lines]) + "\n")
+    write_json(results / "evaluate/demo.json", {"metrics": SUITE, "systems": SYSTEMS, **RECORD})
+    probes = {"alignment": ALIGNMENT, "safety": SAFETY, "interpret": {"queries": 1, "student/faithfulness": 0.5}}
+    for name, metrics in probes.items():
+        write_json(results / f"probe/{name}.json", {"metrics": metrics, "systems": SYSTEMS, **RECORD})
+    with create(results / "probe/interpret", kind="probe", params={}) as out:
+        out.write_table("rows.parquet", pa.Table.from_pylist([SAMPLE]))
+    return Path()
+
+
+def content_of(root: Path = Path()) -> Any:
+    return gather("Toy", ["demo"], ["alignment", "safety", "interpret"], root)
+
+
+def test_nothing_is_missing_from_a_finished_workspace(made: Path) -> None:
+    content = content_of()
+    assert content.missing == []
+    assert content.stubs == []
+    assert [run.name for run in content.runs] == [
+        "collect", "generate", "embed", "train", "evaluate demo", "probe alignment", "probe safety", "probe interpret",
+    ]  # fmt: skip
+    assert content.models == [("backbone", "org/backbone", "a" * 16), ("teacher", "org/teacher", "b" * 16)]
+    assert [(name, rows) for name, rows, _ in content.data][:3] == [
+        ("data/queries", 5), ("data/responses", 5), ("data/targets", 3),
+    ]  # fmt: skip
+
+
+def test_the_pages_hold_the_numbers(made: Path) -> None:
+    for page in (render_html(content_of()), render_markdown(content_of())):
+        for expected in ("0.610", "0.750", "0.680", "0.625", "−0.125", "org/backbone", "1 min 5 s", "0.200", "Toy"):
+            assert expected in page, expected
+
+
+def test_html_is_one_safe_file(made: Path) -> None:
+    page = render_html(content_of())
+    assert EVIL not in page
+    assert "&lt;script&gt;" in page
+    assert "\x1b" not in page
+    tags = Tags()
+    tags.feed(page)
+    assert not {"script", "link", "img", "iframe"} & set(tags.seen)
+    assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?(?!#)[a-z/]""", page.replace("xmlns:xlink", ""))
+    assert tags.open == []
+
+
+class Tags(HTMLParser):
+    """Collects tags, and checks that each is closed in order."""
+
+    VOID = {"meta", "br", "img", "link", "input"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.seen.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None:
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_equal_results_give_equal_bytes(made: Path) -> None:
+    assert render_html(content_of()) == render_html(content_of())
+
+
+def test_pages_for_a_workspace_with_nothing(workspace: Path) -> None:
+    content = content_of()
+    assert len(content.missing) == 4 + 4 + 1 + 1 + 3
+    assert "not made yet" in render_html(content)
+    assert "results/probe/safety.json" in render_markdown(content).replace("\\", "")
+
+
+def test_each_missing_piece_is_named_and_the_rest_stays(made: Path) -> None:
+    Path("results/probe/safety.json").unlink()
+    Path("results/train/loss.csv").write_text("step,align\n1,what\n")
+    Path("results/embed.json").write_text("{")
+    shutil.rmtree("results/probe/interpret")
+    content = content_of()
+    joined = "\n".join(content.missing)
+    for name in (
+        "results/probe/safety.json: not made yet",
+        "loss.csv is damaged",
+        "embed.json is damaged",
+        "results/probe/interpret",
+    ):
+        assert name in joined
+    assert len(content.missing) == 4
+    assert "0.610" in render_html(content)
+
+
+def test_entries_that_params_no_longer_name_are_left_out(made: Path) -> None:
+    write_json(Path("results/evaluate/old.json"), {"metrics": {"student/Old": 0.9}, "systems": SYSTEMS, **RECORD})
+    assert [table.name for table in content_of().suites] == ["demo"]
+
+
+def test_stubs_are_flagged(made: Path) -> None:
+    edit_manifest(made, "data/responses", params={"generate": {"engine": "echo", "stub": True}})
+    write_json(Path("results/embed.json"), {"stage": "embed", "stub": True, **RECORD})
+    content = content_of()
+    assert content.stubs == ["data/responses", "embed"]
+    assert "Not a real run" in render_html(content)
+    assert "Not a real run" in render_markdown(content)
+
+
+def test_deltas_and_which_way_is_better() -> None:
+    suite = compare("demo", {"metrics": SUITE, "systems": SYSTEMS})
+    (task, mean) = suite.rows
+    assert (task.metric, task.summary, mean.metric, mean.summary) == ("Facts", False, "mean/tasks", True)
+    assert task.cells[0].delta is None
+    assert (task.cells[1].delta, task.cells[1].better) == (-0.125, False)
+    safety = compare("safety", {"metrics": SAFETY, "systems": SYSTEMS})
+    assert safety.rows[0].cells[1].better is True
+    assert safety.facts == [("requests", 10), ("reduction/student/accuracy@1", 66.67)]
+
+
+def test_a_record_without_metrics_is_an_empty_table() -> None:
+    assert compare("x", {"metrics": [1], "systems": None}).rows == []
+
+
+def test_samples_name_each_near_word_once_by_rank(made: Path) -> None:
+    assert content_of().samples[0].vocabulary == ["law", "illegal", "court"]
+
+
+def test_the_curve_is_drawn_from_the_numbers() -> None:
+    assert running_mean([1.0, 3.0]) == [1.0, 3.0]
+    assert running_mean([float(value) for value in range(20)])[-1] == 18.5
+    svg = curve_svg([1, 2, 3], [3.0, 2.0, 1.0], "alignment loss")
+    assert svg.startswith("<svg role=")
+    assert "currentColor" in svg
+    assert "alignment loss" in svg
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (1234, "1,234"), (0.12345, "0.123"), (True, "True"), ("auto", "auto")]
+)
+def test_numbers(value: Any, text: str) -> None:
+    assert number(value) == text
+
+
+def test_durations_signs_and_cells() -> None:
+    assert [seconds(value) for value in (3.21, 65, 7260)] == ["3.2 s", "1 min 5 s", "2 h 1 min"]
+    assert (signed(0.5), signed(-0.5)) == ("+0.500", "−0.500")
+    assert cell("a|b\n<c>") == "a\\|b &lt;c&gt;"
+
+
+def test_stage_writes_both_pages(made: Path) -> None:
+    inputs = Inputs.model_validate({"report": {"title": "Stage"}, "suites": {"demo": {}}, "probes": {"alignment": {}}})
+    run(inputs)
+    assert "<title>Stage</title>" in Path("results/report.html").read_text()
+    assert Path("results/report.md").read_text().startswith("# Stage\n")
+    assert json.loads(Path("results/collect.json").read_text())["seconds"] == 65.0
+
+
+def test_systems_and_metrics_stand_in_reading_order() -> None:
+    names = ["backbone-mean", "other", "student", "teacher"]
+    metrics = {f"{name}/accuracy@{k}": 0.5 for name in names for k in (1, 100, 20, 5)}
+    table = compare("safety", {"metrics": metrics, "systems": {name: {} for name in names}})
+    assert table.systems == ["student", "teacher", "backbone-mean", "other"]
+    assert [row.metric for row in table.rows] == ["accuracy@1", "accuracy@5", "accuracy@20", "accuracy@100"]

@@ -1,0 +1,186 @@
+"""The embed stage as a user runs it: whole, killed, interrupted, and with what it cannot use."""
+
+import json
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from pipeline.artifacts import open_artifact
+from pipeline.contracts import check_table, targets_schema
+from pipeline.stages.embed import app
+from pipeline.teachers.hash_teacher import HashTeacher
+from tests.stage_runs import (
+    finish,
+    folder_bytes,
+    kept_rows,
+    row_id,
+    shards,
+    start,
+    wait_until,
+    write_params,
+    write_responses,
+)
+
+TARGETS_DIR = Path("data/targets")
+TEXTS = [f"answer number {index}" for index in range(1100)]
+
+
+@pytest.fixture
+def configure(workspace: Path, tiny_backbone: Callable[..., Path]) -> Callable[..., None]:
+    """Write params.yaml with a teacher of these keys; `embed` holds the others."""
+    backbone = {"name": str(tiny_backbone("llama")), "dtype": "float32"}
+
+    def write(embed: dict[str, Any] | None = None, **teacher: Any) -> None:
+        teacher = {"kind": "hash", "batch_size": 2} | teacher
+        write_params(backbone=backbone, embed={"teacher": teacher, "dtype": "float32"} | (embed or {}))
+
+    return write
+
+
+Configure = Callable[..., None]
+
+
+def invoke() -> Result:
+    return CliRunner().invoke(app, [])
+
+
+def facts() -> dict[str, Any]:
+    return json.loads(Path("results/embed.json").read_text())
+
+
+def fails(message: str) -> None:
+    result = invoke()
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not TARGETS_DIR.exists()
+
+
+def test_one_target_a_usable_response(configure: Configure) -> None:
+    configure(options={"width": 8})
+    failed = {"response": "", "finish_reason": "error", "error": "out of luck"}
+    write_responses(
+        TEXTS[:30], **{TEXTS[4]: failed, TEXTS[5]: {"response": " "}, TEXTS[6]: {"finish_reason": "length"}}
+    )
+    assert invoke().exit_code == 0
+    artifact = open_artifact(TARGETS_DIR, "targets")
+    table = artifact.read()
+    check_table(table, targets_schema(8, "float32"), "targets")
+    expected = {row_id(text): text for text in TEXTS[:30] if text not in TEXTS[4:6]}
+    assert table["id"].to_pylist() == sorted(expected)
+    vectors = HashTeacher(width=8).embed([expected[row] for row in sorted(expected)])
+    np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float32), vectors)
+    counts = {"embedded": 28, "skipped": {"error": 1, "empty": 1}}
+    assert artifact.manifest.counts == facts()["counts"] == counts
+    assert artifact.manifest.models["teacher"]["stub"] is True
+    assert set(artifact.manifest.inputs) == {"data/responses"}
+    norms = np.linalg.norm(vectors, axis=1)
+    assert facts()["norm_mean"] == pytest.approx(norms.mean(), abs=1e-4)
+    assert facts()["norm_std"] == pytest.approx(norms.std(), abs=1e-4)
+
+
+def test_backbone_as_teacher(configure: Configure) -> None:
+    configure(kind="backbone", max_tokens=32, embed={"dtype": "float16", "normalize": True})
+    write_responses(TEXTS[:5])
+    assert invoke().exit_code == 0
+    table = open_artifact(TARGETS_DIR, "targets").read()
+    check_table(table, targets_schema(32, "float16"), "targets")
+    lengths = np.linalg.norm(np.array(table["embedding"].to_pylist(), np.float32), axis=1)
+    np.testing.assert_allclose(lengths, 1.0, atol=2e-3)
+
+
+def test_changed_responses_compute_only_new_rows(configure: Configure) -> None:
+    configure()
+    write_responses(TEXTS[:20])
+    invoke()
+    write_responses(TEXTS[:25])
+    invoke()
+    assert (facts()["computed_rows"], facts()["reused_rows"]) == (5, 20)
+
+
+def test_a_changed_answer_to_the_same_query_is_embedded_anew(configure: Configure) -> None:
+    configure(options={"width": 4})
+    write_responses(TEXTS[:20])
+    invoke()
+    write_responses(TEXTS[:20], **{TEXTS[3]: {"response": "on second thought, no"}})
+    invoke()
+    assert facts()["computed_rows"] == 1
+    table = open_artifact(TARGETS_DIR, "targets").read()
+    found = dict(zip(table["id"].to_pylist(), table["embedding"].to_pylist(), strict=True))[row_id(TEXTS[3])]
+    assert found == HashTeacher(width=4).embed(["on second thought, no"])[0].tolist()
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_then_run_again(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_responses(TEXTS)
+    configure()
+    monkeypatch.setenv("PIPELINE_WORK_DIR", "elsewhere")
+    finish("embed")
+    uninterrupted = folder_bytes(TARGETS_DIR)
+    monkeypatch.delenv("PIPELINE_WORK_DIR")
+
+    configure(options={"delay": 0.004})
+    moments = random.Random(0)
+    for _ in range(3):
+        before = len(shards("embed"))
+        process = start("embed")
+        wait_until(lambda before=before: len(shards("embed")) > before, process)
+        time.sleep(moments.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    kept = kept_rows("embed")
+    assert 3 * 256 <= kept < len(TEXTS)
+
+    configure()
+    finish("embed")
+    assert folder_bytes(TARGETS_DIR) == uninterrupted
+    assert (facts()["computed_rows"], facts()["reused_rows"]) == (len(TEXTS) - kept, kept)
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_every_finished_row(configure: Configure) -> None:
+    write_responses(TEXTS)
+    configure(options={"delay": 0.004})
+    process = start("embed")
+    wait_until(lambda: bool(shards("embed")), process)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted: finished work is kept, run the same command again" in stderr
+    assert "Traceback" not in stderr
+    assert not TARGETS_DIR.exists()
+    kept = kept_rows("embed")
+    assert kept > 256
+    configure()
+    finish("embed")
+    assert facts()["reused_rows"] == kept
+
+
+def test_missing_responses(configure: Configure) -> None:
+    configure()
+    fails("data/responses is not a finished artifact")
+
+
+def test_no_usable_response(configure: Configure) -> None:
+    configure()
+    write_responses(TEXTS[:2], **{text: {"response": ""} for text in TEXTS[:2]})
+    fails("data/responses holds no usable response to embed: {'error': 0, 'empty': 2}")
+
+
+def test_a_teacher_that_is_not_there(configure: Configure) -> None:
+    configure(kind="sentence-transformers", name="./nowhere")
+    write_responses(TEXTS[:2])
+    fails("embed.teacher.name: model folder ./nowhere does not exist")
+
+
+def test_unknown_key(configure: Configure) -> None:
+    configure(nane="x")
+    fails("embed.teacher.nane: unknown key (did you mean 'name'?)")

@@ -1,0 +1,105 @@
+"""Mean pooling of a frozen LLM against one text at a time, on real architectures with random weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.backbone import BackboneParams, identify
+from pipeline.errors import TeacherError
+from pipeline.teachers import TeacherParams, build_teacher
+from pipeline.teachers.backbone_teacher import BackboneTeacher
+from tests.conftest import tiny_model, tiny_tokenizer
+
+ARCHITECTURES = ["llama", "qwen3", "gemma3"]
+TEXTS = ["short", "a text that is longer than the sliding window", "héllo 😀", "x", "another one of middle size"]
+
+
+def teacher(architecture: str = "llama", batch_size: int = 2, max_tokens: int = 64, tokenizer: Any = None) -> Any:
+    return BackboneTeacher(
+        tiny_model(architecture),
+        tokenizer or tiny_tokenizer(),
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        identity={"name": "tiny"},
+    )
+
+
+def pooled(model: Any, ids: list[int], first: int = 0) -> Any:
+    """The mean over the final hidden states of one unpadded row, from position `first` on."""
+    return model.get_decoder()(input_ids=torch.tensor([ids])).last_hidden_state[0, first:].mean(0).numpy()
+
+
+def with_bos() -> Any:
+    """A tokenizer that starts each text with <|bot|> (id 1), as Llama's does with its BOS."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|bot|> $A", pair="<|bot|> $A $B", special_tokens=[("<|bot|>", 1)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_batch_equals_each_text_alone(architecture: str) -> None:
+    model, tokenizer = tiny_model(architecture), tiny_tokenizer()
+    expected = np.stack([pooled(model, tokenizer(text)["input_ids"]) for text in TEXTS])
+    for batch_size in (1, 2, 5):
+        found = teacher(architecture, batch_size).embed(TEXTS)
+        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
+    assert found.dtype == np.float32
+    assert np.linalg.norm(expected[0] - expected[1]) > 0.1
+
+
+def test_special_tokens_are_read_but_not_pooled() -> None:
+    tokenizer = with_bos()
+    ids = tokenizer("hello")["input_ids"]
+    assert ids[0] == 1
+    found = teacher(tokenizer=tokenizer).embed(["hello", "a longer companion"])[0]
+    np.testing.assert_allclose(found, pooled(tiny_model(), ids, first=1), atol=2e-5, rtol=1e-4)
+
+
+def test_a_long_text_loses_its_end() -> None:
+    short = teacher(max_tokens=8)
+    assert tiny_tokenizer()("x" * 8)["input_ids"] == tiny_tokenizer()("x" * 9)["input_ids"][:8]
+    np.testing.assert_allclose(short.embed(["x" * 100]), short.embed(["x" * 8]), atol=1e-6)
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer, with_bos])
+def test_an_empty_text_embeds_as_eos(tokenizer: Callable[[], Any]) -> None:
+    start = tokenizer()("")["input_ids"]
+    found = teacher(tokenizer=tokenizer()).embed(["", "companion"])[0]
+    np.testing.assert_allclose(found, pooled(tiny_model(), [*start, 2], first=len(start)), atol=2e-5, rtol=1e-4)
+
+
+def test_no_text_gives_no_row() -> None:
+    assert teacher().embed([]).shape == (0, 32)
+
+
+def test_built_by_kind_it_is_pinned_like_the_backbone(tiny_backbone: Callable[..., Path]) -> None:
+    folder = tiny_backbone("qwen3")
+    params = TeacherParams(kind="backbone", max_tokens=16, dtype="float32")
+    built = build_teacher(params, BackboneParams(name=str(folder), dtype="bfloat16"))
+    assert built.width == 32
+    assert built.identity.items() >= identify(str(folder), None).items()
+    assert built.identity["dtype"] == "float32"
+    np.testing.assert_allclose(built.embed(["hi"]), teacher("qwen3", max_tokens=16).embed(["hi"]), atol=1e-6)
+
+
+def test_half_precision_gives_float32_vectors_close_to_full(tiny_backbone: Callable[..., Path]) -> None:
+    backbone = BackboneParams(name=str(tiny_backbone("llama")))
+    half, full = (
+        build_teacher(TeacherParams(kind="backbone", dtype=dtype), backbone) for dtype in ("bfloat16", "float32")
+    )
+    assert half.embed(TEXTS).dtype == np.float32
+    np.testing.assert_allclose(half.embed(TEXTS), full.embed(TEXTS), atol=0.05)
+
+
+def test_more_tokens_than_positions(tiny_backbone: Callable[..., Path]) -> None:
+    params = TeacherParams(kind="backbone", max_tokens=513)
+    with pytest.raises(TeacherError, match=r"embed.teacher.max_tokens \(513\) exceeds the backbone's 512 positions"):
+        build_teacher(params, BackboneParams(name=str(tiny_backbone("llama"))))

@@ -1,0 +1,156 @@
+"""The whole params file is checked at once, and the plan's estimates follow their formulas."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.artifacts import create
+from pipeline.errors import ParamsError
+from pipeline.params import read_yaml
+from pipeline.plan import (
+    AllParams,
+    activation_bytes,
+    expected_rows,
+    kv_bytes,
+    load_all,
+    make_plan,
+    shape_of,
+    train_bytes,
+)
+from pipeline.presets import Shape, presets
+from tests.conftest import ROOT
+
+TINY = Shape(
+    layers=2, hidden=4, intermediate=8, heads=2, kv_heads=1, head_dim=3, vocabulary=10, tied=True
+)  # fmt: skip
+
+
+def written(workspace: Path, change: Any) -> Path:
+    content = read_yaml(ROOT / "params.yaml")
+    change(content)
+    path = workspace / "params.yaml"
+    with path.open("w") as file:
+        YAML(typ="safe", pure=True).dump(content, file)
+    return path
+
+
+def real() -> AllParams:
+    return load_all(ROOT / "params.yaml")
+
+
+@pytest.mark.parametrize("file", ["params.yaml", "params.demo.yaml"])
+def test_the_shipped_files_are_valid(file: str) -> None:
+    load_all(ROOT / file)
+
+
+def test_all_mistakes_of_all_sections_come_at_once(workspace: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["trian"] = {}
+        content["train"]["learning_rat"] = 1.0
+        del content["generate"]["engine"]
+        content["collect"]["sample"] = "many"
+        content["probes"]["safety"]["topk"] = [1]
+        content["probes"]["nothing"] = {}
+        content["suites"]["mteb-eng-v2"] = {}
+
+    with pytest.raises(ParamsError) as caught:
+        load_all(written(workspace, change))
+    message = str(caught.value)
+    for part in (
+        "trian: unknown key (did you mean 'train'?)",
+        "train.learning_rat: unknown key (did you mean 'learning_rate'?)",
+        "generate.engine: missing",
+        "collect.sample:",
+        "topk: unknown key",
+        "probes.nothing: there is no such probe",
+        "suites.mteb-eng-v2: ",
+    ):
+        assert part in message, part
+
+
+def test_bytes_by_hand() -> None:
+    assert TINY.parameters() == 10 * 4 + 2 * (2 * 4 * 6 + 2 * 4 * 3 + 3 * 4 * 8)
+    assert kv_bytes(TINY, "float32") == 2 * 2 * 3 * 4
+    assert activation_bytes(TINY, "bfloat16") == 2 * 2 * (24 + 12 + 6 + 32)
+    train = real().train.model_copy(
+        update={
+            "compression_tokens": 2,
+            "thought_tokens": 1,
+            "max_response_tokens": 5,
+            "max_query_tokens": 7,
+            "micro_batch_size": 3,
+        }
+    )
+    weights, activation = TINY.parameters() * 2, activation_bytes(TINY, "bfloat16")
+    packed = train_bytes(TINY, "bfloat16", train)
+    assert packed == weights + 3 * ((3 + 2 + 5) * activation + 7 * kv_bytes(TINY, "bfloat16"))
+    plain = train_bytes(TINY, "bfloat16", train.model_copy(update={"passes": "plain"}))
+    assert plain == weights + 3 * ((3 + 2 + 5 + 7) * activation + 5 * 10 * 10)
+
+
+@pytest.mark.parametrize("name", list(presets()))
+def test_every_preset_fits_its_gpu(name: str) -> None:
+    preset = presets()[name]
+    for memory, rows in preset.micro_batch_size.items():
+        train = real().train.model_copy(update={"micro_batch_size": rows})
+        assert train_bytes(preset.shape, "bfloat16", train) < (memory - 1.5) * 1e9
+        assert train.batch_size % rows == 0
+
+
+def test_shape_from_a_local_config(workspace: Path, tiny_backbone: Any) -> None:
+    folder = tiny_backbone("qwen3")
+    backbone = real().backbone.model_copy(update={"name": str(folder)})
+    shape = shape_of(backbone, workspace)
+    assert shape is not None
+    assert (shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim) == (3, 32, 4, 2, 8)
+    (workspace / "odd").mkdir()
+    (workspace / "odd/config.json").write_text("{}")
+    assert shape_of(backbone.model_copy(update={"name": "odd"}), workspace) is None
+
+
+def test_an_unknown_backbone_gives_a_plan_without_memory(workspace: Path) -> None:
+    backbone = real().backbone.model_copy(update={"name": "nobody/nothing"})
+    plan = make_plan(real().model_copy(update={"backbone": backbone}), workspace)
+    assert "backbone.name: no sizes known of nobody/nothing, so no memory estimate" in plan.remarks
+
+
+def test_the_real_plan(workspace: Path) -> None:
+    plan = make_plan(real(), workspace)
+    lines = {stage: f"{what} | {where}" for stage, what, where in plan.lines}
+    assert list(lines) == [
+        "collect", "generate", "embed", "train", "evaluate@mteb-eng-v2", "probe@alignment", "probe@safety",
+        "probe@reasoning", "probe@interpret", "report",
+    ]  # fmt: skip
+    assert "at most 160,000 queries" in lines["collect"]
+    assert "at most 80,000,000 tokens written" in lines["generate"]
+    assert "weights 8.0 GB" in lines["generate"]
+    assert "about 4,950 steps of 32 rows" in lines["train"]
+    assert "BrightBiologyRetrieval and 11 more" in lines["probe@reasoning"]
+    assert plan.remarks == [
+        "probes.safety.revision: McGill-NLP/AdvBench-IR-chunked is not pinned: set the commit",
+        "collect.local_dir: data/sources does not exist, `dvc repro` needs it",
+        "evaluate.local_dir: data/tasks does not exist, `dvc repro` needs it",
+    ]
+
+
+def test_rows_that_are_there_count_instead_of_the_sample(workspace: Path) -> None:
+    assert expected_rows(real(), workspace) == (160_000, False)
+    with create(Path("data/queries"), kind="queries", params={}):
+        pass
+    assert expected_rows(real(), workspace) == (0, True)
+    Path("data/queries/manifest.json").unlink()
+    unbounded = real().collect.model_copy(update={"sample": None})
+    assert expected_rows(real().model_copy(update={"collect": unbounded}), workspace) == (None, False)
+
+
+def test_stubs_and_cut_answers_are_remarked(workspace: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["generate"] |= {"engine": "echo", "max_new_tokens": 900, "options": {}}
+        content["embed"]["teacher"] = {"kind": "hash"}
+
+    remarks = make_plan(load_all(written(workspace, change)), workspace).remarks
+    assert any("echo is a stub" in remark for remark in remarks)
+    assert any("hash is a stub" in remark for remark in remarks)
+    assert "train.max_response_tokens: 900 tokens are written, 512 are learnt from" in remarks
