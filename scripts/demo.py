@@ -61,12 +61,24 @@ def dvc(*arguments: str) -> None:
 
 
 def main_numbers() -> str:
-    """The demo's table in short: what held-out queries find, and the retrieval task."""
-    alignment = read("probe/alignment.json")["systems"]
-    lines = [f"{'held-out queries':<16}{'cosine':>8}{'top-1':>8}{'MRR':>8}"]
+    """Two tables: what held-out queries find, and the scores of the tasks; a row a system."""
+    return "\n\n".join(
+        table(title, read(name)["metrics"], columns)
+        for title, name, columns in (
+            ("held-out queries", "probe/alignment.json", ("cosine", "top1", "mrr")),
+            ("tasks", "evaluate/demo.json", ("retrieval", "sts", "classification")),
+        )
+    )
+
+
+def table(title: str, metrics: dict[str, float], columns: tuple[str, ...]) -> str:
+    """Metrics `<system>/<column>` as text."""
+    systems = list(dict.fromkeys(key.split("/")[0] for key in metrics if key.endswith(f"/{columns[0]}")))
+    lines = [f"{title:<18}" + "".join(f"{column:>16}" for column in columns)]
     lines += [
-        f"{name:<16}{score['cosine']:>8.3f}{score['top1']:>8.3f}{score['mrr']:>8.3f}"
-        for name, score in alignment.items()
+        f"{system:<18}" + "".join(f"{metrics[f'{system}/{column}']:>16.3f}" for column in columns)
+        for system in systems
+        if system != "delta"
     ]
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.artifacts import file_sha256
 from pipeline.backbone import BackboneParams, DType, PromptFormatter, identify, load_backbone, load_tokenizer
 from pipeline.encoder.config import EncoderConfig
-from pipeline.encoder.passes import PlainPasses
+from pipeline.encoder.packing import fast_passes
 from pipeline.encoder.student import Student, new_student
 from pipeline.errors import TrainingError
 from pipeline.params import validate
@@ -41,7 +41,7 @@ class Encoder:
         """From loaded parts; `load` reads them from a folder."""
         self.model, self.tokenizer, self.student, self.config = model, tokenizer, student.eval(), config
         self.width, self.max_tokens, self.identity = config.width, config.max_query_tokens, identity
-        self._passes = PlainPasses(model)
+        self._passes = fast_passes(model)
         self._format = PromptFormatter(tokenizer, config.template, config.max_query_tokens, config.chat_template_kwargs)
 
     @classmethod

@@ -41,7 +41,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     from accelerate import Accelerator
 
     from pipeline.backbone import load_backbone, load_tokenizer
-    from pipeline.encoder.packing import PackedPasses
+    from pipeline.encoder.packing import fast_passes
     from pipeline.encoder.passes import PlainPasses
     from pipeline.encoder.student import input_embeddings, new_student
 
@@ -58,7 +58,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
         thought_tokens=inputs.train.thought_tokens,
         seed=inputs.train.seed,
     )
-    passes = PackedPasses(backbone) if inputs.train.passes == "packed" else PlainPasses(backbone)
+    passes = fast_passes(backbone) if inputs.train.passes == "packed" else PlainPasses(backbone)
     trainer = Trainer(student, passes, rows, inputs.train, accelerator, _checkpoint_path(inputs, identity, artifacts))
     if not trainer.resume() and inputs.train.warm_start.enabled:
         words = input_embeddings(backbone).float().cpu().numpy()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.encoder.linear_cross_entropy import linear_cross_entropy
-from pipeline.encoder.packing import PackedPasses
+from pipeline.encoder.packing import PackedPasses, fast_passes, shared_prefix
 from pipeline.encoder.passes import Passes, PlainPasses
 from pipeline.encoder.student import new_student
 from tests.conftest import tiny_model
@@ -37,6 +37,32 @@ def test_equal_loss_and_gradients(architecture: str) -> None:
         torch.testing.assert_close(
             packed_gradients[name], value, rtol=1e-4, atol=1e-7 + 1e-5 * float(value.abs().max())
         )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_shared_beginning_runs_once_and_changes_nothing(architecture: str) -> None:
+    model = tiny_model(architecture)
+    begin = list(range(30, 55))
+    queries = [[*begin, 5], [*begin, 5, 6], [*begin, *range(60, 90)], begin]
+    assert shared_prefix(queries) == len(begin) - 1
+    tokens = torch.randn(3, 32)
+    packed = PackedPasses(model).query_pass(queries, tokens, 2)
+    torch.testing.assert_close(packed, PlainPasses(model).query_pass(queries, tokens, 2), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "common"), [([[1, 2, 3]], 0), ([[1, 2], [1, 2]], 1), ([[1, 2, 3], [1, 2, 4, 5]], 2), ([[1], [2]], 0)]
+)
+def test_shared_prefix_leaves_a_token(rows: list[list[int]], common: int) -> None:
+    assert shared_prefix(rows) == common
+
+
+def test_an_architecture_that_cannot_be_packed_falls_back(caplog: pytest.LogCaptureFixture) -> None:
+    """A head that scales its logits is not a plain projection."""
+    model = tiny_model()
+    model.lm_head.register_forward_hook(lambda _module, _args, output: output * 3)
+    assert isinstance(fast_passes(model), PlainPasses)
+    assert "using the padded passes" in caplog.text
 
 
 def test_the_backbone_generates_as_before() -> None:
