@@ -129,7 +129,7 @@ def encode(
 
         check_output(output)
         texts = read_texts(source, column)
-        embeddings = _load(model, dtype).encode(texts, instruction=prompt, batch_size=batch_size)
+        embeddings = _load(model, dtype).encode(texts, instruction=prompt, batch_size=batch_size, show_progress=True)
         write_embeddings(output, texts, embeddings)
         print(f"{len(texts)} embeddings of {embeddings.shape[1]} dimensions -> {output}")
 

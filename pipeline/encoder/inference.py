@@ -19,6 +19,7 @@ from pipeline.encoder.student import Student, new_student
 from pipeline.errors import TrainingError
 from pipeline.params import validate
 from pipeline.prompts import join_instruction
+from pipeline.runtime import progress
 
 CONFIG_FILE = "encoder_config.json"
 WEIGHTS_FILE = "student.safetensors"
@@ -74,40 +75,46 @@ class Encoder:
         identity = {"name": "untrained", "seed": seed, "backbone": self.config.backbone}
         return Encoder(self.model, self.tokenizer, student, self.config, identity)
 
-    def encode(self, texts: Sequence[str], *, instruction: str = "", batch_size: int = 32) -> np.ndarray:
+    def encode(
+        self, texts: Sequence[str], *, instruction: str = "", batch_size: int = 32, show_progress: bool = False
+    ) -> np.ndarray:
         """Embeddings float32 `[len(texts), width]`, not normalised: compare them by cosine.
 
         Args:
             texts: any strings; each is cut to `max_tokens` prompt tokens.
             instruction: put before each text, e.g. "Generate a passage that best answers this question:".
             batch_size: texts in one forward pass; texts of like length are put together.
+            show_progress: show a bar.
         """
-        return self._batched(texts, instruction, batch_size, self.student.embedding, (self.width,))
+        prompts = self._prompts(texts, instruction)
+        return self._batched(prompts, batch_size, self.student.embedding, (self.width,), show_progress)
 
     def soft_prompts(self, texts: Sequence[str], *, instruction: str = "", batch_size: int = 32) -> np.ndarray:
         """Soft prompts float32 `[len(texts), n, d]`: what the backbone decodes into an answer."""
         shape = (self.config.compression_tokens, self.config.hidden)
-        return self._batched(texts, instruction, batch_size, lambda soft: soft, shape)
+        return self._batched(self._prompts(texts, instruction), batch_size, lambda soft: soft, shape)
 
     def hidden_states(self, texts: Sequence[str], *, instruction: str = "", batch_size: int = 32) -> np.ndarray:
         """Final-normed hidden states float32 `[len(texts), n, d]` at the compression tokens."""
         shape = (self.config.compression_tokens, self.config.hidden)
-        return self._batched(texts, instruction, batch_size, None, shape)
+        return self._batched(self._prompts(texts, instruction), batch_size, None, shape)
+
+    def _prompts(self, texts: Sequence[str], instruction: str) -> list[list[int]]:
+        return [self._format(join_instruction(instruction, text)).token_ids for text in texts]
 
     @torch.inference_mode()
     def _batched(
         self,
-        texts: Sequence[str],
-        instruction: str,
+        prompts: Sequence[list[int]],
         batch_size: int,
         head: Callable[[Tensor], Tensor] | None,
         shape: tuple[int, ...],
+        show_progress: bool = False,
     ) -> np.ndarray:
-        prompts = [self._format(join_instruction(instruction, text)).token_ids for text in texts]
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
-        result = np.empty((len(texts), *shape), dtype=np.float32)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        result = np.empty((len(prompts), *shape), dtype=np.float32)
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        for rows in progress(batches, total=len(batches), desc="encode", unit="batch") if show_progress else batches:
             hidden = self._passes.query_pass(
                 [prompts[row] for row in rows], self.student.tokens, self.student.compression_tokens
             )

@@ -40,6 +40,14 @@ def engine_facts(name: EngineName) -> EngineFacts:
             return EngineFacts(echo_engine.VERSION, echo_engine.SPEED_OPTIONS, stub=True)
 
 
+def prepare_environment(name: EngineName) -> None:
+    """Set the environment variables of the engine `name`; to be called before anything imports torch."""
+    from pipeline.engines import vllm_engine
+
+    if name == "vllm":
+        vllm_engine.prepare_environment()
+
+
 def build_engine(
     name: EngineName,
     backbone: BackboneParams,

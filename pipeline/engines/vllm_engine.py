@@ -7,9 +7,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import psutil
+
 from pipeline.backbone import BackboneParams, best_device
 from pipeline.engines.base import Completion, Prompt, Sampling
 from pipeline.engines.checks import describe, too_long
+from pipeline.engines.reaper import Reaper
 from pipeline.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -28,6 +31,16 @@ SPEED_OPTIONS = frozenset(
         "tensor_parallel_size",
     }
 )
+
+# Arguments that other params decide.
+RESERVED = {
+    "model": "backbone.name",
+    "revision": "backbone.revision",
+    "trust_remote_code": "backbone.trust_remote_code",
+    "dtype": "generate.dtype",
+    "max_model_len": "generate.max_prompt_tokens and generate.max_new_tokens",
+    "seed": "generate.seed",
+}
 
 CPU_KV_CACHE_BYTES = 2**30
 CPU_SEQUENCES = 64
@@ -52,7 +65,7 @@ class VllmEngine:
         _set_environment(on_gpu)
         engine_args = _import_engine_args()
         _check_options(engine_args, options)
-        arguments = _automatic(on_gpu) | dict(options)
+        arguments = _automatic(on_gpu, options) | dict(options)
         # Twice what runs at once: the queue never runs dry, and few prompts wait in memory.
         self._window = 2 * int(arguments["max_num_seqs"])
         self._max_model_len = max_model_len
@@ -66,7 +79,12 @@ class VllmEngine:
             "seed": 0,
             "disable_log_stats": True,
         }
-        self._engine = _start(engine_args(**arguments), backbone.name)
+        self._reaper = Reaper()
+        try:
+            self._engine = _start(engine_args(**arguments), backbone.name)
+        except BaseException:
+            self._reaper.close()
+            raise
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
         """See `Engine.generate`; answers come in the order in which they finish."""
@@ -88,8 +106,10 @@ class VllmEngine:
             self._abort(in_flight)
 
     def close(self) -> None:
-        """Stop vLLM's processes."""
+        """Stop vLLM's processes and free its memory."""
         self._engine.engine_core.shutdown()
+        self._reaper.close()
+        del self._engine
 
     def _submit(self, prompt: Prompt, sampling: Sampling) -> str | None:
         """Hand a prompt to vLLM, or say why it cannot be answered."""
@@ -126,12 +146,22 @@ class VllmEngine:
                 log.debug("could not abort requests of an engine that is down: %s", error)
 
 
+def prepare_environment() -> None:
+    """Set what OpenMP reads when torch is first imported. What the user set stays."""
+    # Threads that spin while they wait starve each other as soon as anything else runs on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Without a number vLLM falls back to one thread on the CPU.
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(psutil.Process().cpu_affinity() or []) or os.cpu_count() or 1))
+
+
 def _set_environment(on_gpu: bool) -> None:
-    """vLLM reads these when it is imported. What the user set stays."""
+    """Set what vLLM reads when it is imported. What the user set stays."""
+    prepare_environment()
     defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     if not on_gpu:
-        # Spinning OpenMP threads starve each other as soon as anything else runs on the machine.
-        defaults |= {"OMP_WAIT_POLICY": "PASSIVE"}
+        threads = os.environ["OMP_NUM_THREADS"]
+        log.info("engine vllm: no GPU found: on the CPU, in this process (less memory), %s threads", threads)
+        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
@@ -150,27 +180,27 @@ def _import_engine_args() -> Any:
 def _check_options(engine_args: Any, options: Mapping[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(engine_args)}
     for name in options:
+        if name in RESERVED:
+            raise EngineError(f"generate.options: '{name}' is not an option here, it follows from {RESERVED[name]}")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" (did you mean '{close[0]}'?)" if close else ""
             raise EngineError(f"generate.options: vLLM's EngineArgs has no '{name}'{hint}")
 
 
-def _automatic(on_gpu: bool) -> dict[str, Any]:
-    """The arguments that depend on the machine; each choice is logged with its reason."""
+def _automatic(on_gpu: bool, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that the machine decides and `options` do not; each is logged with its reason."""
+    choices: dict[str, tuple[Any, str]] = {"enable_prefix_caching": (True, "the template is the same in every prompt")}
     if on_gpu:
-        log.info("engine vllm: %d sequences at once (throughput on a GPU)", GPU_SEQUENCES)
-        return {"enable_prefix_caching": True, "max_num_seqs": GPU_SEQUENCES}
-    log.info("engine vllm: no GPU found, running on the CPU")
-    log.info("engine vllm: enforce_eager (compilation takes longer than a small run)")
-    cache = CPU_KV_CACHE_BYTES >> 20
-    log.info("engine vllm: %d sequences at once, %d MiB of KV cache (keeps memory small)", CPU_SEQUENCES, cache)
-    return {
-        "enable_prefix_caching": True,
-        "max_num_seqs": CPU_SEQUENCES,
-        "enforce_eager": True,
-        "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
-    }
+        choices["max_num_seqs"] = GPU_SEQUENCES, "throughput on a GPU"
+    else:
+        choices["max_num_seqs"] = CPU_SEQUENCES, "more does not pay on a CPU"
+        choices["enforce_eager"] = True, "compiling takes minutes on a CPU"
+        choices["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES, "by default vLLM takes most of the memory"
+    chosen = {name: choice for name, choice in choices.items() if name not in options}
+    for name, (value, reason) in chosen.items():
+        log.info("engine vllm: %s = %s (%s)", name, value, reason)
+    return {name: value for name, (value, _) in chosen.items()}
 
 
 def _start(arguments: Any, name: str) -> Any:

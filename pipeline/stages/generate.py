@@ -13,7 +13,7 @@ import typer
 from pipeline import artifacts, contracts
 from pipeline.artifacts import Artifact
 from pipeline.backbone import BackboneParams, PromptFormatter, identify, load_tokenizer
-from pipeline.engines import build_engine, engine_facts
+from pipeline.engines import build_engine, engine_facts, prepare_environment
 from pipeline.engines.base import Engine
 from pipeline.generation import STORE, GenerateParams, Generator, ResponseCounts, rows_per_part
 from pipeline.params import PARAMS_FILE, Params, load
@@ -71,6 +71,7 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
         WorkError: the disk is full, or another process does the same work.
     """
     params, kwargs = inputs.generate, inputs.backbone.chat_template_kwargs
+    prepare_environment(params.engine)
     queries_artifact = artifacts.open_artifact(QUERIES_DIR, "queries")
     queries = read_queries(queries_artifact)
     identity = identify(inputs.backbone.name, inputs.backbone.revision)

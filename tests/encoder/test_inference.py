@@ -12,8 +12,8 @@ from pipeline.lens import decode, decode_soft_prompts, nearest_vocabulary
 from tests.conftest import tiny_model, tiny_tokenizer
 
 
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
+def make_encoder() -> Encoder:
+    """An untrained encoder on a tiny backbone."""
     model = tiny_model("qwen3")
     config = EncoderConfig(
         backbone={"name": "tiny"}, chat_template_kwargs={}, template="chat", max_query_tokens=32,
@@ -21,6 +21,11 @@ def encoder() -> Encoder:
     )  # fmt: skip
     student = new_student(model, 5, compression_tokens=3, thought_tokens=1, seed=0)
     return Encoder(model, tiny_tokenizer(), student, config, {"name": "tiny"})
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return make_encoder()
 
 
 def test_encode_is_batch_independent_and_in_order(encoder: Encoder) -> None:

@@ -1,9 +1,12 @@
 """The vLLM engine: its messages without vLLM's processes, and (marker models) the real thing beside transformers."""
 
+import logging
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,9 @@ import pytest
 from pipeline.backbone import BackboneParams, PromptFormatter, load_tokenizer
 from pipeline.engines import build_engine
 from pipeline.engines.base import Completion, Prompt, Sampling
-from pipeline.engines.vllm_engine import VllmEngine, _check_options
+from pipeline.engines.vllm_engine import VllmEngine, _automatic, _check_options
 from pipeline.errors import EngineError
+from tests.conftest import ROOT
 
 QUESTIONS = [
     "What is the capital of France?", "How do I boil an egg?", "What is 12 times 7?", "Who wrote Hamlet?",
@@ -53,11 +57,34 @@ def test_missing_vllm_names_the_extras_and_the_fallback(monkeypatch: pytest.Monk
 
 
 def test_unknown_option_suggests_the_known_one() -> None:
-    from dataclasses import make_dataclass
-
     arguments = make_dataclass("EngineArgs", [("max_num_seqs", int)])
     with pytest.raises(EngineError, match=r"no 'max_nun_seqs' \(did you mean 'max_num_seqs'\?\)"):
         _check_options(arguments, {"max_nun_seqs": 4})
+
+
+def test_the_stage_sets_openmp_before_torch_is_imported() -> None:
+    code = (
+        "import os, sys; import pipeline.stages.generate; from pipeline.engines import prepare_environment\n"
+        "prepare_environment('vllm')\n"
+        "print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_NUM_THREADS": "7"}
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert output.stdout.split() == [b"False", b"PASSIVE", b"7"]
+
+
+def test_an_option_that_other_params_decide() -> None:
+    with pytest.raises(EngineError, match=r"'dtype' is not an option here, it follows from generate\.dtype"):
+        _check_options(make_dataclass("EngineArgs", ["dtype"]), {"dtype": "float32"})
+
+
+def test_each_automatic_choice_is_said_unless_an_option_makes_it(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        chosen = _automatic(False, {"max_num_seqs": 3})
+    assert chosen == {"enable_prefix_caching": True, "enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+    assert "enforce_eager = True (compiling takes minutes on a CPU)" in caplog.text
+    assert "max_num_seqs" not in caplog.text
 
 
 @pytest.mark.models
