@@ -221,19 +221,29 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
 
 
 def warm_start_student(
-    student: Any, passes: Any, rows: Any, params: TrainParams, input_embeddings: np.ndarray, batch_size: int = 32
+    student: Any, passes: Any, rows: Any, params: TrainParams, words: np.ndarray, frame_ids: list[int]
 ) -> float:
     """Give `student` its closed-form start from (at most `params.warm_start.rows`) training rows.
+
+    Args:
+        student: changed in place.
+        passes: how batches run through the frozen backbone.
+        rows: `TrainingRows`.
+        params: section `train`.
+        words: the backbone's input embeddings `[V, d]`.
+        frame_ids: the prompt of an empty query; its end is what the soft prompts start from.
 
     Returns:
         The ridge strength used.
     """
     from pipeline.encoder.data import epoch_order
-    from pipeline.encoder.warm_start import warm_start
+    from pipeline.encoder.warm_start import frame_rows, warm_start
 
     chosen = np.sort(epoch_order(len(rows), 0, params.seed)[: params.warm_start.rows])
-    hidden = hidden_states(student, passes, [rows.query_ids[row] for row in chosen], batch_size)
-    return warm_start(student, hidden, rows.targets[chosen], input_embeddings, params.warm_start.ridge)
+    hidden = hidden_states(student, passes, [rows.query_ids[row] for row in chosen], params.micro_batch_size)
+    frame = frame_rows(words, frame_ids, student.compression_tokens)
+    norm = float(np.linalg.norm(words, axis=-1).mean())
+    return warm_start(student, hidden, rows.targets[chosen], frame, norm, params.warm_start.ridge)
 
 
 def hidden_states(student: Any, passes: Any, query_ids: list[Any], batch_size: int) -> np.ndarray:

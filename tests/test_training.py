@@ -143,7 +143,7 @@ def test_warm_start_lowers_the_first_alignment_loss() -> None:
     params = {"align_weight": 1.0, "warm_start": WarmStartParams(enabled=True, ridge=1.0)}
     cold, warm = make_trainer(max_steps=1, **params), make_trainer(max_steps=1, **params)
     words = input_embeddings(warm.passes._lm).numpy()
-    warm_start_student(warm.student, warm.passes, warm.rows, warm.params, words)
+    warm_start_student(warm.student, warm.passes, warm.rows, warm.params, words, [5, 6, 7])
     cold.run()
     warm.run()
     assert warm.curve[0]["align"] < 0.5 * cold.curve[0]["align"]

@@ -1,10 +1,9 @@
 """Closed-form start of the projections, so that minutes of training are enough on a small machine.
 
-The embedding is linear in the hidden states at the compression tokens, so the best linear map to the targets needs no
-gradient: ridge regression on the mean hidden state. The reconstruction projection starts as a scaled identity that puts
-the soft prompts around the mean input embedding, at a quarter of an input embedding's norm: the backbone then reads
-something like an average word, and the reconstruction loss starts near 2 instead of 7. The alignment projection undoes
-the scale. The paper starts both at random.
+The embedding is linear in the soft prompts, so the best linear map to the targets needs no gradient: ridge regression.
+The soft prompts start as the embeddings of a frame, the tokens with which the backbone's chat template opens an answer,
+plus the hidden states at half an input embedding's norm: the backbone then begins an answer at once, and the
+reconstruction loss starts where it would for an empty question. The paper starts both projections at random.
 """
 
 import logging
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 
 STRENGTHS = (10.0, 30.0, 100.0, 300.0, 1_000.0, 3_000.0, 10_000.0)
 FOLDS = 5
-SPREAD = 0.25
+SPREAD = 0.5
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,45 @@ def reciprocal_rank(embeddings: np.ndarray, targets: np.ndarray) -> float:
     return float((1.0 / (cosines >= np.diagonal(cosines)[:, None]).sum(axis=1)).mean())
 
 
+def frame_rows(input_embeddings: np.ndarray, prompt_ids: Sequence[int], count: int) -> np.ndarray:
+    """Embeddings `[count, d]` of the last `count` tokens of a prompt; where it is shorter, the mean row before them.
+
+    Args:
+        input_embeddings: `[V, d]` as the backbone's first layer sees them.
+        prompt_ids: a prompt without a question; an empty one gives mean rows.
+        count: n compression tokens.
+    """
+    kept = list(prompt_ids)[-count:]
+    mean = np.repeat(input_embeddings.mean(0, keepdims=True), count - len(kept), axis=0)
+    return np.concatenate([mean, input_embeddings[kept]])
+
+
+def fit_reconstruction(hidden: np.ndarray, frame: np.ndarray, input_norm: float) -> LinearMap:
+    """The map whose soft prompts are, on average at each position, the frame, and vary as the hidden states do.
+
+    A scaled identity carries the variation; the smallest correction that moves the n mean soft prompts onto the frame
+    has rank n - 1.
+
+    Args:
+        hidden: `[N, n, d]`.
+        frame: `[n, d]`.
+        input_norm: mean norm of input embeddings; the variation gets `SPREAD` of it.
+    """
+    means = hidden.mean(0).astype(np.float64)
+    scale = SPREAD * input_norm / np.linalg.norm(hidden - hidden.mean((0, 1)), axis=-1).mean()
+    centred = means - means.mean(0)
+    missing = frame - frame.mean(0) - scale * centred
+    weight = scale * np.eye(hidden.shape[-1]) + (np.linalg.pinv(centred, rcond=1e-6) @ missing).T
+    return LinearMap(weight, frame.mean(0) - weight @ means.mean(0))
+
+
 @torch.no_grad()
 def warm_start(
     student: Student,
     hidden: np.ndarray,
     targets: np.ndarray,
-    input_embeddings: np.ndarray,
+    frame: np.ndarray,
+    input_norm: float,
     strength: float | Literal["auto"],
 ) -> float:
     """Set both projections in closed form.
@@ -91,22 +123,19 @@ def warm_start(
         student: changed in place.
         hidden: `[N, n, d]` hidden states at the compression tokens of the training queries.
         targets: `[N, e]`.
-        input_embeddings: `[V, d]` as the backbone's first layer sees them.
+        frame: `[n, d]`, see `frame_rows`.
+        input_norm: mean norm of the backbone's input embeddings.
         strength: of the ridge; "auto" chooses it by `choose_strength`.
 
     Returns:
         The strength used.
     """
-    features = hidden.mean(axis=1)
+    reconstruction = fit_reconstruction(hidden, frame, input_norm)
+    features = reconstruction(hidden.mean(axis=1))
     used = choose_strength(features, targets) if strength == "auto" else strength
-    [fitted] = fit_ridge(features, targets, [used])
-    centred = hidden - features.mean(0)
-    scale = SPREAD * np.linalg.norm(input_embeddings, axis=-1).mean() / np.linalg.norm(centred, axis=-1).mean()
-    shift = input_embeddings.mean(0) - scale * features.mean(0)
-    weight = fitted.weight / scale
-    student.reconstruction.weight.copy_(float(scale) * torch.eye(student.hidden))
-    student.reconstruction.bias.copy_(torch.from_numpy(shift))
-    student.alignment.weight.copy_(torch.from_numpy(weight))
-    student.alignment.bias.copy_(torch.from_numpy(fitted.bias - weight @ shift))
-    log.info("warm start: ridge %g over %d rows, soft prompts scaled by %.3g", used, len(hidden), scale)
+    [alignment] = fit_ridge(features, targets, [used])
+    for layer, fitted in ((student.reconstruction, reconstruction), (student.alignment, alignment)):
+        layer.weight.copy_(torch.from_numpy(fitted.weight))
+        layer.bias.copy_(torch.from_numpy(fitted.bias))
+    log.info("warm start: ridge %g over %d rows", used, len(hidden))
     return used

@@ -10,14 +10,13 @@ from typing import Any
 
 import typer
 
-from pipeline.artifacts import Artifact, create, digest_of, open_artifact, write_bytes
-from pipeline.backbone import BackboneParams, identify
+from pipeline.artifacts import Artifact, create, digest_of, file_sha256, open_artifact, write_bytes
+from pipeline.backbone import BackboneParams, PromptFormatter, identify
 from pipeline.errors import TrainingError
 from pipeline.params import PARAMS_FILE, Params, load
 from pipeline.runtime import RESULTS, RunRecord, record, setup_logging, user_errors, work_dir
 from pipeline.training import Trainer, TrainParams, warm_start_student
 
-VERSION = 1
 ENCODER = Path("models/encoder")
 CURVE = RESULTS / "train" / "loss.csv"
 _COLUMNS = ("step", "loss", "align", "recon", "learning_rate")
@@ -49,7 +48,8 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     identity = _checked_identity(inputs.backbone, artifacts[1])
     accelerator = Accelerator()
     tokenizer = load_tokenizer(inputs.backbone)
-    rows = _rows(inputs, artifacts, tokenizer)
+    formatter = _formatter(inputs, tokenizer)
+    rows = _rows(inputs, artifacts, tokenizer, formatter)
     backbone = load_backbone(inputs.backbone, accelerator.device)
     student = new_student(
         backbone,
@@ -62,7 +62,8 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     trainer = Trainer(student, passes, rows, inputs.train, accelerator, _checkpoint_path(inputs, identity, artifacts))
     if not trainer.resume() and inputs.train.warm_start.enabled:
         words = input_embeddings(backbone).float().cpu().numpy()
-        run_record.update(warm_start_ridge=warm_start_student(student, passes, rows, inputs.train, words))
+        ridge = warm_start_student(student, passes, rows, inputs.train, words, formatter("").token_ids)
+        run_record.update(warm_start_ridge=ridge)
     trainer.run()
     if accelerator.is_main_process:
         _write(inputs, trainer, tokenizer, identity, artifacts)
@@ -79,21 +80,23 @@ def _checked_identity(params: BackboneParams, responses: Artifact) -> dict[str, 
     return identity
 
 
-def _rows(inputs: Inputs, artifacts: list[Artifact], tokenizer: Any) -> Any:
-    from pipeline.backbone import PromptFormatter
+def _formatter(inputs: Inputs, tokenizer: Any) -> PromptFormatter:
+    train = inputs.train
+    return PromptFormatter(tokenizer, train.template, train.max_query_tokens, inputs.backbone.chat_template_kwargs)
+
+
+def _rows(inputs: Inputs, artifacts: list[Artifact], tokenizer: Any, formatter: PromptFormatter) -> Any:
     from pipeline.encoder.data import join, tokenize
 
     queries, responses, targets = artifacts
-    train = inputs.train
     table = join(queries.read("train.parquet"), responses.read(), targets.read())
-    formatter = PromptFormatter(tokenizer, train.template, train.max_query_tokens, inputs.backbone.chat_template_kwargs)
-    return tokenize(table, formatter, tokenizer, train.max_response_tokens)
+    return tokenize(table, formatter, tokenizer, inputs.train.max_response_tokens)
 
 
 def _checkpoint_path(inputs: Inputs, identity: dict[str, str], artifacts: list[Artifact]) -> Path:
     fingerprint = digest_of(
         {
-            "version": VERSION,
+            "code": _code_digest(),
             "train": inputs.train.model_dump(exclude={"checkpoint_every"}),
             "backbone": identity,
             "dtype": inputs.backbone.dtype,
@@ -101,6 +104,13 @@ def _checkpoint_path(inputs: Inputs, identity: dict[str, str], artifacts: list[A
         }
     )
     return work_dir("train") / fingerprint[:16] / "checkpoint"
+
+
+def _code_digest() -> str:
+    """A checkpoint is only good for the code that wrote it: an edited loss must not go on from the old one's end."""
+    package = Path(__file__).resolve().parent.parent
+    files = [package / "training.py", *sorted((package / "encoder").glob("*.py"))]
+    return digest_of({file.name: file_sha256(file) for file in files})
 
 
 def _write(
