@@ -49,6 +49,8 @@ class Encoder:
     def load(cls, path: Path, *, device: str = "cpu", dtype: DType = "float32", backbone: Any = None) -> Self:
         """Read an encoder folder; `backbone` is the name or a loaded model to use in place of the recorded one.
 
+        A loaded model is taken as it is: whether it is the one the encoder was trained on is the caller's to know.
+
         Raises:
             TrainingError: the folder is no encoder, or the backbone is not the one it was trained on.
             BackboneError: the backbone cannot be loaded.
@@ -56,12 +58,14 @@ class Encoder:
         config = read_config(path)
         name = backbone if isinstance(backbone, str) else config.backbone["name"]
         params = BackboneParams(name=name, revision=config.backbone.get("revision"), dtype=dtype)
-        _check_identity(config, params)
-        model = load_backbone(params, device) if backbone is None or isinstance(backbone, str) else backbone
+        if backbone is None or isinstance(backbone, str):
+            _check_identity(config, params)
+            backbone = load_backbone(params, device)
         student = Student(config.hidden, config.width, config.compression_tokens, config.thought_tokens)
         student.load_state_dict(load_file(path / WEIGHTS_FILE))
         identity = {"name": path.name, "sha256": file_sha256(path / WEIGHTS_FILE)}
-        return cls(model, load_tokenizer(params), student.to(model.device), config, identity)
+        tokenizer = load_tokenizer(BackboneParams(name=str(path)))
+        return cls(backbone, tokenizer, student.to(backbone.device), config, identity)
 
     def untrained(self, seed: int) -> "Encoder":
         """The same backbone with a student as the paper starts it, before any step."""

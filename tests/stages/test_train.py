@@ -169,6 +169,17 @@ def test_truncated_parquet(backbone: Path) -> None:
     assert "error: data/targets/part-00000.parquet: sha256 is" in stderr
 
 
+def test_an_encoder_takes_a_loaded_backbone_wherever_it_came_from(backbone: Path) -> None:
+    from pipeline.backbone import BackboneParams, load_backbone
+
+    finish_stage()
+    expected = Encoder.load(Path("models/encoder")).encode(["query 0001"])
+    loaded = load_backbone(BackboneParams(name=str(backbone), dtype="float32"))
+    moved = Path("models/encoder/encoder_config.json")
+    moved.write_text(moved.read_text().replace(str(backbone), "models/moved/away"))
+    np.testing.assert_allclose(Encoder.load(Path("models/encoder"), backbone=loaded).encode(["query 0001"]), expected)
+
+
 def test_other_backbone_weights_are_refused_when_loading(backbone: Path, tiny_backbone: Callable[..., Path]) -> None:
     from pipeline.errors import TrainingError
 
