@@ -1,6 +1,5 @@
 """A trained encoder in use: texts in, embeddings or soft prompts out, one forward pass, nothing generated."""
 
-import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.artifacts import file_sha256
-from pipeline.backbone import BackboneParams, DType, PromptFormatter, identify, load_backbone, load_tokenizer
+from pipeline.backbone import (
+    BackboneParams,
+    DType,
+    PromptFormatter,
+    eos_token_id,
+    identify,
+    load_backbone,
+    load_tokenizer,
+)
 from pipeline.encoder.config import EncoderConfig
 from pipeline.encoder.packing import fast_passes
 from pipeline.encoder.student import Student, new_student
@@ -104,7 +111,9 @@ class Encoder:
         return self._batched(self._prompts(texts, instruction), batch_size, None, shape)
 
     def _prompts(self, texts: Sequence[str], instruction: str) -> list[list[int]]:
-        return [self._format(join_instruction(instruction, text)).token_ids for text in texts]
+        # Without a template and a start token an empty text has no token at all; EOS stands for it.
+        empty = [eos_token_id(self.tokenizer)]
+        return [self._format(join_instruction(instruction, text)).token_ids or empty for text in texts]
 
     @torch.inference_mode()
     def _batched(
@@ -137,7 +146,7 @@ def read_config(path: Path) -> EncoderConfig:
         content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TrainingError(f"{path} is not an encoder (no {CONFIG_FILE}): run the train stage first") from None
-    return validate(copy.deepcopy(content), EncoderConfig, where=str(path / CONFIG_FILE))
+    return validate(content, EncoderConfig, where=str(path / CONFIG_FILE))
 
 
 def _check_identity(config: EncoderConfig, params: BackboneParams) -> None:

@@ -5,6 +5,8 @@ python -m pipeline.stages.train
 
 import csv
 import io
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +163,17 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+def _is_main_process() -> bool:
+    """Whether this is the only process or the first: the launchers of torch and accelerate number them in RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def main(params: Path = typer.Option(PARAMS_FILE, help="The params file.")) -> None:
     """Train the compression tokens and the projections."""
     setup_logging()
     with user_errors():
         inputs = load(params, Inputs)
-        with record("train") as run_record:
+        with record("train") if _is_main_process() else nullcontext(RunRecord("train")) as run_record:
             run(inputs, run_record)
 
 

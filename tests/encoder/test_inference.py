@@ -41,6 +41,13 @@ def test_encode_of_nothing(encoder: Encoder) -> None:
     assert encoder.encode([]).shape == (0, 5)
 
 
+def test_an_empty_text_under_the_raw_template_reads_as_eos(encoder: Encoder) -> None:
+    config = encoder.config.model_copy(update={"template": "raw"})
+    raw = Encoder(encoder.model, encoder.tokenizer, encoder.student, config, {})
+    np.testing.assert_allclose(raw.encode(["", "b"])[0], raw.encode([encoder.tokenizer.eos_token])[0], atol=1e-5)
+    assert raw.encode([""]).shape == (1, 5)
+
+
 def test_instruction_is_part_of_the_input(encoder: Encoder) -> None:
     np.testing.assert_array_equal(encoder.encode(["q"], instruction="Say:"), encoder.encode(["Say: q"]))
     assert np.abs(encoder.encode(["q"], instruction="Say:") - encoder.encode(["q"])).max() > 1e-4

@@ -1,6 +1,7 @@
 """The train stage on a tiny backbone: a whole run, a killed run, and inputs that do not belong together."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from pipeline.artifacts import create, open_artifact
 from pipeline.backbone import identify
 from pipeline.encoder.inference import Encoder
 from tests.conftest import ROOT
+
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 TRAIN: dict[str, Any] = {
     "compression_tokens": 2, "thought_tokens": 1, "template": "chat", "max_query_tokens": 64,
@@ -59,9 +62,8 @@ def write_params(backbone: Path, **train: Any) -> None:
 
 def start_stage(**options: Any) -> "subprocess.Popen[str]":
     """The real stage as a process of its own."""
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.stages.train"], env=environment, stderr=subprocess.PIPE, text=True, **options
+        [sys.executable, "-m", "pipeline.stages.train"], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, **options
     )
 
 
@@ -98,6 +100,18 @@ def test_trains_an_encoder_that_loads(backbone: Path) -> None:
     facts = json.loads(Path("results/train.json").read_text())
     assert facts["steps"] == 9
     assert Path("results/train/loss.csv").read_text().count("\n") == 10
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(backbone: Path) -> None:
+    finish_stage()
+    alone = np.loadtxt("results/train/loss.csv", delimiter=",", skiprows=1)
+    shutil.rmtree(".work")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*launcher, "-m", "pipeline.stages.train"], env=environment, check=True, timeout=300)
+    np.testing.assert_allclose(np.loadtxt("results/train/loss.csv", delimiter=",", skiprows=1), alone, rtol=1e-4)
+    assert json.loads(Path("results/train.json").read_text())["steps"] == 9
 
 
 @pytest.mark.slow
