@@ -63,14 +63,17 @@ def inspect(
         str | None, typer.Option("--id", help="An id, or its beginning: that row through all stages.")
     ] = None,
 ) -> None:
-    """Show rows of what a stage made, or one row through all stages."""
+    """Show what a stage counted, made and failed at, or one row through all stages."""
     from rich.console import Console
 
-    from pipeline.inspection import check_stage, show, trace
+    from pipeline.inspection import check_stage, counts, failures, show, trace
 
     with user_errors():
         check_stage(stage)
-        Console().print(trace(row) if row is not None else show(stage, n))
+        tables = [trace(row)] if row is not None else [counts(stage), show(stage, n), failures(stage, n)]
+        for table in tables:
+            if table is not None:
+                Console().print(table)
 
 
 @app.command()

@@ -24,8 +24,13 @@ from pipeline.errors import ArtifactError, WorkError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-PART_BYTES = 256 * 2**20
-_PARQUET_OPTIONS: dict[str, Any] = {"compression": "zstd", "version": "2.6", "use_dictionary": False}
+PART_BYTES = 128 * 2**20
+_PARQUET_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "version": "2.6",
+    "use_dictionary": False,
+    "row_group_size": 4096,
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def digest_of(value: Any) -> str:
     return bytes_sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
 
 
-def bytes_sha256(content: bytes) -> str:
+def bytes_sha256(content: bytes | pa.Buffer) -> str:
     """sha256 (hex) of bytes."""
     return hashlib.sha256(content).hexdigest()
 
@@ -87,7 +92,7 @@ def disk_errors(where: Path) -> Iterator[None]:
         ) from error
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | pa.Buffer) -> None:
     """Write a file atomically: temporary name in the same folder, fsync, rename."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +134,21 @@ class ArtifactWriter:
         write_parquet(table, self.path / name)
         self._rows += table.num_rows
         self._schemas[name] = str(table.schema)
+
+    def write_stream(self, name: str, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+        """Add tables that follow one another as one Parquet file, the same bytes as of one table."""
+        options = {key: value for key, value in _PARQUET_OPTIONS.items() if key != "row_group_size"}
+        group, pending = _PARQUET_OPTIONS["row_group_size"], schema.empty_table()
+        with pq.ParquetWriter(self.path / name, schema, **options) as file:
+            for table in tables:
+                pending = pa.concat_tables([pending, table])
+                while pending.num_rows >= group:
+                    file.write_table(pending.slice(0, group).combine_chunks())
+                    pending = pending.slice(group)
+                self._rows += table.num_rows
+            if pending.num_rows:
+                file.write_table(pending.combine_chunks())
+        self._schemas[name] = str(schema)
 
     def write_parts(self, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
         """Add tables as `part-00000.parquet`, ...; no table at all gives one empty part."""
@@ -234,6 +254,21 @@ class Artifact:
             return pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
         except (pa.ArrowInvalid, OSError) as error:
             raise ArtifactError(f"{self.path}: {error}") from None
+
+    def batches(self, columns: list[str], rows: int) -> Iterator[pa.Table]:
+        """All parts in order as tables of at most `rows` rows; one row group in memory at a time.
+
+        Raises:
+            ArtifactError: a file is not readable Parquet.
+        """
+        for path in self.tables():
+            try:
+                with pq.ParquetFile(path) as file:
+                    for group in range(file.num_row_groups):
+                        table = file.read_row_group(group, columns=columns)
+                        yield from (table.slice(start, rows) for start in range(0, table.num_rows, rows))
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ArtifactError(f"{path}: {error}") from None
 
 
 def read_manifest(path: Path) -> Artifact:

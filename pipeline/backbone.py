@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 Template = Literal["raw", "chat"]
 DType = Literal["bfloat16", "float16", "float32"]
+Keep = Literal["start", "end"]
 
 _IDENTITY_FILES = (
     "*.safetensors",
     "*.bin",
     "config.json",
+    "adapter_config.json",
     "tokenizer*.json",
     "*.model",
     "chat_template*",
@@ -111,18 +113,19 @@ def best_device() -> str:
 
 @dataclass(frozen=True)
 class FormattedPrompt:
-    """Token ids of a prompt, and whether its text was cut to fit."""
+    """Token ids of a prompt, whether its text was cut to fit, and what is left of the text."""
 
     token_ids: list[int]
     truncated: bool
+    text: str
 
 
 class PromptFormatter:
     """Turns a text into the backbone's prompt tokens, at most `max_tokens` of them.
 
     `raw` is the text itself with the tokenizer's own special tokens (as the paper trains); `chat` is the chat
-    template with the text as the user's turn and the start of the assistant's. A text that is too long loses its end;
-    the template around it stays whole.
+    template with the text as the user's turn and the start of the assistant's. Of a text that is too long the start or
+    the end is kept; the template around it stays whole.
     """
 
     def __init__(
@@ -131,16 +134,17 @@ class PromptFormatter:
         template: Template,
         max_tokens: int,
         chat_template_kwargs: dict[str, Any] | None = None,
+        keep: Keep = "start",
     ) -> None:
         """Raises BackboneError if the tokenizer has no chat template, or the template alone exceeds `max_tokens`."""
         self._tokenizer, self._template, self._max_tokens = tokenizer, template, max_tokens
-        self._kwargs = chat_template_kwargs or {}
+        self._kwargs, self._keep = chat_template_kwargs or {}, keep
         if template == "chat" and not tokenizer.chat_template:
             raise BackboneError(
                 f"tokenizer of '{tokenizer.name_or_path}' has no chat template: use an instruct model, "
                 "or for the student set train.template: raw"
             )
-        self._overhead = len(self._ids(""))
+        self._overhead = len(self._ids([""])[0])
         if self._overhead >= max_tokens:
             raise BackboneError(
                 f"the {template} template alone takes {self._overhead} tokens, the limit is {max_tokens}: raise it"
@@ -148,30 +152,43 @@ class PromptFormatter:
 
     def __call__(self, text: str) -> FormattedPrompt:
         """The prompt of one text."""
+        return self.batch([text])[0]
+
+    def batch(self, texts: Sequence[str]) -> list[FormattedPrompt]:
+        """The prompts of several texts, tokenised together."""
+        if not texts:
+            return []
         # Four characters a token is already long; beyond this bound tokenising the rest is wasted work.
-        bounded = text[: 64 * self._max_tokens]
-        ids = self._ids(bounded)
-        if len(ids) <= self._max_tokens:
-            return FormattedPrompt(ids, len(bounded) < len(text))
-        return FormattedPrompt(self._cut(bounded), True)
+        limit = 64 * self._max_tokens
+        bounded = [text[:limit] if self._keep == "start" else text[-limit:] for text in texts]
+        return [
+            FormattedPrompt(ids, len(left) < len(text), left) if len(ids) <= self._max_tokens else self._cut(left)
+            for text, left, ids in zip(texts, bounded, self._ids(bounded), strict=True)
+        ]
 
-    def _cut(self, text: str) -> list[int]:
+    def _cut(self, text: str) -> FormattedPrompt:
         offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        keep = min(self._max_tokens - self._overhead, len(offsets))
-        while keep > 0:
-            ids = self._ids(text[: offsets[keep - 1][1]])
+        count = min(self._max_tokens - self._overhead, len(offsets))
+        while count > 0:
+            kept = text[: offsets[count - 1][1]] if self._keep == "start" else text[offsets[-count][0] :]
+            (ids,) = self._ids([kept])
             if len(ids) <= self._max_tokens:
-                return ids
-            keep -= len(ids) - self._max_tokens
-        return self._ids("")
+                return FormattedPrompt(ids, True, kept)
+            count -= len(ids) - self._max_tokens
+        return FormattedPrompt(self._ids([""])[0], True, "")
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if self._template == "raw":
-            return list(self._tokenizer(text)["input_ids"])
-        rendered = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, **self._kwargs
+            return list(self._tokenizer(list(texts), verbose=False)["input_ids"])
+        rendered = [self._render(text) for text in texts]
+        return list(self._tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _render(self, text: str) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, **self._kwargs
+            )
         )
-        return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 def eos_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:

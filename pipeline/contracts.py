@@ -6,6 +6,7 @@
 | data/responses/*.parquet              | one a query           | `id` |
 | data/targets/*.parquet                | one a usable response | `id` |
 
+Beside the queries, `removed.jsonl` lists what collect.near_duplicates and collect.decontaminate left out, and why.
 Every table is sorted by `id` across its files, and an id occurs once.
 """
 

@@ -6,33 +6,38 @@ artifact, and tried again by the next run; so an id never has two rows.
 
 import hashlib
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator as GeneratorOf
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 from time import monotonic
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from pipeline.artifacts import PART_BYTES
+from pipeline.answers import strip_thinking
+from pipeline.artifacts import PART_BYTES, to_json, write_bytes
 from pipeline.backbone import DType, PromptFormatter
-from pipeline.contracts import FINISH_REASONS, RESPONSES
 from pipeline.engines import EngineFacts, EngineName
 from pipeline.engines.base import Completion, Engine, Prompt, Sampling
 from pipeline.errors import EngineError
+from pipeline.outcomes import DROPPED, STORE, failures
 from pipeline.params import Params
-from pipeline.runtime import progress
+from pipeline.places import Count
+from pipeline.runtime import gpu_memory_mib, progress
 from pipeline.shards import ShardStore
 
 log = logging.getLogger(__name__)
 
-# `truncated` is counted in the manifest, so a resumed run must know it of the rows that it finds done.
-STORE = RESPONSES.append(pa.field("truncated", pa.bool_(), nullable=False))
 BYTES_PER_TOKEN = 8
 BYTES_PER_ROW = 256
+# So many failures in one pass, if they exceed the limit too, are no bad luck: the hours left are not worth spending.
+HOPELESS = 1000
+
+TooLong = Literal["keep_start", "keep_end", "drop"]
 
 
 class GenerateParams(Params):
@@ -41,11 +46,18 @@ class GenerateParams(Params):
     engine: EngineName
     dtype: DType = Field(description="of the weights that generate")
     max_new_tokens: int = Field(ge=1)
-    max_prompt_tokens: int = Field(ge=1, description="template included; a longer query loses its end")
+    max_prompt_tokens: int = Field(ge=1, description="template included")
+    too_long: TooLong = Field(default="keep_start", description="what becomes of a query that is longer")
     temperature: float = Field(default=0.0, ge=0, description="0 = greedy")
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = Field(default=0, ge=0, description="of sampling; each row has its own, derived from this and its id")
-    max_failed_fraction: float = Field(default=0.0, ge=0, le=1, description="more failed rows than this fail the stage")
+    strip_thinking: bool = Field(default=True, description="leave out <think> blocks that come all the same")
+    max_failed_fraction: float = Field(
+        default=0.01, ge=0, le=1, description="more failed rows than this fail the stage"
+    )
+    data_parallel: Count = Field(default="auto", description="engine processes; auto: one a GPU group")
+    tensor_parallel: int = Field(default=1, ge=1, description="GPUs that share one copy of the weights")
+    batch_invariant: bool = Field(default=False, description="vLLM on a GPU: equal answers in every batch, slower")
     options: dict[str, Any] = Field(default_factory=dict, description="the engine's own options")
 
     @property
@@ -56,8 +68,8 @@ class GenerateParams(Params):
     def content(self, facts: EngineFacts) -> dict[str, Any]:
         """What decides the bytes of a row: all params but those of speed and tolerance."""
         options = {key: value for key, value in self.options.items() if key not in facts.speed_options}
-        params = self.model_dump(exclude={"max_failed_fraction"}) | {"options": options}
-        return params | {"engine_version": facts.version, "stub": facts.stub}
+        params = self.model_dump(exclude={"max_failed_fraction", "data_parallel", "tensor_parallel"})
+        return params | {"options": options, "engine_version": facts.version, "stub": facts.stub}
 
 
 @dataclass
@@ -72,6 +84,7 @@ class GenerationFacts:
     generate_seconds: float = 0.0
     prompt_tokens: int = 0
     response_tokens: int = 0
+    gpu_memory_mib: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """All facts, with the tokens per second that follow."""
@@ -85,17 +98,24 @@ class GenerationFacts:
         }
 
 
+class _Asked(NamedTuple):
+    prompt: Prompt
+    truncated: bool
+
+
 @dataclass
 class Generator:
     """The work of one run.
 
     Attributes:
-        store: holds the finished rows (schema `STORE`).
+        store: holds the finished rows (schema `outcomes.STORE`).
         load_engine: starts the engine; not called when nothing is left to do.
         formatter: turns a text into prompt tokens.
         sampling: decoding params.
         seed: of all rows.
         max_failed_fraction: share of failed rows (0 to 1) above which the run fails.
+        drop_too_long: a query that the formatter must cut is recorded as dropped, not asked.
+        strip_thinking: leave `<think>` blocks out of the answers.
     """
 
     store: ShardStore
@@ -104,97 +124,139 @@ class Generator:
     sampling: Sampling
     seed: int
     max_failed_fraction: float
+    drop_too_long: bool = False
+    strip_thinking: bool = True
     facts: GenerationFacts = field(default_factory=GenerationFacts)
     failed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _retries: dict[str, _Asked] = field(default_factory=dict)
 
-    def run(self, queries: Mapping[str, str]) -> None:
-        """Answer the queries (id -> text) that the store lacks; those that fail are tried twice.
+    def run(self, ids: pa.Array, batches: Iterable[pa.Table]) -> None:
+        """Answer the queries that the store lacks; those that fail are tried twice.
+
+        Args:
+            ids: of all queries.
+            batches: the queries (columns `id`, `text`); within a batch the longest prompts go first.
 
         Raises:
             EngineError: the engine broke, or too many rows failed; finished rows are kept.
         """
-        todo = sorted(row_id for row_id in queries if row_id not in self.store)
-        self.facts.rows, self.facts.reused_rows = len(queries), len(queries) - len(todo)
+        self.facts.rows = len(ids)
+        self.facts.reused_rows = sum(row_id in self.store for row_id in ids.to_pylist())
         if self.facts.reused_rows:
-            log.info("generate: %d of %d rows are done already", self.facts.reused_rows, len(queries))
-        if todo:
-            self._answer(todo, queries)
-        self._check_failed(len(queries))
+            log.info("generate: %d of %d rows are done already", self.facts.reused_rows, len(ids))
+        todo = self._todo(batches)
+        if first := next(todo, None):
+            self._answer(chain([first], todo))
+        self.store.flush()
+        self._check_failed()
 
-    def tables(self, ids: Iterable[str], rows_per_table: int) -> Iterator[pa.Table]:
-        """Rows of `ids` in schema `STORE`, sorted by id, in tables of `rows_per_table` rows."""
-        ordered = sorted(ids)
-        for start in range(0, len(ordered), rows_per_table):
-            part = ordered[start : start + rows_per_table]
-            done = [row_id for row_id in part if row_id not in self.failed]
-            failed = pa.Table.from_pylist([self.failed[i] for i in part if i in self.failed], schema=STORE)
-            yield pa.concat_tables([*self.store.sorted_tables(done, rows_per_table), failed]).sort_by("id")
+    def tables(self, ids: pa.Array, rows_per_table: int) -> Iterator[pa.Table]:
+        """Rows of the sorted `ids` in schema `outcomes.STORE`, in tables of `rows_per_table` rows."""
+        for start in range(0, len(ids), rows_per_table):
+            part = ids[start : start + rows_per_table]
+            failed = pa.Table.from_pylist([self.failed[i] for i in part.to_pylist() if i in self.failed], schema=STORE)
+            done = part.filter(pc.invert(pc.is_in(part, failed["id"].combine_chunks())))
+            yield pa.concat_tables([self.store.take(done), failed]).sort_by("id")
 
-    def _answer(self, todo: Sequence[str], queries: Mapping[str, str]) -> None:
+    def _todo(self, batches: Iterable[pa.Table]) -> Iterator[_Asked]:
+        for batch in batches:
+            rows = zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True)
+            missing = [(row_id, text) for row_id, text in rows if row_id not in self.store]
+            asked = []
+            for (row_id, _), prompt in zip(missing, self.formatter.batch([text for _, text in missing]), strict=True):
+                one = Prompt(row_id, prompt.token_ids, row_seed(self.seed, row_id), prompt.text)
+                if prompt.truncated and self.drop_too_long:
+                    self.store.add(_row(_Asked(one, True), "", "error", f"{DROPPED}: longer than max_prompt_tokens"))
+                else:
+                    asked.append(_Asked(one, prompt.truncated))
+            # The longest first: what needs most memory fails at once, and no long row is left alone at the end.
+            yield from sorted(asked, key=lambda each: -len(each.prompt.token_ids))
+
+    def _answer(self, todo: Iterator[_Asked]) -> None:
         started = monotonic()
         with closing(self.load_engine()) as engine:
             self.facts.startup_seconds = monotonic() - started
+            log.info("generate: the engine started in %.1f s", self.facts.startup_seconds)
             started = monotonic()
             try:
-                self._pass(engine, todo, queries)
-                if again := sorted(self.failed):
-                    log.warning("generate: %d rows failed (%s): trying them once more", len(again), self._reasons())
-                    self.facts.retried_rows = len(again)
-                    self.failed = {}
-                    self._pass(engine, again, queries)
+                self._pass(engine, todo, initial=self.facts.reused_rows)
+                if self.failed:
+                    log.warning("generate: %d rows failed (%s): once more", len(self.failed), self._reasons())
+                    self.facts.retried_rows = len(self.failed)
+                    again, self.failed, self._retries = sorted(self._retries.items()), {}, {}
+                    self._pass(engine, (each for _, each in again), initial=self.facts.rows - len(again))
             finally:
                 self.facts.generate_seconds = monotonic() - started
-            self.store.flush()
+                self.facts.gpu_memory_mib = gpu_memory_mib()
 
-    def _pass(self, engine: Engine, ids: Sequence[str], queries: Mapping[str, str]) -> None:
-        in_flight: dict[str, tuple[int, bool]] = {}
+    def _pass(self, engine: Engine, todo: Iterable[_Asked], initial: int) -> None:
+        in_flight: dict[str, _Asked] = {}
         started, tokens = monotonic(), 0
-        completions = engine.generate(self._prompts(ids, queries, in_flight), self.sampling)
-        bar = progress(completions, total=len(queries), desc="generate", initial=len(queries) - len(ids))
-        for completion in bar:
-            self._record(completion, *in_flight.pop(completion.id))
-            tokens += completion.response_tokens
-            bar.set_postfix_str(f"{tokens / (monotonic() - started):.0f} tokens/s", refresh=False)
+        with closing(self._completions(engine, todo, in_flight)) as completions:
+            bar = progress(completions, total=self.facts.rows, desc="generate", initial=initial)
+            for completion in bar:
+                self._record(completion, in_flight.pop(completion.id))
+                tokens += completion.response_tokens
+                failed = f", {len(self.failed)} failed" if self.failed else ""
+                bar.set_postfix_str(f"{tokens / (monotonic() - started):.0f} tokens/s{failed}", refresh=False)
         if in_flight:
             raise EngineError(f"the engine gave no answer for {len(in_flight)} prompts, e.g. {min(in_flight)}")
 
-    def _prompts(
-        self, ids: Sequence[str], queries: Mapping[str, str], in_flight: dict[str, tuple[int, bool]]
-    ) -> Iterator[Prompt]:
-        for row_id in ids:
-            formatted = self.formatter(queries[row_id])
-            in_flight[row_id] = len(formatted.token_ids), formatted.truncated
-            yield Prompt(row_id, formatted.token_ids, row_seed(self.seed, row_id))
+    def _completions(
+        self, engine: Engine, todo: Iterable[_Asked], in_flight: dict[str, _Asked]
+    ) -> GeneratorOf[Completion, None, None]:
+        def prompts() -> Iterator[Prompt]:
+            for each in todo:
+                in_flight[each.prompt.id] = each
+                yield each.prompt
 
-    def _record(self, completion: Completion, prompt_tokens: int, truncated: bool) -> None:
-        row = {
-            "id": completion.id,
-            "response": completion.text,
-            "finish_reason": completion.finish_reason,
-            "prompt_tokens": prompt_tokens,
-            "response_tokens": completion.response_tokens,
-            "error": None,
-            "truncated": truncated,
-        }
+        yield from engine.generate(prompts(), self.sampling)
+
+    def _record(self, completion: Completion, asked: _Asked) -> None:
         if completion.finish_reason == "error":
-            self.failed[completion.id] = row | {"error": completion.error or "no reason given"}
+            self.failed[completion.id] = _row(asked, "", "error", completion.error or "no reason given")
+            self._retries[completion.id] = asked
+            if len(self.failed) >= HOPELESS:
+                self._check_failed()
             return
+        text = strip_thinking(completion.text) if self.strip_thinking else completion.text
+        row = _row(asked, text, completion.finish_reason)
+        row |= {"response_tokens": completion.response_tokens, "thinking": text != completion.text}
         self.store.add(row)
         self.facts.computed_rows += 1
-        self.facts.prompt_tokens += prompt_tokens
+        self.facts.prompt_tokens += len(asked.prompt.token_ids)
         self.facts.response_tokens += completion.response_tokens
 
-    def _check_failed(self, rows: int) -> None:
+    def _check_failed(self) -> None:
         if not self.failed:
             return
-        limit = self.max_failed_fraction
-        what = f"{len(self.failed)} of {rows} rows failed twice ({self._reasons()}), e.g. id {min(self.failed)}"
+        limit, rows = self.max_failed_fraction, self.facts.rows
+        what = f"{len(self.failed)} of {rows} rows failed ({self._reasons()}), e.g. id {min(self.failed)}"
         if len(self.failed) > limit * rows:
-            raise EngineError(f"generate: {what}; generate.max_failed_fraction is {limit}. Finished rows are kept")
-        log.warning("generate: %s; within generate.max_failed_fraction %s, recorded as errors", what, limit)
+            listing = self.store.path / "failed.json"
+            reasons = {row_id: row["error"] for row_id, row in sorted(self.failed.items())}
+            write_bytes(listing, to_json(reasons).encode())
+            raise EngineError(
+                f"generate: {what}; generate.max_failed_fraction is {limit}. Finished rows are kept; {listing} lists "
+                "the failed ones"
+            )
+        log.warning("generate: %s; within generate.max_failed_fraction %s", what, limit)
 
     def _reasons(self) -> str:
         return ", ".join(f"{count} x {reason}" for reason, count in failures(self.failed.values()).most_common(5))
+
+
+def _row(asked: _Asked, response: str, finish_reason: str, error: str | None = None) -> dict[str, Any]:
+    return {
+        "id": asked.prompt.id,
+        "response": response,
+        "finish_reason": finish_reason,
+        "prompt_tokens": len(asked.prompt.token_ids),
+        "response_tokens": 0,
+        "error": error,
+        "truncated": asked.truncated,
+        "thinking": False,
+    }
 
 
 def row_seed(seed: int, row_id: str) -> int:
@@ -202,43 +264,6 @@ def row_seed(seed: int, row_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{row_id}".encode()).digest()[:8]) >> 1
 
 
-def failures(rows: Iterable[Mapping[str, Any]]) -> Counter[str]:
-    """How many rows failed for each kind of reason (what comes before its first colon)."""
-    return Counter(str(row["error"]).split(":")[0] for row in rows)
-
-
 def rows_per_part(max_new_tokens: int) -> int:
     """Rows that keep a part of the responses below `PART_BYTES`."""
     return max(1, PART_BYTES // (BYTES_PER_ROW + BYTES_PER_TOKEN * max_new_tokens))
-
-
-class ResponseCounts:
-    """Counts what passes by: rows by finish reason, empty answers, truncated prompts, failures by reason."""
-
-    def __init__(self) -> None:
-        self._reasons: Counter[str] = Counter()
-        self._errors: Counter[str] = Counter()
-        self._empty = self._truncated = 0
-
-    def through(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """The tables (schema `STORE`) as `contracts.RESPONSES`, counted."""
-        for table in tables:
-            self._count(table)
-            yield table.drop_columns("truncated")
-
-    def summary(self) -> dict[str, Any]:
-        """The counts so far."""
-        return {
-            "finish_reason": {reason: self._reasons[reason] for reason in FINISH_REASONS},
-            "empty_responses": self._empty,
-            "truncated_prompts": self._truncated,
-            "errors": dict(self._errors),
-        }
-
-    def _count(self, table: pa.Table) -> None:
-        self._reasons.update(table.column("finish_reason").to_pylist())
-        self._truncated += pc.sum(table.column("truncated")).as_py() or 0
-        failed = table.filter(pc.equal(table.column("finish_reason"), "error"))
-        self._errors.update(failures(failed.select(["error"]).to_pylist()))
-        blank = pc.equal(pc.utf8_trim_whitespace(table.column("response")), "")
-        self._empty += (pc.sum(blank).as_py() or 0) - failed.num_rows

@@ -1,7 +1,7 @@
 """Show rows of an artifact, or one row through all stages: `python -m pipeline inspect STAGE [--n 5] [--id ID]`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,50 @@ def show(stage: str, count: int, root: Path = Path()) -> Table:
     return _results_table(root, stage, count)
 
 
+def counts(stage: str, root: Path = Path()) -> Table | None:
+    """What the stage counted while it made its table, one line a count; None for stages that make none.
+
+    Raises:
+        ArtifactError: the stage has not run.
+    """
+    if stage not in TABLES:
+        return None
+    artifact = read_manifest(root / TABLES[stage])
+    table = _plain(f"{artifact.path}: {artifact.manifest.rows} rows", "count", "rows")
+    for name, value in _leaves(artifact.manifest.counts):
+        table.add_row(_cell(name), f"{value:,}" if isinstance(value, int) else _cell(value))
+    return table
+
+
+def failures(stage: str, count: int, root: Path = Path()) -> Table | None:
+    """The first `count` rows that failed, with their reasons; None if there is none.
+
+    Raises:
+        ArtifactError: the stage has not run, or a table of it is damaged.
+    """
+    if stage != "generate":
+        return None
+    artifact = read_manifest(root / TABLES[stage])
+    failed = pc.equal(pc.field("finish_reason"), "error")
+    rows = [row for path in artifact.tables() for row in _filtered(path, failed)][:count]
+    if not rows:
+        return None
+    total = artifact.manifest.counts.get("finish_reason", {}).get("error", len(rows))
+    table = _plain(f"{artifact.path}: {len(rows)} of {total} rows that failed", "id", "error", "prompt_tokens")
+    for row in rows:
+        table.add_row(*(_cell(row[column]) for column in ("id", "error", "prompt_tokens")))
+    return table
+
+
+def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested counts with their path as name; zeros are no news."""
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            yield from _leaves(inner, f"{prefix}{key} / ")
+        elif inner:
+            yield f"{prefix}{key}", inner
+
+
 def trace(row_id: str, root: Path = Path()) -> Table:
     """One row through all stages that have run.
 
@@ -74,8 +118,12 @@ def _later_row(root: Path, stage: str, row_id: str) -> dict[str, Any]:
 
 
 def _starting_with(path: Path, prefix: str) -> list[dict[str, Any]]:
+    return _filtered(path, pc.starts_with(pc.field("id"), prefix))
+
+
+def _filtered(path: Path, condition: pc.Expression) -> list[dict[str, Any]]:
     try:
-        return pq.read_table(path, filters=pc.starts_with(pc.field("id"), prefix)).to_pylist()
+        return pq.read_table(path, filters=condition).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise ArtifactError(f"{path}: {error}") from None
 

@@ -34,6 +34,8 @@ from pipeline.targets import EmbedParams
 from pipeline.training import TrainParams, planned_steps
 
 GB = 1e9
+# Teachers whose vectors are an LLM's hidden states as they are, with norms in the hundreds.
+RAW_TEACHERS = ("llm2vec", "backbone")
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -89,7 +91,7 @@ def make_plan(params: AllParams, root: Path = Path()) -> Plan:
     plan = Plan()
     plan.lines.append(("collect", _sources(params), _rows_text(rows, known)))
     plan.lines.append(("generate", _generate_text(params, rows), _generate_memory(params, shape)))
-    plan.lines.append(("embed", _embed_text(params, rows), params.embed.teacher.name or params.embed.teacher.kind))
+    plan.lines.append(("embed", _embed_text(params, rows), _teacher_text(params)))
     plan.lines.append(("train", _train_text(params, rows), _train_memory(params, shape)))
     systems = ", ".join(params.evaluate.systems)
     plan.lines += [(f"evaluate@{name}", _suite_text(suite), systems) for name, suite in params.suites.items()]
@@ -169,7 +171,15 @@ def train_bytes(shape: Shape, dtype: str, train: TrainParams) -> int:
 
 
 def _sources(params: AllParams) -> str:
-    return f"{', '.join(source.label for source in params.collect.sources)} (local files: {params.collect.local_dir})"
+    collect = params.collect
+    filters = {
+        "near duplicates": collect.near_duplicates,
+        "texts of the evaluation": collect.decontaminate,
+        f"other languages than {', '.join(collect.languages or [])}": collect.languages,
+    }
+    without = ", ".join(name for name, setting in filters.items() if setting)
+    sources = f"{', '.join(source.label for source in collect.sources)} (local files: {collect.local_dir})"
+    return f"{sources}, without {without}" if without else sources
 
 
 def _rows_text(rows: int | None, known: bool) -> str:
@@ -201,6 +211,12 @@ def _embed_text(params: AllParams, rows: int | None) -> str:
     embed = params.embed
     scaled = ", scaled to length 1" if embed.normalize else ""
     return f"{embed.teacher.kind}{scaled}; {_tokens(rows, embed.teacher.max_tokens)} read"
+
+
+def _teacher_text(params: AllParams) -> str:
+    teacher = params.embed.teacher
+    own = params.backbone.name if teacher.kind in RAW_TEACHERS else teacher.kind
+    return " + ".join([teacher.name or own, *(adapter.name for adapter in teacher.adapters)])
 
 
 def _train_text(params: AllParams, rows: int | None) -> str:
@@ -243,6 +259,7 @@ def _remarks(params: AllParams, shape: Shape | None, root: Path) -> list[str]:
         found.append(f"generate.engine: {params.generate.engine} is a stub, its answers mean nothing")
     if params.embed.teacher.kind == "hash":
         found.append("embed.teacher.kind: hash is a stub, its targets mean nothing")
+    found += _scale_remark(params)
     for key, folder in {"collect": params.collect.local_dir, "evaluate": params.evaluate.local_dir}.items():
         if not (root / folder).is_dir():
             found.append(f"{key}.local_dir: {folder} does not exist, `dvc repro` needs it")
@@ -256,10 +273,24 @@ def _remarks(params: AllParams, shape: Shape | None, root: Path) -> list[str]:
     return found
 
 
+def _scale_remark(params: AllParams) -> list[str]:
+    kind = params.embed.teacher.kind
+    if kind in RAW_TEACHERS and not params.embed.normalize and params.train.align_reduction == "sum":
+        return [
+            f"train.align_reduction: sum over the dimensions of {kind} targets, with norms in the hundreds, drowns the "
+            "reconstruction: mean is the paper's"
+        ]
+    return []
+
+
 def _unpinned(params: AllParams, root: Path) -> list[tuple[str, str]]:
     teacher = params.embed.teacher
     pins = [("backbone.revision", params.backbone.name, params.backbone.revision)]
     pins += [("embed.teacher.revision", teacher.name or "", teacher.revision)]
+    pins += [
+        (f"embed.teacher.adapters.{index}.revision", adapter.name, adapter.revision)
+        for index, adapter in enumerate(teacher.adapters)
+    ]
     pins += [
         (f"collect.sources.{index}.revision", source.name, source.revision)
         for index, source in enumerate(params.collect.sources)

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from pipeline.artifacts import write_bytes
 from pipeline.backbone import BackboneParams
 from pipeline.errors import ParamsError
 from pipeline.params import Params, read_yaml, validate
+from pipeline.teachers import AdapterParams, TeacherParams
+
+# The paper's limit for queries and responses; what the released teachers were made for.
+TEACHER_TOKENS = 512
 
 
 class Shape(Params):
@@ -40,13 +44,33 @@ class Shape(Params):
         return embeddings + self.layers * (attention + biases + 3 * self.hidden * self.intermediate)
 
 
+class PresetTeacher(Params):
+    """The adapters that make the backbone its own LLM2Vec teacher, and texts of a forward pass by GPU memory in GB."""
+
+    adapters: list[AdapterParams]
+    batch_size: dict[int, int]
+
+
 class Preset(Params):
-    """A backbone and how it is trained."""
+    """A backbone, its teacher and how it is trained."""
 
     backbone: BackboneParams
+    teacher: PresetTeacher
     learning_rate: float
     micro_batch_size: dict[int, int]
     shape: Shape
+
+    def teacher_params(self, memory: int) -> TeacherParams:
+        """The teacher for a GPU of `memory` GB. Its base is named, so that it stays when the backbone is changed."""
+        return TeacherParams(
+            kind="llm2vec",
+            name=self.backbone.name,
+            revision=self.backbone.revision,
+            adapters=self.teacher.adapters,
+            max_tokens=TEACHER_TOKENS,
+            dtype=self.backbone.dtype,
+            batch_size=self.teacher.batch_size[memory],
+        )
 
 
 @cache
@@ -63,18 +87,18 @@ def preset_of(backbone: str) -> Preset | None:
 
 
 def switch(path: Path, name: str, memory: int) -> list[str]:
-    """Set the params of a preset in a params file.
+    """Set the params of a preset in a params file: backbone, teacher, and what else follows from them.
 
     Args:
         path: the params file.
         name: the preset.
-        memory: GPU memory in GB that the micro-batch is sized for.
+        memory: GPU memory in GB that the batches are sized for.
 
     Returns:
         The changes, one line each.
 
     Raises:
-        ParamsError: unknown preset or memory, or the file has no `backbone` and `train` sections.
+        ParamsError: unknown preset or memory, or the file lacks a section that the preset sets.
     """
     if name not in presets():
         raise ParamsError(f"unknown backbone '{name}' (known: {', '.join(presets())})")
@@ -85,7 +109,9 @@ def switch(path: Path, name: str, memory: int) -> list[str]:
     yaml = _round_trip()
     content = yaml.load(path.read_text(encoding="utf-8"))
     changes = [
-        line for section, values in _values(preset, memory).items() for line in _set(path, content, section, values)
+        line
+        for place, values in _values(preset, memory).items()
+        for line in _set(_section(path, content, place), place, values)
     ]
     sink = StringIO()
     yaml.dump(content, sink)
@@ -94,30 +120,108 @@ def switch(path: Path, name: str, memory: int) -> list[str]:
 
 
 def _values(preset: Preset, memory: int) -> dict[str, dict[str, Any]]:
+    """What is set, by section. The targets are raw hidden states with norms in the hundreds: the paper's mean over
+    dimensions balances the losses, and they fit into float16 with more digits than bfloat16 gave them.
+    """
     return {
         "backbone": preset.backbone.model_dump(include={"name", "revision", "dtype", "chat_template_kwargs"}),
-        "train": {"learning_rate": preset.learning_rate, "micro_batch_size": preset.micro_batch_size[memory]},
+        "embed.teacher": preset.teacher_params(memory).model_dump(),
+        "embed": {"normalize": False, "dtype": "float16"},
+        "train": {
+            "align_reduction": "mean",
+            "learning_rate": preset.learning_rate,
+            "micro_batch_size": preset.micro_batch_size[memory],
+        },
     }
 
 
-def _set(path: Path, content: Any, section: str, values: dict[str, Any]) -> list[str]:
-    if not isinstance(content.get(section), dict):
-        raise ParamsError(f"{path}: {section}: missing")
+def _section(path: Path, content: Any, place: str) -> CommentedMap:
+    section = content
+    for key in place.split("."):
+        section = section.get(key)
+        if not isinstance(section, CommentedMap):
+            raise ParamsError(f"{path}: {place}: missing")
+    return section
+
+
+def _set(section: CommentedMap, place: str, values: dict[str, Any]) -> list[str]:
+    defaults = {key: field.get_default(call_default_factory=True) for key, field in TeacherParams.model_fields.items()}
     changes = []
-    for key, value in values.items():
-        before = content[section].get(key)
-        if before == value:
+    for key, wanted in values.items():
+        value = _keeping_pins(section.get(key), wanted)
+        # What a file leaves to the default need not be written into it.
+        unset = place == "embed.teacher" and key not in section and value == defaults[key]
+        if unset or (key in section and section[key] == value):
             continue
-        if isinstance(value, dict) and isinstance(before, CommentedMap):
-            before_text = dict(before)
-            before.clear()
-            before.update(value)
-            before.fa.set_flow_style()
-            changes.append(f"{section}.{key}: {before_text} -> {value}")
+        changes.append(f"{place}.{key}: {_shown(section.get(key))} -> {_shown(value)}")
+        if key in section:
+            section[key] = _replaced(section[key], value)
         else:
-            content[section][key] = _scientific(value) if isinstance(value, float) else value
-            changes.append(f"{section}.{key}: {before} -> {value}")
+            section.insert(_position(section, key, list(values)), key, _node(value))
     return changes
+
+
+def _keeping_pins(before: Any, value: Any) -> Any:
+    """A list of models; one that the preset leaves unpinned keeps the commit that the file has for it."""
+    if not (isinstance(value, list) and isinstance(before, list)):
+        return value
+    pins = {item["name"]: item.get("revision") for item in before if isinstance(item, dict) and "name" in item}
+    return [item | {"revision": item["revision"] or pins.get(item["name"])} for item in value]
+
+
+def _position(section: CommentedMap, key: str, order: list[str]) -> int:
+    """After the keys that come before it, but never last: a comment on the next section hangs on the last key."""
+    earlier = order[: order.index(key)]
+    place = 1 + max((index for index, known in enumerate(section) if known in earlier), default=-1)
+    return min(place, max(len(section) - 1, 0))
+
+
+def _replaced(before: Any, value: Any) -> Any:
+    """The new value in the old one's clothes, where there are any: comments inside a list, flow style of a mapping."""
+    if isinstance(before, CommentedMap) and isinstance(value, dict):
+        before.clear()
+        before.update(value)
+        before.fa.set_flow_style()
+        return before
+    if isinstance(before, CommentedSeq) and isinstance(value, list):
+        del before[len(value) :]
+        for index, new in enumerate(value):
+            if index >= len(before):
+                before.append(_node(new))
+            elif isinstance(before[index], CommentedMap) and isinstance(new, dict):
+                _overwrite(before[index], new)
+            else:
+                before[index] = _node(new)
+        return before
+    return _node(value)
+
+
+def _overwrite(before: CommentedMap, value: dict[str, Any]) -> None:
+    for key in [key for key in before if key not in value]:
+        del before[key]
+    before.update(value)
+
+
+def _node(value: Any) -> Any:
+    match value:
+        case float():
+            return _scientific(value)
+        case list():
+            return CommentedSeq(map(_node, value))
+        case dict():
+            flow = CommentedMap(value)
+            flow.fa.set_flow_style()
+            return flow
+        case _:
+            return value
+
+
+def _shown(value: Any) -> str:
+    """A value as a change is told; models by name and the start of their commit."""
+    if not isinstance(value, list):
+        return str(dict(value) if isinstance(value, dict) else value)
+    pins = [(item.get("name"), item.get("revision")) for item in value if isinstance(item, dict)]
+    return " + ".join(f"{name} ({revision[:12] if revision else 'not pinned'})" for name, revision in pins) or "none"
 
 
 def _scientific(value: float) -> Any:

@@ -1,24 +1,42 @@
-"""From raw texts to the query table: normalise, filter, de-duplicate, sample, split.
+"""From raw texts to the fate of each: normalise, filter, de-duplicate, sample, split.
 
 A query's id is a hash of its normalised text. Whether it is sampled and which split it is in follow from its id and
 the seed alone, never from its position: a corpus that grows moves no query from one split to the other.
+
+The frames here have one row a text, in the order of reading, without the text itself: `source` (its number), `id`,
+and `fate`, null as long as a row is in.
 """
 
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 
+import numpy as np
 import polars as pl
-import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from pipeline.contracts import QUERIES
+from pipeline.corpus.decontamination import DecontaminateParams
+from pipeline.corpus.near_duplicates import NearDuplicateParams
+from pipeline.corpus.staging import Mask, Rows
 from pipeline.params import Params
 from pipeline.sources import Source
 
 SPLITS = ("train", "heldout")
-FATES = ("empty", "too_short", "too_long", "too_many_tokens", "duplicate", "sampled_out", *SPLITS)
+FATES = (
+    "empty",
+    "too_short",
+    "too_long",
+    "too_many_tokens",
+    "duplicate",
+    "other_language",
+    "contaminated",
+    "near_duplicate",
+    "sampled_out",
+    *SPLITS,
+)
+FATE = pl.Enum(FATES)
 
 TokenCounter = Callable[[Sequence[str]], Sequence[int]]
 
@@ -31,9 +49,36 @@ class CollectParams(Params):
     min_chars: int = Field(default=2, ge=1)
     max_chars: int = Field(default=8000, ge=1)
     max_tokens: int | None = Field(default=512, ge=1, description="backbone tokens; null: no limit")
-    sample: int | None = Field(default=None, ge=1, description="rows to keep, by content hash; null: all")
+    languages: list[str] | None = Field(default=None, min_length=1, description="ISO 639 codes to keep; null: all")
+    language_confidence: float = Field(default=0.99, gt=0.5, lt=1, description="how sure another language must be")
+    decontaminate: DecontaminateParams | None = Field(default=None, description="against suites and probes; null: off")
+    near_duplicates: NearDuplicateParams | None = Field(default=None, description="null: only equal texts go")
+    sample: int | None = Field(
+        default=None, ge=1, validate_default=True, description="rows to keep, by content hash; null: all"
+    )
     heldout_fraction: float = Field(default=0.01, gt=0, lt=1)
     seed: int = 0
+
+    @property
+    def weights(self) -> list[float] | None:
+        """The sources' weights, or None where they have none."""
+        weights = [source.weight for source in self.sources if source.weight is not None]
+        return weights or None
+
+    @field_validator("sources")
+    @classmethod
+    def _weights_of_all(cls, sources: list[Source]) -> list[Source]:
+        without = [source.label for source in sources if source.weight is None]
+        if without and len(without) < len(sources):
+            raise ValueError(f"either all sources have a weight or none: missing for {', '.join(without)}")
+        return sources
+
+    @field_validator("sample")
+    @classmethod
+    def _weights_share_a_sample(cls, sample: int | None, info: ValidationInfo) -> int | None:
+        if sample is None and any(source.weight is not None for source in info.data.get("sources", [])):
+            raise ValueError("the weights of collect.sources share out a sample: set its size, or drop the weights")
+        return sample
 
 
 # Surrogates are no characters; tabs and line ends are whitespace, all other control characters are noise.
@@ -70,67 +115,102 @@ def query_id(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def to_frame(texts: Iterable[tuple[str, str]]) -> pl.DataFrame:
-    """Raw `(source, text)` rows as a frame of `source`, normalised `text` and its `id`, in their order."""
-    rows = [(source, normalize_text(text)) for source, text in texts]
+def to_frame(source: int, texts: Sequence[str]) -> pl.DataFrame:
+    """Raw texts of a source as a frame with their normalised `text`."""
+    normal = [normalize_text(text) for text in texts]
     return pl.DataFrame(
-        {
-            "source": [source for source, _ in rows],
-            "text": [text for _, text in rows],
-            "id": [query_id(text) for _, text in rows],
-        },
-        schema={"source": pl.String, "text": pl.String, "id": pl.String},
+        {"source": pl.repeat(source, len(normal), dtype=pl.UInt16, eager=True)},
+    ).with_columns(
+        pl.Series("text", normal, dtype=pl.String),
+        pl.Series("id", [query_id(text) for text in normal], dtype=pl.String),
+        pl.lit(None, FATE).alias("fate"),
     )
 
 
 def drop_lengths(frame: pl.DataFrame, *, min_chars: int, max_chars: int) -> pl.DataFrame:
-    """With a column `fate`: null, or why a row is left out by its characters or as a repetition of an earlier one."""
+    """Leave out rows by the characters of their `text`."""
     chars = pl.col("text").str.len_chars()
-    return frame.with_columns(
-        fate=pl.when(chars == 0)
+    reason = (
+        pl.when(chars == 0)
         .then(pl.lit("empty"))
         .when(chars < min_chars)
         .then(pl.lit("too_short"))
         .when(chars > max_chars)
         .then(pl.lit("too_long"))
-        .when(~pl.col("id").is_first_distinct())
-        .then(pl.lit("duplicate"))
     )
+    return frame.with_columns(fate=pl.coalesce("fate", reason.cast(FATE)))
 
 
-def drop_token_lengths(frame: pl.DataFrame, *, max_tokens: int, count_tokens: TokenCounter) -> pl.DataFrame:
-    """Leave out texts of more than `max_tokens` tokens; only texts not left out yet are counted."""
-    left = _undecided(frame)
-    counts = pl.Series("tokens", list(count_tokens(left["text"].to_list())), dtype=pl.Int64)
-    return _set_fate(frame, left.filter(counts > max_tokens)["id"], "too_many_tokens")
+def drop_duplicates(frame: pl.DataFrame) -> pl.DataFrame:
+    """Leave out repetitions of an earlier text."""
+    repeated = pl.when(~pl.col("id").is_first_distinct()).then(pl.lit("duplicate", FATE))
+    return frame.with_columns(fate=pl.coalesce("fate", repeated))
 
 
-def sample(frame: pl.DataFrame, *, rows: int, seed: int) -> pl.DataFrame:
-    """Leave out all but the `rows` rows whose keyed hashes are smallest."""
-    ranked = _keyed(_undecided(frame), seed, "sample").sort("key", "id")
-    return _set_fate(frame, ranked["id"][rows:], "sampled_out")
+def undecided(frame: pl.DataFrame) -> Mask:
+    """Which rows are still in: bool [rows]."""
+    return frame["fate"].is_null().to_numpy()
+
+
+def set_fate(frame: pl.DataFrame, rows: Sequence[int] | Rows, fate: str) -> pl.DataFrame:
+    """Give rows, by number, their fate; those that have one keep it."""
+    chosen = np.zeros(frame.height, bool)
+    chosen[rows] = True
+    return frame.with_columns(fate=pl.coalesce("fate", pl.when(pl.Series(chosen)).then(pl.lit(fate, FATE))))
+
+
+def sample(frame: pl.DataFrame, *, rows: int, seed: int, weights: Sequence[float] | None = None) -> pl.DataFrame:
+    """Leave out all but the `rows` rows whose keyed hashes are smallest.
+
+    With a weight for each source, its share of `rows` is proportional to it; a source that has too few rows gives what
+    it cannot fill to the others.
+    """
+    ranked = _keyed(frame, seed, "sample").sort("key", "id")
+    if weights is None:
+        return set_fate(frame, ranked["row"].to_numpy()[rows:], "sampled_out")
+    sources = ranked["source"].to_numpy()
+    shares = allot(rows, weights, np.bincount(sources, minlength=len(weights)).tolist())
+    rest = [ranked["row"].to_numpy()[sources == source][share:] for source, share in enumerate(shares)]
+    return set_fate(frame, np.concatenate(rest), "sampled_out")
+
+
+def allot(rows: int, weights: Sequence[float], available: Sequence[int]) -> list[int]:
+    """How many of `rows` each source gives: in proportion to the weights, at most what is available.
+
+    The fractions of rows that remain go to the largest ones, of equal ones to the first.
+    """
+    open_ = {source for source, count in enumerate(available) if count}
+    shares = {source: Fraction(0) for source in range(len(available))}
+    left = Fraction(rows)
+    while open_:
+        unit = left / sum(Fraction(weights[source]) for source in open_)
+        full = {source for source in open_ if available[source] <= unit * Fraction(weights[source])}
+        if not full:
+            shares |= {source: unit * Fraction(weights[source]) for source in open_}
+            break
+        shares |= {source: Fraction(available[source]) for source in full}
+        left -= sum(available[source] for source in full)
+        open_ -= full
+    counts = [int(shares[source]) for source in range(len(available))]
+    missing = min(rows, sum(available)) - sum(counts)
+    by_fraction = sorted(range(len(counts)), key=lambda source: (counts[source] - shares[source], source))
+    for source in by_fraction[:missing]:
+        counts[source] += 1
+    return counts
 
 
 def split(frame: pl.DataFrame, *, heldout_fraction: float, seed: int) -> pl.DataFrame:
     """Give each row that is left its split."""
-    keyed = _keyed(_undecided(frame), seed, "split")
-    frame = _set_fate(frame, keyed.filter(pl.col("key") < heldout_fraction)["id"], "heldout")
-    return frame.with_columns(pl.col("fate").fill_null("train"))
-
-
-def _undecided(frame: pl.DataFrame) -> pl.DataFrame:
-    return frame.filter(pl.col("fate").is_null())
-
-
-def _set_fate(frame: pl.DataFrame, ids: pl.Series, fate: str) -> pl.DataFrame:
-    chosen = pl.when(pl.col("id").is_in(ids.implode())).then(pl.lit(fate))
-    return frame.with_columns(fate=pl.coalesce("fate", chosen))
+    keyed = _keyed(frame, seed, "split")
+    heldout = keyed.filter(pl.col("key") < heldout_fraction)["row"].to_numpy()
+    return set_fate(frame, heldout, "heldout").with_columns(pl.col("fate").fill_null(pl.lit("train", FATE)))
 
 
 def _keyed(frame: pl.DataFrame, seed: int, purpose: str) -> pl.DataFrame:
-    """With a column `key`: a number in [0, 1) that depends on the id, the seed and the purpose only."""
-    keys = [_unit_hash(f"{seed}:{purpose}:{row_id}") for row_id in frame["id"]]
-    return frame.with_columns(pl.Series("key", keys, dtype=pl.Float64))
+    """The rows that are in, with their number `row` and a `key`: in [0, 1), from id, seed and purpose only."""
+    left = frame.with_row_index("row").filter(pl.col("fate").is_null())
+    keys = np.fromiter((_unit_hash(f"{seed}:{purpose}:{row_id}") for row_id in left["id"]), float, left.height)
+    return left.with_columns(pl.Series("key", keys))
 
 
 def _unit_hash(text: str) -> float:
@@ -138,17 +218,11 @@ def _unit_hash(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) // 2**11 / 2**53
 
 
-def count_fates(frame: pl.DataFrame) -> dict[str, dict[str, int]]:
-    """Rows of each fate, in all and per source, beside the number of rows `read`."""
-    counts = {name: {"read": 0} | dict.fromkeys(FATES, 0) for name in ("all", *frame["source"].unique())}
+def count_fates(frame: pl.DataFrame, labels: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Rows of each fate, in all and per source, beside the number of rows `read`; `labels` name the sources."""
+    counts = {name: {"read": 0} | dict.fromkeys(FATES, 0) for name in ("all", *labels)}
     for source, fate, rows in frame.group_by("source", "fate").len().iter_rows():
-        for name in ("all", source):
+        for name in ("all", labels[source]):
             counts[name][fate] += rows
             counts[name]["read"] += rows
     return counts
-
-
-def split_table(frame: pl.DataFrame, name: str) -> pa.Table:
-    """The rows of one split under the QUERIES contract, sorted by id."""
-    rows = frame.filter(pl.col("fate") == name).sort("id").select(QUERIES.names)
-    return pa.Table.from_pydict(rows.to_dict(as_series=False), schema=QUERIES)

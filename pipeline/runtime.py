@@ -27,6 +27,7 @@ from pipeline.errors import PipelineError
 T = TypeVar("T")
 
 RESULTS = Path("results")
+LINE_SECONDS = 30.0
 _RECORDED = (
     "torch",
     "transformers",
@@ -48,13 +49,38 @@ def work_dir(stage: str) -> Path:
 def setup_logging() -> None:
     """One line an event on stderr; libraries only from warnings up."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("pipeline").setLevel(logging.INFO)
+    for ours in ("pipeline", "__main__"):  # a stage run with `python -m` is called __main__
+        logging.getLogger(ours).setLevel(logging.INFO)
 
 
-def progress(items: Iterable[T], *, total: int | None, desc: str, unit: str = "row", initial: int = 0) -> "tqdm[T]":
-    """A progress bar over `items`; on a terminal ten times a second, in a log file every ten seconds."""
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(items, total=total, desc=desc, unit=unit, initial=initial, mininterval=interval, smoothing=0.05)
+class _PlainLines(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
+    """Whole lines instead of one that is drawn over: for log files."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Write the state as a line of its own."""
+        end = "" if self.disable else "\n"  # closing, tqdm ends the last line itself
+        self.fp.write(f"{msg or self}{end}")
+        self.fp.flush()
+
+
+def progress(
+    items: Iterable[T],
+    *,
+    total: int | None,
+    desc: str,
+    unit: str = "row",
+    initial: int = 0,
+    terminal: bool | None = None,
+) -> "tqdm[T]":
+    """A progress bar over `items`: one live line on a terminal, else a plain line every 30 seconds.
+
+    `terminal` overrides what stderr is.
+    """
+    settings: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "initial": initial, "smoothing": 0.05}
+    if sys.stderr.isatty() if terminal is None else terminal:
+        return tqdm(items, mininterval=0.1, dynamic_ncols=True, **settings)
+    # miniters: by itself tqdm guesses after how many items to look at the clock, and a rate that falls silences it.
+    return _PlainLines(items, mininterval=LINE_SECONDS, miniters=1, ncols=100, ascii=True, **settings)
 
 
 @contextlib.contextmanager
@@ -111,6 +137,18 @@ def peak_memory_mib() -> int:
     """Largest resident set of this process so far, or of its largest finished child, in MiB."""
     peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return max(peaks) // (1024 if sys.platform != "darwin" else 2**20)
+
+
+def gpu_memory_mib() -> dict[str, int]:
+    """Memory in use now on each visible GPU, by all processes, in MiB; empty without a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    used = {}
+    for index in range(torch.cuda.device_count()):
+        with contextlib.suppress(Exception):  # a driver without this query is no reason to lose a run
+            used[f"cuda:{index}"] = torch.cuda.device_memory_used(index) // 2**20
+    return used
 
 
 def environment() -> dict[str, Any]:

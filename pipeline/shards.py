@@ -1,12 +1,18 @@
 """ShardStore: rows of long work, keyed by content id, committed as they finish and never computed twice.
 
 A store lives in `<work>/<stage>/<fingerprint>/`. The fingerprint covers everything that changes a row's bytes, so
-changed params find an empty store and old rows are never mistaken for new ones. A shard is one Parquet file that
-carries the hash of its bytes in its name: a torn or altered shard is noticed when the store opens, and its rows are
-computed again. One process writes at a time; the lock vanishes with its process.
+changed params find an empty store and old rows are never mistaken for new ones. A shard is one Parquet file, sorted by
+id, that carries the hash of its bytes in its name: a torn or altered shard is noticed when the store opens, and its
+rows are computed again. One process writes at a time; the lock vanishes with its process.
+
+In memory are the ids and the rows of the shard in flight, nothing else. Rows come back by ranges of ids, for which
+only the row groups of that range are read, so that time grows with the rows and memory with the table asked for.
 """
 
+import contextlib
+import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
@@ -32,10 +39,13 @@ from pipeline.errors import WorkError
 
 log = logging.getLogger(__name__)
 
-FLUSH_ROWS = 256
-FLUSH_SECONDS = 10.0
-COMPACT_ABOVE = 64  # small shards
+# What a kill can cost: at most this much work, whichever comes first.
+FLUSH_ROWS = 4096
+FLUSH_SECONDS = 2.0
+COMPACT_ABOVE = 64  # shards of one size class
+TINY_BYTES = 4 * 2**20
 _SHARD_PATTERN = "[0-9]*-*.parquet"
+_HOLDER = "holder.json"
 
 
 class ShardStore:
@@ -58,14 +68,18 @@ class ShardStore:
         self.path = root / digest_of({**fingerprint, "schema": str(schema)})[:16]
         self.schema = schema
         self._flush_rows, self._flush_seconds = flush_rows, flush_seconds
-        self._pending: list[dict[str, Any]] = []
+        self._rows: list[dict[str, Any]] = []
+        self._tables: list[pa.Table] = []
+        self._pending = 0
         self._last_flush = time.monotonic()
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._acquire_lock()
-            self._where: dict[str, tuple[Path, int]] = {}
+            self._ids: set[str] = set()
+            self._sizes: dict[Path, int] = {}
             self._next = 0
             try:
+                write_json(self.path / _HOLDER, {"pid": os.getpid()})
                 write_json(self.path / "fingerprint.json", dict(fingerprint))
                 self._load()
             except BaseException:
@@ -82,52 +96,77 @@ class ShardStore:
             self._lock.release()
 
     def __contains__(self, row_id: str) -> bool:
-        return row_id in self._where
+        return row_id in self._ids
 
     def __len__(self) -> int:
-        return len(self._where) + len(self._pending)
+        return len(self._ids) + self._pending
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Add a finished row; rows reach the disk every `flush_rows` rows or `flush_seconds` seconds.
+        """Add a finished row whose id is new; rows reach the disk every `flush_rows` rows or `flush_seconds` seconds.
 
         Raises:
             WorkError: the disk is full.
         """
-        self._pending.append(dict(row))
-        if len(self._pending) >= self._flush_rows or time.monotonic() - self._last_flush >= self._flush_seconds:
-            self.flush()
+        self._rows.append(dict(row))
+        self._added(1)
+
+    def add_table(self, table: pa.Table) -> None:
+        """Add finished rows of the store's schema whose ids are new; see `add`.
+
+        Raises:
+            WorkError: the disk is full.
+        """
+        self._tables.append(table)
+        self._added(table.num_rows)
 
     def flush(self) -> None:
         """Commit pending rows as one shard."""
         if self._pending:
-            self._commit(pa.Table.from_pylist(self._pending, schema=self.schema))
-            self._pending = []
+            rows = pa.Table.from_pylist(self._rows, schema=self.schema)
+            self._commit(pa.concat_tables([*self._tables, rows]))
+            self._rows, self._tables, self._pending = [], [], 0
+            with disk_errors(self.path):
+                self._compact()
         self._last_flush = time.monotonic()
 
-    def sorted_tables(self, ids: Sequence[str], rows_per_table: int) -> Iterator[pa.Table]:
-        """The rows of `ids`, sorted by id, in tables of at most `rows_per_table` rows.
+    def take(self, ids: Sequence[str] | pa.Array) -> pa.Table:
+        """The rows of `ids`, in that order.
 
-        Holds one table and one shard in memory at a time.
+        Reads the range of ids that they span: cheap where `ids` are neighbours.
 
         Raises:
             KeyError: an id is not in the store.
         """
         self.flush()
-        ordered = sorted(ids)
-        for start in range(0, len(ordered), rows_per_table):
-            yield self._gather(ordered[start : start + rows_per_table])
+        wanted = pa.array(ids, pa.string())
+        if not len(wanted):
+            return self.schema.empty_table()
+        span = pc.min_max(wanted)
+        inside = (pc.field("id") >= span["min"]) & (pc.field("id") <= span["max"])
+        found = pa.concat_tables(
+            [self.schema.empty_table()]
+            + [pq.read_table(shard, schema=self.schema, filters=inside, partitioning=None) for shard in self._sizes]
+        )
+        positions = pc.index_in(wanted, found["id"].combine_chunks())
+        if positions.null_count:
+            raise KeyError(wanted[pc.index(pc.is_null(positions), True).as_py()].as_py())
+        return found.take(positions).combine_chunks()
 
-    def _gather(self, ids: Sequence[str]) -> pa.Table:
-        by_shard: dict[Path, list[tuple[int, int]]] = {}
-        for position, row_id in enumerate(ids):
-            shard, row = self._where[row_id]
-            by_shard.setdefault(shard, []).append((position, row))
-        pieces, positions = [], []
-        for shard, rows in by_shard.items():
-            pieces.append(pq.read_table(shard, schema=self.schema).take([row for _, row in rows]))
-            positions += [position for position, _ in rows]
-        order = pa.array(sorted(range(len(positions)), key=positions.__getitem__), pa.int64())
-        return pa.concat_tables(pieces).take(order).combine_chunks()
+    def sorted_tables(self, ids: Sequence[str] | pa.Array, rows_per_table: int) -> Iterator[pa.Table]:
+        """The rows of `ids`, sorted by id, in tables of at most `rows_per_table` rows.
+
+        Raises:
+            KeyError: an id is not in the store.
+        """
+        wanted = pa.array(ids, pa.string())
+        ordered = wanted.take(pc.array_sort_indices(wanted))
+        for start in range(0, len(ordered), rows_per_table):
+            yield self.take(ordered[start : start + rows_per_table])
+
+    def _added(self, rows: int) -> None:
+        self._pending += rows
+        if self._pending >= self._flush_rows or time.monotonic() - self._last_flush >= self._flush_seconds:
+            self.flush()
 
     def _acquire_lock(self) -> FileLock:
         lock = FileLock(self.path / "lock")
@@ -135,74 +174,69 @@ class ShardStore:
             lock.acquire(blocking=False)
         except Timeout:
             raise WorkError(
-                f"{self.path} is in use by another process: wait for it or stop it (the lock goes with its process)"
+                f"{self.path} is in use by another process{self._holder()}: wait for it or stop it (the lock goes with "
+                "its process)"
             ) from None
         return lock
+
+    def _holder(self) -> str:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return f" (pid {json.loads((self.path / _HOLDER).read_text())['pid']})"
+        return ""
 
     def _load(self) -> None:
         for leftover in self.path.glob(".*"):
             leftover.unlink()
-        for shard in sorted(self.path.glob(_SHARD_PATTERN)):
+        # Newest first: a merged shard comes before the ones that it replaces.
+        for shard in sorted(self.path.glob(_SHARD_PATTERN), reverse=True):
             self._next = max(self._next, int(shard.name.split("-")[0]) + 1)
             self._index(shard)
-        small = self._small_shards()
-        if len(small) > COMPACT_ABOVE:
-            self._compact(small)
+        self._compact()
 
     def _index(self, shard: Path) -> None:
         if file_sha256(shard)[:16] != shard.stem.split("-")[1]:
             log.warning("%s is damaged (torn write or changed bytes): its rows are computed again", shard)
             shard.unlink()
             return
-        for row, row_id in enumerate(_ids(pq.read_table(shard, columns=["id"]))):
-            self._where.setdefault(row_id, (shard, row))
+        before = len(self._ids)
+        self._ids.update(pq.read_table(shard, columns=["id"], partitioning=None)["id"].to_pylist())
+        if len(self._ids) == before:  # its rows are in a merged shard, and a crash kept it from being removed
+            shard.unlink()
+        else:
+            self._sizes[shard] = _bytes_in_memory(shard)
 
     def _commit(self, table: pa.Table) -> None:
-        shard = self._write_shard(table)
-        for row, row_id in enumerate(_ids(table)):
-            self._where.setdefault(row_id, (shard, row))
+        self._write_shard(table)
+        self._ids.update(table["id"].to_pylist())
 
-    def _write_shard(self, table: pa.Table) -> Path:
+    def _write_shard(self, table: pa.Table) -> None:
         with disk_errors(self.path):
             sink = pa.BufferOutputStream()
-            write_parquet(table, sink)
-            content = sink.getvalue().to_pybytes()
+            write_parquet(table.sort_by("id").combine_chunks(), sink)
+            content = sink.getvalue()
             shard = self.path / f"{self._next:08d}-{bytes_sha256(content)[:16]}.parquet"
             write_bytes(shard, content)
         self._next += 1
-        return shard
+        self._sizes[shard] = _bytes_in_memory(shard)
 
-    def _small_shards(self) -> list[tuple[Path, int]]:
-        sizes = [(shard, _bytes_in_memory(shard)) for shard in sorted(self.path.glob(_SHARD_PATTERN))]
-        return [(shard, size) for shard, size in sizes if size < PART_BYTES // 2]
-
-    def _compact(self, small: Sequence[tuple[Path, int]]) -> None:
-        """Merge small shards, in groups that fit in memory.
-
-        A group's shards go after the merged one is on the disk; a crash between the two leaves rows twice, which
-        opening the store takes as one.
-        """
-        for group in _groups(small, PART_BYTES):
-            if len(group) > 1:
-                self._merge(group)
+    def _compact(self) -> None:
+        """Merge the shards of a size class once there are many, so that rows are rewritten a few times at most."""
+        for limit in (min(TINY_BYTES, PART_BYTES // 2), PART_BYTES // 2):
+            small = sorted((shard, size) for shard, size in self._sizes.items() if size < limit)
+            if len(small) > COMPACT_ABOVE:
+                for group in _groups(small, PART_BYTES):
+                    if len(group) > 1:
+                        self._merge(group)
 
     def _merge(self, group: Sequence[Path]) -> None:
-        merged = pa.concat_tables([self._live_rows(shard) for shard in group]).combine_chunks()
-        if merged.num_rows:
-            shard = self._write_shard(merged)
-            self._where.update((row_id, (shard, row)) for row, row_id in enumerate(_ids(merged)))
+        """One shard of the rows of several; those go after it is on the disk, so a crash leaves rows twice at worst."""
+        self._write_shard(
+            pa.concat_tables([pq.read_table(old, schema=self.schema, partitioning=None) for old in group])
+        )
         for old in group:
             old.unlink()
+            del self._sizes[old]
         fsync_path(self.path)
-
-    def _live_rows(self, shard: Path) -> pa.Table:
-        table = pq.read_table(shard, schema=self.schema)
-        live = [row for row, row_id in enumerate(_ids(table)) if self._where[row_id] == (shard, row)]
-        return table.take(pa.array(live, pa.int64()))
-
-
-def _ids(table: pa.Table) -> list[str]:
-    return table.column("id").to_pylist()
 
 
 def _bytes_in_memory(shard: Path) -> int:

@@ -20,6 +20,7 @@ from pipeline.errors import SourceError
 from pipeline.params import Params
 
 _COMMIT = re.compile("[0-9a-f]{40}")
+BATCH_ROWS = 2048
 _USER_ROLES = ("user", "human", "prompter")
 
 
@@ -30,6 +31,7 @@ class LocalSource(Params):
     path: str = Field(description="relative to collect.local_dir")
     column: str | None = Field(default=None, description="null for .txt, where each line is a query")
     limit: int | None = Field(default=None, ge=1, description="read the first rows only")
+    weight: float | None = Field(default=None, gt=0, description="its share of collect.sample; for all sources or none")
 
     @property
     def label(self) -> str:
@@ -38,7 +40,7 @@ class LocalSource(Params):
 
 
 class HubSource(Params):
-    """A data set of the Hugging Face hub, streamed where a limit is set."""
+    """A data set of the Hugging Face hub, streamed: no row waits for the download of all, and none is stored twice."""
 
     kind: Literal["hub"]
     name: str
@@ -47,6 +49,7 @@ class HubSource(Params):
     split: str = "train"
     revision: str | None = Field(default=None, description="commit on the hub; pin it")
     limit: int | None = Field(default=None, ge=1, description="read the first rows only")
+    weight: float | None = Field(default=None, gt=0, description="its share of collect.sample; for all sources or none")
 
     @property
     def label(self) -> str:
@@ -117,10 +120,10 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # which would hold a whole row group
             if column not in file.schema_arrow.names:
                 raise _missing_column(path, column, file.schema_arrow.names)
-            for batch in file.iter_batches(columns=[column]):
+            for batch in file.iter_batches(BATCH_ROWS, columns=[column]):
                 yield from batch.column(0).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} is damaged or no Parquet file: {error}") from None
@@ -196,7 +199,7 @@ def _hub_values(source: HubSource) -> Iterator[Any]:
     try:
         _check_revision(source)
         rows = datasets.load_dataset(
-            source.name, source.config, split=source.split, revision=source.revision, streaming=source.limit is not None
+            source.name, source.config, split=source.split, revision=source.revision, streaming=True
         )
         columns = rows.column_names or list(next(iter(rows), {}))
         if source.column not in columns:

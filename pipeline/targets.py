@@ -1,26 +1,27 @@
 """Let the teacher embed every usable response into a resumable store.
 
-The store is keyed by the response's text and not by the query's id: a query that was answered anew is embedded anew,
-and an answer that many queries share is embedded once.
+The store is keyed by the query and its response's text together: a query that was answered anew is embedded anew, one
+that was not is not. Keys begin as the ids do, so that the targets of neighbouring ids lie side by side.
 """
 
 import logging
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field
 from tqdm import tqdm
 
 from pipeline.artifacts import PART_BYTES, bytes_sha256
-from pipeline.contracts import TARGET_TYPES
+from pipeline.contracts import TARGET_TYPES, targets_schema
 from pipeline.errors import TeacherError
 from pipeline.params import Params
-from pipeline.runtime import progress
+from pipeline.places import Count
+from pipeline.runtime import gpu_memory_mib, progress
 from pipeline.shards import ShardStore
 from pipeline.teachers import TeacherParams
 from pipeline.teachers.base import Teacher
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 ID_BYTES = 72
 # Batches handed to the teacher at once: it sorts them by length, and what is in hand is lost when killed.
-CHUNK_BATCHES = 8
+CHUNK_BATCHES = 16
+COLUMNS = ("id", "response", "finish_reason")
+MOST_ROWS = 2**18  # of a part: narrow targets would fill it with millions of ids
 NAMED_IDS = 5
 FLOAT16_MAX = 65504.0
 
@@ -46,25 +49,7 @@ class EmbedParams(Params):
     teacher: TeacherParams
     normalize: bool = Field(default=False, description="scale targets to length 1; changes the balance of the losses")
     dtype: TargetType = Field(default="float16", description="of the stored targets")
-
-
-@dataclass(frozen=True)
-class Usable:
-    """The responses to embed (id -> text), and how many rows are left out for which reason."""
-
-    texts: dict[str, str]
-    skipped: dict[str, int]
-
-
-def usable_responses(responses: pa.Table) -> Usable:
-    """The rows (columns id, response, finish_reason) that have an answer: not failed, not blank."""
-    failed = pc.equal(responses.column("finish_reason"), "error")
-    blank = pc.equal(pc.utf8_trim_whitespace(responses.column("response")), "")
-    kept = responses.filter(pc.invert(pc.or_(failed, blank)))
-    errors = pc.sum(failed).as_py() or 0
-    empty = pc.sum(pc.and_(blank, pc.invert(failed))).as_py() or 0
-    texts = dict(zip(kept.column("id").to_pylist(), kept.column("response").to_pylist(), strict=True))
-    return Usable(texts, {"error": errors, "empty": empty})
+    data_parallel: Count = Field(default="auto", description="teacher processes; auto: one a GPU")
 
 
 def fingerprint(teacher: Teacher, params: EmbedParams) -> dict[str, Any]:
@@ -72,14 +57,52 @@ def fingerprint(teacher: Teacher, params: EmbedParams) -> dict[str, Any]:
     return {"version": VERSION, "teacher": teacher.identity, "normalize": params.normalize, "dtype": params.dtype}
 
 
+def store_schema(width: int, dtype: TargetType) -> pa.Schema:
+    """The targets' schema and what is counted of them, which a resumed run must know too."""
+    counted = [pa.field("tokens", pa.int32(), nullable=False), pa.field("truncated", pa.bool_(), nullable=False)]
+    return pa.schema([*targets_schema(width, dtype), *counted])
+
+
 def rows_per_part(width: int, dtype: TargetType) -> int:
     """Rows that keep a part of the targets below `PART_BYTES`."""
-    return max(1, PART_BYTES // (width * TARGET_TYPES[dtype].bit_width // 8 + ID_BYTES))
+    return min(MOST_ROWS, max(1, PART_BYTES // (width * TARGET_TYPES[dtype].bit_width // 8 + ID_BYTES)))
 
 
-def text_key(text: str) -> str:
-    """The store's id of a text."""
-    return bytes_sha256(text.encode())[:32]
+def store_key(row_id: str, text: str) -> str:
+    """The store's id of a query's response."""
+    return row_id[:16] + bytes_sha256(text.encode())[:16]
+
+
+class Row(NamedTuple):
+    """A usable response, and where its target is in the store."""
+
+    id: str
+    key: str
+    text: str
+
+
+class Responses:
+    """The usable responses of an artifact, read anew and one batch at a time by each iteration.
+
+    Usable is an answer that did not fail and is not blank. `skipped` counts the others of the iteration that came
+    last, by reason.
+    """
+
+    def __init__(self, batches: Callable[[], Iterable[pa.Table]]) -> None:
+        """`batches` gives tables with the columns id, response and finish_reason."""
+        self._batches = batches
+        self.skipped: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Row]:
+        self.skipped = Counter({"error": 0, "empty": 0})
+        for batch in self._batches():
+            for row_id, text, finish in zip(*(batch[name].to_pylist() for name in COLUMNS), strict=True):
+                if finish == "error":
+                    self.skipped["error"] += 1
+                elif not text.strip():
+                    self.skipped["empty"] += 1
+                else:
+                    yield Row(row_id, store_key(row_id, text), text)
 
 
 @dataclass
@@ -87,7 +110,7 @@ class Embedder:
     """The work of one run.
 
     Attributes:
-        store: holds the vectors of finished texts by `text_key` (schema `contracts.targets_schema`).
+        store: holds the vectors of finished responses by `store_key` (schema `store_schema`).
         teacher: embeds.
         normalize: scale targets to length 1.
         dtype: of the stored targets.
@@ -99,54 +122,71 @@ class Embedder:
     normalize: bool
     dtype: TargetType
     chunk_rows: int
-    computed_texts: int = 0
+    rows: int = 0
     computed_rows: int = 0
+    computed_tokens: int = 0
     seconds: float = 0.0
+    gpu_memory_mib: dict[str, int] = field(default_factory=dict)
 
-    def run(self, texts: Mapping[str, str]) -> None:
-        """Embed the texts (id -> text) that the store lacks.
+    def run(self, responses: Iterable[Row]) -> None:
+        """Embed the responses (iterated more than once) that the store lacks.
 
         Raises:
             TeacherError: an embedding is unusable; finished rows are kept.
         """
-        keys = {row_id: text_key(text) for row_id, text in texts.items()}
-        missing = {row_id: key for row_id, key in keys.items() if key not in self.store}
-        # Of the ids that share a text, the smallest stands for it.
-        todo = {key: row_id for row_id, key in sorted(missing.items(), reverse=True)}
-        if len(missing) < len(texts):
-            log.info("embed: %d of %d rows are done already", len(texts) - len(missing), len(texts))
+        done = [row.key in self.store for row in responses]
+        self.rows, missing = len(done), done.count(False)
+        if missing < self.rows:
+            log.info("embed: %d of %d rows are done already", self.rows - missing, self.rows)
         started = monotonic()
-        self._embed_all(sorted(todo.values()), texts)
-        self.computed_texts, self.computed_rows, self.seconds = len(todo), len(missing), monotonic() - started
-
-    def tables(self, texts: Mapping[str, str], rows_per_table: int) -> Iterator[pa.Table]:
-        """Targets of `texts` (id -> text), sorted by id, in tables of at most `rows_per_table` rows."""
-        ordered = sorted(texts)
-        for start in range(0, len(ordered), rows_per_table):
-            ids = ordered[start : start + rows_per_table]
-            keys = [text_key(texts[row_id]) for row_id in ids]
-            distinct = sorted(set(keys))
-            (vectors,) = self.store.sorted_tables(distinct, len(distinct))
-            position = {key: index for index, key in enumerate(distinct)}
-            rows = vectors.take([position[key] for key in keys])
-            yield rows.set_column(0, self.store.schema.field("id"), pa.array(ids, pa.string()))
-
-    def _embed_all(self, ids: Sequence[str], texts: Mapping[str, str]) -> None:
-        bar: tqdm[str] = progress([], total=len(ids), desc="embed", unit="text")
+        bar: tqdm[Row] = progress([], total=self.rows, desc="embed", unit="text", initial=self.rows - missing)
         with bar:
-            for start in range(0, len(ids), self.chunk_rows):
-                chunk = ids[start : start + self.chunk_rows]
-                self._embed(chunk, [texts[row_id] for row_id in chunk])
+            todo = (row for row in responses if row.key not in self.store)
+            while chunk := list(islice(todo, self.chunk_rows)):
+                self._embed(chunk)
                 bar.update(len(chunk))
+                bar.set_postfix_str(f"{self.computed_tokens / (monotonic() - started):.0f} tokens/s", refresh=False)
         self.store.flush()
+        self.computed_rows, self.seconds = missing, monotonic() - started
+        self.gpu_memory_mib = gpu_memory_mib()
 
-    def _embed(self, ids: Sequence[str], texts: Sequence[str]) -> None:
+    def tables(self, responses: Iterable[Row], rows_per_table: int) -> Iterator[pa.Table]:
+        """Targets of the responses in their order (schema `store_schema`), `rows_per_table` rows a table."""
+        pairs = ((row.id, row.key) for row in responses)
+        while chunk := list(islice(pairs, rows_per_table)):
+            rows = self.store.take([key for _, key in chunk])
+            ids = pa.array([row_id for row_id, _ in chunk], pa.string())
+            yield rows.set_column(0, self.store.schema.field("id"), ids)
+
+    def summary(self) -> dict[str, Any]:
+        """What the run did; volatile, so it goes to results/."""
+        seconds = self.seconds or float("inf")
+        return {
+            "reused_rows": self.rows - self.computed_rows,
+            "computed_rows": self.computed_rows,
+            "computed_tokens": self.computed_tokens,
+            "embed_seconds": round(self.seconds, 2),
+            "texts_per_second": round(self.computed_rows / seconds, 1),
+            "tokens_per_second": round(self.computed_tokens / seconds, 1),
+            "gpu_memory_mib": self.gpu_memory_mib,
+        }
+
+    def _embed(self, rows: Sequence[Row]) -> None:
+        ids, texts = [row.id for row in rows], [row.text for row in rows]
         vectors = self.teacher.embed(texts)
         check_vectors(ids, vectors, self.teacher.width)
         if self.normalize:
             vectors = unit_length(ids, vectors)
-        for text, vector in zip(texts, cast(ids, vectors, self.dtype), strict=True):
-            self.store.add({"id": text_key(text), "embedding": vector})
+        tokens = self.teacher.token_counts(texts)
+        self.computed_tokens += sum(tokens)
+        kind = self.store.schema.field("embedding").type
+        columns = [
+            pa.array([row.key for row in rows], pa.string()),
+            pa.FixedSizeListArray.from_arrays(pa.array(cast(ids, vectors, self.dtype).reshape(-1)), type=kind),
+            pa.array(tokens, pa.int32()),
+            pa.array(self.teacher.truncated(texts), pa.bool_()),
+        ]
+        self.store.add_table(pa.Table.from_arrays(columns, schema=self.store.schema))
 
 
 def check_vectors(ids: Sequence[str], vectors: "np.ndarray[Any, Any]", width: int) -> None:
@@ -190,35 +230,3 @@ def _name(ids: Sequence[str], bad: "np.ndarray[Any, Any]") -> str:
     named = [row_id for row_id, is_bad in zip(ids, bad, strict=True) if is_bad]
     more = f" and {len(named) - NAMED_IDS} more" if len(named) > NAMED_IDS else ""
     return f"{len(named)} of {len(ids)} texts: {', '.join(named[:NAMED_IDS])}{more}"
-
-
-@dataclass
-class NormStatistics:
-    """Mean and standard deviation of the targets' lengths: their scale decides the balance of the losses."""
-
-    rows: int = 0
-    _sum: float = field(default=0.0, repr=False)
-    _squares: float = field(default=0.0, repr=False)
-
-    def through(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """The tables of targets unchanged, their lengths added up."""
-        for table in tables:
-            if table.num_rows:
-                self._add(table)
-            yield table
-
-    def summary(self) -> dict[str, float]:
-        """`norm_mean` and `norm_std` so far."""
-        mean = self._sum / self.rows if self.rows else 0.0
-        variance = self._squares / self.rows - mean**2 if self.rows else 0.0
-        return {"norm_mean": round(mean, 6), "norm_std": round(math.sqrt(max(variance, 0.0)), 6)}
-
-    def _add(self, table: pa.Table) -> None:
-        import numpy as np
-
-        column = table.column("embedding").combine_chunks()
-        vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1).astype(np.float64)
-        lengths = np.linalg.norm(vectors, axis=1)
-        self.rows += len(lengths)
-        self._sum += float(lengths.sum())
-        self._squares += float((lengths**2).sum())

@@ -44,6 +44,7 @@ class TrainParams(Params):
     template: Template
     max_query_tokens: int = Field(ge=1)
     max_response_tokens: int = Field(ge=1)
+    drop_loops: bool = Field(default=False, description="leave out answers that end in a repetition loop")
     passes: Literal["packed", "plain"] = "packed"
     align_weight: float = Field(ge=0)
     recon_weight: float = Field(ge=0)

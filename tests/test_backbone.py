@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.backbone import (
     BackboneParams,
+    Keep,
     PromptFormatter,
     eos_token_id,
     identify,
@@ -34,8 +35,9 @@ def test_long_text_loses_its_end_and_keeps_the_template() -> None:
 
 
 @pytest.mark.parametrize("text", ["x" * 100_000, "😀" * 5000, "שלום " * 3000, "a", "😀"])
-def test_any_text_fits(text: str) -> None:
-    prompt = PromptFormatter(tiny_tokenizer(), "raw", 33)(text)
+@pytest.mark.parametrize("keep", ["start", "end"])
+def test_any_text_fits(text: str, keep: Keep) -> None:
+    prompt = PromptFormatter(tiny_tokenizer(), "raw", 33, keep=keep)(text)
     assert 1 <= len(prompt.token_ids) <= 33
     assert prompt.truncated == (len(text.encode()) > 33)
 
@@ -100,3 +102,25 @@ def test_padding_sides() -> None:
     assert (ids.tolist(), mask.tolist()) == ([[0, 5], [6, 7]], [[0, 1], [1, 1]])
     ids, mask = pad_right([[5], [6, 7]])
     assert (ids.tolist(), mask.tolist()) == ([[5, 0], [6, 7]], [[1, 0], [1, 1]])
+
+
+@pytest.mark.parametrize("template", ["raw", "chat"])
+def test_a_batch_is_its_texts_one_by_one(template: str) -> None:
+    formatter = PromptFormatter(tiny_tokenizer(), template, 12)
+    texts = ["", "short", "much longer than twelve tokens", "short"]
+    assert formatter.batch(texts) == [formatter(text) for text in texts]
+    assert formatter.batch([]) == []
+
+
+@pytest.mark.parametrize("template", ["raw", "chat"])
+def test_the_end_of_a_long_text_is_kept_when_asked_to(template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    formatter = PromptFormatter(tokenizer, template, 10, keep="end")
+    prompt = formatter("the beginning and the end")
+    room = 10 if template == "raw" else 7
+    assert prompt.text == "the beginning and the end"[-room:]
+    assert prompt.truncated
+    assert len(prompt.token_ids) == 10
+    assert tokenizer.decode(prompt.token_ids, skip_special_tokens=True) == prompt.text
+    whole = formatter("the end")
+    assert (whole.text, whole.truncated) == ("the end", False)

@@ -1,5 +1,7 @@
 """The resumable loop with engines whose answers are known in advance."""
 
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,12 +9,15 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline import generation
+from pipeline.artifacts import PART_BYTES
 from pipeline.backbone import PromptFormatter
 from pipeline.contracts import RESPONSES, check_table
 from pipeline.engines import engine_facts
 from pipeline.engines.base import Completion, Prompt, Sampling
 from pipeline.errors import EngineError, ParamsError
-from pipeline.generation import STORE, GenerateParams, Generator, ResponseCounts, row_seed, rows_per_part
+from pipeline.generation import GenerateParams, Generator, row_seed, rows_per_part
+from pipeline.outcomes import STORE, ResponseCounts
 from pipeline.params import validate
 from pipeline.shards import ShardStore
 from tests.conftest import tiny_tokenizer
@@ -45,6 +50,29 @@ class FakeEngine:
         self.closed = True
 
 
+def sorted_ids(queries: Mapping[str, str]) -> pa.Array:
+    return pa.array(sorted(queries), pa.string())
+
+
+def batches(queries: Mapping[str, str], window: int) -> Iterator[pa.Table]:
+    """The queries as the artifact gives them."""
+    table = pa.table({"id": sorted(queries), "text": [queries[row_id] for row_id in sorted(queries)]})
+    for start in range(0, len(queries), window):
+        yield table.slice(start, window)
+
+
+def responses(table: pa.Table) -> pa.Table:
+    return pa.concat_tables(ResponseCounts().through([table]))
+
+
+def counts(table: pa.Table, rows_per_table: int = 4) -> dict[str, Any]:
+    """What is counted of a table that passes in pieces."""
+    counted = ResponseCounts()
+    pieces = (table.slice(start, rows_per_table) for start in range(0, table.num_rows, rows_per_table))
+    assert sum(piece.num_rows for piece in counted.through(pieces)) == table.num_rows
+    return counted.summary()
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., tuple[Generator, pa.Table]]:
     """Run the loop with an engine over the same store and give the generator and its rows."""
@@ -55,12 +83,15 @@ def run(tmp_path: Path) -> Callable[..., tuple[Generator, pa.Table]]:
         limit: float = 1.0,
         max_tokens: int = 64,
         part: int = 7,
+        window: int = 100,
+        **settings: Any,
     ) -> tuple[Generator, pa.Table]:
         formatter = PromptFormatter(tiny_tokenizer(), "chat", max_tokens)
         with ShardStore(tmp_path / "work", STORE, {"max_tokens": max_tokens}) as store:
-            generator = Generator(store, lambda: engine, formatter, SAMPLING, 5, limit)
-            generator.run(queries)
-            return generator, pa.concat_tables(ResponseCounts().through(generator.tables(queries, part)))
+            generator = Generator(store, lambda: engine, formatter, SAMPLING, 5, limit, **settings)
+            ids = sorted_ids(queries)
+            generator.run(ids, batches(queries, window))
+            return generator, pa.concat_tables(generator.tables(ids, part))
 
     return run
 
@@ -71,7 +102,7 @@ Run = Callable[..., tuple[Generator, pa.Table]]
 def test_one_row_a_query_sorted_and_closed(run: Run) -> None:
     engine = FakeEngine()
     generator, table = run(engine)
-    check_table(table, RESPONSES, "responses")
+    check_table(responses(table), RESPONSES, "responses")
     assert table.column("id").to_pylist() == sorted(QUERIES)
     # <|user|> + one token a byte + <|end|> + <|bot|>
     expected = {row_id: len(text) + 3 for row_id, text in QUERIES.items()}
@@ -97,7 +128,7 @@ def test_a_larger_corpus_computes_only_its_new_rows(run: Run) -> None:
     run(FakeEngine())
     engine = FakeEngine()
     _, table = run(engine, QUERIES | {"00a": "new", "zz": "also new"})
-    assert [prompt.id for prompt in engine.asked] == ["00a", "zz"]
+    assert {prompt.id for prompt in engine.asked} == {"00a", "zz"}
     assert table.num_rows == 22
 
 
@@ -111,7 +142,7 @@ def test_a_failed_row_is_tried_once_more(run: Run) -> None:
 
 def test_a_row_that_fails_twice_is_recorded_and_retried_by_the_next_run(run: Run) -> None:
     _, table = run(FakeEngine(fails={"03": 2, "11": 2}))
-    check_table(table, RESPONSES, "responses")
+    check_table(responses(table), RESPONSES, "responses")
     failed = [row for row in table.to_pylist() if row["finish_reason"] == "error"]
     assert [(row["id"], row["response"], row["error"]) for row in failed] == [
         ("03", "", "out of luck: 03"),
@@ -119,16 +150,19 @@ def test_a_row_that_fails_twice_is_recorded_and_retried_by_the_next_run(run: Run
     ]
     engine = FakeEngine(fails={"11": 2})
     _, table = run(engine)
-    check_table(table, RESPONSES, "responses")
+    check_table(responses(table), RESPONSES, "responses")
     assert {prompt.id for prompt in engine.asked} == {"03", "11"}
     assert table.filter(pa.compute.equal(table["finish_reason"], "error"))["id"].to_pylist() == ["11"]
 
 
 def test_too_many_failures_say_how_many_and_why(run: Run) -> None:
     fails = {"03": 2, "11": 2}
-    message = r"2 of 20 rows failed twice \(2 x out of luck\), e.g. id 03; generate.max_failed_fraction is 0.09"
-    with pytest.raises(EngineError, match=message):
+    message = r"2 of 20 rows failed \(2 x out of luck\), e.g. id 03; generate.max_failed_fraction is 0.09"
+    with pytest.raises(EngineError, match=message) as caught:
         run(FakeEngine(fails), limit=0.09)
+    listing = re.search(r"(\S+failed\.json) lists", str(caught.value))
+    assert listing
+    assert json.loads(Path(listing[1]).read_text()) == {"03": "out of luck: 03", "11": "out of luck: 11"}
     run(FakeEngine(fails), limit=0.1)
 
 
@@ -151,30 +185,77 @@ def test_an_engine_that_swallows_rows_is_noticed(run: Run) -> None:
         run(Swallower())
 
 
-def test_truncated_and_empty_rows_are_counted_also_after_a_resume(run: Run) -> None:
+def test_truncated_empty_and_looping_rows_are_counted_also_after_a_resume(run: Run) -> None:
     class Mute(FakeEngine):
         def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
-            return (Completion(p.id, " \n" if p.id < "05" else "x", "length", 4) for p in prompts)
+            answers = {"00": " \n", "01": "", "02": "round and " * 20, "03": "<think>hm</think> yes"}
+            return (Completion(p.id, answers.get(p.id, "x"), "length", 4) for p in prompts)
 
     queries = QUERIES | {"long": "much too long " * 9}
     for _ in range(2):
-        generator, _ = run(Mute(), queries)
-        counts = ResponseCounts()
-        assert sum(table.num_rows for table in counts.through(generator.tables(queries, 4))) == 21
-        assert counts.summary() == {
+        _, table = run(Mute(), queries)
+        assert counts(table) == {
             "finish_reason": {"stop": 0, "length": 21, "error": 0},
-            "empty_responses": 5,
+            "empty_responses": 2,
             "truncated_prompts": 1,
+            "stripped_thinking": 1,
+            "repetition_loops": 1,
             "errors": {},
         }
+    assert table["response"].to_pylist()[3] == "yes"
 
 
 def test_failed_rows_are_counted_by_reason_and_not_as_empty(run: Run) -> None:
-    generator, _ = run(FakeEngine(fails={"03": 2, "11": 2}))
-    counts = ResponseCounts()
-    assert sum(table.num_rows for table in counts.through(generator.tables(QUERIES, 3))) == 20
-    assert counts.summary()["errors"] == {"out of luck": 2}
-    assert counts.summary()["empty_responses"] == 0
+    _, table = run(FakeEngine(fails={"03": 2, "11": 2}))
+    assert counts(table)["errors"] == {"out of luck": 2}
+    assert counts(table)["empty_responses"] == 0
+
+
+def test_thinking_stays_when_it_is_asked_to(run: Run) -> None:
+    class Thinker(FakeEngine):
+        def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
+            return (Completion(p.id, "<think>hm</think> yes", "stop", 4) for p in prompts)
+
+    _, table = run(Thinker(), strip_thinking=False)
+    assert set(table["response"].to_pylist()) == {"<think>hm</think> yes"}
+    assert counts(table)["stripped_thinking"] == 0
+
+
+def test_a_dropped_query_is_recorded_once_and_is_no_failure(run: Run) -> None:
+    queries = QUERIES | {"long": "much too long " * 9}
+    engine = FakeEngine()
+    for _ in range(2):
+        _, table = run(engine, queries, limit=0.0, drop_too_long=True)
+        check_table(responses(table), RESPONSES, "responses")
+        dropped = [row for row in table.to_pylist() if row["finish_reason"] == "error"]
+        assert [(row["id"], row["error"]) for row in dropped] == [("long", "dropped: longer than max_prompt_tokens")]
+        assert counts(table)["errors"] == {"dropped": 1}
+        assert counts(table)["truncated_prompts"] == 0
+    assert "long" not in {prompt.id for prompt in engine.asked}
+    assert len(engine.asked) == 20
+
+
+def test_only_dropped_queries_start_no_engine(run: Run) -> None:
+    engine = FakeEngine()
+    _, table = run(engine, {"long": "much too long " * 9}, drop_too_long=True)
+    assert table.num_rows == 1
+    assert not engine.closed
+
+
+def test_the_longest_prompts_of_a_window_go_first(run: Run) -> None:
+    engine = FakeEngine()
+    run(engine, {"a": "x", "b": "xxx", "c": "xx", "d": "xxxx"}, window=3)
+    assert [prompt.id for prompt in engine.asked] == ["b", "c", "a", "d"]
+    assert [prompt.text for prompt in engine.asked] == ["xxx", "xx", "x", "xxxx"]
+
+
+def test_a_hopeless_run_ends_early(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "HOPELESS", 5)
+    engine = FakeEngine(fails=dict.fromkeys(QUERIES, 2))
+    with pytest.raises(EngineError, match=r"5 of 20 rows failed"):
+        run(engine, limit=0.2)
+    assert len(engine.asked) == 5
+    assert engine.closed
 
 
 def test_each_row_has_its_own_seed_in_every_run(run: Run) -> None:
@@ -194,9 +275,18 @@ def params(**keys: Any) -> GenerateParams:
 def test_speed_and_tolerance_do_not_change_the_content() -> None:
     facts = engine_facts("echo")
     base = params().content(facts)
-    assert params(options={"delay": 1.0}, max_failed_fraction=0.5).content(facts) == base
+    assert (
+        params(options={"delay": 1.0}, max_failed_fraction=0.5, data_parallel=2, tensor_parallel=4).content(facts)
+        == base
+    )
     assert base["stub"] is True
-    for change in ({"seed": 1}, {"temperature": 1.0}, {"max_prompt_tokens": 9}, {"dtype": "bfloat16"}):
+    for change in (
+        {"seed": 1},
+        {"temperature": 1.0},
+        {"max_prompt_tokens": 9},
+        {"dtype": "bfloat16"},
+        {"too_long": "drop"},
+    ):
         assert params(**change).content(facts) != base
     vllm = engine_facts("vllm")
     assert params(engine="vllm", options={"max_num_seqs": 9}).content(vllm) == params(engine="vllm").content(vllm)
@@ -211,5 +301,5 @@ def test_values_out_of_range(wrong: dict[str, Any]) -> None:
 
 
 def test_parts_are_bounded() -> None:
-    assert rows_per_part(500) * (256 + 8 * 500) <= 256 * 2**20
+    assert rows_per_part(500) * (256 + 8 * 500) <= PART_BYTES
     assert rows_per_part(10**9) == 1

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.artifacts import write_json
+from pipeline.artifacts import create, write_json
+from pipeline.contracts import RESPONSES
 from pipeline.errors import ArtifactError
-from pipeline.inspection import _cell, show, trace
+from pipeline.inspection import _cell, counts, failures, show, trace
 from tests.toy_workspace import EMPTY, FAILED, IDS, USABLE, flip_byte, make_workspace
 
 
@@ -34,6 +35,28 @@ def test_queries_show_rows_of_each_split() -> None:
 def test_parts_are_shown_as_one_table() -> None:
     assert show("generate", 3).row_count == 3
     assert show("generate", 99).row_count == 5
+
+
+def test_counts_are_shown_by_their_names_and_zeros_are_not() -> None:
+    counted = {"finish_reason": {"stop": 1234, "error": 2}, "empty_responses": 0, "errors": {"timeout": 2}}
+    with create(Path("data/responses"), kind="responses", params={}) as out:
+        out.write_parts([], RESPONSES)
+        out.counts = counted
+    text = rendered(counts("generate"))
+    for expected in ("finish_reason / stop", "1,234", "finish_reason / error", "errors / timeout"):
+        assert expected in text
+    assert "empty" not in text
+    assert counts("train") is None
+
+
+def test_failed_rows_are_shown_with_their_reasons() -> None:
+    table = failures("generate", 5)
+    assert table is not None
+    assert table.row_count == 1
+    text = rendered(table)
+    assert IDS[FAILED] in text
+    assert "prompt too long" in text
+    assert failures("embed", 5) is None
 
 
 def test_targets_show_norm_and_first_values_instead_of_all() -> None:

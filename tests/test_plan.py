@@ -124,11 +124,15 @@ def test_the_real_plan(workspace: Path) -> None:
         "probe@reasoning", "probe@interpret", "report",
     ]  # fmt: skip
     assert "at most 160,000 queries" in lines["collect"]
+    assert "without near duplicates, texts of the evaluation" in lines["collect"]
     assert "at most 80,000,000 tokens written" in lines["generate"]
     assert "weights 8.0 GB" in lines["generate"]
     assert "about 4,950 steps of 32 rows" in lines["train"]
     assert "BrightBiologyRetrieval and 11 more" in lines["probe@reasoning"]
+    adapter = "McGill-NLP/LLM2Vec-Qwen3-4B-mntp"
     assert plan.remarks == [
+        f"embed.teacher.adapters.0.revision: {adapter} is not pinned: set the commit",
+        f"embed.teacher.adapters.1.revision: {adapter}-unsup-simcse is not pinned: set the commit",
         "probes.safety.revision: McGill-NLP/AdvBench-IR-chunked is not pinned: set the commit",
         "collect.local_dir: data/sources does not exist, `dvc repro` needs it",
         "evaluate.local_dir: data/tasks does not exist, `dvc repro` needs it",
@@ -143,6 +147,20 @@ def test_rows_that_are_there_count_instead_of_the_sample(workspace: Path) -> Non
     Path("data/queries/manifest.json").unlink()
     unbounded = real().collect.model_copy(update={"sample": None})
     assert expected_rows(real().model_copy(update={"collect": unbounded}), workspace) == (None, False)
+
+
+def test_a_teacher_of_adapters_is_named_and_its_pins_and_scale_are_remarked(workspace: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        adapters = [{"name": "org/mntp", "revision": "a" * 40}, {"name": "org/simcse"}]
+        content["embed"]["teacher"] = {"kind": "llm2vec", "adapters": adapters}
+        content["train"]["align_reduction"] = "sum"
+
+    plan = make_plan(load_all(written(workspace, change)), workspace)
+    (embed,) = (where for stage, _, where in plan.lines if stage == "embed")
+    assert embed == "Qwen/Qwen3-4B + org/mntp + org/simcse"
+    assert "embed.teacher.adapters.1.revision: org/simcse is not pinned: set the commit" in plan.remarks
+    assert not any("org/mntp" in remark for remark in plan.remarks)
+    assert any("align_reduction: sum over the dimensions of llm2vec" in remark for remark in plan.remarks)
 
 
 def test_stubs_and_cut_answers_are_remarked(workspace: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ParamsError
-from pipeline.params import read_yaml
+from pipeline.params import read_yaml, validate
+from pipeline.plan import AllParams
 from pipeline.presets import preset_of, presets, switch
 from tests.conftest import ROOT
 
@@ -23,11 +24,21 @@ backbone:
   dtype: float32
   chat_template_kwargs: {}
 
+# about the teacher
+embed:
+  teacher:
+    kind: sentence-transformers
+    name: models/other   # stands in
+    prompt: "passage: "  # of that model
+  dtype: float32
+
 # about training
 train:
   learning_rate: 1e-4  # tuned
   batch_size: 16
   micro_batch_size: 3
+
+# about suites
 suites:
   demo: {local: [a, b], benchmark: "MTEB(eng, v2)"}
 """
@@ -55,18 +66,96 @@ def test_revisions_are_commits_or_open() -> None:
         assert revision is None or (len(revision) == 40 and int(revision, 16))
 
 
+def test_teachers_are_the_papers_own_of_each_backbone() -> None:
+    """The names of the paper's table of models; both adapters carry the backbone's name without its dots."""
+    for name, preset in presets().items():
+        mntp, simcse = preset.teacher.adapters
+        family = preset.backbone.name.split("/")[1].replace("Llama-3", "Meta-Llama-3").replace(".", "")
+        assert mntp.name == f"McGill-NLP/LLM2Vec-{family}-mntp", name
+        assert simcse.name == f"{mntp.name}-unsup-simcse"
+        assert all(adapter.revision is None or len(adapter.revision) == 40 for adapter in (mntp, simcse))
+        teacher = preset.teacher_params(24)
+        assert (teacher.name, teacher.revision) == (preset.backbone.name, preset.backbone.revision)
+        assert teacher.batch_size <= preset.teacher_params(80).batch_size
+        assert preset.teacher.batch_size.keys() == preset.micro_batch_size.keys()
+
+
 def test_switching_sets_the_preset_and_keeps_the_rest(params: Path) -> None:
     changes = switch(params, "qwen3-4b", 24)
     text = params.read_text()
-    for comment in ("# the top comment", "# mine", "# unpinned", "# about training", "# tuned"):
-        assert comment in text
+    for line in PARAMS.splitlines():
+        if "#" in line:
+            assert line[line.index("#") :] in text
     content = read_yaml(params)
-    assert content["backbone"] == presets()["qwen3-4b"].backbone.model_dump(exclude={"trust_remote_code"})
-    assert content["train"] == {"learning_rate": 3e-4, "batch_size": 16, "micro_batch_size": 4}
+    preset = presets()["qwen3-4b"]
+    assert content["backbone"] == preset.backbone.model_dump(exclude={"trust_remote_code"})
+    assert content["embed"] == {
+        "teacher": {
+            "kind": "llm2vec",
+            "name": "Qwen/Qwen3-4B",
+            "revision": preset.backbone.revision,
+            "adapters": [
+                {"name": "McGill-NLP/LLM2Vec-Qwen3-4B-mntp", "revision": None},
+                {"name": "McGill-NLP/LLM2Vec-Qwen3-4B-mntp-unsup-simcse", "revision": None},
+            ],
+            "dtype": "bfloat16",
+            "prompt": "",
+        },
+        "normalize": False,
+        "dtype": "float16",
+    }
+    assert content["train"] == {
+        "align_reduction": "mean", "learning_rate": 3e-4, "batch_size": 16, "micro_batch_size": 4
+    }  # fmt: skip
     assert content["suites"] == {"demo": {"local": ["a", "b"], "benchmark": "MTEB(eng, v2)"}}
     assert 'demo: {local: [a, b], benchmark: "MTEB(eng, v2)"}' in text
     assert changes[0] == "backbone.name: models/own -> Qwen/Qwen3-4B"
-    assert len(changes) == 6
+    adapters = next(line for line in changes if line.startswith("embed.teacher.adapters: None -> "))
+    assert adapters.endswith("LLM2Vec-Qwen3-4B-mntp-unsup-simcse (not pinned)")
+    assert len(changes) == 4 + 6 + 2 + 3
+
+
+def test_comments_stay_with_their_sections(params: Path) -> None:
+    switch(params, "qwen3-4b", 24)
+    lines = params.read_text().splitlines()
+    for comment, section in (("# about the teacher", "embed:"), ("# about training", "train:")):
+        assert lines[lines.index(comment) + 1] == section
+    assert lines[lines.index("# about suites") + 1] == "suites:"
+
+
+def test_a_comment_after_the_adapters_stays(params: Path) -> None:
+    params.write_text(
+        PARAMS.replace(
+            '    prompt: "passage: "  # of that model\n  dtype: float32\n',
+            "    adapters:\n      - {name: a/b, revision: null}  # first\n      - {name: c/d}  # second\n",
+        ).replace("kind: sentence-transformers", "kind: llm2vec")
+    )
+    switch(params, "qwen3-4b", 24)
+    text = params.read_text()
+    assert "unsup-simcse, revision: null}" in text
+    assert [comment for comment in ("# first", "# second", "# about training") if comment not in text] == []
+    assert text.index("# about training") < text.index("train:") < text.index("# about suites")
+    assert read_yaml(params)["embed"]["dtype"] == "float16"
+
+
+def test_a_pin_set_by_hand_is_kept_for_the_same_adapter(params: Path) -> None:
+    switch(params, "qwen3-4b", 24)
+    pinned = f"Qwen3-4B-mntp, revision: {'a' * 40}"
+    params.write_text(params.read_text().replace("Qwen3-4B-mntp, revision: null", pinned))
+    switch(params, "qwen3-4b", 80)
+    assert read_yaml(params)["embed"]["teacher"]["adapters"][0]["revision"] == "a" * 40
+    switch(params, "qwen3-1.7b", 80)
+    assert read_yaml(params)["embed"]["teacher"]["adapters"][0]["revision"] is None
+
+
+def test_the_real_params_stay_valid_with_every_preset(workspace: Path) -> None:
+    path = workspace / "params.yaml"
+    for source in ("params.yaml", "params.demo.yaml"):
+        path.write_text((ROOT / source).read_text())
+        for name, preset in presets().items():
+            switch(path, name, 24)
+            params = validate(read_yaml(path), AllParams, where=name)
+            assert params.embed.teacher == preset.teacher_params(24)
 
 
 def test_switching_twice_changes_nothing(params: Path) -> None:
@@ -77,9 +166,10 @@ def test_switching_twice_changes_nothing(params: Path) -> None:
 
 
 def test_there_and_back_restores_the_real_params(workspace: Path) -> None:
-    real = (ROOT / "params.yaml").read_text()
     path = workspace / "params.yaml"
-    path.write_text(real)
+    path.write_text((ROOT / "params.yaml").read_text())
+    switch(path, "qwen3-4b", 80)
+    real = path.read_text()
     switch(path, "qwen2.5-0.5b", 80)
     assert "Qwen/Qwen2.5-0.5B-Instruct" in path.read_text()
     switch(path, "qwen3-4b", 80)
@@ -92,7 +182,7 @@ def test_mistakes_are_named(params: Path) -> None:
     with pytest.raises(ParamsError, match="--memory 48: known are 24, 80"):
         switch(params, "qwen3-4b", 48)
     params.write_text("backbone: {name: a}\n")
-    with pytest.raises(ParamsError, match="train: missing"):
+    with pytest.raises(ParamsError, match="embed.teacher: missing"):
         switch(params, "qwen3-4b", 80)
     with pytest.raises(ParamsError, match="does not exist"):
         switch(params.with_name("none.yaml"), "qwen3-4b", 80)

@@ -1,27 +1,31 @@
 """Normalising, filtering, sampling and splitting: by content, never by position."""
 
+import hashlib
 import random
 import unicodedata
-from collections import Counter
-from collections.abc import Sequence
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.contracts import QUERIES, check_table
+from pipeline.errors import ParamsError
+from pipeline.params import Params, validate
 from pipeline.queries import (
     FATES,
+    CollectParams,
+    allot,
     count_fates,
+    drop_duplicates,
     drop_lengths,
-    drop_token_lengths,
     normalize_text,
     query_id,
     sample,
+    set_fate,
     split,
-    split_table,
     to_frame,
+    undecided,
 )
 
 ARABIC = "ما هي عاصمة فرنسا؟"
@@ -76,12 +80,13 @@ def test_letters_numbers_punctuation_and_symbols_are_never_lost(text: str) -> No
 
 def test_ids_are_content_hashes() -> None:
     assert query_id("") == "e3b0c44298fc1c149afbf4c8996fb924"
-    frame = to_frame([("s", "cafe\u0301  noir "), ("t", "café noir")])
+    frame = to_frame(3, ["cafe\u0301  noir ", "café noir"])
     assert frame["id"].to_list() == [query_id("café noir")] * 2
+    assert frame["source"].to_list() == [3, 3]
 
 
-def texts(count: int, start: int = 0) -> list[tuple[str, str]]:
-    return [("s", f"question number {index}") for index in range(start, start + count)]
+def texts(count: int, start: int = 0) -> list[str]:
+    return [f"question number {index}" for index in range(start, start + count)]
 
 
 def fates(frame: pl.DataFrame) -> list[str | None]:
@@ -89,33 +94,25 @@ def fates(frame: pl.DataFrame) -> list[str | None]:
 
 
 def test_limits_count_characters_and_hold_at_their_edges() -> None:
-    frame = to_frame([("s", text) for text in ("", " \x00", "a", "ab", "é" * 5, "é" * 6, "😀😀", "b" * 100_000)])
+    frame = to_frame(0, ["", " \x00", "a", "ab", "é" * 5, "é" * 6, "😀😀", "b" * 100_000])
     result = drop_lengths(frame, min_chars=2, max_chars=5)
     assert fates(result) == ["empty", "empty", "too_short", None, None, "too_long", None, "too_long"]
+    assert undecided(result).tolist() == [False, False, False, True, True, False, True, False]
 
 
 def test_the_first_of_equal_texts_stays() -> None:
-    frame = to_frame([("first", "the same"), ("second", " the  same\n"), ("second", "another"), ("third", "the same")])
-    result = drop_lengths(frame, min_chars=1, max_chars=100)
-    assert fates(result) == [None, "duplicate", None, "duplicate"]
+    frame = pl.concat([to_frame(0, ["the same"]), to_frame(1, [" the  same\n", "another"]), to_frame(2, ["the same"])])
+    assert fates(drop_duplicates(frame)) == [None, "duplicate", None, "duplicate"]
 
 
-def test_tokens_are_counted_for_the_rows_that_are_left_only() -> None:
-    asked: list[str] = []
-
-    def words(batch: Sequence[str]) -> list[int]:
-        asked.extend(batch)
-        return [len(text.split()) for text in batch]
-
-    frame = to_frame([("s", text) for text in ("one two", "one two three", "one two", "x", "one two three four")])
-    frame = drop_lengths(frame, min_chars=2, max_chars=100)
-    result = drop_token_lengths(frame, max_tokens=3, count_tokens=words)
-    assert fates(result) == [None, None, "duplicate", "too_short", "too_many_tokens"]
-    assert asked == ["one two", "one two three", "one two three four"]
+def test_a_fate_is_for_good() -> None:
+    frame = set_fate(to_frame(0, texts(4)), [0, 2], "too_long")
+    assert fates(set_fate(frame, np.array([2, 3]), "duplicate")) == ["too_long", None, "too_long", "duplicate"]
+    assert fates(set_fate(frame, [], "duplicate")) == fates(frame)
 
 
-def clean(rows: list[tuple[str, str]]) -> pl.DataFrame:
-    return drop_lengths(to_frame(rows), min_chars=1, max_chars=100)
+def clean(rows: list[str], source: int = 0) -> pl.DataFrame:
+    return drop_duplicates(to_frame(source, rows))
 
 
 def ids_of(frame: pl.DataFrame, fate: str) -> set[str]:
@@ -156,7 +153,7 @@ def test_a_sample_of_a_larger_size_contains_the_smaller_one() -> None:
 def test_a_grown_corpus_keeps_the_part_of_its_sample_that_still_ranks() -> None:
     before = sample(clean(texts(300)), rows=50, seed=0).filter(pl.col("fate").is_null())
     after = sample(clean(texts(330)), rows=50, seed=0).filter(pl.col("fate").is_null())
-    new = {query_id(text) for _, text in texts(30, start=300)}
+    new = {query_id(text) for text in texts(30, start=300)}
     assert len(after) == 50
     assert set(after["id"]) <= set(before["id"]) | new
     assert len(set(before["id"]) - set(after["id"])) == len(set(after["id"]) & new)
@@ -175,30 +172,96 @@ def test_a_sample_larger_than_the_corpus_takes_all() -> None:
     assert fates(sample(clean(texts(3)), rows=10, seed=0)) == [None] * 3
 
 
+def test_sample_and_split_are_what_they_were_from_the_beginning() -> None:
+    frame = split(sample(clean(texts(300)), rows=40, seed=7), heldout_fraction=0.2, seed=7)
+    digests = {}
+    for name in ("train", "heldout"):
+        ids = sorted(ids_of(frame, name))
+        digests[name] = (len(ids), hashlib.sha256("".join(ids).encode()).hexdigest()[:16])
+    assert digests == {"train": (32, "7869dfd2a6b795f9"), "heldout": (8, "0e9a52cec107b761")}
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "weights", "available", "shares"),
+    [
+        (100, [1, 1], [500, 500], [50, 50]),
+        (100, [3, 1], [500, 500], [75, 25]),
+        (100, [3, 1], [60, 500], [60, 40]),  # the first gives 15 to the second
+        (100, [0.6, 0.3, 0.1], [10, 20, 500], [10, 20, 70]),
+        (100, [2, 1, 1], [10, 500, 500], [10, 45, 45]),
+        (100, [2, 1, 1], [0, 500, 500], [0, 50, 50]),
+        (100, [1, 1, 1], [500, 500, 500], [34, 33, 33]),  # of equal fractions the first
+        (10, [0.55, 0.45], [100, 100], [6, 4]),
+        (10, [0.1, 0.1, 0.1], [3, 3, 3], [3, 3, 3]),  # fewer than asked for
+        (7, [1e-9, 1], [100, 100], [0, 7]),
+        (5, [1], [0], [0]),
+    ],
+)
+def test_rows_are_allotted_by_weight(rows: int, weights: list[float], available: list[int], shares: list[int]) -> None:
+    assert allot(rows, weights, available) == shares
+
+
+@given(st.lists(st.tuples(st.floats(0.001, 1000), st.integers(0, 50)), min_size=1, max_size=6), st.integers(1, 200))
+def test_no_row_of_a_weighted_sample_is_lost(sources: list[tuple[float, int]], rows: int) -> None:
+    weights, available = [weight for weight, _ in sources], [count for _, count in sources]
+    shares = allot(rows, weights, available)
+    assert sum(shares) == min(rows, sum(available))
+    assert all(0 <= share <= count for share, count in zip(shares, available, strict=True))
+
+
+def test_a_weighted_sample_takes_the_smallest_hashes_of_each_source() -> None:
+    frame = pl.concat([to_frame(0, texts(200)), to_frame(1, texts(200, start=200))])
+    weighted = sample(frame, rows=40, seed=0, weights=[3, 1])
+    for source, share in ((0, 30), (1, 10)):
+        alone = sample(clean(texts(200, start=200 * source), source), rows=share, seed=0)
+        kept = weighted.filter((pl.col("source") == source) & pl.col("fate").is_null())
+        assert set(kept["id"]) == set(alone.filter(pl.col("fate").is_null())["id"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "size", "problem"),
+    [
+        ([1.0, None], 10, "collect.sources: .*either all sources have a weight or none: missing for b.txt"),
+        ([1.0, 2.0], None, "collect.sample: .*the weights of collect.sources share out a sample: set its size"),
+        ([0.0, 1.0], 10, r"collect.sources.0.local.weight: .*greater than 0"),
+    ],
+)
+def test_weights_that_make_no_sense_are_refused(weights: list[float | None], size: int | None, problem: str) -> None:
+    sources = [
+        {"kind": "local", "path": path} | ({} if weight is None else {"weight": weight})
+        for path, weight in zip(("a.txt", "b.txt"), weights, strict=True)
+    ]
+    content = {"collect": {"local_dir": "x", "sources": sources, "sample": size}}
+    with pytest.raises(ParamsError, match=problem):
+        validate(content, Section, where="params.yaml")
+
+
+class Section(Params):
+    collect: CollectParams
+
+
+# --- counts ---------------------------------------------------------------------------------------------------------
+
+
 def test_counts_add_up_per_source() -> None:
-    rows = [("a", "x"), ("a", ""), ("b", "same text"), ("a", "same text"), *texts(100)]
-    frame = drop_lengths(to_frame(rows), min_chars=2, max_chars=100)
+    frame = pl.concat([to_frame(0, ["x", "", "same text"]), to_frame(1, ["same text"]), to_frame(2, texts(100))])
+    frame = drop_duplicates(drop_lengths(frame, min_chars=2, max_chars=100))
     frame = split(sample(frame, rows=60, seed=0), heldout_fraction=0.3, seed=0)
-    counts = count_fates(frame)
+    counts = count_fates(frame, ["a", "b", "s"])
     assert set(counts) == {"all", "a", "b", "s"}
     for name, count in counts.items():
         assert set(count) == {"read", *FATES}
         assert count["read"] == sum(count[fate] for fate in FATES), name
-    assert counts["a"] == dict.fromkeys(FATES, 0) | {"read": 3, "too_short": 1, "empty": 1, "duplicate": 1}
+    zeros = dict.fromkeys(FATES, 0)
+    assert counts["b"] == zeros | {"read": 1, "duplicate": 1}
+    assert (counts["a"]["too_short"], counts["a"]["empty"]) == (1, 1)
     assert counts["all"]["sampled_out"] == 41
     assert counts["all"]["train"] + counts["all"]["heldout"] == 60
 
 
-def test_the_tables_of_both_splits_keep_the_contract() -> None:
-    frame = split(clean(texts(200)), heldout_fraction=0.3, seed=0)
-    tables = {name: split_table(frame, name) for name in ("train", "heldout")}
-    for name, table in tables.items():
-        check_table(table, QUERIES, name)
-    found = Counter(row["id"] for table in tables.values() for row in table.to_pylist())
-    assert found == Counter(query_id(text) for _, text in texts(200))
-
-
-def test_no_rows_at_all_are_empty_tables() -> None:
+def test_no_rows_at_all_have_no_fates() -> None:
     frame = split(sample(clean([]), rows=3, seed=0), heldout_fraction=0.5, seed=0)
-    assert split_table(frame, "train").schema == QUERIES
-    assert count_fates(frame) == {"all": {"read": 0} | dict.fromkeys(FATES, 0)}
+    assert count_fates(frame, []) == {"all": {"read": 0} | dict.fromkeys(FATES, 0)}

@@ -72,14 +72,29 @@ def test_progress_yields_every_item(capsys: pytest.CaptureFixture[str]) -> None:
     assert "rows: 100%" in capsys.readouterr().err
 
 
+def test_progress_writes_whole_lines_in_a_log_and_one_live_line_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "LINE_SECONDS", 0.0)
+    list(runtime.progress(range(3), total=3, desc="rows", terminal=False))
+    lines = capsys.readouterr().err
+    assert "\r" not in lines
+    shown = [line.split("|")[0] for line in lines.splitlines()]
+    assert shown[:4] == ["rows:   0%", "rows:  33%", "rows:  67%", "rows: 100%"]
+    assert set(shown[4:]) == {"rows: 100%"}  # and no empty line
+    list(runtime.progress(range(3), total=3, desc="rows", terminal=True))
+    assert "\r" in capsys.readouterr().err
+
+
 def test_logging_shows_our_events_and_the_warnings_of_libraries() -> None:
     code = (
         "import logging; from pipeline.runtime import setup_logging; setup_logging();"
-        "logging.getLogger('pipeline.shards').info('ours'); logging.getLogger('other').info('hidden');"
+        "logging.getLogger('pipeline.shards').info('ours'); logging.getLogger(__name__).info('the stage itself');"
+        "logging.getLogger('other').info('hidden');"
         "logging.getLogger('other').warning('theirs')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=_root())
-    assert (done.stdout, done.stderr) == ("", "INFO ours\nWARNING theirs\n")
+    assert (done.stdout, done.stderr) == ("", "INFO ours\nINFO the stage itself\nWARNING theirs\n")
 
 
 def test_the_foundation_loads_no_heavy_package() -> None:

@@ -231,8 +231,9 @@ def test_a_hub_data_set_by_split_and_column(hub_folder: Path) -> None:
     assert hub(hub_folder, column="messages", split="test") == ["q0"]
 
 
-def test_a_limit_streams(hub_folder: Path) -> None:
-    assert hub(hub_folder, column="messages", limit=3) == ["q0", "q1", "q2"]
+@pytest.mark.parametrize("limit", [None, 3])
+def test_a_hub_data_set_is_streamed(hub_folder: Path, limit: int | None) -> None:
+    assert hub(hub_folder, column="messages", limit=limit) == ["q0", "q1", "q2", "q3", "q4"][:limit]
     assert not list(hub_folder.parent.rglob("*.arrow"))
 
 

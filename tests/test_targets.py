@@ -8,19 +8,23 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.artifacts import PART_BYTES
 from pipeline.contracts import RESPONSES, check_table, targets_schema
 from pipeline.errors import TeacherError
 from pipeline.shards import ShardStore
+from pipeline.target_statistics import TargetStatistics
 from pipeline.targets import (
     Embedder,
     EmbedParams,
-    NormStatistics,
+    Responses,
+    Row,
     cast,
     check_vectors,
     fingerprint,
     rows_per_part,
+    store_key,
+    store_schema,
     unit_length,
-    usable_responses,
 )
 from pipeline.teachers import TeacherParams
 
@@ -43,6 +47,12 @@ class LengthTeacher:
         rows = [[self.value] * 2 if text == self.bad else [3.0 * len(text), 4.0 * len(text)] for text in texts]
         return np.array(rows, np.float32)
 
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        return [len(text) for text in texts]
+
+    def truncated(self, texts: Sequence[str]) -> list[bool]:
+        return [len(text) > 7 for text in texts]
+
 
 Run = Callable[..., pa.Table]
 
@@ -54,10 +64,11 @@ def run(tmp_path: Path) -> Run:
     def run(
         teacher: LengthTeacher, texts: Mapping[str, str] = TEXTS, normalize: bool = False, dtype: Any = "float32"
     ) -> pa.Table:
-        with ShardStore(tmp_path / "work", targets_schema(2, dtype), {"normalize": normalize}) as store:
+        rows = [Row(row_id, store_key(row_id, text), text) for row_id, text in sorted(texts.items())]
+        with ShardStore(tmp_path / "work", store_schema(2, dtype), {"normalize": normalize}) as store:
             embedder = Embedder(store, teacher, normalize, dtype, chunk_rows=4)
-            embedder.run(texts)
-            return pa.concat_tables(embedder.tables(texts, 3))
+            embedder.run(rows)
+            return pa.concat_tables(TargetStatistics().through(embedder.tables(rows, 3)))
 
     return run
 
@@ -80,16 +91,12 @@ def test_only_missing_rows_are_computed(run: Run) -> None:
     assert again.asked == []
 
 
-def test_equal_texts_are_embedded_once_and_changed_ones_anew(run: Run) -> None:
+def test_a_changed_answer_is_embedded_anew_and_an_unchanged_one_is_not(run: Run) -> None:
+    run(LengthTeacher(), {"a": "yes", "b": "no", "c": "yes"})
     teacher = LengthTeacher()
-    table = run(teacher, {"a": "yes", "b": "no", "c": "yes", "d": "yes"})
-    assert sorted(teacher.asked) == ["no", "yes"]
-    expected = {"id": ["a", "b", "c", "d"], "embedding": [[9.0, 12.0], [6.0, 8.0], [9.0, 12.0], [9.0, 12.0]]}
-    assert table.to_pydict() == expected
-    teacher = LengthTeacher()
-    table = run(teacher, {"a": "no", "b": "perhaps"})
-    assert teacher.asked == ["perhaps"]
-    assert table.to_pydict() == {"id": ["a", "b"], "embedding": [[6.0, 8.0], [21.0, 28.0]]}
+    table = run(teacher, {"a": "no", "b": "no", "c": "yes"})
+    assert teacher.asked == ["no"]
+    assert table.to_pydict() == {"id": ["a", "b", "c"], "embedding": [[6.0, 8.0], [6.0, 8.0], [9.0, 12.0]]}
 
 
 def test_normalised_targets_have_length_one(run: Run) -> None:
@@ -141,22 +148,18 @@ def test_usable_responses_and_why_others_are_not() -> None:
         {"id": "d", "response": "", "finish_reason": "error"},
     ]
     schema = pa.schema([RESPONSES.field(name) for name in ("id", "response", "finish_reason")])
-    usable = usable_responses(pa.Table.from_pylist(rows, schema=schema))
-    assert usable.texts == {"a": "yes", "c": "cut sho"}
-    assert usable.skipped == {"error": 1, "empty": 1}
+    table = pa.Table.from_pylist(rows, schema=schema)
+    usable = Responses(lambda: iter([table.slice(0, 3), table.slice(3)]))
+    for _ in range(2):
+        assert [(row.id, row.text) for row in usable] == [("a", "yes"), ("c", "cut sho")]
+        assert usable.skipped == {"error": 1, "empty": 1}
 
 
-def test_norm_statistics_over_all_tables() -> None:
-    schema = targets_schema(2, "float16")
-    tables = [
-        pa.Table.from_pylist([{"id": "a", "embedding": [3.0, 4.0]}], schema=schema),
-        pa.Table.from_pylist([{"id": "b", "embedding": [0.0, 1.0]}], schema=schema),
-        schema.empty_table(),
-    ]
-    norms = NormStatistics()
-    assert list(norms.through(tables)) == tables
-    assert norms.summary() == {"norm_mean": 3.0, "norm_std": 2.0}
-    assert NormStatistics().summary() == {"norm_mean": 0.0, "norm_std": 0.0}
+def test_a_key_follows_the_query_and_the_text_and_sorts_like_the_id() -> None:
+    first, second = "0123456789abcdef" * 2, "1123456789abcdef" * 2
+    assert store_key(first, "yes") != store_key(first, "no")
+    assert store_key(first, "yes") < store_key(second, "a") > store_key(first, "no")
+    assert len(store_key(first, "yes")) == 32
 
 
 def test_fingerprint_follows_what_changes_a_target() -> None:
@@ -169,5 +172,6 @@ def test_fingerprint_follows_what_changes_a_target() -> None:
 
 
 def test_parts_are_bounded() -> None:
-    assert rows_per_part(4096, "float16") * (4096 * 2 + 64) <= 256 * 2**20
-    assert rows_per_part(64, "float16") > rows_per_part(64, "float32") > 500_000
+    assert rows_per_part(4096, "float16") * (4096 * 2 + 64) <= PART_BYTES
+    assert rows_per_part(256, "float16") > rows_per_part(256, "float32") > 100_000
+    assert rows_per_part(1, "float16") == 2**18

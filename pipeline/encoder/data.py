@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.answers import ends_in_loop
 from pipeline.backbone import PromptFormatter, eos_token_id
 from pipeline.encoder.losses import Batch
 from pipeline.errors import TrainingError
@@ -53,6 +54,18 @@ def join(queries: pa.Table, responses: pa.Table, targets: pa.Table) -> pa.Table:
         .append_column("finish_reason", _lookup(responses, kept["id"], "finish_reason"))
         .append_column("embedding", _lookup(targets, kept["id"], "embedding"))
     )
+
+
+def drop_loops(table: pa.Table) -> pa.Table:
+    """A joined table without the rows whose response ends in a repetition loop (`answers.ends_in_loop`).
+
+    Raises:
+        TrainingError: no row is left.
+    """
+    kept = table.filter(pa.array([not ends_in_loop(text) for text in table["response"].to_pylist()], pa.bool_()))
+    if not kept.num_rows:
+        raise TrainingError(f"train.drop_loops: all {table.num_rows} responses end in a repetition loop")
+    return kept
 
 
 def _lookup(table: pa.Table, ids: pa.ChunkedArray, column: str) -> pa.ChunkedArray:

@@ -9,11 +9,16 @@ from pipeline.contracts import FinishReason
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row to complete. `seed` makes sampling of this row independent of its batch."""
+    """One row to complete.
+
+    `seed` makes sampling of this row independent of its batch. `text` is the user's turn inside `token_ids`, for
+    engines behind an interface that takes texts only.
+    """
 
     id: str
     token_ids: list[int]
     seed: int
+    text: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,16 @@ import dataclasses
 import difflib
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-
-import psutil
 
 from pipeline.backbone import BackboneParams, best_device
 from pipeline.engines.base import Completion, Prompt, Sampling
 from pipeline.engines.checks import describe, too_long
 from pipeline.engines.reaper import Reaper
+from pipeline.engines.vllm_choices import Choice, cpu_choices, gpu_choices
+from pipeline.engines.vllm_machine import check_batch_invariance, free_memory, fullest_gpu, set_environment
 from pipeline.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 VERSION = 1
 SPEED_OPTIONS = frozenset(
     {
+        "block_size",
         "enable_chunked_prefill",
         "enable_prefix_caching",
         "enforce_eager",
@@ -28,7 +30,7 @@ SPEED_OPTIONS = frozenset(
         "load_format",
         "max_num_batched_tokens",
         "max_num_seqs",
-        "tensor_parallel_size",
+        "use_tqdm_on_load",
     }
 )
 
@@ -40,51 +42,79 @@ RESERVED = {
     "dtype": "generate.dtype",
     "max_model_len": "generate.max_prompt_tokens and generate.max_new_tokens",
     "seed": "generate.seed",
+    "tensor_parallel_size": "generate.tensor_parallel",
+    "data_parallel_size": "generate.data_parallel",
 }
-
-CPU_KV_CACHE_BYTES = 2**30
-CPU_SEQUENCES = 64
-GPU_SEQUENCES = 256
+# What vLLM lets decide over the KV cache on a CPU, whatever its arguments say.
+CPU_KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 
 class VllmEngine:
     """Keeps a window of requests in flight and yields each answer as it is finished."""
 
-    def __init__(self, backbone: BackboneParams, *, max_model_len: int, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        backbone: BackboneParams,
+        *,
+        max_model_len: int,
+        options: Mapping[str, Any],
+        per_token: int | None = None,
+        tensor_parallel: int = 1,
+        batch_invariant: bool = False,
+        memory_share: float = 1.0,
+    ) -> None:
         """Start vLLM's processes.
 
         Args:
             backbone: the model, in the dtype it runs in.
             max_model_len: positions of a prompt and its answer together.
             options: arguments of vLLM's `EngineArgs`; they win over the automatic choices.
+            per_token: bytes of a token in the KV cache, from which the cache's size on a CPU follows; None if unknown.
+            tensor_parallel: GPUs that the model is split over.
+            batch_invariant: answers do not depend on which rows share a batch; GPU only.
+            memory_share: part of the free memory of a CPU machine that this engine may count on.
 
         Raises:
             EngineError: vLLM is not installed, does not know an option, or cannot start.
         """
+        started = time.monotonic()
         on_gpu = best_device() == "cuda"
-        _set_environment(on_gpu)
+        set_environment(on_gpu, batch_invariant)
         engine_args = _import_engine_args()
         _check_options(engine_args, options)
-        arguments = _automatic(on_gpu, options) | dict(options)
-        # Twice what runs at once: the queue never runs dry, and few prompts wait in memory.
-        self._window = 2 * int(arguments["max_num_seqs"])
-        self._max_model_len = max_model_len
-        arguments |= {
+        if batch_invariant:
+            check_batch_invariance()
+        arguments: dict[str, Any] = {
             "model": backbone.name,
             "revision": backbone.revision,
             "tokenizer_revision": backbone.revision,
             "trust_remote_code": backbone.trust_remote_code,
             "dtype": backbone.dtype,
             "max_model_len": max_model_len,
+            "tensor_parallel_size": tensor_parallel,
             "seed": 0,
             "disable_log_stats": True,
+            # vLLM overrules the variable that switches progress bars off.
+            "use_tqdm_on_load": not os.environ.get("TQDM_DISABLE"),
         }
+        if on_gpu:
+            choices = gpu_choices(fullest_gpu(tensor_parallel), options.get("gpu_memory_utilization"))
+        else:
+            choices = cpu_choices(per_token, max_model_len, free_memory(memory_share), options.get("max_num_seqs"))
+        arguments |= _automatic(choices, max_model_len, options) | dict(options)
+        # Twice what runs at once: the queue never runs dry, and few prompts wait in memory.
+        self._window = 2 * int(arguments["max_num_seqs"])
+        self._max_model_len = max_model_len
         self._reaper = Reaper()
         try:
             self._engine = _start(engine_args(**arguments), backbone.name)
         except BaseException:
             self._reaper.close()
             raise
+        if "max_num_batched_tokens" not in options:
+            tokens = self._engine.vllm_config.scheduler_config.max_num_batched_tokens
+            log.info("engine vllm: max_num_batched_tokens = %d (vLLM's own, for offline work on this device)", tokens)
+        log.info("engine vllm: ready after %.1f s", time.monotonic() - started)
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
         """See `Engine.generate`; answers come in the order in which they finish."""
@@ -146,26 +176,6 @@ class VllmEngine:
                 log.debug("could not abort requests of an engine that is down: %s", error)
 
 
-def prepare_environment() -> None:
-    """Set what OpenMP reads when torch is first imported. What the user set stays."""
-    # Threads that spin while they wait starve each other as soon as anything else runs on the machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Without a number vLLM falls back to one thread on the CPU.
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(psutil.Process().cpu_affinity() or []) or os.cpu_count() or 1))
-
-
-def _set_environment(on_gpu: bool) -> None:
-    """Set what vLLM reads when it is imported. What the user set stays."""
-    prepare_environment()
-    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    if not on_gpu:
-        threads = os.environ["OMP_NUM_THREADS"]
-        log.info("engine vllm: no GPU found: on the CPU, in this process (less memory), %s threads", threads)
-        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
 def _import_engine_args() -> Any:
     try:
         from vllm import EngineArgs
@@ -188,26 +198,29 @@ def _check_options(engine_args: Any, options: Mapping[str, Any]) -> None:
             raise EngineError(f"generate.options: vLLM's EngineArgs has no '{name}'{hint}")
 
 
-def _automatic(on_gpu: bool, options: Mapping[str, Any]) -> dict[str, Any]:
+def _automatic(choices: Mapping[str, Choice], max_model_len: int, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that the machine decides and `options` do not; each is logged with its reason."""
-    choices: dict[str, tuple[Any, str]] = {"enable_prefix_caching": (True, "the template is the same in every prompt")}
-    if on_gpu:
-        choices["max_num_seqs"] = GPU_SEQUENCES, "throughput on a GPU"
-    else:
-        choices["max_num_seqs"] = CPU_SEQUENCES, "more does not pay on a CPU"
-        choices["enforce_eager"] = True, "compiling takes minutes on a CPU"
-        choices["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES, "by default vLLM takes most of the memory"
-    chosen = {name: choice for name, choice in choices.items() if name not in options}
+    log.info(
+        "engine vllm: max_model_len = %d (generate.max_prompt_tokens + generate.max_new_tokens: no longer row comes)",
+        max_model_len,
+    )
+    chosen = {"enable_prefix_caching": Choice(True, "the template is the same in every prompt"), **choices}
+    if gib := os.environ.get(CPU_KV_CACHE_VARIABLE):
+        log.info("engine vllm: %s=%s decides the KV cache", CPU_KV_CACHE_VARIABLE, gib)
+        chosen.pop("kv_cache_memory_bytes", None)
+    chosen = {name: choice for name, choice in chosen.items() if name not in options}
     for name, (value, reason) in chosen.items():
         log.info("engine vllm: %s = %s (%s)", name, value, reason)
-    return {name: value for name, (value, _) in chosen.items()}
+    return {name: choice.value for name, choice in chosen.items()}
 
 
 def _start(arguments: Any, name: str) -> Any:
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
     try:
-        return LLMEngine.from_engine_args(arguments)
+        # As offline work, vLLM takes more prompt tokens into a step.
+        return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
     except Exception as error:
         # vLLM raises many kinds here (bad arguments, no memory, unsupported architecture): all are the user's to read.
         raise EngineError(

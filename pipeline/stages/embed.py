@@ -5,7 +5,8 @@ python -m pipeline.stages.embed [--params params.yaml]
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from time import monotonic
+from typing import Annotated, Any
 
 import pyarrow as pa
 import typer
@@ -17,22 +18,24 @@ from pipeline.errors import TeacherError
 from pipeline.params import PARAMS_FILE, Params, load
 from pipeline.runtime import RunRecord, record, setup_logging, user_errors, work_dir
 from pipeline.shards import ShardStore
+from pipeline.target_statistics import TargetStatistics
 from pipeline.targets import (
     CHUNK_BATCHES,
+    COLUMNS,
     Embedder,
     EmbedParams,
-    NormStatistics,
-    Usable,
+    Responses,
     fingerprint,
     rows_per_part,
-    usable_responses,
+    store_schema,
 )
-from pipeline.teachers import build_teacher
+from pipeline.teachers.parallel import ParallelTeacher, open_teacher
 
 log = logging.getLogger(__name__)
 
 RESPONSES_DIR = Path("data/responses")
 TARGETS_DIR = Path("data/targets")
+BATCH_ROWS = 4096
 
 
 class Inputs(Params):
@@ -42,62 +45,68 @@ class Inputs(Params):
     embed: EmbedParams
 
 
-def read_usable(responses: Artifact) -> Usable:
-    """The responses that have an answer.
-
-    Raises:
-        TeacherError: none has.
-    """
-    usable = usable_responses(responses.read(columns=["id", "response", "finish_reason"]))
-    if not usable.texts:
-        raise TeacherError(f"{responses.path} holds no usable response to embed: {usable.skipped}")
-    return usable
-
-
 def run(inputs: Inputs, facts: RunRecord) -> None:
     """Embed the usable responses and write the targets.
 
     Raises:
         ArtifactError: the responses are missing or damaged.
         BackboneError: the backbone, as the teacher, cannot be used.
-        TeacherError: the teacher cannot be loaded or gives unusable embeddings.
+        TeacherError: the teacher cannot be loaded or gives unusable embeddings, or there is nothing to embed.
         WorkError: the disk is full, or another process does the same work.
     """
     params = inputs.embed
-    responses = artifacts.open_artifact(RESPONSES_DIR, "responses")
-    usable = read_usable(responses)
-    teacher = build_teacher(params.teacher, inputs.backbone)
-    schema = contracts.targets_schema(teacher.width, params.dtype)
-    with ShardStore(work_dir("embed"), schema, fingerprint(teacher, params)) as store:
-        chunk_rows = params.teacher.batch_size * CHUNK_BATCHES
-        embedder = Embedder(store, teacher, params.normalize, params.dtype, chunk_rows)
-        embedder.run(usable.texts)
-        norms = _write(embedder, schema, params, responses, usable)
-    counts = {"embedded": len(usable.texts), "skipped": usable.skipped}
-    log.info("targets: %s, lengths %s", counts, norms.summary())
+    artifact = artifacts.open_artifact(RESPONSES_DIR, "responses")
+    responses = Responses(lambda: artifact.batches([*COLUMNS], BATCH_ROWS))
+    check_any(responses, artifact)
+    started = monotonic()
+    with open_teacher(params.teacher, inputs.backbone, params.data_parallel) as teacher:
+        startup_seconds = monotonic() - started
+        content = fingerprint(teacher, params)
+        with ShardStore(work_dir("embed"), store_schema(teacher.width, params.dtype), content) as store:
+            processes = teacher.processes if isinstance(teacher, ParallelTeacher) else 1
+            chunk_rows = params.teacher.batch_size * CHUNK_BATCHES * processes
+            embedder = Embedder(store, teacher, params.normalize, params.dtype, chunk_rows)
+            embedder.run(responses)
+            statistics = _write(embedder, responses, content, params, artifact)
+    counts = _counts(statistics, responses)
+    log.info("targets: %s, lengths %s", counts, statistics.norms())
     facts.update(
         teacher=teacher.identity,
         counts=counts,
-        reused_rows=len(usable.texts) - embedder.computed_rows,
-        computed_rows=embedder.computed_rows,
-        computed_texts=embedder.computed_texts,
-        embed_seconds=round(embedder.seconds, 2),
-        texts_per_second=round(embedder.computed_texts / embedder.seconds, 1) if embedder.computed_texts else 0.0,
+        histograms={"tokens": statistics.tokens.summary()},
+        startup_seconds=round(startup_seconds, 2),
+        **embedder.summary(),
         width=teacher.width,
-        **norms.summary(),
+        **statistics.norms(),
     )
 
 
+def check_any(responses: Responses, artifact: Artifact) -> None:
+    """Raises TeacherError if not one response has an answer."""
+    if next(iter(responses), None) is None:
+        raise TeacherError(f"{artifact.path} holds no usable response to embed: {dict(responses.skipped)}")
+
+
 def _write(
-    embedder: Embedder, schema: pa.Schema, params: EmbedParams, responses: Artifact, usable: Usable
-) -> NormStatistics:
-    norms, content = NormStatistics(), fingerprint(embedder.teacher, params)
-    models = {"teacher": content.pop("teacher")}
-    parts = embedder.tables(usable.texts, rows_per_part(embedder.teacher.width, params.dtype))
-    with artifacts.create(TARGETS_DIR, kind="targets", params=content, models=models, inputs=[responses]) as out:
-        out.write_parts(norms.through(_checked(table, schema) for table in parts), schema)
-        out.counts = {"embedded": norms.rows, "skipped": usable.skipped}
-    return norms
+    embedder: Embedder, responses: Responses, content: dict[str, Any], params: EmbedParams, artifact: Artifact
+) -> TargetStatistics:
+    statistics, width = TargetStatistics(), embedder.teacher.width
+    schema = contracts.targets_schema(width, params.dtype)
+    params_of_rows = {key: value for key, value in content.items() if key != "teacher"}
+    models = {"teacher": content["teacher"]}
+    parts = embedder.tables(responses, rows_per_part(width, params.dtype))
+    with artifacts.create(TARGETS_DIR, kind="targets", params=params_of_rows, models=models, inputs=[artifact]) as out:
+        out.write_parts((_checked(table, schema) for table in statistics.through(parts)), schema)
+        out.counts = _counts(statistics, responses)
+    return statistics
+
+
+def _counts(statistics: TargetStatistics, responses: Responses) -> dict[str, Any]:
+    return {
+        "embedded": statistics.rows,
+        "truncated_responses": statistics.truncated,
+        "skipped": dict(responses.skipped),
+    }
 
 
 def _checked(table: pa.Table, schema: pa.Schema) -> pa.Table:

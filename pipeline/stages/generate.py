@@ -15,7 +15,8 @@ from pipeline.artifacts import Artifact
 from pipeline.backbone import BackboneParams, PromptFormatter, identify, load_tokenizer
 from pipeline.engines import build_engine, engine_facts, prepare_environment
 from pipeline.engines.base import Engine
-from pipeline.generation import STORE, GenerateParams, Generator, ResponseCounts, rows_per_part
+from pipeline.generation import GenerateParams, Generator, rows_per_part
+from pipeline.outcomes import STORE, ResponseCounts
 from pipeline.params import PARAMS_FILE, Params, load
 from pipeline.runtime import RunRecord, record, setup_logging, user_errors, work_dir
 from pipeline.shards import ShardStore
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 QUERIES_DIR = Path("data/queries")
 RESPONSES_DIR = Path("data/responses")
+WINDOW_ROWS = 4096  # prompts are sorted by length within so many
 
 
 class Inputs(Params):
@@ -33,15 +35,15 @@ class Inputs(Params):
     generate: GenerateParams
 
 
-def read_queries(artifact: Artifact) -> dict[str, str]:
-    """Text by id, of all splits.
+def read_ids(queries: Artifact) -> pa.Array:
+    """The ids of all splits, sorted.
 
     Raises:
         ContractError: an id occurs twice.
     """
-    table = artifact.read(columns=["id", "text"]).sort_by("id")
-    contracts.check_ids(table.column("id"), str(artifact.path))
-    return dict(zip(table.column("id").to_pylist(), table.column("text").to_pylist(), strict=True))
+    ids = queries.read(columns=["id"]).sort_by("id").column("id")
+    contracts.check_ids(ids, str(queries.path))
+    return ids.combine_chunks()
 
 
 def load_engine(inputs: Inputs) -> Engine:
@@ -58,6 +60,9 @@ def load_engine(inputs: Inputs) -> Engine:
         max_prompt_tokens=params.max_prompt_tokens,
         max_new_tokens=params.max_new_tokens,
         options=params.options,
+        tensor_parallel=params.tensor_parallel,
+        data_parallel=params.data_parallel,
+        batch_invariant=params.batch_invariant,
     )
 
 
@@ -72,34 +77,58 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
     """
     params, kwargs = inputs.generate, inputs.backbone.chat_template_kwargs
     prepare_environment(params.engine)
-    queries_artifact = artifacts.open_artifact(QUERIES_DIR, "queries")
-    queries = read_queries(queries_artifact)
+    queries = artifacts.open_artifact(QUERIES_DIR, "queries")
+    ids = read_ids(queries)
     identity = identify(inputs.backbone.name, inputs.backbone.revision)
     content = {"generate": params.content(engine_facts(params.engine)), "chat_template_kwargs": kwargs}
-    formatter = PromptFormatter(load_tokenizer(inputs.backbone), "chat", params.max_prompt_tokens, kwargs)
     with ShardStore(work_dir("generate"), STORE, {"backbone": identity, **content}) as store:
-        generator = Generator(
-            store=store,
-            load_engine=lambda: load_engine(inputs),
-            formatter=formatter,
-            sampling=params.sampling,
-            seed=params.seed,
-            max_failed_fraction=params.max_failed_fraction,
-        )
-        generator.run(queries)
-        parts = generator.tables(queries, rows_per_part(params.max_new_tokens))
-        counts = _write(parts, content, {"backbone": identity}, queries_artifact)
-    log.info("responses: %s", counts)
+        generator = make_generator(inputs, store)
+        generator.run(ids, queries.batches(["id", "text"], WINDOW_ROWS))
+        parts = generator.tables(ids, rows_per_part(params.max_new_tokens))
+        counts = _write(parts, content, {"backbone": identity}, queries)
+    log.info("responses: %s", counts.summary())
     stub = {"stub": "answers are the prompts themselves"} if content["generate"]["stub"] else {}
-    facts.update(engine=params.engine, counts=counts, **generator.facts.summary(), **stub)
+    facts.update(
+        engine=params.engine,
+        counts=counts.summary(),
+        histograms=counts.histograms(),
+        **generator.facts.summary(),
+        **stub,
+    )
 
 
-def _write(parts: Any, content: dict[str, Any], models: dict[str, Any], queries: Artifact) -> dict[str, Any]:
-    counted = ResponseCounts()
+def make_generator(inputs: Inputs, store: ShardStore) -> Generator:
+    """The work of the params, its engine not loaded yet.
+
+    Raises:
+        BackboneError: the tokenizer cannot be used.
+    """
+    params = inputs.generate
+    formatter = PromptFormatter(
+        load_tokenizer(inputs.backbone),
+        "chat",
+        params.max_prompt_tokens,
+        inputs.backbone.chat_template_kwargs,
+        keep="end" if params.too_long == "keep_end" else "start",
+    )
+    return Generator(
+        store=store,
+        load_engine=lambda: load_engine(inputs),
+        formatter=formatter,
+        sampling=params.sampling,
+        seed=params.seed,
+        max_failed_fraction=params.max_failed_fraction,
+        drop_too_long=params.too_long == "drop",
+        strip_thinking=params.strip_thinking,
+    )
+
+
+def _write(parts: Any, content: dict[str, Any], models: dict[str, Any], queries: Artifact) -> ResponseCounts:
+    counts = ResponseCounts()
     with artifacts.create(RESPONSES_DIR, kind="responses", params=content, models=models, inputs=[queries]) as out:
-        out.write_parts(map(_checked, counted.through(parts)), contracts.RESPONSES)
-        out.counts = counted.summary()
-    return out.counts
+        out.write_parts(map(_checked, counts.through(parts)), contracts.RESPONSES)
+        out.counts = counts.summary()
+    return counts
 
 
 def _checked(table: pa.Table) -> pa.Table:

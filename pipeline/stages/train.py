@@ -5,6 +5,7 @@ python -m pipeline.stages.train
 
 import csv
 import io
+import logging
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +19,8 @@ from pipeline.errors import TrainingError
 from pipeline.params import PARAMS_FILE, Params, load
 from pipeline.runtime import RESULTS, RunRecord, record, setup_logging, user_errors, work_dir
 from pipeline.training import Trainer, TrainParams, warm_start_student
+
+log = logging.getLogger(__name__)
 
 ENCODER = Path("models/encoder")
 CURVE = RESULTS / "train" / "loss.csv"
@@ -88,10 +91,13 @@ def _formatter(inputs: Inputs, tokenizer: Any) -> PromptFormatter:
 
 
 def _rows(inputs: Inputs, artifacts: list[Artifact], tokenizer: Any, formatter: PromptFormatter) -> Any:
-    from pipeline.encoder.data import join, tokenize
+    from pipeline.encoder.data import drop_loops, join, tokenize
 
     queries, responses, targets = artifacts
     table = join(queries.read("train.parquet"), responses.read(), targets.read())
+    if inputs.train.drop_loops:
+        joined, table = table.num_rows, drop_loops(table)
+        log.info("train: %d of %d answers end in a repetition loop and are left out", joined - table.num_rows, joined)
     return tokenize(table, formatter, tokenizer, inputs.train.max_response_tokens)
 
 

@@ -19,3 +19,11 @@ class Teacher(Protocol):
         Row i depends on text i alone (up to rounding), so any grouping into batches gives the same targets.
         """
         ...
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens the teacher reads of each text: special tokens and prompts count, what is cut off not."""
+        ...
+
+    def truncated(self, texts: Sequence[str]) -> list[bool]:
+        """Which texts are longer than the teacher reads, so that `embed` leaves out their ends."""
+        ...

@@ -34,6 +34,14 @@ class HashTeacher:
         time.sleep(self._delay * len(texts))
         return np.stack([self._vector(text) for text in texts]) if texts else np.zeros((0, self.width), np.float32)
 
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """See `Teacher.token_counts`; here a token is a word."""
+        return [len(text.split()) for text in texts]
+
+    def truncated(self, texts: Sequence[str]) -> list[bool]:
+        """See `Teacher.truncated`: it reads all of every text."""
+        return [False] * len(texts)
+
     def _vector(self, text: str) -> "np.ndarray[Any, Any]":
         import numpy as np
 

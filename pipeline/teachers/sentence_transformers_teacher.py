@@ -1,6 +1,7 @@
 """Any model that sentence-transformers loads, as a teacher."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,17 +47,15 @@ class SentenceTransformersTeacher:
         device = best_device()
         log.info("teacher %s: device %s (the best present), %s", name, device, dtype)
         self._model = _load(name, revision, dtype, device, trust_remote_code)
-        own = self._model.max_seq_length
-        if own is not None and own < max_tokens:
-            log.info("teacher %s: %d tokens a text (its own limit, below embed.teacher.max_tokens)", name, own)
-        self._model.max_seq_length = min(max_tokens, own or max_tokens)
+        self._limit = _limit(self._model, name, max_tokens)
         self._batch_size, self._prompt = batch_size, prompt
+        self._counted: tuple[list[str], list[int]] = [], []
         self.width = int(self._model.get_embedding_dimension())
         self.identity = {
             **_identify(name, revision),
             "kind": "sentence-transformers",
             "version": VERSION,
-            "max_tokens": self._model.max_seq_length,
+            "max_tokens": self._limit,
             "dtype": dtype,
             "prompt": prompt,
         }
@@ -75,6 +74,41 @@ class SentenceTransformersTeacher:
             convert_to_numpy=True,
         )
         return np.asarray(vectors, dtype=np.float32)
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """See `Teacher.token_counts`."""
+        return [length if self._limit is None else min(length, self._limit) for length in self._lengths(texts)]
+
+    def truncated(self, texts: Sequence[str]) -> list[bool]:
+        """See `Teacher.truncated`; the prompt and the special tokens count."""
+        return [self._limit is not None and length > self._limit for length in self._lengths(texts)]
+
+    def _lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of the whole of each text; those asked for last are remembered, as one is asked for several facts."""
+        prompted = [self._prompt + text for text in texts]
+        if prompted != self._counted[0]:
+            self._counted = prompted, _token_lengths(self._model.tokenizer, prompted)
+        return self._counted[1]
+
+
+def _token_lengths(tokenizer: Any, texts: list[str]) -> list[int]:
+    if hasattr(tokenizer, "encode_batch"):  # static word vectors come with a bare `tokenizers.Tokenizer`
+        return [len(row.ids) for row in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    return [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]] if texts else []
+
+
+def _limit(model: Any, name: str, max_tokens: int) -> int | None:
+    """Tokens that the model reads, set in the model: `max_tokens`, or its own limit where that is lower."""
+    own = model.max_seq_length
+    if own == math.inf:
+        log.info(
+            "teacher %s: reads the whole of every text (static word vectors), whatever embed.teacher.max_tokens", name
+        )
+        return None
+    if own is not None and own < max_tokens:
+        log.info("teacher %s: %d tokens a text (its own limit, below embed.teacher.max_tokens)", name, own)
+    model.max_seq_length = min(max_tokens, own or max_tokens)
+    return int(model.max_seq_length)
 
 
 def _identify(name: str, revision: str | None) -> dict[str, Any]:

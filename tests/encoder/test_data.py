@@ -6,7 +6,7 @@ import pytest
 
 from pipeline import contracts
 from pipeline.backbone import PromptFormatter
-from pipeline.encoder.data import epoch_order, join, steps, tokenize
+from pipeline.encoder.data import drop_loops, epoch_order, join, steps, tokenize
 from pipeline.errors import TrainingError
 from tests.conftest import tiny_tokenizer
 
@@ -37,6 +37,15 @@ def test_join_of_nothing_is_an_error() -> None:
     queries, responses, targets = tables()
     with pytest.raises(TrainingError, match="none of 3 queries has a target"):
         join(queries, responses, targets.slice(0, 0))
+
+
+def test_answers_that_end_in_a_loop_can_be_left_out() -> None:
+    joined = join(*tables())
+    looping = joined.set_column(joined.column_names.index("response"), "response", [["no, " * 50, "rc"]])
+    assert drop_loops(looping)["id"].to_pylist() == ["c"]
+    assert drop_loops(joined).equals(joined)
+    with pytest.raises(TrainingError, match=r"train\.drop_loops: all 1 responses end in a repetition loop"):
+        drop_loops(looping.slice(0, 1))
 
 
 @pytest.mark.parametrize(("finish", "limit", "ends"), [("stop", 10, True), ("length", 10, False), ("stop", 2, False)])

@@ -15,7 +15,9 @@ import pytest
 from pipeline.backbone import BackboneParams, PromptFormatter, load_tokenizer
 from pipeline.engines import build_engine
 from pipeline.engines.base import Completion, Prompt, Sampling
-from pipeline.engines.vllm_engine import VllmEngine, _automatic, _check_options
+from pipeline.engines.vllm_choices import Choice
+from pipeline.engines.vllm_engine import CPU_KV_CACHE_VARIABLE, VllmEngine, _automatic, _check_options
+from pipeline.engines.vllm_machine import check_batch_invariance, set_environment
 from pipeline.errors import EngineError
 from tests.conftest import ROOT
 
@@ -74,17 +76,50 @@ def test_the_stage_sets_openmp_before_torch_is_imported() -> None:
     assert output.stdout.split() == [b"False", b"PASSIVE", b"7"]
 
 
-def test_an_option_that_other_params_decide() -> None:
-    with pytest.raises(EngineError, match=r"'dtype' is not an option here, it follows from generate\.dtype"):
-        _check_options(make_dataclass("EngineArgs", ["dtype"]), {"dtype": "float32"})
-
-
-def test_each_automatic_choice_is_said_unless_an_option_makes_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_each_automatic_choice_is_said_unless_an_option_makes_it(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(CPU_KV_CACHE_VARIABLE, raising=False)
+    choices = {"max_num_seqs": Choice(5, "why not"), "kv_cache_memory_bytes": Choice(7, "enough")}
     with caplog.at_level(logging.INFO):
-        chosen = _automatic(False, {"max_num_seqs": 3})
-    assert chosen == {"enable_prefix_caching": True, "enforce_eager": True, "kv_cache_memory_bytes": 2**30}
-    assert "enforce_eager = True (compiling takes minutes on a CPU)" in caplog.text
+        chosen = _automatic(choices, 96, {"max_num_seqs": 3})
+    assert chosen == {"enable_prefix_caching": True, "kv_cache_memory_bytes": 7}
+    assert "kv_cache_memory_bytes = 7 (enough)" in caplog.text
+    assert "max_model_len = 96 (generate.max_prompt_tokens + generate.max_new_tokens" in caplog.text
     assert "max_num_seqs" not in caplog.text
+
+
+def test_vllms_own_variable_decides_the_cache(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CPU_KV_CACHE_VARIABLE, "4")
+    with caplog.at_level(logging.INFO):
+        assert "kv_cache_memory_bytes" not in _automatic({"kv_cache_memory_bytes": Choice(7, "enough")}, 96, {})
+    assert "VLLM_CPU_KVCACHE_SPACE=4 decides the KV cache" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "knob"), [("tensor_parallel_size", "tensor_parallel"), ("dtype", "dtype")])
+def test_an_option_that_other_params_decide(name: str, knob: str) -> None:
+    with pytest.raises(EngineError, match=rf"'{name}' is not an option here, it follows from generate\.{knob}"):
+        _check_options(make_dataclass("EngineArgs", [name]), {name: 2})
+
+
+def test_batch_invariance_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(EngineError, match=r"batch-invariant kernels need a GPU, .* generate\.dtype: float32"):
+        check_batch_invariance()
+
+
+def test_the_environment_is_set_and_said(
+    environment: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    with caplog.at_level(logging.INFO):
+        set_environment(on_gpu=False, batch_invariant=True)
+    assert os.environ["VLLM_BATCH_INVARIANT"] == "1"
+    assert "threads: OMP_NUM_THREADS=3" in caplog.text
+    assert "OMP_PROC_BIND=true" in caplog.text
 
 
 @pytest.mark.models

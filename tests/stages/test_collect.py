@@ -11,10 +11,16 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner, Result
 
-from pipeline.artifacts import open_artifact
+from pipeline.artifacts import open_artifact, read_manifest
+from pipeline.audit.findings import Findings
+from pipeline.audit.tables import check_rows
+from pipeline.backbone import BackboneParams
 from pipeline.contracts import QUERIES, check_table
+from pipeline.errors import ArtifactError
+from pipeline.inspection import _head
 from pipeline.queries import query_id
-from pipeline.stages.collect import app
+from pipeline.stages.collect import app, more_tokens_than
+from tests.evaluation_fakes import retrieval_folder
 
 QUERIES_DIR = Path("data/queries")
 LOCAL = {"kind": "local", "path": "queries.jsonl", "column": "text"}
@@ -27,10 +33,11 @@ def collect(workspace: Path, tiny_backbone: Callable[..., Path]) -> Collect:
     """Write params.yaml with these keys of `collect` and run the stage."""
     default = tiny_backbone("llama")
 
-    def run(backbone: Path | str = default, **keys: Any) -> Result:
+    def run(backbone: Path | str = default, sections: dict[str, Any] | None = None, **keys: Any) -> Result:
         params = {"local_dir": "in", "sources": [LOCAL], "heldout_fraction": 0.2, "max_tokens": 64} | keys
         with Path("params.yaml").open("w") as file:
-            YAML().dump({"backbone": {"name": str(backbone), "dtype": "float32"}, "collect": params}, file)
+            content = {"backbone": {"name": str(backbone), "dtype": "float32"}, "collect": params, **(sections or {})}
+            YAML().dump(content, file)
         return CliRunner().invoke(app, [])
 
     return run
@@ -73,10 +80,15 @@ def test_tables_manifest_and_record(collect: Collect) -> None:
     assert set(manifest.files) == {"train.parquet", "heldout.parquet"}
     assert manifest.models["backbone"]["sha256"]
     assert manifest.counts["all"] == {
-        "read": 105, "empty": 1, "too_short": 1, "too_long": 1, "too_many_tokens": 1, "duplicate": 1, "sampled_out": 0,
+        "read": 105, "empty": 1, "too_short": 1, "too_long": 1, "too_many_tokens": 1, "duplicate": 1,
+        "other_language": 0, "contaminated": 0, "near_duplicate": 0, "sampled_out": 0,
         "train": len(train), "heldout": len(heldout),
     }  # fmt: skip
-    assert json.loads(Path("results/collect.json").read_text())["counts"] == manifest.counts
+    facts = json.loads(Path("results/collect.json").read_text())
+    assert facts["counts"] == manifest.counts
+    assert facts["rows_per_s"] > 0
+    assert facts["phase_seconds"].keys() == {"read", "measure", "write"}
+    assert not list(Path(".work/collect").glob("scratch-*"))
 
 
 def test_a_second_run_gives_equal_bytes(collect: Collect) -> None:
@@ -117,6 +129,13 @@ def test_without_a_token_limit_no_tokenizer_is_loaded(collect: Collect, monkeypa
     assert open_artifact(QUERIES_DIR, "queries").manifest.models == {}
 
 
+def test_the_token_limit_holds_at_its_edge(tiny_backbone: Callable[..., Path]) -> None:
+    """A token of the tiny tokenizer is a byte."""
+    check = more_tokens_than(8, BackboneParams(name=str(tiny_backbone("llama")), dtype="float32"))
+    texts = ["a" * 7, "a" * 8, "a" * 9, "é" * 4, "é" * 5, ""]
+    assert check(texts).tolist() == [False, False, True, False, True, False]
+
+
 def test_texts_that_break_naive_code_come_through(collect: Collect) -> None:
     odd = {
         "👩‍🚀🌍": "👩‍🚀🌍",
@@ -131,6 +150,112 @@ def test_texts_that_break_naive_code_come_through(collect: Collect) -> None:
     assert kept == {*odd.values(), *questions(30)}
     counts = open_artifact(QUERIES_DIR, "queries").manifest.counts["all"]
     assert (counts["empty"], counts["too_short"], counts["too_long"]) == (2, 1, 1)
+
+
+# --- removals -------------------------------------------------------------------------------------------------------
+
+PASSAGE = " ".join(f"word{index}" for index in range(60))
+NEAR = {"threshold": 0.9, "ngram": 5, "permutations": 128}
+
+
+def removed() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (QUERIES_DIR / "removed.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def evaluated(collect: Collect) -> Collect:
+    """Collect with an evaluation of one local folder, whose queries are "<word> what is it?"."""
+    retrieval_folder(Path("tasks/words"), extra=[f"Before it: {PASSAGE}"])
+
+    def run(**keys: Any) -> Result:
+        sections = {"evaluate": {"local_dir": "tasks", "seed": 1}, "suites": {"mine": {"local": ["words"]}}}
+        return collect(sections=sections, **{"decontaminate": {"ngram": 13}, "max_tokens": None} | keys)
+
+    return run
+
+
+def test_near_duplicates_go_and_are_listed(collect: Collect) -> None:
+    write([*questions(40), PASSAGE, f"{PASSAGE}!", "What is 12 and why"])
+    write([PASSAGE.replace("word7 ", "other ", 1), "WHAT is 3 and why?"], "more.jsonl")
+    assert (
+        collect(sources=[LOCAL, LOCAL | {"path": "more.jsonl"}], near_duplicates=NEAR, max_tokens=None).exit_code == 0
+    )
+    found = {row["text"]: row for row in removed()}
+    assert found.keys() == {f"{PASSAGE}!", "WHAT is 3 and why?"}  # one word in the middle of 60 changes 5 of 56 n-grams
+    assert found[f"{PASSAGE}!"] == {
+        "id": query_id(f"{PASSAGE}!"), "source": "queries.jsonl", "text": f"{PASSAGE}!", "reason": "near_duplicate",
+        "kept": query_id(PASSAGE), "similarity": round(56 / 57, 4),
+    }  # fmt: skip
+    assert found["WHAT is 3 and why?"]["kept"] == query_id("what is 3 and why?")
+    assert not {row["id"] for row in found.values()} & (rows("train") | rows("heldout")).keys()
+    manifest = open_artifact(QUERIES_DIR, "queries").manifest
+    assert (manifest.counts["all"]["near_duplicate"], manifest.counts["more.jsonl"]["near_duplicate"]) == (2, 1)
+    assert manifest.rows == 43
+    assert manifest.models["near_duplicates"]["library"] == "rensa"
+    assert "near_duplicates" in json.loads(Path("results/collect.json").read_text())["phase_seconds"]
+
+
+def test_what_the_evaluation_reads_goes_and_is_listed(evaluated: Collect) -> None:
+    write([*questions(40), "Apple: what is IT?", f"Summarize: {PASSAGE}", "apple what is that?"])
+    assert evaluated().exit_code == 0
+    assert removed() == sorted(
+        [
+            {
+                "id": query_id("Apple: what is IT?"), "source": "queries.jsonl", "text": "Apple: what is IT?",
+                "reason": "contaminated", "task": "words", "ngram": "apple what is it",
+            },
+            {
+                "id": query_id(f"Summarize: {PASSAGE}"), "source": "queries.jsonl", "text": f"Summarize: {PASSAGE}",
+                "reason": "contaminated", "task": "words", "ngram": " ".join(PASSAGE.split()[:13]),
+            },
+        ],
+        key=lambda row: row["id"],
+    )  # fmt: skip
+    manifest = open_artifact(QUERIES_DIR, "queries").manifest
+    assert manifest.counts["all"]["contaminated"] == 2
+    assert manifest.models["evaluation"].keys() == {"words"}
+    retrieval_folder(Path("tasks/words"), extra=["changed"])
+    assert evaluated().exit_code == 0
+    assert open_artifact(QUERIES_DIR, "queries").manifest.models["evaluation"] != manifest.models["evaluation"]
+
+
+def test_a_contaminated_row_does_not_stand_for_its_near_duplicates(evaluated: Collect) -> None:
+    write([*questions(40), "Apple what is it?", "apple what is it", f"{PASSAGE} one", f"{PASSAGE} two"])
+    assert evaluated(near_duplicates=NEAR).exit_code == 0
+    assert {row["reason"] for row in removed()} == {"contaminated"}
+    assert len(removed()) == 4
+
+
+def test_other_languages_go(collect: Collect) -> None:
+    french = "Quelle est la capitale de la France et combien d'habitants compte-t-elle ?"
+    write([*questions(40), french, "ok"])
+    assert collect(languages=["en"], max_tokens=None).exit_code == 0
+    manifest = open_artifact(QUERIES_DIR, "queries").manifest
+    assert manifest.counts["all"]["other_language"] == 1
+    assert "ok" in {*rows("train").values(), *rows("heldout").values()}
+    assert manifest.models["languages"]["library"] == "py3langid"
+
+
+def test_sources_share_the_sample_by_weight(collect: Collect) -> None:
+    write(questions(100))
+    write([f"how does {index} work?" for index in range(100)], "more.jsonl")
+    sources = [LOCAL | {"weight": 3}, LOCAL | {"path": "more.jsonl", "weight": 1.0}]
+    assert collect(sources=sources, sample=60).exit_code == 0
+    counts = open_artifact(QUERIES_DIR, "queries").manifest.counts
+    assert [counts[name]["train"] + counts[name]["heldout"] for name in ("queries.jsonl", "more.jsonl")] == [45, 15]
+
+
+def test_the_audit_reads_around_the_list_of_removals_and_holds_it_to_its_hash(collect: Collect) -> None:
+    write([*questions(40), "WHAT is 3 and why?"])
+    assert collect(near_duplicates=NEAR).exit_code == 0
+    findings = Findings()
+    check_rows({"data/queries": open_artifact(QUERIES_DIR, "queries")}, findings)
+    assert not findings.items
+    assert [row["file"] for row in _head(read_manifest(QUERIES_DIR), 1)] == ["heldout", "train"]
+    path = QUERIES_DIR / "removed.jsonl"
+    path.write_text(path.read_text().replace("WHAT", "what"))
+    with pytest.raises(ArtifactError, match=r"removed\.jsonl: sha256 is"):
+        open_artifact(QUERIES_DIR, "queries")
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
@@ -191,6 +316,29 @@ def test_a_backbone_that_is_not_there(collect: Collect) -> None:
     assert failure(collect("./no/such/model")).startswith("backbone.name: cannot load './no/such/model'")
 
 
+def test_decontamination_without_an_evaluation(collect: Collect) -> None:
+    write(questions(3))
+    message = failure(collect(decontaminate={}))
+    assert message == "evaluate.local_dir: missing, collect.decontaminate needs it"
+    message = failure(collect(decontaminate={}, sections={"evaluate": {"local_dir": "tasks"}}))
+    assert message == "collect.decontaminate: suites and probes name no data to hold the queries against"
+
+
+@pytest.mark.parametrize("suite", [{"local": ["gone"]}, {"tasks": ["STS13"]}])
+def test_evaluation_texts_that_cannot_be_read(
+    collect: Collect, suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write(questions(3))
+    sections = {"evaluate": {"local_dir": "tasks"}, "suites": {"mine": suite}}
+    message = failure(collect(decontaminate={}, sections=sections))
+    assert message.startswith("collect.decontaminate: cannot read the evaluation's texts: ")
+    assert next(iter(suite.values()))[0] in message
+    assert message.endswith("collect.decontaminate: null does without)")
+
+
 def test_a_failed_run_keeps_the_former_queries(collect: Collect) -> None:
     write(questions(40))
     assert collect().exit_code == 0
@@ -200,14 +348,20 @@ def test_a_failed_run_keeps_the_former_queries(collect: Collect) -> None:
     assert {path.name: path.read_bytes() for path in QUERIES_DIR.iterdir()} == before
 
 
-def test_a_full_disk(collect: Collect, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("elsewhere", "where"), [(False, ".work/collect/"), (True, "data/queries")])
+def test_a_full_disk(
+    collect: Collect, small_disk: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool, where: str
+) -> None:
     monkeypatch.chdir(small_disk)
+    if elsewhere:
+        monkeypatch.setenv("PIPELINE_WORK_DIR", str(small_disk.parent / "work"))
     noise = [random.Random(seed).randbytes(3000).hex() for seed in range(900)]
     corpus = small_disk.parent / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in noise))
     message = failure(collect(sources=[LOCAL | {"path": str(corpus)}], max_tokens=None))
-    assert message.startswith("cannot write data/queries: No space left on device")
-    assert list(Path("data").iterdir()) == []
+    assert message.startswith(f"cannot write {where}")
+    assert ": No space left on device. " in message
+    assert not list(Path().glob("data/*")) + list(Path().glob(".work/collect/scratch-*"))
 
 
 # --- real data ------------------------------------------------------------------------------------------------------

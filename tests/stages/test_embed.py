@@ -77,7 +77,7 @@ def test_one_target_a_usable_response(configure: Configure) -> None:
     assert table["id"].to_pylist() == sorted(expected)
     vectors = HashTeacher(width=8).embed([expected[row] for row in sorted(expected)])
     np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float32), vectors)
-    counts = {"embedded": 28, "skipped": {"error": 1, "empty": 1}}
+    counts = {"embedded": 28, "truncated_responses": 0, "skipped": {"error": 1, "empty": 1}}
     assert artifact.manifest.counts == facts()["counts"] == counts
     assert artifact.manifest.models["teacher"]["stub"] is True
     assert set(artifact.manifest.inputs) == {"data/responses"}
@@ -126,7 +126,7 @@ def test_kill_9_at_any_moment_then_run_again(configure: Configure, monkeypatch: 
     uninterrupted = folder_bytes(TARGETS_DIR)
     monkeypatch.delenv("PIPELINE_WORK_DIR")
 
-    configure(options={"delay": 0.004})
+    configure(options={"delay": 0.006})
     moments = random.Random(0)
     for _ in range(3):
         before = len(shards("embed"))
@@ -136,7 +136,7 @@ def test_kill_9_at_any_moment_then_run_again(configure: Configure, monkeypatch: 
         process.send_signal(signal.SIGKILL)
         process.communicate()
     kept = kept_rows("embed")
-    assert 3 * 256 <= kept < len(TEXTS)
+    assert 3 * 100 <= kept < len(TEXTS)
 
     configure()
     finish("embed")
@@ -147,7 +147,7 @@ def test_kill_9_at_any_moment_then_run_again(configure: Configure, monkeypatch: 
 @pytest.mark.slow
 def test_ctrl_c_keeps_every_finished_row(configure: Configure) -> None:
     write_responses(TEXTS)
-    configure(options={"delay": 0.004})
+    configure(options={"delay": 0.006})
     process = start("embed")
     wait_until(lambda: bool(shards("embed")), process)
     time.sleep(0.2)
@@ -158,7 +158,7 @@ def test_ctrl_c_keeps_every_finished_row(configure: Configure) -> None:
     assert "Traceback" not in stderr
     assert not TARGETS_DIR.exists()
     kept = kept_rows("embed")
-    assert kept > 256
+    assert kept > 100
     configure()
     finish("embed")
     assert facts()["reused_rows"] == kept

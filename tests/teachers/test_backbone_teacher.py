@@ -80,6 +80,32 @@ def test_no_text_gives_no_row() -> None:
     assert teacher().embed([]).shape == (0, 32)
 
 
+def test_truncated_and_token_counts() -> None:
+    limited = teacher(max_tokens=4, tokenizer=with_bos())
+    assert limited.truncated(["abc", "abcd", ""]) == [False, True, False]
+    assert limited.token_counts(["abc", "abcd", ""]) == [4, 4, 1]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_last_token_pooling_is_the_texts_own_last(architecture: str, tiny_backbone: Callable[..., Path]) -> None:
+    params = TeacherParams(kind="backbone", max_tokens=16, pooling="last", batch_size=5)
+    built = build_teacher(params, BackboneParams(name=str(tiny_backbone(architecture))))
+    ids = tiny_tokenizer()("hello")["input_ids"]
+    found = built.embed(["x", "hello", "a longer one than that"])
+    np.testing.assert_allclose(found[1], pooled(tiny_model(architecture), ids, first=4), atol=2e-5, rtol=1e-4)
+    assert built.identity["pooling"] == "last"
+
+
+def test_an_echo_pools_its_second_reading(tiny_backbone: Callable[..., Path]) -> None:
+    template = "Rewrite: {text}, rewritten: {text}"
+    params = TeacherParams(kind="backbone", max_tokens=64, template=template, batch_size=5)
+    built = build_teacher(params, BackboneParams(name=str(tiny_backbone("qwen3"))))
+    ids = tiny_tokenizer()("Rewrite: hello, rewritten: hello")["input_ids"]
+    found = built.embed(["x", "hello", "a longer one than that"])
+    np.testing.assert_allclose(found[1], pooled(tiny_model("qwen3"), ids, first=len(ids) - 5), atol=2e-5, rtol=1e-4)
+    assert built.identity["template"] == template
+
+
 def test_built_by_kind_it_is_pinned_like_the_backbone(tiny_backbone: Callable[..., Path]) -> None:
     folder = tiny_backbone("qwen3")
     params = TeacherParams(kind="backbone", max_tokens=16, dtype="float32")

@@ -37,6 +37,11 @@ def test_no_text_gives_no_row() -> None:
     assert HashTeacher(width=3).embed([]).shape == (0, 3)
 
 
+def test_it_reads_all_of_every_text() -> None:
+    assert HashTeacher(width=3).truncated(["a", "b" * 100_000]) == [False, False]
+    assert HashTeacher(width=3).token_counts(["", "two words"]) == [0, 2]
+
+
 def test_built_by_kind_it_says_that_it_is_a_stub() -> None:
     teacher = build_teacher(params(kind="hash", options={"width": 5}), BACKBONE)
     assert teacher.width == 5
@@ -57,9 +62,16 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
     ("keys", "message"),
     [
         ({"kind": "sentence-transformers"}, "needs a name"),
-        ({"kind": "backbone", "name": "org/other"}, "kind backbone takes no name, revision or prompt"),
-        ({"kind": "hash", "prompt": "query: "}, "kind hash takes no name, revision or prompt"),
+        ({"kind": "backbone", "name": "org/other"}, "kind backbone takes no name"),
+        ({"kind": "hash", "prompt": "query: "}, "kind hash takes no prompt"),
         ({"kind": "backbone", "options": {"width": 3}}, "kind backbone takes no options"),
+        ({"kind": "hash", "template": "a {text}"}, "kind hash takes no template"),
+        ({"kind": "sentence-transformers", "name": "a/b", "pooling": "last"}, "takes no pooling"),
+        ({"kind": "backbone", "adapters": [{"name": "a/b"}]}, "kind backbone takes no adapters"),
+        ({"kind": "backbone", "template": "no slot"}, r"template 'no slot' holds no \{text\}"),
+        ({"kind": "llm2vec"}, "kind llm2vec needs adapters"),
+        ({"kind": "llm2vec", "revision": "a", "adapters": [{"name": "a/b"}]}, "a revision needs a name"),
+        ({"kind": "llm2vec", "adapters": [{"nmae": "a/b"}]}, r"adapters\.0\.nmae: unknown key"),
         ({"kind": "hush"}, "kind"),
         ({"kind": "hash", "max_tokens": 0}, "max_tokens"),
     ],

@@ -63,6 +63,34 @@ def test_prompt_and_token_limit_reach_the_model(tiny_teacher: Path) -> None:
     assert bare.identity != prompted.identity != short.identity
 
 
+def test_truncated_counts_prompt_and_special_tokens(tiny_teacher: Path) -> None:
+    bare, prompted = build(tiny_teacher, max_tokens=6), build(tiny_teacher, max_tokens=6, prompt="say ")
+    assert bare.truncated(["abcd", "abcde", ""]) == [False, True, False]  # and [CLS], [SEP]
+    assert prompted.truncated(["a", "ab"]) == [False, True]
+    assert bare.token_counts(["abc", "", "abcdefgh"]) == [5, 2, 6]
+    assert prompted.token_counts(["a"]) == [6]
+    assert bare.truncated([]) == bare.token_counts([]) == []
+    np.testing.assert_allclose(bare.embed(["abcde"]), bare.embed(["abcd"]), atol=1e-6)
+
+
+def test_a_model_of_static_vectors_reads_all_of_every_text(tmp_path: Path) -> None:
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    from tests.conftest import tiny_tokenizer
+
+    torch.manual_seed(0)
+    static = StaticEmbedding(tiny_tokenizer(), embedding_dim=8)
+    SentenceTransformer(modules=[static], device="cpu").save(str(tmp_path / "static"))
+    teacher = build(tmp_path / "static", max_tokens=4)
+    assert teacher.truncated(["a" * 50]) == [False]
+    assert teacher.token_counts(["a" * 50]) == [50]
+    assert teacher.identity["max_tokens"] is None
+    vectors = teacher.embed(["a" * 4, "aaaab"])
+    assert not np.allclose(vectors[0], vectors[1])
+
+
 def test_the_models_own_limit_wins_and_is_said(tiny_teacher: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert build(tiny_teacher, max_tokens=5000).identity["max_tokens"] == 64

@@ -1,0 +1,56 @@
+"""What an answer's text says about itself: thinking that does not belong to it, and a loop that it ended in."""
+
+import re
+from collections.abc import Iterator
+
+_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+_THOUGHT_START, _THOUGHT_END = "<think>", "</think>"
+
+# A loop is an ending that repeats itself at least COPIES times over at least LOOP_CHARS characters.
+COPIES = 4
+LOOP_CHARS = 100
+LONGEST_PIECE = 500
+_KEY_CHARS = 16
+
+
+def strip_thinking(text: str) -> str:
+    """`text` without its `<think>` blocks and the space around them.
+
+    A block without an end takes the rest of the text with it. An end without a start takes what comes before: some
+    templates open the block in the prompt. A text without either comes back as it is.
+    """
+    before, end, after = text.partition(_THOUGHT_END)
+    if end and _THOUGHT_START not in before:
+        text = after.lstrip()
+    if _THOUGHT_START not in text:
+        return text
+    return _THOUGHT.sub("", text).strip()
+
+
+def ends_in_loop(text: str) -> bool:
+    """Whether `text` ends by saying the same thing over and over, as degenerate greedy decoding does.
+
+    True if its last characters, at least `LOOP_CHARS` of them, are at least `COPIES` copies of one piece of at most
+    `LONGEST_PIECE` characters; the first and the last copy may be cut. Copies that differ, in a counter for example,
+    are no loop here.
+    """
+    text = text.rstrip()
+    if len(text) < LOOP_CHARS:
+        return False
+    return any(_repeats(text, max(COPIES * period, LOOP_CHARS), period) for period in _periods(text))
+
+
+def _repeats(text: str, length: int, period: int) -> bool:
+    """Whether the last `length` characters each equal the one `period` before."""
+    end = text[-length:]
+    return len(end) == length and end[:-period] == end[period:]
+
+
+def _periods(text: str) -> Iterator[int]:
+    """Distances at which the last few characters occur again, the nearest first: no other distance can repeat."""
+    key = text[-_KEY_CHARS:]
+    first = max(0, len(text) - len(key) - LONGEST_PIECE)
+    at = text.rfind(key, first, len(text) - 1)
+    while at >= 0:
+        yield len(text) - len(key) - at
+        at = text.rfind(key, first, at + len(key) - 1)

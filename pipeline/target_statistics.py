@@ -1,0 +1,53 @@
+"""What the targets are like, counted as they are written: lengths of vectors, tokens of texts."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.histogram import Histogram
+
+
+@dataclass
+class TargetStatistics:
+    """Mean and standard deviation of the targets' lengths (their scale decides the balance of the losses), and how
+    long their texts were.
+
+    Attributes:
+        rows: targets so far.
+        truncated: those whose text lost its end.
+        tokens: of the texts as the teacher counts them, before a cut.
+    """
+
+    rows: int = 0
+    truncated: int = 0
+    tokens: Histogram = field(default_factory=Histogram)
+    _sum: float = field(default=0.0, repr=False)
+    _squares: float = field(default=0.0, repr=False)
+
+    def through(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """The tables (schema `targets.store_schema`) as `contracts.targets_schema`, counted."""
+        for table in tables:
+            if table.num_rows:
+                self._add(table)
+            yield table.select(["id", "embedding"])
+
+    def norms(self) -> dict[str, float]:
+        """`norm_mean` and `norm_std` so far."""
+        mean = self._sum / self.rows if self.rows else 0.0
+        variance = self._squares / self.rows - mean**2 if self.rows else 0.0
+        return {"norm_mean": round(mean, 6), "norm_std": round(math.sqrt(max(variance, 0.0)), 6)}
+
+    def _add(self, table: pa.Table) -> None:
+        import numpy as np
+
+        column = table.column("embedding").combine_chunks()
+        vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+        squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
+        self.rows += len(squares)
+        self._sum += float(np.sqrt(squares).sum())
+        self._squares += float(squares.sum())
+        self.truncated += pc.sum(table.column("truncated")).as_py()
+        self.tokens.add(table.column("tokens").to_pylist())
