@@ -1,6 +1,6 @@
 """Output tokens per second: this project's vLLM engine beside `generate` of transformers as it is mostly called.
 
-    .venv/bin/python bench/generate.py [--prompts 128] [--new-tokens 64] [--rounds 2] [--dtype float32]
+    .venv/bin/python bench/generate.py [--prompts 128] [--new-tokens 128] [--rounds 2] [--dtype float32]
 
 The same prompts (queries of the demo in the backbone's chat template), the same cores, greedy. The other side pads on
 the left and takes batches of 8 in the order of the prompts, as the reference implementation of LLM2Vec-Gen does.
@@ -48,6 +48,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, Any]:
         dtype=arguments.dtype,
         max_prompt_tokens=MAX_PROMPT_TOKENS,
         max_new_tokens=arguments.new_tokens,
+        data_parallel=arguments.data_parallel,
     )
     with contextlib.closing(engine):
         start_seconds = time.monotonic() - started
@@ -130,9 +131,10 @@ def main() -> None:
     """Parse the arguments and run one side or both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--data-parallel", type=int, default=1, help="engine processes of our side")
     parser.add_argument("--side", choices=[*SIDES], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:

@@ -1,10 +1,8 @@
 """What an answer's text says about itself: thinking that does not belong to it, and a loop that it ended in."""
 
-import re
 from collections.abc import Iterator
 
-_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
-_THOUGHT_START, _THOUGHT_END = "<think>", "</think>"
+_START, _END = "<think>", "</think>"
 
 # A loop is an ending that repeats itself at least COPIES times over at least LOOP_CHARS characters.
 COPIES = 4
@@ -13,18 +11,19 @@ LONGEST_PIECE = 500
 _KEY_CHARS = 16
 
 
-def strip_thinking(text: str) -> str:
-    """`text` without its `<think>` blocks and the space around them.
+def strip_thinking(text: str, opened: bool = False) -> str:
+    """`text` without the `<think>` block that it begins with, and the space around that.
 
-    A block without an end takes the rest of the text with it. An end without a start takes what comes before: some
-    templates open the block in the prompt. A text without either comes back as it is.
+    A block without an end is the whole text. Tags further on belong to the answer: it may be about them.
+
+    Args:
+        text: an answer.
+        opened: the prompt opened the block already, as some templates do.
     """
-    before, end, after = text.partition(_THOUGHT_END)
-    if end and _THOUGHT_START not in before:
-        text = after.lstrip()
-    if _THOUGHT_START not in text:
+    begins = text.lstrip().startswith(_START)
+    if not begins and not (opened and _END in text):
         return text
-    return _THOUGHT.sub("", text).strip()
+    return text.partition(_END)[2].strip()
 
 
 def ends_in_loop(text: str) -> bool:

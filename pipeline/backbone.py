@@ -18,19 +18,11 @@ if TYPE_CHECKING:
 
 Template = Literal["raw", "chat"]
 DType = Literal["bfloat16", "float16", "float32"]
+DTYPE_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 Keep = Literal["start", "end"]
 
-_IDENTITY_FILES = (
-    "*.safetensors",
-    "*.bin",
-    "config.json",
-    "adapter_config.json",
-    "tokenizer*.json",
-    "*.model",
-    "chat_template*",
-    "vocab*",
-    "merges.txt",
-)
+# All that decides what a model folder computes: weights, configs, tokenizer, modules, its own code.
+_IDENTITY_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
 
 
 class BackboneParams(Params):
@@ -153,6 +145,11 @@ class PromptFormatter:
     def __call__(self, text: str) -> FormattedPrompt:
         """The prompt of one text."""
         return self.batch([text])[0]
+
+    @property
+    def opens_thinking(self) -> bool:
+        """Whether the prompt itself opens the `<think>` block that the answer goes on in."""
+        return self._template == "chat" and self._render("").rstrip().endswith("<think>")
 
     def batch(self, texts: Sequence[str]) -> list[FormattedPrompt]:
         """The prompts of several texts, tokenised together."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Generator as GeneratorOf
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from time import monotonic
 from typing import Any, Literal, NamedTuple
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from pipeline.answers import strip_thinking
-from pipeline.artifacts import PART_BYTES, to_json, write_bytes
+from pipeline.artifacts import PART_BYTES, write_json
 from pipeline.backbone import DType, PromptFormatter
 from pipeline.engines import EngineFacts, EngineName
 from pipeline.engines.base import Completion, Engine, Prompt, Sampling
@@ -32,6 +33,7 @@ from pipeline.shards import ShardStore
 
 log = logging.getLogger(__name__)
 
+VERSION = 1  # goes up when the same answer of an engine gives another row
 BYTES_PER_TOKEN = 8
 BYTES_PER_ROW = 256
 # So many failures in one pass, if they exceed the limit too, are no bad luck: the hours left are not worth spending.
@@ -68,8 +70,11 @@ class GenerateParams(Params):
     def content(self, facts: EngineFacts) -> dict[str, Any]:
         """What decides the bytes of a row: all params but those of speed and tolerance."""
         options = {key: value for key, value in self.options.items() if key not in facts.speed_options}
-        params = self.model_dump(exclude={"max_failed_fraction", "data_parallel", "tensor_parallel"})
-        return params | {"options": options, "engine_version": facts.version, "stub": facts.stub}
+        no_matter = {"max_failed_fraction", "data_parallel", "tensor_parallel"}
+        if self.temperature == 0:
+            no_matter |= {"seed", "top_p"}
+        versions = {"version": VERSION, "engine_version": facts.version}
+        return self.model_dump(exclude=no_matter) | versions | {"options": options, "stub": facts.stub}
 
 
 @dataclass
@@ -79,6 +84,7 @@ class GenerationFacts:
     rows: int = 0
     reused_rows: int = 0
     computed_rows: int = 0
+    dropped_rows: int = 0
     retried_rows: int = 0
     startup_seconds: float = 0.0
     generate_seconds: float = 0.0
@@ -148,6 +154,7 @@ class Generator:
         if first := next(todo, None):
             self._answer(chain([first], todo))
         self.store.flush()
+        self._check_answered(ids)
         self._check_failed()
 
     def tables(self, ids: pa.Array, rows_per_table: int) -> Iterator[pa.Table]:
@@ -167,6 +174,7 @@ class Generator:
                 one = Prompt(row_id, prompt.token_ids, row_seed(self.seed, row_id), prompt.text)
                 if prompt.truncated and self.drop_too_long:
                     self.store.add(_row(_Asked(one, True), "", "error", f"{DROPPED}: longer than max_prompt_tokens"))
+                    self.facts.dropped_rows += 1
                 else:
                     asked.append(_Asked(one, prompt.truncated))
             # The longest first: what needs most memory fails at once, and no long row is left alone at the end.
@@ -197,10 +205,10 @@ class Generator:
             for completion in bar:
                 self._record(completion, in_flight.pop(completion.id))
                 tokens += completion.response_tokens
+                bar.total = self.facts.rows - self.facts.dropped_rows
                 failed = f", {len(self.failed)} failed" if self.failed else ""
-                bar.set_postfix_str(f"{tokens / (monotonic() - started):.0f} tokens/s{failed}", refresh=False)
-        if in_flight:
-            raise EngineError(f"the engine gave no answer for {len(in_flight)} prompts, e.g. {min(in_flight)}")
+                rate = tokens / max(monotonic() - started, 1e-9)
+                bar.set_postfix_str(f"{rate:.0f} tokens/s{failed}", refresh=False)
 
     def _completions(
         self, engine: Engine, todo: Iterable[_Asked], in_flight: dict[str, _Asked]
@@ -216,10 +224,12 @@ class Generator:
         if completion.finish_reason == "error":
             self.failed[completion.id] = _row(asked, "", "error", completion.error or "no reason given")
             self._retries[completion.id] = asked
-            if len(self.failed) >= HOPELESS:
+            if len(self.failed) >= HOPELESS and self._too_many_failed():
                 self._check_failed()
             return
-        text = strip_thinking(completion.text) if self.strip_thinking else completion.text
+        text = completion.text
+        if self.strip_thinking:
+            text = strip_thinking(text, self._opens_thinking)
         row = _row(asked, text, completion.finish_reason)
         row |= {"response_tokens": completion.response_tokens, "thinking": text != completion.text}
         self.store.add(row)
@@ -227,15 +237,28 @@ class Generator:
         self.facts.prompt_tokens += len(asked.prompt.token_ids)
         self.facts.response_tokens += completion.response_tokens
 
+    @cached_property
+    def _opens_thinking(self) -> bool:
+        return self.formatter.opens_thinking
+
+    def _check_answered(self, ids: pa.Array) -> None:
+        missing = [row_id for row_id in ids.to_pylist() if row_id not in self.store and row_id not in self.failed]
+        if missing:
+            raise EngineError(f"the engine gave no answer for {len(missing)} prompts, e.g. {missing[0]}")
+
+    def _too_many_failed(self) -> bool:
+        return len(self.failed) > self.max_failed_fraction * self.facts.rows
+
     def _check_failed(self) -> None:
+        listing = self.store.path / "failed.json"
         if not self.failed:
+            listing.unlink(missing_ok=True)
             return
+        reasons = {row_id: row["error"] for row_id, row in sorted(self.failed.items())}
+        write_json(listing, reasons)
         limit, rows = self.max_failed_fraction, self.facts.rows
         what = f"{len(self.failed)} of {rows} rows failed ({self._reasons()}), e.g. id {min(self.failed)}"
-        if len(self.failed) > limit * rows:
-            listing = self.store.path / "failed.json"
-            reasons = {row_id: row["error"] for row_id, row in sorted(self.failed.items())}
-            write_bytes(listing, to_json(reasons).encode())
+        if self._too_many_failed():
             raise EngineError(
                 f"generate: {what}; generate.max_failed_fraction is {limit}. Finished rows are kept; {listing} lists "
                 "the failed ones"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import read_manifest
-from pipeline.backbone import BackboneParams
+from pipeline.backbone import DTYPE_BYTES, BackboneParams, DType
 from pipeline.engines import engine_facts
 from pipeline.errors import ArtifactError, ParamsError
 from pipeline.evaluation.suites import SuiteParams
@@ -36,7 +36,6 @@ from pipeline.training import TrainParams, planned_steps
 GB = 1e9
 # Teachers whose vectors are an LLM's hidden states as they are, with norms in the hundreds.
 RAW_TEACHERS = ("llm2vec", "backbone")
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 class AllParams(Params):
@@ -145,18 +144,18 @@ def expected_rows(params: AllParams, root: Path = Path()) -> tuple[int | None, b
         return min((bound for bound in bounds if bound is not None), default=None), False
 
 
-def kv_bytes(shape: Shape, dtype: str) -> int:
+def kv_bytes(shape: Shape, dtype: DType) -> int:
     """Bytes of the KV cache for one token."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * BYTES[dtype]
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * DTYPE_BYTES[dtype]
 
 
-def activation_bytes(shape: Shape, dtype: str) -> int:
+def activation_bytes(shape: Shape, dtype: DType) -> int:
     """Bytes kept for the backward pass for one token."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return shape.layers * BYTES[dtype] * (6 * shape.hidden + 2 * queries + 2 * keys + 4 * shape.intermediate)
+    return shape.layers * DTYPE_BYTES[dtype] * (6 * shape.hidden + 2 * queries + 2 * keys + 4 * shape.intermediate)
 
 
-def train_bytes(shape: Shape, dtype: str, train: TrainParams) -> int:
+def train_bytes(shape: Shape, dtype: DType, train: TrainParams) -> int:
     """Bytes of GPU memory of one training step with a micro-batch of full-length rows."""
     new = train.compression_tokens + train.thought_tokens
     kept = new + train.compression_tokens + train.max_response_tokens
@@ -167,7 +166,7 @@ def train_bytes(shape: Shape, dtype: str, train: TrainParams) -> int:
         )
     else:
         row += train.max_query_tokens * kv_bytes(shape, dtype)
-    return shape.parameters() * BYTES[dtype] + train.micro_batch_size * row
+    return shape.parameters() * DTYPE_BYTES[dtype] + train.micro_batch_size * row
 
 
 def _sources(params: AllParams) -> str:
@@ -201,7 +200,7 @@ def _generate_text(params: AllParams, rows: int | None) -> str:
 def _generate_memory(params: AllParams, shape: Shape | None) -> str:
     if shape is None:
         return f"{params.backbone.name}, {params.generate.dtype}"
-    weights = shape.parameters() * BYTES[params.generate.dtype]
+    weights = shape.parameters() * DTYPE_BYTES[params.generate.dtype]
     longest = params.generate.max_prompt_tokens + params.generate.max_new_tokens
     row = longest * kv_bytes(shape, params.generate.dtype)
     return f"{params.backbone.name}, weights {weights / GB:.1f} GB, KV cache {row / GB:.2f} GB a row of full length"
@@ -233,7 +232,7 @@ def _train_text(params: AllParams, rows: int | None) -> str:
 def _train_memory(params: AllParams, shape: Shape | None) -> str:
     if shape is None:
         return f"{params.backbone.name}, {params.backbone.dtype}"
-    weights = shape.parameters() * BYTES[params.backbone.dtype]
+    weights = shape.parameters() * DTYPE_BYTES[params.backbone.dtype]
     total = train_bytes(shape, params.backbone.dtype, params.train)
     rows = f"{params.train.micro_batch_size} rows of full length"
     return f"{params.backbone.name}, weights {weights / GB:.1f} GB, with {rows} about {total / GB:.1f} GB"

@@ -10,7 +10,7 @@ and `fate`, null as long as a row is in.
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -37,8 +37,6 @@ FATES = (
     *SPLITS,
 )
 FATE = pl.Enum(FATES)
-
-TokenCounter = Callable[[Sequence[str]], Sequence[int]]
 
 
 class CollectParams(Params):

@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,14 +73,14 @@ class ShardStore:
         self._tables: list[pa.Table] = []
         self._pending = 0
         self._last_flush = time.monotonic()
+        self._mutex, self._closing = threading.RLock(), threading.Event()
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._acquire_lock()
+            self._lock = lock_folder(self.path)
             self._ids: set[str] = set()
             self._sizes: dict[Path, int] = {}
             self._next = 0
             try:
-                write_json(self.path / _HOLDER, {"pid": os.getpid()})
                 write_json(self.path / "fingerprint.json", dict(fingerprint))
                 self._load()
             except BaseException:
@@ -87,13 +88,16 @@ class ShardStore:
                 raise
 
     def __enter__(self) -> Self:
+        threading.Thread(target=self._flush_in_time, daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._closing.set()
         try:
             self.flush()
         finally:
-            self._lock.release()
+            with self._mutex:
+                self._lock.release()
 
     def __contains__(self, row_id: str) -> bool:
         return row_id in self._ids
@@ -107,8 +111,9 @@ class ShardStore:
         Raises:
             WorkError: the disk is full.
         """
-        self._rows.append(dict(row))
-        self._added(1)
+        with self._mutex:
+            self._rows.append(dict(row))
+            self._added(1)
 
     def add_table(self, table: pa.Table) -> None:
         """Add finished rows of the store's schema whose ids are new; see `add`.
@@ -116,18 +121,20 @@ class ShardStore:
         Raises:
             WorkError: the disk is full.
         """
-        self._tables.append(table)
-        self._added(table.num_rows)
+        with self._mutex:
+            self._tables.append(table)
+            self._added(table.num_rows)
 
     def flush(self) -> None:
         """Commit pending rows as one shard."""
-        if self._pending:
-            rows = pa.Table.from_pylist(self._rows, schema=self.schema)
-            self._commit(pa.concat_tables([*self._tables, rows]))
-            self._rows, self._tables, self._pending = [], [], 0
-            with disk_errors(self.path):
-                self._compact()
-        self._last_flush = time.monotonic()
+        with self._mutex:
+            if self._pending:
+                rows = pa.Table.from_pylist(self._rows, schema=self.schema)
+                self._commit(pa.concat_tables([*self._tables, rows]))
+                self._rows, self._tables, self._pending = [], [], 0
+                with disk_errors(self.path):
+                    self._compact()
+            self._last_flush = time.monotonic()
 
     def take(self, ids: Sequence[str] | pa.Array) -> pa.Table:
         """The rows of `ids`, in that order.
@@ -152,37 +159,16 @@ class ShardStore:
             raise KeyError(wanted[pc.index(pc.is_null(positions), True).as_py()].as_py())
         return found.take(positions).combine_chunks()
 
-    def sorted_tables(self, ids: Sequence[str] | pa.Array, rows_per_table: int) -> Iterator[pa.Table]:
-        """The rows of `ids`, sorted by id, in tables of at most `rows_per_table` rows.
-
-        Raises:
-            KeyError: an id is not in the store.
-        """
-        wanted = pa.array(ids, pa.string())
-        ordered = wanted.take(pc.array_sort_indices(wanted))
-        for start in range(0, len(ordered), rows_per_table):
-            yield self.take(ordered[start : start + rows_per_table])
-
     def _added(self, rows: int) -> None:
         self._pending += rows
         if self._pending >= self._flush_rows or time.monotonic() - self._last_flush >= self._flush_seconds:
             self.flush()
 
-    def _acquire_lock(self) -> FileLock:
-        lock = FileLock(self.path / "lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise WorkError(
-                f"{self.path} is in use by another process{self._holder()}: wait for it or stop it (the lock goes with "
-                "its process)"
-            ) from None
-        return lock
-
-    def _holder(self) -> str:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return f" (pid {json.loads((self.path / _HOLDER).read_text())['pid']})"
-        return ""
+    def _flush_in_time(self) -> None:
+        """Rows that came in a burst are not left in memory until the next one comes."""
+        while not self._closing.wait(self._flush_seconds):
+            with contextlib.suppress(WorkError):  # the owner's next row meets the same disk
+                self.flush()
 
     def _load(self) -> None:
         for leftover in self.path.glob(".*"):
@@ -237,6 +223,30 @@ class ShardStore:
             old.unlink()
             del self._sizes[old]
         fsync_path(self.path)
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """A lock on work in `folder`, held until it is released or its process ends, however it ends.
+
+    Raises:
+        WorkError: another live process holds it.
+    """
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise WorkError(
+            f"{folder} is in use by another process{_holder(folder)}: wait for it or stop it (the lock goes with its "
+            "process)"
+        ) from None
+    write_json(folder / _HOLDER, {"pid": os.getpid()})
+    return lock
+
+
+def _holder(folder: Path) -> str:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return f" (pid {json.loads((folder / _HOLDER).read_text())['pid']})"
+    return ""
 
 
 def _bytes_in_memory(shard: Path) -> int:

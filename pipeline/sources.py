@@ -1,7 +1,7 @@
 """Where queries come from: local files and hub data sets, read as plain texts.
 
 A column holds texts, or chats: lists of messages, `{role, content}` or `{from, value}`, of which the first user turn
-is the query. A value without one (null, an empty chat) is read as an empty text, which `queries.select` counts.
+is the query. A value without one (null, an empty chat) is read as an empty text, which is counted.
 """
 
 import contextlib

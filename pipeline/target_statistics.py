@@ -18,7 +18,7 @@ class TargetStatistics:
     Attributes:
         rows: targets so far.
         truncated: those whose text lost its end.
-        tokens: of the texts as the teacher counts them, before a cut.
+        tokens: that the teacher read of each text.
     """
 
     rows: int = 0

@@ -145,7 +145,8 @@ class Embedder:
             while chunk := list(islice(todo, self.chunk_rows)):
                 self._embed(chunk)
                 bar.update(len(chunk))
-                bar.set_postfix_str(f"{self.computed_tokens / (monotonic() - started):.0f} tokens/s", refresh=False)
+                rate = self.computed_tokens / max(monotonic() - started, 1e-9)
+                bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
         self.store.flush()
         self.computed_rows, self.seconds = missing, monotonic() - started
         self.gpu_memory_mib = gpu_memory_mib()

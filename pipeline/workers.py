@@ -138,17 +138,25 @@ class Workers:
         Raises:
             PipelineError: a worker failed with this error, or died (`error`), and all that was sent has been received.
         """
-        while self._death is None:
-            ready = wait([end for worker in self._workers for end in (worker.connection, worker.process.sentinel)])
-            found: list[tuple[int, Any]] = []
-            for index, worker in enumerate(self._workers):
-                if worker.connection in ready:
-                    found += ((index, message) for message in self._drain(worker))
-                elif worker.process.sentinel in ready:
-                    self._death = self._death or self._dead(worker)
+        while True:
+            # After a death nobody waits any more, but what the others have sent is not lost.
+            found = self._collect(timeout=None if self._death is None else 0)
             if found:
                 return found
-        raise self._death
+            if self._death is not None:
+                raise self._death
+
+    def _collect(self, timeout: float | None) -> list[tuple[int, Any]]:
+        """What is there, after waiting for it; notes a death."""
+        ends = [end for worker in self._workers for end in (worker.connection, worker.process.sentinel)]
+        ready = wait(ends, timeout)
+        found: list[tuple[int, Any]] = []
+        for index, worker in enumerate(self._workers):
+            if worker.connection in ready:
+                found += ((index, message) for message in self._drain(worker))
+            elif worker.process.sentinel in ready:
+                self._death = self._death or self._dead(worker)
+        return found
 
     def close(self) -> None:
         """Stop all workers, those that do not stop by themselves by force."""

@@ -9,18 +9,27 @@ from pipeline.answers import COPIES, LONGEST_PIECE, LOOP_CHARS, ends_in_loop, st
     ("text", "left"),
     [
         ("<think>\nhm, two\n</think>\n\nFour.", "Four."),
-        ("<think></think>Four.", "Four."),
-        ("hm, two\n</think>\n\nFour.", "Four."),
-        ("<think>a</think> One. <think>b</think> Two.", "One.  Two."),
+        (" \n<think></think>Four.", "Four."),
         ("<think>never comes to an end", ""),
-        ("Four. <think>or five", "Four."),
         ("  Four.\n", "  Four.\n"),
-        ("a < b and b > c, I think>", "a < b and b > c, I think>"),
+        (
+            "Use the `<think>` tag to open and `</think>` to close.",
+            "Use the `<think>` tag to open and `</think>` to close.",
+        ),
+        ("split at </think> and keep the rest", "split at </think> and keep the rest"),
         ("", ""),
     ],
 )
 def test_strip_thinking(text: str, left: str) -> None:
     assert strip_thinking(text) == left
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [("hm, two\n</think>\n\nFour.", "Four."), ("Four.", "Four."), ("<think>hm</think> Four.", "Four.")],
+)
+def test_strip_thinking_that_the_prompt_opened(text: str, left: str) -> None:
+    assert strip_thinking(text, opened=True) == left
 
 
 @pytest.mark.parametrize(

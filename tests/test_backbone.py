@@ -1,5 +1,6 @@
 """Prompt formatting, identities and padding."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,8 +60,6 @@ def test_limit_below_the_template_names_both_values() -> None:
 
 
 def test_identity_follows_the_weights_not_the_place(tiny_backbone: Callable[..., Path], tmp_path: Path) -> None:
-    import shutil
-
     folder = tiny_backbone("llama")
     copy = shutil.copytree(folder, tmp_path / "copy")
     assert identify(str(copy), None)["sha256"] == identify(str(folder), None)["sha256"]
@@ -70,6 +69,24 @@ def test_identity_follows_the_weights_not_the_place(tiny_backbone: Callable[...,
     content[-1] ^= 1
     weights.write_bytes(content)
     assert identify(str(copy), None)["sha256"] != identify(str(folder), None)["sha256"]
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "modules.json", "1_Pooling/config.json", "modeling_own.py"])
+def test_identity_follows_every_file_that_decides_what_is_computed(
+    name: str, tiny_backbone: Callable[..., Path], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(tiny_backbone("llama"), tmp_path / "copy")
+    before = identify(str(copy), None)["sha256"]
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("{}")
+    assert identify(str(copy), None)["sha256"] != before
+
+
+def test_identity_does_not_follow_the_words_about_a_model(tiny_backbone: Callable[..., Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_backbone("llama"), tmp_path / "copy")
+    before = identify(str(copy), None)["sha256"]
+    (copy / "README.md").write_text("words")
+    assert identify(str(copy), None)["sha256"] == before
 
 
 def test_identity_of_a_hub_model_is_its_revision() -> None:

@@ -185,6 +185,15 @@ def test_an_engine_that_swallows_rows_is_noticed(run: Run) -> None:
         run(Swallower())
 
 
+def test_an_engine_that_ends_before_it_took_all_prompts_is_noticed(run: Run) -> None:
+    class Lazy(FakeEngine):
+        def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
+            return iter(())
+
+    with pytest.raises(EngineError, match="no answer for 20 prompts, e.g. 00"):
+        run(Lazy())
+
+
 def test_truncated_empty_and_looping_rows_are_counted_also_after_a_resume(run: Run) -> None:
     class Mute(FakeEngine):
         def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
@@ -235,6 +244,12 @@ def test_a_dropped_query_is_recorded_once_and_is_no_failure(run: Run) -> None:
     assert len(engine.asked) == 20
 
 
+def test_dropped_rows_are_told_from_computed_ones(run: Run) -> None:
+    generator, _ = run(FakeEngine(), QUERIES | {"long": "much too long " * 9}, drop_too_long=True)
+    facts = generator.facts
+    assert (facts.rows, facts.computed_rows, facts.dropped_rows, facts.reused_rows) == (21, 20, 1, 0)
+
+
 def test_only_dropped_queries_start_no_engine(run: Run) -> None:
     engine = FakeEngine()
     _, table = run(engine, {"long": "much too long " * 9}, drop_too_long=True)
@@ -247,6 +262,22 @@ def test_the_longest_prompts_of_a_window_go_first(run: Run) -> None:
     run(engine, {"a": "x", "b": "xxx", "c": "xx", "d": "xxxx"}, window=3)
     assert [prompt.id for prompt in engine.asked] == ["b", "c", "a", "d"]
     assert [prompt.text for prompt in engine.asked] == ["xxx", "xx", "x", "xxxx"]
+
+
+def test_failures_are_listed_until_a_run_has_none(run: Run) -> None:
+    generator, _ = run(FakeEngine(fails={"03": 2}))
+    listing = generator.store.path / "failed.json"
+    assert json.loads(listing.read_text()) == {"03": "out of luck: 03"}
+    run(FakeEngine())
+    assert not listing.exists()
+
+
+def test_many_failures_within_the_limit_are_said_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(generation, "HOPELESS", 5)
+    run(FakeEngine(fails=dict.fromkeys(QUERIES, 2)), limit=1.0)
+    assert len([each for each in caplog.messages if "within generate.max_failed_fraction" in each]) == 1
 
 
 def test_a_hopeless_run_ends_early(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,8 +311,9 @@ def test_speed_and_tolerance_do_not_change_the_content() -> None:
         == base
     )
     assert base["stub"] is True
+    assert params(seed=1, top_p=0.5).content(facts) == base  # greedy reads neither
+    assert params(seed=1, temperature=1.0).content(facts) != params(temperature=1.0).content(facts)
     for change in (
-        {"seed": 1},
         {"temperature": 1.0},
         {"max_prompt_tokens": 9},
         {"dtype": "bfloat16"},

@@ -44,10 +44,15 @@ def fill(root: Path, row_ids: Iterable[str], *, flush_rows: int = 10) -> list[st
     return missing
 
 
+def sorted_tables(work: ShardStore, row_ids: list[str], rows_per_table: int) -> list[pa.Table]:
+    ordered = sorted(row_ids)
+    return [work.take(ordered[start : start + rows_per_table]) for start in range(0, len(ordered), rows_per_table)]
+
+
 def table_bytes(root: Path, row_ids: list[str], rows_per_table: int = 37) -> list[bytes]:
     result = []
     with store(root) as work:
-        for table in work.sorted_tables(row_ids, rows_per_table):
+        for table in sorted_tables(work, row_ids, rows_per_table):
             sink = pa.BufferOutputStream()
             write_parquet(table, sink)
             result.append(sink.getvalue().to_pybytes())
@@ -62,7 +67,7 @@ def test_rows_come_back_sorted_in_tables_of_bounded_size(tmp_path: Path) -> None
     wanted = ids(95)
     fill(tmp_path, wanted)
     with store(tmp_path) as work:
-        tables = list(work.sorted_tables(wanted, 40))
+        tables = sorted_tables(work, wanted, 40)
         assert len(work) == 95
     assert [table.num_rows for table in tables] == [40, 40, 15]
     assert pa.concat_tables(tables).to_pylist() == [row(row_id) for row_id in sorted(wanted)]
@@ -72,11 +77,10 @@ def test_rows_come_back_sorted_in_tables_of_bounded_size(tmp_path: Path) -> None
 def test_only_the_rows_asked_for_come_back(tmp_path: Path) -> None:
     fill(tmp_path, ids(50))
     with store(tmp_path) as work:
-        (table,) = work.sorted_tables(ids(50)[:5], 100)
+        table = work.take(sorted(ids(50)[:5]))
         assert table.column("id").to_pylist() == sorted(ids(50)[:5])
-        with pytest.raises(KeyError):
-            list(work.sorted_tables(["not there"], 10))
-        assert list(work.sorted_tables([], 10)) == []
+        with pytest.raises(KeyError, match="not there"):
+            work.take([ids(50)[0], "not there"])
 
 
 def test_rows_can_be_taken_in_any_order_and_more_than_once(tmp_path: Path) -> None:
@@ -130,6 +134,17 @@ def test_rows_reach_the_disk_after_the_flush_interval(tmp_path: Path, monkeypatc
         work.add(row("2"))
         assert "1" in work
         assert "2" in work
+
+
+def test_a_burst_reaches_the_disk_without_another_row(tmp_path: Path) -> None:
+    with ShardStore(tmp_path, SCHEMA, FINGERPRINT, flush_rows=1000, flush_seconds=0.1) as work:
+        for row_id in ids(16):
+            work.add(row(row_id))
+        deadline = time.monotonic() + 10
+        while sum(pa.parquet.read_metadata(file).num_rows for file in shard_files(tmp_path)) < 16:
+            assert time.monotonic() < deadline, "the rows stay in memory"
+            time.sleep(0.02)
+        assert len(work) == 16
 
 
 def test_another_fingerprint_or_schema_never_sees_old_rows(tmp_path: Path) -> None:

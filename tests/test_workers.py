@@ -41,6 +41,9 @@ def obey(greeting: str, channel: Channel) -> None:
                 logging.getLogger("pipeline.test").info("some news")
                 logging.getLogger("pipeline.test").warning("some trouble")
                 channel.send("logged")
+            case "many":
+                for number in range(500):
+                    channel.send(number)
             case int(code):
                 channel.send("going")
                 os._exit(code)
@@ -115,6 +118,18 @@ def test_what_was_sent_before_a_death_is_received_first() -> None:
             started.receive()
         with pytest.raises(EngineError, match="exit code 7"):
             started.receive()
+
+
+def test_what_the_others_have_sent_is_received_after_a_death() -> None:
+    with workers() as started:
+        started.send(0, "many")
+        started.send(1, 7)
+        time.sleep(3)  # both are done, and nobody has listened
+        found = []
+        with pytest.raises(EngineError, match="exit code 7"):
+            while True:
+                found += started.receive()
+        assert [message for worker, message in found if worker == 0] == list(range(500))
 
 
 def test_a_worker_killed_is_named_with_the_signal_and_the_others_stop() -> None:

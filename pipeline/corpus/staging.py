@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
 from pipeline.artifacts import disk_errors
-from pipeline.errors import WorkError
+from pipeline.shards import lock_folder
 
 BUCKETS = 64  # divides the 256 values of an id's first byte
 _SCHEMA = pa.schema([("row", pa.int64()), ("text", pa.large_string())])
@@ -36,12 +35,7 @@ def scratch_folder(work: Path) -> Iterator[Path]:
     """
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work / "lock")
-    try:
-        with disk_errors(work):
-            lock.acquire(blocking=False)
-    except Timeout:
-        raise WorkError(f"{work} is in use by another process: wait for it or stop it") from None
+        lock = lock_folder(work)
     try:
         for leftover in work.glob(f"{_PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -148,10 +148,11 @@ def _load(
     memory_share: float,
 ) -> "Engine":
     """One engine, in this process."""
-    from pipeline.engines.echo_engine import EchoEngine
+    from pipeline.engines.checks import parse_options
+    from pipeline.engines.echo_engine import EchoEngine, EchoOptions
     from pipeline.engines.openai_engine import OpenAIEngine
     from pipeline.engines.ray_engine import RayEngine
-    from pipeline.engines.transformers_engine import TransformersEngine
+    from pipeline.engines.transformers_engine import TransformersEngine, TransformersOptions
     from pipeline.engines.vllm_engine import VllmEngine
 
     match name:
@@ -170,16 +171,7 @@ def _load(
         case "openai":
             return OpenAIEngine(backbone, max_model_len=max_model_len, options=options)
         case "transformers":
-            _check_options(name, options, {"batch_size"})
-            return TransformersEngine.load(backbone, max_model_len=max_model_len, **options)
+            batch_size = parse_options(options, TransformersOptions).batch_size
+            return TransformersEngine.load(backbone, max_model_len=max_model_len, batch_size=batch_size)
         case "echo":
-            _check_options(name, options, {"delay"})
-            return EchoEngine.load(backbone, **options)
-
-
-def _check_options(name: str, options: Mapping[str, Any], known: set[str]) -> None:
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise EngineError(
-            f"generate.options: engine '{name}' has no option {', '.join(unknown)} (known: {', '.join(sorted(known))})"
-        )
+            return EchoEngine.load(backbone, delay=parse_options(options, EchoOptions).delay)

@@ -1,9 +1,25 @@
 """What engines check before they start and before they take a prompt, and how they name what went wrong."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from pipeline.backbone import BackboneParams
-from pipeline.errors import BackboneError, EngineError
+from pipeline.errors import BackboneError, EngineError, ParamsError
+from pipeline.params import Params, validate
+
+M = TypeVar("M", bound=Params)
+
+
+def parse_options(options: Mapping[str, Any], model: type[M]) -> M:
+    """`generate.options` as an engine's own model.
+
+    Raises:
+        EngineError: with one line for each unknown, missing or mistyped option.
+    """
+    try:
+        return validate(dict(options), model, where="generate.options")
+    except ParamsError as error:
+        raise EngineError(str(error)) from None
 
 
 def load_config(backbone: BackboneParams) -> Any:

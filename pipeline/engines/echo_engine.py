@@ -3,11 +3,20 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+from pydantic import Field
+
 from pipeline.backbone import BackboneParams, load_tokenizer
 from pipeline.engines.base import Completion, Prompt, Sampling
+from pipeline.params import Params
 
 VERSION = 1
 SPEED_OPTIONS = frozenset({"delay"})
+
+
+class EchoOptions(Params):
+    """`generate.options` of this engine."""
+
+    delay: float = Field(default=0.0, ge=0, description="seconds that a row takes")
 
 
 class EchoEngine:

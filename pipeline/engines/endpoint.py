@@ -5,7 +5,6 @@ is cleared of it before it is logged, raised or stored.
 """
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import time
@@ -15,8 +14,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from pipeline.engines.checks import describe
-from pipeline.errors import EngineError, ParamsError
-from pipeline.params import Params, validate
+from pipeline.errors import EngineError
+from pipeline.params import Params
 
 if TYPE_CHECKING:
     from aiolimiter import AsyncLimiter
@@ -99,18 +98,6 @@ def limiter(per_minute: float | None, largest: int) -> "AsyncLimiter | None":
     from aiolimiter import AsyncLimiter
 
     return AsyncLimiter(largest, 60 * largest / per_minute) if per_minute else None
-
-
-def read_options(options: Mapping[str, Any]) -> OpenAIOptions:
-    """The options, checked.
-
-    Raises:
-        EngineError: with one line for each mistake.
-    """
-    try:
-        return validate(dict(options), OpenAIOptions, where="generate.options")
-    except ParamsError as error:
-        raise EngineError(str(error)) from None
 
 
 def read_secret(variable: str) -> Secret:

@@ -13,13 +13,14 @@ from typing import Any
 from pipeline.backbone import BackboneParams, load_tokenizer
 from pipeline.contracts import FinishReason
 from pipeline.engines.base import Completion, Prompt, Sampling
+from pipeline.engines.checks import parse_options
 from pipeline.engines.endpoint import (
     ROW_STATUSES,
+    OpenAIOptions,
     Pace,
     is_transient,
     limiter,
     make_client,
-    read_options,
     read_secret,
     reason_of,
     wait_seconds,
@@ -60,7 +61,7 @@ class OpenAIEngine:
             EngineError: an option is wrong, a package is missing, or the server is not there, does not serve the
                 model or refuses the request.
         """
-        self._options = read_options(options)
+        self._options = parse_options(options, OpenAIOptions)
         self._secret = read_secret(self._options.api_key_env)
         self._client = make_client(self._options, self._secret)
         self._backbone = backbone

@@ -5,21 +5,22 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 import psutil
 from pydantic import Field
 
 from pipeline.backbone import BackboneParams
-from pipeline.engines.checks import describe
+from pipeline.engines.checks import describe, parse_options
 from pipeline.engines.vllm_choices import CPU_KV_CACHE_BYTES, CPU_SEQUENCES, GPU_SEQUENCES
 from pipeline.engines.vllm_engine import RESERVED
-from pipeline.errors import EngineError, ParamsError
-from pipeline.params import Params, validate
+from pipeline.errors import EngineError
+from pipeline.params import Params
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,6 @@ class Connection:
             return
         address = options.address or os.environ.get("RAY_ADDRESS") or "local"
         local = {"num_cpus": options.num_cpus or enough_cpus(options), "include_dashboard": False}
-        before = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
                 address=address,
@@ -89,9 +89,6 @@ class Connection:
         except Exception as error:
             # Ray raises many kinds here: no cluster, other version, no port, no memory for the object store.
             raise EngineError(f"generate.options.address: no Ray at '{address}' ({describe(error)})") from None
-        finally:
-            # Ray's own handler would leave without a word about what is kept.
-            signal.signal(signal.SIGTERM, before)
         self._ours = True
         log.info("engine ray: %s", "started on this machine" if address == "local" else f"cluster {address}")
 
@@ -120,6 +117,17 @@ class Connection:
         return set(psutil.Process().children(recursive=True))
 
 
+@contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Put the handler of SIGTERM back: Ray's own, set by each `ray.init`, leaves without a word about what is kept."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if current_thread() is main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 def split_options(options: Mapping[str, Any]) -> tuple[RayOptions, dict[str, Any]]:
     """`generate.options` as ours and vLLM's.
 
@@ -127,14 +135,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[RayOptions, dict[str, Any
         EngineError: an option is unknown, mistyped, or follows from other params.
     """
     arguments = {name: value for name, value in options.items() if name not in RayOptions.model_fields}
-    try:
-        ours = validate(
-            {name: value for name, value in options.items() if name not in arguments},
-            RayOptions,
-            where="generate.options",
-        )
-    except ParamsError as error:
-        raise EngineError(str(error)) from None
+    ours = parse_options({name: value for name, value in options.items() if name not in arguments}, RayOptions)
     for name in arguments:
         _check_argument(name)
     return ours, arguments

@@ -24,6 +24,7 @@ from pipeline.engines.ray_cluster import (
     RayOptions,
     choose_layout,
     import_ray,
+    own_sigterm,
     processor_config,
     split_options,
 )
@@ -65,9 +66,10 @@ class RayEngine:
         self._stops = stop_ids(backbone)
         self._reaper, self._connection = Reaper(), Connection()
         try:
-            self._connection.open(ours)
-            self._layout = choose_layout(self._connection.resources(), ours, arguments)
-            self._start(backbone, ours, arguments)
+            with own_sigterm():
+                self._connection.open(ours)
+                self._layout = choose_layout(self._connection.resources(), ours, arguments)
+                self._start(backbone, ours, arguments)
         except BaseException:
             self.close()
             raise

@@ -5,9 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from pipeline.backbone import BackboneParams, best_device, load_backbone, load_tokenizer, pad_left
 from pipeline.engines.base import Completion, Prompt, Sampling
 from pipeline.engines.checks import describe, too_long
+from pipeline.params import Params
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +24,12 @@ SPEED_OPTIONS = frozenset({"batch_size"})
 BATCH_SIZE = 16
 # Prompts are sorted by length within this many batches: little padding, and still a stream.
 WINDOW_BATCHES = 16
+
+
+class TransformersOptions(Params):
+    """`generate.options` of this engine."""
+
+    batch_size: int = Field(default=BATCH_SIZE, ge=1, description="prompts of one batch")
 
 
 class TransformersEngine:

@@ -6,13 +6,12 @@ Pure arithmetic over what `Machine` says; `vllm_engine` asks the machine and log
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pipeline.backbone import DType
+from pipeline.backbone import DTYPE_BYTES, DType
 from pipeline.errors import EngineError
 
 GIB = 2**30
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
-# Measured with SmolLM2-135M on 2 cores: 64 rows at once gave a sixth less, 256 no more.
+# SmolLM2-135M on 2 cores: 64 rows at once gave a sixth less (docs/results-log.md).
 CPU_SEQUENCES = 128
 # The cache where the backbone's config does not tell what a row needs.
 CPU_KV_CACHE_BYTES = GIB
@@ -54,7 +53,7 @@ def token_bytes(config: Any, dtype: DType) -> int | None:
         return None
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
-    return int(2 * layers * kv_heads * head_dim * BYTES[dtype])
+    return int(2 * layers * kv_heads * head_dim * DTYPE_BYTES[dtype])
 
 
 def cpu_choices(

@@ -27,7 +27,6 @@ SPEED_OPTIONS = frozenset(
         "enforce_eager",
         "gpu_memory_utilization",
         "kv_cache_memory_bytes",
-        "load_format",
         "max_num_batched_tokens",
         "max_num_seqs",
         "use_tqdm_on_load",
@@ -107,7 +106,7 @@ class VllmEngine:
         self._max_model_len = max_model_len
         self._reaper = Reaper()
         try:
-            self._engine = _start(engine_args(**arguments), backbone.name)
+            self._engine = _start(engine_args, arguments, backbone.name)
         except BaseException:
             self._reaper.close()
             raise
@@ -196,6 +195,9 @@ def _check_options(engine_args: Any, options: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" (did you mean '{close[0]}'?)" if close else ""
             raise EngineError(f"generate.options: vLLM's EngineArgs has no '{name}'{hint}")
+    sequences = options.get("max_num_seqs", 1)
+    if not isinstance(sequences, int) or sequences < 1:
+        raise EngineError(f"generate.options: max_num_seqs is {sequences!r}, must be a number of at least 1")
 
 
 def _automatic(choices: Mapping[str, Choice], max_model_len: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,13 +216,13 @@ def _automatic(choices: Mapping[str, Choice], max_model_len: int, options: Mappi
     return {name: choice.value for name, choice in chosen.items()}
 
 
-def _start(arguments: Any, name: str) -> Any:
+def _start(engine_args: Any, arguments: Mapping[str, Any], name: str) -> Any:
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
     try:
         # As offline work, vLLM takes more prompt tokens into a step.
-        return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
+        return LLMEngine.from_engine_args(engine_args(**arguments), usage_context=UsageContext.LLM_CLASS)
     except Exception as error:
         # vLLM raises many kinds here (bad arguments, no memory, unsupported architecture): all are the user's to read.
         raise EngineError(

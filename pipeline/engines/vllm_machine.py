@@ -18,20 +18,27 @@ log = logging.getLogger(__name__)
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
     "OMP_PROC_BIND",
     "OMP_PLACES",
     "GOMP_CPU_AFFINITY",
     "KMP_AFFINITY",
     "VLLM_CPU_OMP_THREADS_BIND",
 )
+SPIN_COUNT = "10000"
 # Below this, vLLM's batch-invariant kernels do not run.
 BATCH_INVARIANT_CAPABILITY = (8, 0)
 
 
 def prepare_environment() -> None:
-    """Set what OpenMP reads when torch is first imported. What the user set stays."""
-    # Threads that spin while they wait starve each other as soon as anything else runs on the machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    """Set what OpenMP and CUDA read when torch is first imported. What the user set stays."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that spin for ever starve each other as soon as anything else runs; ones that never spin lose a
+        # quarter of the time to waking up (docs/results-log.md). A few microseconds cover the usual wait.
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    # Looking for a GPU must not start CUDA in this process: vLLM's own processes could not start it again.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     # Without a number vLLM falls back to one thread on the CPU.
     os.environ.setdefault("OMP_NUM_THREADS", str(len(own_cores())))
 
@@ -45,6 +52,9 @@ def set_environment(on_gpu: bool, batch_invariant: bool) -> None:
         bound = ", ".join(f"{name}={os.environ[name]}" for name in THREAD_VARIABLES if name in os.environ)
         log.info("engine vllm: threads: %s (cores: %d; these variables can be set)", bound, len(own_cores()))
         defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    else:
+        # A forked engine process would inherit the lock of the store, and hold it when this one is killed.
+        defaults["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if batch_invariant:

@@ -140,7 +140,12 @@ def _loaded(load: Callable[[], Any], name: str) -> Iterator[list[str]]:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EvaluationError(f"{name}: {reason}") from None
-    yield from _tables(data)
+    count = 0
+    for texts in _tables(data):
+        count += len(texts)
+        yield texts
+    if not count:
+        raise EvaluationError(f"{name}: no text was found in its data, so no query can be held against it")
 
 
 def _tables(data: Any) -> Iterator[list[str]]:

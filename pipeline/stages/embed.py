@@ -3,7 +3,9 @@
 python -m pipeline.stages.embed [--params params.yaml]
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any
@@ -17,7 +19,7 @@ from pipeline.backbone import BackboneParams
 from pipeline.errors import TeacherError
 from pipeline.params import PARAMS_FILE, Params, load
 from pipeline.runtime import RunRecord, record, setup_logging, user_errors, work_dir
-from pipeline.shards import ShardStore
+from pipeline.shards import ShardStore, lock_folder
 from pipeline.target_statistics import TargetStatistics
 from pipeline.targets import (
     CHUNK_BATCHES,
@@ -54,10 +56,15 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
         TeacherError: the teacher cannot be loaded or gives unusable embeddings, or there is nothing to embed.
         WorkError: the disk is full, or another process does the same work.
     """
-    params = inputs.embed
     artifact = artifacts.open_artifact(RESPONSES_DIR, "responses")
     responses = Responses(lambda: artifact.batches([*COLUMNS], BATCH_ROWS))
     check_any(responses, artifact)
+    with lock_work():  # before minutes are spent on loading a teacher
+        _embed(inputs, responses, artifact, facts)
+
+
+def _embed(inputs: Inputs, responses: Responses, artifact: Artifact, facts: RunRecord) -> None:
+    params = inputs.embed
     started = monotonic()
     with open_teacher(params.teacher, inputs.backbone, params.data_parallel) as teacher:
         startup_seconds = monotonic() - started
@@ -79,6 +86,19 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
         width=teacher.width,
         **statistics.norms(),
     )
+
+
+@contextlib.contextmanager
+def lock_work() -> Iterator[None]:
+    """Raises WorkError if another process embeds in this workspace."""
+    folder = work_dir("embed")
+    with artifacts.disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_any(responses: Responses, artifact: Artifact) -> None:

@@ -60,6 +60,7 @@ class Reader:
             TeacherError: the template has no slot, leaves no room for a text, or needs a fast tokenizer.
         """
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
+        tokenizer.truncation_side = "right"
         self._parts, self._pooling, self._strip = template.split(SLOT), pooling, strip
         self._slots = len(self._parts) - 1
         self._counted: tuple[list[str], list[int]] = [], []

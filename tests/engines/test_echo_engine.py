@@ -43,9 +43,18 @@ def test_only_the_stub_says_that_it_is_one() -> None:
     assert [engine_facts(name).stub for name in ("vllm", "transformers", "echo")] == [False, False, True]
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [("echo", "delay", "x"), ("transformers", "batch_size", "8"), ("transformers", "batch_size", 0)],
+)
+def test_a_mistyped_option_is_named(name: str, option: str, value: Any, tiny_backbone: Callable[..., Path]) -> None:
+    with pytest.raises(EngineError, match=rf"generate\.options: {option}: .*got {value!r}"):
+        build(name, tiny_backbone("llama"), {option: value})
+
+
 @pytest.mark.parametrize("name", ["echo", "transformers"])
 def test_unknown_option_names_the_known_ones(name: str, tiny_backbone: Callable[..., Path]) -> None:
-    with pytest.raises(EngineError, match=r"generate\.options: engine .* has no option colour \(known: "):
+    with pytest.raises(EngineError, match=r"generate\.options: colour: unknown key \(known: "):
         build(name, tiny_backbone(), {"colour": 1})
 
 

@@ -249,7 +249,9 @@ def test_a_local_ray_beside_transformers(small_lm: Path, environment: None) -> N
     sizes: dict[str, Any] = {"dtype": "float32", "max_prompt_tokens": 80, "max_new_tokens": 8}
     with closing(build_engine("transformers", backbone, **sizes)) as engine:
         expected = {c.id: c for c in engine.generate(good, Sampling(8))}
+    handler = signal.getsignal(signal.SIGTERM)
     with closing(build_engine("ray", backbone, **sizes, options=OPTIONS)) as engine:
+        assert signal.getsignal(signal.SIGTERM) is handler
         found = list(engine.generate(iter([*bad, *good]), Sampling(8)))
         began = time.monotonic()
         again = list(engine.generate(iter(good[:1]), Sampling(8)))

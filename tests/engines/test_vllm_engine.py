@@ -16,7 +16,7 @@ from pipeline.backbone import BackboneParams, PromptFormatter, load_tokenizer
 from pipeline.engines import build_engine
 from pipeline.engines.base import Completion, Prompt, Sampling
 from pipeline.engines.vllm_choices import Choice
-from pipeline.engines.vllm_engine import CPU_KV_CACHE_VARIABLE, VllmEngine, _automatic, _check_options
+from pipeline.engines.vllm_engine import CPU_KV_CACHE_VARIABLE, SPEED_OPTIONS, VllmEngine, _automatic, _check_options
 from pipeline.engines.vllm_machine import check_batch_invariance, set_environment
 from pipeline.errors import EngineError
 from tests.conftest import ROOT
@@ -64,16 +64,28 @@ def test_unknown_option_suggests_the_known_one() -> None:
         _check_options(arguments, {"max_nun_seqs": 4})
 
 
+@pytest.mark.parametrize("wrong", ["64", None, 0])
+def test_a_wrong_number_of_sequences_is_said(wrong: object) -> None:
+    arguments = make_dataclass("EngineArgs", [("max_num_seqs", int)])
+    with pytest.raises(EngineError, match=rf"max_num_seqs is {wrong!r}, must be a number of at least 1"):
+        _check_options(arguments, {"max_num_seqs": wrong})
+
+
+def test_random_weights_are_no_matter_of_speed() -> None:
+    assert "load_format" not in SPEED_OPTIONS
+
+
 def test_the_stage_sets_openmp_before_torch_is_imported() -> None:
     code = (
         "import os, sys; import pipeline.stages.generate; from pipeline.engines import prepare_environment\n"
         "prepare_environment('vllm')\n"
-        "print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'])"
+        "names = 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'OMP_NUM_THREADS', 'PYTORCH_NVML_BASED_CUDA_CHECK'\n"
+        "print('torch' in sys.modules, *(os.environ[name] for name in names))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment |= {"OMP_NUM_THREADS": "7"}
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
-    assert output.stdout.split() == [b"False", b"PASSIVE", b"7"]
+    assert output.stdout.split() == [b"False", b"PASSIVE", b"10000", b"7", b"1"]
 
 
 def test_each_automatic_choice_is_said_unless_an_option_makes_it(

@@ -49,6 +49,12 @@ def test_other_formats_and_many_rows(tmp_path: Path, suffix: str) -> None:
     assert sorted(text for batch in batches for text in batch) == sorted(row["text"] for row in rows)
 
 
+@pytest.mark.parametrize("data", [{}, [{"text": "in a list"}], {"test": {"queries": {"q1": "in a dict"}}}])
+def test_data_without_a_text_that_is_understood_is_an_error(data: object) -> None:
+    with pytest.raises(EvaluationError, match="SomeTask: no text was found in its data"):
+        list(texts._loaded(lambda: data, "SomeTask"))
+
+
 def test_a_folder_counts_once_and_has_its_revision(tmp_path: Path) -> None:
     folder = sts_folder(tmp_path / "s")
     suites = {"one": SuiteParams(local=["s"]), "two": SuiteParams(local=["s"])}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -129,7 +130,7 @@ def test_a_grown_corpus_computes_only_its_new_rows(configure: Configure) -> None
 
 def test_changed_params_reuse_nothing(configure: Configure) -> None:
     write_queries(TEXTS[:20])
-    for keys in ({}, {"max_new_tokens": 31}, {"seed": 1}, {"max_prompt_tokens": 41}):
+    for keys in ({}, {"max_new_tokens": 31}, {"temperature": 0.5}, {"temperature": 0.5, "seed": 1}):
         configure(**keys)
         invoke()
         assert facts()["reused_rows"] == 0
@@ -185,6 +186,35 @@ def test_kill_9_at_20_random_moments_then_run_again(configure: Configure, monkey
     finish("generate")
     assert folder_bytes(RESPONSES_DIR) == uninterrupted
     assert (facts()["computed_rows"], facts()["reused_rows"]) == (len(TEXTS) - kept[-1], kept[-1])
+
+
+@pytest.mark.slow
+def test_two_engine_processes_fill_one_store_and_die_with_their_owner(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_queries(TEXTS)
+    configure()
+    monkeypatch.setenv("PIPELINE_WORK_DIR", "elsewhere")
+    finish("generate")
+    alone = folder_bytes(RESPONSES_DIR)
+    monkeypatch.delenv("PIPELINE_WORK_DIR")
+
+    configure(data_parallel=2, options={"delay": 0.02})
+    process = start("generate")
+    wait_until(lambda: kept_rows("generate") > 0, process)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert alive == []
+    kept = kept_rows("generate")
+    assert 0 < kept < len(TEXTS)
+
+    configure(data_parallel=2)
+    finish("generate")
+    assert folder_bytes(RESPONSES_DIR) == alone
+    assert (facts()["computed_rows"], facts()["reused_rows"]) == (len(TEXTS) - kept, kept)
 
 
 @pytest.mark.slow
