@@ -198,7 +198,8 @@ if __name__ == "__main__":
         print(*(answer[2] for answer in gather(started, 2).values()), flush=True)
         if sys.argv[1] == "leave":
             raise EngineError("enough")
-        time.sleep(60)
+        for _ in range(600):  # a signal just before one long sleep would wait for its end
+            time.sleep(0.1)
 """
 
 
