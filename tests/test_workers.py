@@ -122,9 +122,13 @@ def test_what_was_sent_before_a_death_is_received_first() -> None:
 
 def test_what_the_others_have_sent_is_received_after_a_death() -> None:
     with workers() as started:
+        for index in range(2):
+            started.send(index, "say")
+        pids = gather(started, 2)
         started.send(0, "many")
         started.send(1, 7)
-        time.sleep(3)  # both are done, and nobody has listened
+        assert soon(lambda: gone(pids[1][2]))
+        time.sleep(2)  # all is sent, and nobody has listened
         found = []
         with pytest.raises(EngineError, match="exit code 7"):
             while True:
