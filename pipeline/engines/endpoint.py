@@ -124,7 +124,7 @@ def make_client(options: OpenAIOptions, secret: Secret) -> "AsyncOpenAI":
         from openai import AsyncOpenAI
     except ImportError as error:
         raise EngineError(
-            f"generate.engine: openai needs a package ({describe(error)}): install it with `pip install -e .[openai]`"
+            f"generate.engine: openai needs a package ({describe(error)}): it comes with `pip install -e .`"
         ) from None
     return AsyncOpenAI(
         base_url=options.base_url,

@@ -1,15 +1,13 @@
 """The frozen backbone itself as a teacher: pooling of its last hidden states, causal attention."""
 
 import logging
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backbone import BackboneParams, best_device, identify, load_backbone, load_tokenizer
-from pipeline.teachers.pooling import TextPooler, check_positions
+from pipeline.teachers.pooling import PooledTeacher, TextPooler, check_positions
 from pipeline.teachers.reading import SLOT, Pooling, Reader
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -17,7 +15,7 @@ log = logging.getLogger(__name__)
 VERSION = 1
 
 
-class BackboneTeacher:
+class BackboneTeacher(PooledTeacher):
     """Mean over a text's own tokens of the last (final-normed) hidden states, or its last token's.
 
     Special tokens are read but not pooled: the first position of a language model is an attention sink whose norm
@@ -50,9 +48,7 @@ class BackboneTeacher:
             TeacherError: the template leaves no room for a text.
         """
         reader = Reader(tokenizer, max_tokens=max_tokens, template=template, pooling=pooling)
-        self._pooler = TextPooler(model.get_decoder(), reader, batch_size=batch_size)
-        self.width = self._pooler.width
-        self.identity = identity
+        super().__init__(TextPooler(model.get_decoder(), reader, batch_size=batch_size), identity)
 
     @classmethod
     def load(
@@ -92,15 +88,3 @@ class BackboneTeacher:
             template=template,
             pooling=pooling,
         )
-
-    def embed(self, texts: Sequence[str]) -> "np.ndarray[Any, Any]":
-        """See `Teacher.embed`. A text without tokens embeds as the EOS token."""
-        return self._pooler.embed(texts)
-
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """See `Teacher.token_counts`."""
-        return self._pooler.reader.token_counts(texts)
-
-    def truncated(self, texts: Sequence[str]) -> list[bool]:
-        """See `Teacher.truncated`."""
-        return self._pooler.reader.truncated(texts)

@@ -25,11 +25,10 @@ from pipeline.backbone import BackboneParams, best_device, identify, load_backbo
 from pipeline.errors import BackboneError, TeacherError
 from pipeline.teachers.adapters import TOKENIZER, fetch_adapter, merge_adapter
 from pipeline.teachers.bidirectional import check_bidirectional, make_bidirectional
-from pipeline.teachers.pooling import TextPooler, check_positions
+from pipeline.teachers.pooling import PooledTeacher, TextPooler, check_positions
 from pipeline.teachers.reading import SLOT, Pooling, Reader
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ log = logging.getLogger(__name__)
 VERSION = 1
 
 
-class Llm2VecTeacher:
+class Llm2VecTeacher(PooledTeacher):
     """The mean over a text's own tokens of the last (final-normed) hidden states, attention in both directions."""
 
     def __init__(
@@ -67,9 +66,7 @@ class Llm2VecTeacher:
         """
         check_bidirectional(body, str(identity["name"]))
         reader = Reader(tokenizer, max_tokens=max_tokens, template=template, pooling=pooling, strip=True)
-        self._pooler = TextPooler(body, reader, batch_size=batch_size)
-        self.width = self._pooler.width
-        self.identity = identity
+        super().__init__(TextPooler(body, reader, batch_size=batch_size), identity)
 
     @classmethod
     def load(
@@ -123,18 +120,6 @@ class Llm2VecTeacher:
             template=template,
             pooling=pooling,
         )
-
-    def embed(self, texts: Sequence[str]) -> "np.ndarray[Any, Any]":
-        """See `Teacher.embed`. A text without tokens embeds as the EOS token."""
-        return self._pooler.embed(texts)
-
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """See `Teacher.token_counts`."""
-        return self._pooler.reader.token_counts(texts)
-
-    def truncated(self, texts: Sequence[str]) -> list[bool]:
-        """See `Teacher.truncated`."""
-        return self._pooler.reader.truncated(texts)
 
 
 def _identify(name: str, revision: str | None, key: str) -> dict[str, str]:

@@ -61,3 +61,23 @@ def check_positions(config: "PretrainedConfig", max_tokens: int, model: str) -> 
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_tokens > positions:
         raise TeacherError(f"embed.teacher.max_tokens ({max_tokens}) exceeds the {model}'s {positions} positions")
+
+
+class PooledTeacher:
+    """What the teachers that pool a language model's hidden states share; see `Teacher` for the methods."""
+
+    def __init__(self, pooler: TextPooler, identity: dict[str, Any]) -> None:
+        """`identity` pins the embeddings."""
+        self._pooler, self.width, self.identity = pooler, pooler.width, identity
+
+    def embed(self, texts: Sequence[str]) -> "np.ndarray[Any, Any]":
+        """See `Teacher.embed`. A text without tokens embeds as the EOS token."""
+        return self._pooler.embed(texts)
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """See `Teacher.token_counts`."""
+        return self._pooler.reader.token_counts(texts)
+
+    def truncated(self, texts: Sequence[str]) -> list[bool]:
+        """See `Teacher.truncated`."""
+        return self._pooler.reader.truncated(texts)

@@ -336,9 +336,9 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     cannot_start(FakeEndpoint(url="http://127.0.0.1:1/v1"), message, **options)
 
 
-def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tenacity", None)
-    cannot_start(FakeEndpoint(url="http://127.0.0.1:1/v1"), r"pip install -e \.\[openai\]")
+    cannot_start(FakeEndpoint(url="http://127.0.0.1:1/v1"), r"it comes with `pip install -e \.`")
 
 
 def test_where_the_server_is_changes_no_fingerprint() -> None:
