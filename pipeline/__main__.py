@@ -91,7 +91,7 @@ def params(path: ParamsOption = PARAMS_FILE) -> None:
         for line in plan.lines:
             table.add_row(*map(escape, line))
         Console().print(table)
-        print("Estimates are upper bounds for rows of full length; their formulas stand in pipeline/plan.py.")
+        print("Estimates are upper bounds for rows of full length; their formulas: pipeline/training/memory.py.")
         for remark in plan.remarks:
             print(f"note: {remark}")
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 Template = Literal["raw", "chat"]
 DType = Literal["bfloat16", "float16", "float32"]
+Quantize = Literal["8bit", "4bit"]
 DTYPE_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 Keep = Literal["start", "end"]
 
@@ -69,25 +71,62 @@ def load_tokenizer(params: BackboneParams) -> "PreTrainedTokenizerBase":
         raise _cannot_load(params, error) from None
 
 
-def load_backbone(params: BackboneParams, device: "torch.device | str" = "cpu") -> "PreTrainedModel":
+def load_backbone(
+    params: BackboneParams, device: "torch.device | str" = "cpu", quantize: Quantize | None = None
+) -> "PreTrainedModel":
     """The causal LM in eval mode with every parameter frozen.
 
+    Quantised, its linear layers hold 8-bit integers (LLM.int8) or 4-bit normal floats in blocks (NF4, the scales
+    quantised again); embeddings, norms and the output head stay in `params.dtype`, in which 4-bit layers compute.
+
     Raises:
-        BackboneError: it cannot be loaded.
+        BackboneError: it cannot be loaded, or not quantised.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    # bitsandbytes packs the weights where they come to lie, so a quantised model is not moved afterwards.
+    options = {} if quantize is None else _quantized(quantize, params, device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             params.name,
             revision=params.revision,
             dtype=getattr(torch, params.dtype),
             trust_remote_code=params.trust_remote_code,
+            **options,
         )
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
         raise _cannot_load(params, error) from None
-    return model.to(device).eval().requires_grad_(False)
+    model = _differentiable(model) if options else model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _quantized(quantize: Quantize, params: BackboneParams, device: "torch.device | str") -> dict[str, Any]:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise BackboneError(
+            f"train.quantize: {quantize} needs bitsandbytes, which is not installed: "
+            "pip install 'llm2vec-gen-pipeline[quantize]', or set train.quantize: null"
+        )
+    config = BitsAndBytesConfig(
+        load_in_8bit=quantize == "8bit",
+        load_in_4bit=quantize == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, params.dtype),
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _differentiable(model: "PreTrainedModel") -> "PreTrainedModel":
+    # On a CPU with bfloat16 instructions a 4-bit layer repacks itself at its first forward without autograd (the prefix
+    # of a query), and from then on it lets no gradient through, without an error.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _cannot_load(params: BackboneParams, error: Exception) -> BackboneError:

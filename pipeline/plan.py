@@ -1,15 +1,8 @@
 """Check the whole params file and say what each stage will do: `python -m pipeline params`.
 
-Estimates (GB = 1e9 bytes; P parameters, b bytes a number, L layers, d hidden, m feed-forward, q and k the widths of
-queries and keys):
-
-    weights          P * b
-    KV cache         2 * L * k * b a token
-    activations      L * b * (6 d + 2 q + 2 k + 4 m) a token that gradients pass through: the norms' and the attention's
-                     inputs and outputs, and the gated feed-forward network's; the frozen weights need no inputs kept
-    logits           10 * V bytes a response token, with plain passes only
-
-They are upper bounds for rows of full length; the allocator and the kernels take 1 to 2 GB more.
+Estimates (GB = 1e9 bytes): weights and KV cache of `generate` from the backbone's sizes, the memory of a training step
+by `pipeline.training.memory`, whose docstring has the formulas. They are upper bounds for rows of full length; the CUDA
+context, the kernels and the allocator take 1 to 2 GB more.
 """
 
 import json
@@ -19,19 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import read_manifest
-from pipeline.backbone import DTYPE_BYTES, BackboneParams, DType
+from pipeline.backbone import DTYPE_BYTES, BackboneParams
 from pipeline.engines import engine_facts
 from pipeline.errors import ArtifactError, ParamsError
 from pipeline.evaluation.suites import SuiteParams
 from pipeline.evaluation.systems import EvaluateParams
 from pipeline.generation import GenerateParams
 from pipeline.params import Params, read_yaml, validate
-from pipeline.presets import Shape, preset_of
+from pipeline.presets import preset_of
 from pipeline.probes.base import all_probe_params
 from pipeline.queries import CollectParams
 from pipeline.report import ReportParams
+from pipeline.shape import Shape, shape_from_config
 from pipeline.targets import EmbedParams
-from pipeline.training import TrainParams, planned_steps
+from pipeline.training.memory import kv_bytes
+from pipeline.training.params import TrainParams
+from pipeline.training.plan import memory_line, memory_remarks
+from pipeline.training.schedule import planned_steps
 
 GB = 1e9
 # Teachers whose vectors are an LLM's hidden states as they are, with norms in the hundreds.
@@ -104,7 +101,7 @@ def shape_of(backbone: BackboneParams, root: Path = Path()) -> Shape | None:
     """The backbone's sizes from its config where it is at hand, else from the presets, else None."""
     config = root / backbone.name / "config.json"
     if config.is_file():
-        return _shape_from_config(json.loads(config.read_text(encoding="utf-8")))
+        return shape_from_config(json.loads(config.read_text(encoding="utf-8")))
     preset = preset_of(backbone.name)
     return preset.shape if preset else _shape_from_cache(backbone)
 
@@ -113,25 +110,7 @@ def _shape_from_cache(backbone: BackboneParams) -> Shape | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(backbone.name, "config.json", revision=backbone.revision)
-    return _shape_from_config(json.loads(Path(found).read_text(encoding="utf-8"))) if isinstance(found, str) else None
-
-
-def _shape_from_config(config: dict[str, Any]) -> Shape | None:
-    config = config.get("text_config", config)
-    try:
-        heads = config["num_attention_heads"]
-        return Shape(
-            layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            intermediate=config["intermediate_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            vocabulary=config["vocab_size"],
-            tied=config.get("tie_word_embeddings", True),
-        )
-    except KeyError:
-        return None
+    return shape_from_config(json.loads(Path(found).read_text(encoding="utf-8"))) if isinstance(found, str) else None
 
 
 def expected_rows(params: AllParams, root: Path = Path()) -> tuple[int | None, bool]:
@@ -142,31 +121,6 @@ def expected_rows(params: AllParams, root: Path = Path()) -> tuple[int | None, b
         limits = [source.limit for source in params.collect.sources]
         bounds = [params.collect.sample, None if None in limits else sum(limit for limit in limits if limit)]
         return min((bound for bound in bounds if bound is not None), default=None), False
-
-
-def kv_bytes(shape: Shape, dtype: DType) -> int:
-    """Bytes of the KV cache for one token."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * DTYPE_BYTES[dtype]
-
-
-def activation_bytes(shape: Shape, dtype: DType) -> int:
-    """Bytes kept for the backward pass for one token."""
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return shape.layers * DTYPE_BYTES[dtype] * (6 * shape.hidden + 2 * queries + 2 * keys + 4 * shape.intermediate)
-
-
-def train_bytes(shape: Shape, dtype: DType, train: TrainParams) -> int:
-    """Bytes of GPU memory of one training step with a micro-batch of full-length rows."""
-    new = train.compression_tokens + train.thought_tokens
-    kept = new + train.compression_tokens + train.max_response_tokens
-    row = kept * activation_bytes(shape, dtype)
-    if train.passes == "plain":
-        row += (
-            train.max_query_tokens * activation_bytes(shape, dtype) + train.max_response_tokens * 10 * shape.vocabulary
-        )
-    else:
-        row += train.max_query_tokens * kv_bytes(shape, dtype)
-    return shape.parameters() * DTYPE_BYTES[dtype] + train.micro_batch_size * row
 
 
 def _sources(params: AllParams) -> str:
@@ -224,18 +178,15 @@ def _train_text(params: AllParams, rows: int | None) -> str:
         steps = planned_steps(round(rows * (1 - params.collect.heldout_fraction)), train)
         count = f"about {steps:,} steps of {train.batch_size} rows"
     else:
-        most = f", at most {train.max_steps:,} steps" if train.max_steps else ""
+        most = f", at most {train.stop_after_steps:,} steps" if train.stop_after_steps else ""
         count = f"{train.epochs} epochs in steps of {train.batch_size} rows{most}"
     return f"{count}; {train.compression_tokens} compression + {train.thought_tokens} thought tokens, {train.template}"
 
 
 def _train_memory(params: AllParams, shape: Shape | None) -> str:
-    if shape is None:
-        return f"{params.backbone.name}, {params.backbone.dtype}"
-    weights = shape.parameters() * DTYPE_BYTES[params.backbone.dtype]
-    total = train_bytes(shape, params.backbone.dtype, params.train)
-    rows = f"{params.train.micro_batch_size} rows of full length"
-    return f"{params.backbone.name}, weights {weights / GB:.1f} GB, with {rows} about {total / GB:.1f} GB"
+    backbone = params.backbone
+    memory = backbone.dtype if shape is None else memory_line(params.train, backbone.dtype, shape)
+    return f"{backbone.name}, {memory}"
 
 
 def _suite_text(suite: SuiteParams) -> str:
@@ -269,15 +220,23 @@ def _remarks(params: AllParams, shape: Shape | None, root: Path) -> list[str]:
         found.append(f"train.max_response_tokens: {limits}")
     if shape is None:
         found.append(f"backbone.name: no sizes known of {params.backbone.name}, so no memory estimate")
+    else:
+        found += memory_remarks(params.train, params.backbone.dtype, shape)
     return found
 
 
 def _scale_remark(params: AllParams) -> list[str]:
-    kind = params.embed.teacher.kind
-    if kind in RAW_TEACHERS and not params.embed.normalize and params.train.align_reduction == "sum":
+    kind, reduction = params.embed.teacher.kind, params.train.align_reduction
+    raw = kind in RAW_TEACHERS and not params.embed.normalize
+    if raw and reduction == "sum":
         return [
             f"train.align_reduction: sum over the dimensions of {kind} targets, with norms in the hundreds, drowns the "
             "reconstruction: mean is the paper's"
+        ]
+    if not raw and reduction == "mean":
+        return [
+            f"train.align_reduction: mean over the dimensions of {kind} targets, if they have length 1, leaves the "
+            "alignment next to no gradient, and the reconstruction undoes a warm start: sum"
         ]
     return []
 

@@ -16,32 +16,11 @@ from pipeline.artifacts import write_bytes
 from pipeline.backbone import BackboneParams
 from pipeline.errors import ParamsError
 from pipeline.params import Params, read_yaml, validate
+from pipeline.shape import Shape
 from pipeline.teachers import AdapterParams, TeacherParams
 
 # The paper's limit for queries and responses; what the released teachers were made for.
 TEACHER_TOKENS = 512
-
-
-class Shape(Params):
-    """Sizes of a decoder-only transformer with a gated feed-forward network."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool
-    bias: bool = False
-
-    def parameters(self) -> int:
-        """How many weights such a model has (norms left out)."""
-        attention_width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = 2 * self.hidden * attention_width + 2 * self.hidden * kv_width
-        biases = attention_width + 2 * kv_width if self.bias else 0
-        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return embeddings + self.layers * (attention + biases + 3 * self.hidden * self.intermediate)
 
 
 class PresetTeacher(Params):
@@ -110,7 +89,7 @@ def switch(path: Path, name: str, memory: int) -> list[str]:
     content = yaml.load(path.read_text(encoding="utf-8"))
     changes = [
         line
-        for place, values in _values(preset, memory).items()
+        for place, values in _values(preset, memory, warm=_starts_warm(content)).items()
         for line in _set(_section(path, content, place), place, values)
     ]
     sink = StringIO()
@@ -119,19 +98,28 @@ def switch(path: Path, name: str, memory: int) -> list[str]:
     return changes
 
 
-def _values(preset: Preset, memory: int) -> dict[str, dict[str, Any]]:
+def _starts_warm(content: Any) -> bool:
+    train = content.get("train") or {}
+    return bool((train.get("warm_start") or {}).get("enabled"))
+
+
+def _values(preset: Preset, memory: int, *, warm: bool) -> dict[str, dict[str, Any]]:
     """What is set, by section. The targets are raw hidden states with norms in the hundreds: the paper's mean over
-    dimensions balances the losses, and they fit into float16 with more digits than bfloat16 gave them.
+    dimensions balances the losses, and they fit into float16 with more digits than bfloat16 gave them. The learning
+    rates are the paper's, for its random start: behind a warm start they would undo it (docs/results-log.md).
     """
+    train: dict[str, Any] = {
+        "align_reduction": "mean",
+        "learning_rate": preset.learning_rate,
+        "micro_batch_size": preset.micro_batch_size[memory],
+    }
+    if warm:
+        del train["learning_rate"]
     return {
         "backbone": preset.backbone.model_dump(include={"name", "revision", "dtype", "chat_template_kwargs"}),
         "embed.teacher": preset.teacher_params(memory).model_dump(),
         "embed": {"normalize": False, "dtype": "float16"},
-        "train": {
-            "align_reduction": "mean",
-            "learning_rate": preset.learning_rate,
-            "micro_batch_size": preset.micro_batch_size[memory],
-        },
+        "train": train,
     }
 
 

@@ -77,6 +77,7 @@ def progress(
     `terminal` overrides what stderr is.
     """
     settings: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "initial": initial, "smoothing": 0.05}
+    settings["disable"] = os.environ.get("RANK", "0") != "0"  # of several processes the first speaks for all
     if sys.stderr.isatty() if terminal is None else terminal:
         return tqdm(items, mininterval=0.1, dynamic_ncols=True, **settings)
     # miniters: by itself tqdm guesses after how many items to look at the clock, and a rate that falls silences it.

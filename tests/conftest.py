@@ -74,7 +74,7 @@ def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
     return fast
 
 
-_SMALL = dict(
+SMALL_CONFIG: dict[str, Any] = dict(
     vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
     bos_token_id=None, eos_token_id=2, pad_token_id=None,
@@ -87,10 +87,10 @@ def tiny_model(architecture: str = "llama", seed: int = 0) -> Any:
     from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
     config = {
-        "llama": lambda: LlamaConfig(**_SMALL),
-        "qwen3": lambda: Qwen3Config(**_SMALL),
+        "llama": lambda: LlamaConfig(**SMALL_CONFIG),
+        "qwen3": lambda: Qwen3Config(**SMALL_CONFIG),
         "gemma3": lambda: Gemma3TextConfig(
-            **_SMALL, sliding_window=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+            **SMALL_CONFIG, sliding_window=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
         ),
     }[architecture]()
     torch.manual_seed(seed)

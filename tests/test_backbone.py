@@ -10,6 +10,7 @@ from pipeline.backbone import (
     BackboneParams,
     Keep,
     PromptFormatter,
+    Quantize,
     eos_token_id,
     identify,
     load_backbone,
@@ -141,3 +142,39 @@ def test_the_end_of_a_long_text_is_kept_when_asked_to(template: str) -> None:
     assert tokenizer.decode(prompt.token_ids, skip_special_tokens=True) == prompt.text
     whole = formatter("the end")
     assert (whole.text, whole.truncated) == ("the end", False)
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_quantising_without_the_library_names_what_to_install(
+    quantize: Quantize, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.backbone.find_spec", lambda name: None)
+    with pytest.raises(BackboneError, match=rf"train\.quantize: {quantize} needs bitsandbytes.*\[quantize\]"):
+        load_backbone(BackboneParams(name=str(tiny_backbone("llama"))), quantize=quantize)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("quantize", "bits", "agreement"), [("8bit", 8, 0.99), ("4bit", 4, 0.9)])
+def test_a_quantised_backbone_trains_nearly_as_the_whole_one(
+    quantize: Quantize, bits: int, agreement: float, tiny_backbone: Callable[..., Path]
+) -> None:
+    """Gradients to the student point where those of the unquantised backbone do; head and embeddings stay whole."""
+    pytest.importorskip("bitsandbytes")
+    import torch
+
+    from pipeline.encoder.losses import Batch, loss_sums
+    from pipeline.encoder.student import new_student
+    from pipeline.encoder.switches import fast_passes
+
+    params, gradients = BackboneParams(name=str(tiny_backbone("llama")), dtype="float32"), []
+    for setting in (None, quantize):
+        model = load_backbone(params, quantize=setting)
+        student = new_student(model, 5, compression_tokens=2, thought_tokens=1, seed=0)
+        sums = loss_sums(student, fast_passes(model), Batch([[5, 6, 7], [8]], [[9, 2], [4]], torch.ones(2, 5)), "mean")
+        (sums.align + sums.recon).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in student.parameters()]))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {model.get_input_embeddings().weight.dtype, model.lm_head.weight.dtype} == {torch.float32}
+    layer = model.model.layers[0].mlp.up_proj.weight
+    assert layer.element_size() * layer.numel() * 8 == bits * 32 * 48
+    assert agreement < torch.cosine_similarity(*gradients, dim=0) < 0.999999

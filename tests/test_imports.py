@@ -70,8 +70,12 @@ def is_entry_point(module: str) -> bool:
     return module.startswith(f"{PACKAGE}.stages") or module == f"{PACKAGE}.__main__"
 
 
+# Loaded when a run begins, by nothing that has to answer at once.
+TRAINING = {f"{PACKAGE}.training.{name}" for name in ("assembly", "gradients", "starting")}
+
+
 def may_be_heavy(module: str) -> set[str]:
-    if module.startswith(f"{PACKAGE}.encoder"):
+    if module.startswith(f"{PACKAGE}.encoder") or module in TRAINING:
         return HEAVY
     return {"torch"} if module == f"{PACKAGE}.lens" else set()
 

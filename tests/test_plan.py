@@ -1,5 +1,6 @@
 """The whole params file is checked at once, and the plan's estimates follow their formulas."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,8 @@ from ruamel.yaml import YAML
 from pipeline.artifacts import create
 from pipeline.errors import ParamsError
 from pipeline.params import read_yaml
-from pipeline.plan import (
-    AllParams,
-    activation_bytes,
-    expected_rows,
-    kv_bytes,
-    load_all,
-    make_plan,
-    shape_of,
-    train_bytes,
-)
-from pipeline.presets import Shape, presets
+from pipeline.plan import AllParams, expected_rows, load_all, make_plan, shape_of
 from tests.conftest import ROOT
-
-TINY = Shape(
-    layers=2, hidden=4, intermediate=8, heads=2, kv_heads=1, head_dim=3, vocabulary=10, tied=True
-)  # fmt: skip
 
 
 def written(workspace: Path, change: Any) -> Path:
@@ -70,35 +57,6 @@ def test_all_mistakes_of_all_sections_come_at_once(workspace: Path) -> None:
         assert part in message, part
 
 
-def test_bytes_by_hand() -> None:
-    assert TINY.parameters() == 10 * 4 + 2 * (2 * 4 * 6 + 2 * 4 * 3 + 3 * 4 * 8)
-    assert kv_bytes(TINY, "float32") == 2 * 2 * 3 * 4
-    assert activation_bytes(TINY, "bfloat16") == 2 * 2 * (24 + 12 + 6 + 32)
-    train = real().train.model_copy(
-        update={
-            "compression_tokens": 2,
-            "thought_tokens": 1,
-            "max_response_tokens": 5,
-            "max_query_tokens": 7,
-            "micro_batch_size": 3,
-        }
-    )
-    weights, activation = TINY.parameters() * 2, activation_bytes(TINY, "bfloat16")
-    packed = train_bytes(TINY, "bfloat16", train)
-    assert packed == weights + 3 * ((3 + 2 + 5) * activation + 7 * kv_bytes(TINY, "bfloat16"))
-    plain = train_bytes(TINY, "bfloat16", train.model_copy(update={"passes": "plain"}))
-    assert plain == weights + 3 * ((3 + 2 + 5 + 7) * activation + 5 * 10 * 10)
-
-
-@pytest.mark.parametrize("name", list(presets()))
-def test_every_preset_fits_its_gpu(name: str) -> None:
-    preset = presets()[name]
-    for memory, rows in preset.micro_batch_size.items():
-        train = real().train.model_copy(update={"micro_batch_size": rows})
-        assert train_bytes(preset.shape, "bfloat16", train) < (memory - 1.5) * 1e9
-        assert train.batch_size % rows == 0
-
-
 def test_shape_from_a_local_config(workspace: Path, tiny_backbone: Any) -> None:
     folder = tiny_backbone("qwen3")
     backbone = real().backbone.model_copy(update={"name": str(folder)})
@@ -128,6 +86,7 @@ def test_the_real_plan(workspace: Path) -> None:
     assert "at most 80,000,000 tokens written" in lines["generate"]
     assert "weights 8.0 GB" in lines["generate"]
     assert "about 4,950 steps of 32 rows" in lines["train"]
+    assert re.search(r"at most \d+\.\d GB \(weights 8\.0, activations ", lines["train"])
     assert "BrightBiologyRetrieval and 11 more" in lines["probe@reasoning"]
     adapter = "McGill-NLP/LLM2Vec-Qwen3-4B-mntp"
     assert plan.remarks == [
@@ -161,6 +120,20 @@ def test_a_teacher_of_adapters_is_named_and_its_pins_and_scale_are_remarked(work
     assert "embed.teacher.adapters.1.revision: org/simcse is not pinned: set the commit" in plan.remarks
     assert not any("org/mntp" in remark for remark in plan.remarks)
     assert any("align_reduction: sum over the dimensions of llm2vec" in remark for remark in plan.remarks)
+
+
+@pytest.mark.parametrize(
+    ("normalize", "reduction", "remarked"), [(True, "mean", True), (True, "sum", False), (False, "mean", False)]
+)
+def test_a_mean_over_unit_length_targets_is_remarked(
+    workspace: Path, normalize: bool, reduction: str, remarked: bool
+) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["embed"] |= {"teacher": {"kind": "backbone"}, "normalize": normalize}
+        content["train"]["align_reduction"] = reduction
+
+    remarks = make_plan(load_all(written(workspace, change)), workspace).remarks
+    assert any("the reconstruction undoes a warm start: sum" in remark for remark in remarks) is remarked
 
 
 def test_stubs_and_cut_answers_are_remarked(workspace: Path) -> None:

@@ -192,3 +192,9 @@ def test_a_preset_is_found_by_its_backbone() -> None:
     found = preset_of("Qwen/Qwen3-8B")
     assert found is presets()["qwen3-8b"]
     assert preset_of("models/own") is None
+
+
+def test_the_papers_rate_is_not_for_a_warm_start(params: Path) -> None:
+    params.write_text(PARAMS.replace("train:\n", "train:\n  warm_start: {enabled: true}\n"))
+    assert not any("learning_rate" in line for line in switch(params, "llama-3.2-1b", 24))
+    assert "learning_rate: 1e-4  # tuned" in params.read_text()

@@ -3,6 +3,7 @@
 from typing import Any
 
 from pipeline.backbone import Template
+from pipeline.encoder.lora import LoraParams
 from pipeline.params import Params
 
 
@@ -18,3 +19,4 @@ class EncoderConfig(Params):
     hidden: int
     width: int
     teacher: dict[str, Any]
+    lora: LoraParams | None = None

@@ -1,7 +1,9 @@
-"""Training rows: queries, responses and targets joined by id, tokenised once."""
+"""Training rows: queries, responses and targets joined by id, checked, tokenised once."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +16,14 @@ from pipeline.backbone import PromptFormatter, eos_token_id
 from pipeline.encoder.losses import Batch
 from pipeline.errors import TrainingError
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """N rows, aligned: prompt ids, response ids (EOS included) and targets float32 `[N, e]`."""
+    """N rows, aligned: row ids, prompt ids, response ids (EOS included) and targets float32 `[N, e]`."""
 
+    ids: Sequence[str]
     query_ids: Sequence[Sequence[int]]
     response_ids: Sequence[Sequence[int]]
     targets: np.ndarray
@@ -30,6 +35,18 @@ class TrainingRows:
     def width(self) -> int:
         """e, dimensions of a target."""
         return int(self.targets.shape[1])
+
+    def lengths(self, extra: int) -> np.ndarray:
+        """Tokens `[N]` that each row sends through the backbone: query, response, and `extra` for the new ones."""
+        return np.array([query + response + extra for query, response in self.sizes(range(len(self)))])
+
+    def sizes(self, rows: Sequence[int]) -> list[tuple[int, int]]:
+        """Query tokens and response tokens of these rows."""
+        return [(len(self.query_ids[row]), len(self.response_ids[row])) for row in rows]
+
+    def head(self, count: int) -> "TrainingRows":
+        """The first `count` rows."""
+        return TrainingRows(self.ids[:count], self.query_ids[:count], self.response_ids[:count], self.targets[:count])
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The rows of one forward pass."""
@@ -43,17 +60,36 @@ class TrainingRows:
 def join(queries: pa.Table, responses: pa.Table, targets: pa.Table) -> pa.Table:
     """Rows of `queries` that have a target, with their response; sorted by id.
 
+    A query whose response failed or is blank has no target by design and is left out.
+
     Raises:
-        TrainingError: not one query has a target.
+        TrainingError: not one query has a target, or one with a usable response has none.
     """
-    kept = queries.filter(pc.is_in(queries["id"], targets["id"]))
+    has_target = pc.is_in(queries["id"], targets["id"].combine_chunks())
+    kept = queries.filter(has_target)
     if not kept.num_rows:
         raise TrainingError(f"none of {queries.num_rows} queries has a target: run generate and embed again")
+    usable = pc.is_in(queries["id"], _usable(responses))
+    without = queries.filter(pc.and_not(usable, has_target))
+    _check(without["id"], "have a usable response but no target: run embed again")
     return (
         kept.append_column("response", _lookup(responses, kept["id"], "response"))
         .append_column("finish_reason", _lookup(responses, kept["id"], "finish_reason"))
         .append_column("embedding", _lookup(targets, kept["id"], "embedding"))
     )
+
+
+def _usable(responses: pa.Table) -> pa.Array:
+    """Ids of the responses that embed takes: not failed, not blank."""
+    blank = pc.equal(pc.utf8_trim_whitespace(responses["response"]), "")
+    failed = pc.equal(responses["finish_reason"], "error")
+    return responses["id"].filter(pc.invert(pc.or_(blank, failed))).combine_chunks()
+
+
+def _check(ids: Sequence[str] | pa.ChunkedArray, problem: str) -> None:
+    if len(ids):
+        shown = ", ".join(map(str, ids[:5]))
+        raise TrainingError(f"{len(ids)} queries {problem} (ids {shown}{', ...' if len(ids) > 5 else ''})")
 
 
 def drop_loops(table: pa.Table) -> pa.Table:
@@ -80,43 +116,44 @@ def embeddings_matrix(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def tokenize(
-    table: pa.Table, formatter: PromptFormatter, tokenizer: PreTrainedTokenizerBase, max_response_tokens: int
+    table: pa.Table,
+    formatter: PromptFormatter,
+    tokenizer: PreTrainedTokenizerBase,
+    max_response_tokens: int,
+    long_responses: Literal["error", "cut"] = "error",
 ) -> TrainingRows:
     """Tokenise a joined table.
 
     A response ends with EOS only where the model itself stopped: one that was cut has no end to predict.
+
+    Raises:
+        TrainingError: a response has no token, or is longer than `max_response_tokens` and may not be cut.
     """
-    query_ids = [formatter(text).token_ids for text in table["text"].to_pylist()]
+    ids = table["id"].to_pylist()
+    prompts = formatter.batch(table["text"].to_pylist())
+    answers = tokenizer(table["response"].to_pylist(), add_special_tokens=False, verbose=False)["input_ids"]
+    _check([row for row, answer in zip(ids, answers, strict=True) if not answer], "have a response without a token")
     eos = eos_token_id(tokenizer)
-    response_ids = [
-        _with_end(ids, eos, finish == "stop", max_response_tokens)
-        for ids, finish in zip(
-            tokenizer(table["response"].to_pylist(), add_special_tokens=False)["input_ids"],
-            table["finish_reason"].to_pylist(),
-            strict=True,
-        )
-    ]
-    return TrainingRows(query_ids, response_ids, embeddings_matrix(table["embedding"]))
+    finished = (reason == "stop" for reason in table["finish_reason"].to_pylist())
+    ended = [[*answer, eos] if stop else answer for answer, stop in zip(answers, finished, strict=True)]
+    if long_responses == "error":
+        _check_lengths(ids, ended, max_response_tokens)
+    _report_cut("queries", sum(prompt.truncated for prompt in prompts), "train.max_query_tokens")
+    _report_cut("responses", sum(len(answer) > max_response_tokens for answer in ended), "train.max_response_tokens")
+    cut = [answer[:max_response_tokens] for answer in ended]
+    return TrainingRows(ids, [prompt.token_ids for prompt in prompts], cut, embeddings_matrix(table["embedding"]))
 
 
-def _with_end(ids: Sequence[int], eos: int, finished: bool, limit: int) -> list[int]:
-    if finished and len(ids) < limit:
-        return [*ids, eos]
-    return list(ids[:limit])
+def _check_lengths(ids: Sequence[str], answers: Sequence[Sequence[int]], limit: int) -> None:
+    long = [row for row, answer in zip(ids, answers, strict=True) if len(answer) > limit]
+    longest = max((len(answer) for answer in answers), default=0)
+    _check(
+        long,
+        f"have a response, end token included, that is longer than train.max_response_tokens ({limit}); the longest "
+        f"has {longest}: raise it, or set train.long_responses: cut",
+    )
 
 
-def epoch_order(rows: int, epoch: int, seed: int) -> np.ndarray:
-    """A permutation of the rows that depends on seed and epoch alone."""
-    return np.random.default_rng([seed, epoch]).permutation(rows)
-
-
-def steps(rows: int, batch_size: int, epochs: int, max_steps: int | None, seed: int) -> Iterator[list[int]]:
-    """Row indices of each optimiser step; the last batch of an epoch may be smaller."""
-    taken = 0
-    for epoch in range(epochs):
-        order = epoch_order(rows, epoch, seed)
-        for start in range(0, rows, batch_size):
-            if max_steps is not None and taken == max_steps:
-                return
-            yield order[start : start + batch_size].tolist()
-            taken += 1
+def _report_cut(what: str, count: int, knob: str) -> None:
+    if count:
+        log.warning("%d %s are longer than %s and lose their end", count, what, knob)

@@ -10,19 +10,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.artifacts import file_sha256
+from pipeline.artifacts import digest_of, file_sha256
 from pipeline.backbone import (
     BackboneParams,
     DType,
     PromptFormatter,
+    Quantize,
     eos_token_id,
     identify,
     load_backbone,
     load_tokenizer,
 )
 from pipeline.encoder.config import EncoderConfig
-from pipeline.encoder.packing import fast_passes
+from pipeline.encoder.lora import WEIGHTS_FILE as ADAPTER_WEIGHTS
+from pipeline.encoder.lora import load_adapter
 from pipeline.encoder.student import Student, new_student
+from pipeline.encoder.switches import fast_passes
 from pipeline.errors import TrainingError
 from pipeline.params import validate
 from pipeline.prompts import join_instruction
@@ -30,6 +33,7 @@ from pipeline.runtime import progress
 
 CONFIG_FILE = "encoder_config.json"
 WEIGHTS_FILE = "student.safetensors"
+ADAPTER = "adapter"
 
 
 class Encoder:
@@ -44,38 +48,68 @@ class Encoder:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, student: Student, config: EncoderConfig, identity: dict[str, Any]
+        self,
+        model: Any,
+        tokenizer: Any,
+        student: Student,
+        config: EncoderConfig,
+        identity: dict[str, Any],
+        adapted: Any = None,
     ) -> None:
-        """From loaded parts; `load` reads them from a folder."""
+        """From loaded parts; `load` reads them from a folder. `adapted` is the backbone under the adapters that embeds.
+
+        Without adapters the model itself embeds.
+        """
         self.model, self.tokenizer, self.student, self.config = model, tokenizer, student.eval(), config
         self.width, self.max_tokens, self.identity = config.width, config.max_query_tokens, identity
-        self._passes = fast_passes(model)
+        self._passes = fast_passes(model if adapted is None else adapted)
         self._format = PromptFormatter(tokenizer, config.template, config.max_query_tokens, config.chat_template_kwargs)
 
     @classmethod
-    def load(cls, path: Path, *, device: str = "cpu", dtype: DType = "float32", backbone: Any = None) -> Self:
-        """Read an encoder folder; `backbone` is the name or a loaded model to use in place of the recorded one.
+    def load(
+        cls,
+        path: Path,
+        *,
+        device: str = "cpu",
+        dtype: DType = "float32",
+        backbone: Any = None,
+        quantize: Quantize | None = None,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """Read an encoder folder.
 
-        A loaded model is taken as it is: whether it is the one the encoder was trained on is the caller's to know.
+        Args:
+            path: the folder.
+            device: of the backbone.
+            dtype: of the backbone.
+            backbone: the name or a loaded model to use in place of the recorded one. A loaded model is taken as it is:
+                whether it is the one the encoder was trained on is the caller's to know.
+            quantize: see `load_backbone`.
+            trust_remote_code: let the backbone and its tokenizer run code that comes with them. No folder can ask for
+                it, only the caller.
 
         Raises:
             TrainingError: the folder is no encoder, or the backbone is not the one it was trained on.
             BackboneError: the backbone cannot be loaded.
         """
         config = read_config(path)
-        name = backbone if isinstance(backbone, str) else config.backbone["name"]
-        params = BackboneParams(name=name, revision=config.backbone.get("revision"), dtype=dtype)
         if backbone is None or isinstance(backbone, str):
+            params = BackboneParams(
+                name=backbone or config.backbone["name"],
+                revision=config.backbone.get("revision"),
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+            )
             _check_identity(config, params)
-            backbone = load_backbone(params, device)
+            backbone = load_backbone(params, device, quantize)
         student = Student(config.hidden, config.width, config.compression_tokens, config.thought_tokens)
         student.load_state_dict(load_file(path / WEIGHTS_FILE))
-        identity = {"name": path.name, "sha256": file_sha256(path / WEIGHTS_FILE)}
-        tokenizer = load_tokenizer(BackboneParams(name=str(path)))
-        return cls(backbone, tokenizer, student.to(backbone.device), config, identity)
+        adapted = load_adapter(backbone, path / ADAPTER, config.lora) if config.lora else None
+        tokenizer = load_tokenizer(BackboneParams(name=str(path), trust_remote_code=trust_remote_code))
+        return cls(backbone, tokenizer, student.to(backbone.device), config, _identity(path, config), adapted)
 
     def untrained(self, seed: int) -> "Encoder":
-        """The same backbone with a student as the paper starts it, before any step."""
+        """The backbone itself, without adapters, with a student that no step has trained: random projections."""
         student = new_student(
             self.model,
             self.width,
@@ -147,6 +181,13 @@ def read_config(path: Path) -> EncoderConfig:
     except FileNotFoundError:
         raise TrainingError(f"{path} is not an encoder (no {CONFIG_FILE}): run the train stage first") from None
     return validate(content, EncoderConfig, where=str(path / CONFIG_FILE))
+
+
+def _identity(path: Path, config: EncoderConfig) -> dict[str, Any]:
+    trained = file_sha256(path / WEIGHTS_FILE)
+    if config.lora is not None:
+        trained = digest_of([trained, file_sha256(path / ADAPTER / ADAPTER_WEIGHTS)])
+    return {"name": path.name, "sha256": trained}
 
 
 def _check_identity(config: EncoderConfig, params: BackboneParams) -> None:

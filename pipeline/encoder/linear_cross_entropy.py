@@ -1,43 +1,98 @@
 """Cross-entropy through a frozen output head without ever holding all logits."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from pipeline.encoder.precision import at_least_float32
+
+# Bytes of the float32 logits of one chunk; at its peak a chunk takes twice that.
+_CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}
+
+
+@dataclass(frozen=True)
+class LogitShape:
+    """What a head does to its projection: `logits = cap(scale * projection)`, `cap(x) = softcap * tanh(x / softcap)`.
+
+    Attributes:
+        scale: 1 leaves it as it is (Granite, Cohere and others do not).
+        softcap: None does not cap (Gemma does).
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply_(self, projection: Tensor) -> Tensor | None:
+        """Turn a projection into logits, in place; the tanh of capped ones is returned for `slope`."""
+        if self.scale != 1.0:
+            projection.mul_(self.scale)
+        if self.softcap is None:
+            return None
+        tanh = torch.tanh(projection / self.softcap)
+        torch.mul(tanh, self.softcap, out=projection)
+        return tanh
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows whose logits fit the memory that a chunk may take on this device."""
+    return max(16, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (4 * vocabulary))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and the gradient to the hidden states in one sweep over chunks; the head gets no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        total = hidden.new_zeros((), dtype=torch.float32)
-        gradient = torch.empty_like(hidden)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, shape: LogitShape, chunk: int
+    ) -> Tensor:
+        total = at_least_float32(hidden.new_zeros(()))
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(labels), chunk):
             rows = slice(start, start + chunk)
-            logits = (hidden[rows] @ weight.T).float()
+            logits = at_least_float32(F.linear(hidden[rows], weight, bias))
+            tanh = shape.apply_(logits)
             picked = labels[rows, None]
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            total += (normaliser - logits.gather(1, picked)).sum()
-            logits.sub_(normaliser).exp_()
-            logits.scatter_add_(1, picked, logits.new_full((), -1.0).expand_as(picked))
-            gradient[rows] = logits.to(weight.dtype) @ weight
+            at_labels = logits.gather(1, picked)
+            # In place, one buffer from logits to softmax to gradient.
+            top = logits.amax(-1, keepdim=True)
+            mass = logits.sub_(top).exp_().sum(-1, keepdim=True)
+            total += (mass.log() + top - at_labels).sum()
+            if gradient is not None:
+                logits.div_(mass).scatter_add_(1, picked, torch.full_like(at_labels, -1.0))
+                if tanh is not None:
+                    logits.mul_(tanh.square_().neg_().add_(1.0))
+                torch.mm(logits.to(weight.dtype), weight, out=gradient[rows])
         ctx.save_for_backward(gradient)
+        ctx.scale = shape.scale
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None
+        return gradient * (upstream * ctx.scale).to(gradient.dtype), None, None, None, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 256) -> Tensor:
-    """Sum over rows of the cross-entropy of `softmax(hidden @ weight.T)` against `labels`, float32.
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    shape: LogitShape = LogitShape(),  # frozen
+    chunk: int | None = None,
+) -> Tensor:
+    """Sum over rows of the cross-entropy of a head's logits against `labels`, in float32 or better.
 
     Args:
         hidden: `[M, d]`, gets a gradient.
         weight: `[V, d]` of the frozen head, gets none.
         labels: `[M]` token ids.
-        chunk: rows whose `[chunk, V]` logits exist at a time.
+        bias: `[V]` of the frozen head, gets none.
+        shape: from the projection to the logits.
+        chunk: rows whose `[chunk, V]` logits exist at a time; None chooses by the vocabulary.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk)  # type: ignore[no-untyped-call]
+    rows = chunk or chunk_rows(len(weight), hidden.device)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, shape, rows)  # type: ignore[no-untyped-call]

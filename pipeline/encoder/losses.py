@@ -51,10 +51,22 @@ def alignment_sum(embeddings: Tensor, targets: Tensor, reduction: Reduction) -> 
     return squared.mean(-1).sum() if reduction == "mean" else squared.sum()
 
 
-def loss_sums(student: Student, passes: Passes, batch: Batch, reduction: Reduction) -> LossSums:
-    """Both losses of a batch from one query pass and one response pass."""
+def loss_sums(
+    student: Student, passes: Passes, batch: Batch, reduction: Reduction, *, reconstruct: bool = True
+) -> LossSums:
+    """Both losses of a batch from one query pass and one response pass.
+
+    Args:
+        student: what is trained.
+        passes: how batches run through the frozen backbone.
+        batch: the rows.
+        reduction: of the squared error over dimensions.
+        reconstruct: False leaves the response pass out; the reconstruction loss is then 0.
+    """
     hidden = passes.query_pass(batch.query_ids, student.tokens, student.compression_tokens)
     soft_prompts = student.soft_prompts(hidden)
     align = alignment_sum(student.embedding(soft_prompts), batch.targets, reduction)
+    if not reconstruct:
+        return LossSums(align, align.new_zeros(()), len(batch.query_ids), batch.response_tokens)
     recon, tokens = passes.response_pass(soft_prompts, batch.response_ids)
     return LossSums(align, recon, len(batch.query_ids), tokens)

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.encoder.precision import at_least_float32
+from pipeline.encoder.token_starts import TokenStart, vocabulary_rows
+
 
 class Student(nn.Module):
     """New tokens `[T + n, d]`, a reconstruction projection d -> d and an alignment projection d -> e, in float32.
@@ -16,7 +19,7 @@ class Student(nn.Module):
     """
 
     def __init__(self, hidden: int, width: int, compression_tokens: int, thought_tokens: int = 0) -> None:
-        """Projections start as torch starts linear layers; `start_tokens` gives the token rows their start."""
+        """Projections start as torch starts linear layers; the token rows are zero until something sets them."""
         super().__init__()
         self.compression_tokens = compression_tokens
         self.thought_tokens = thought_tokens
@@ -34,40 +37,33 @@ class Student(nn.Module):
         """e, the width of the embedding."""
         return self.alignment.out_features
 
-    @torch.no_grad()
-    def start_tokens(self, input_embeddings: Tensor, seed: int) -> None:
-        """Start every new token as a copy of a random vocabulary row.
-
-        Drawn rows have the mean and the spread of the vocabulary and lie where the backbone expects inputs, and they
-        differ from each other: identical tokens would receive nearly identical gradients. As a start for the closed
-        form they beat the mean embedding (docs/results-log.md).
-
-        Args:
-            input_embeddings: `[V, d]`, as the backbone's first layer sees them.
-            seed: of the draw.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randperm(len(input_embeddings), generator=generator)[: len(self.tokens)]
-        self.tokens.copy_(input_embeddings[drawn.to(input_embeddings.device)].float())
-
     def soft_prompts(self, hidden: Tensor) -> Tensor:
         """Soft prompts `[B, n, d]` of the final-normed hidden states `[B, n, d]` at the compression tokens."""
-        return self.reconstruction(hidden.float())
+        return self.reconstruction(at_least_float32(hidden))
 
     def embedding(self, soft_prompts: Tensor) -> Tensor:
         """Embeddings `[B, e]`: the alignment projection of each soft prompt, mean over the n tokens."""
         return self.alignment(soft_prompts).mean(dim=1)
 
 
-def new_student(backbone: Any, width: int, *, compression_tokens: int, thought_tokens: int, seed: int) -> Student:
-    """A student for `backbone` as the paper starts it: random projections, tokens like vocabulary rows."""
+def new_student(
+    backbone: Any,
+    width: int,
+    *,
+    compression_tokens: int,
+    thought_tokens: int,
+    seed: int,
+    start: TokenStart = vocabulary_rows,
+) -> Student:
+    """A student for `backbone`: random projections as in the paper, and token rows as `start` gives them."""
     embeddings = backbone.get_input_embeddings()
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     student = Student(embeddings.weight.shape[1], width, compression_tokens, thought_tokens)
     torch.random.set_rng_state(generator_state)
     student = student.to(embeddings.weight.device)
-    student.start_tokens(input_embeddings(backbone), seed)
+    with torch.no_grad():
+        student.tokens.copy_(start(embeddings, len(student.tokens), seed))
     return student
 
 

@@ -17,6 +17,7 @@ from pipeline.evaluation.systems import System
 from pipeline.heldout import heldout_rows
 from pipeline.params import Params
 from pipeline.probes.base import ProbeContext, ProbeResult, described
+from pipeline.ranking import rank_own
 
 ROWS = pa.schema(
     [
@@ -77,23 +78,15 @@ def _embed(system: System, rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 def ranked(system: str, ids: list[str], queries: np.ndarray, answers: np.ndarray) -> pa.Table:
     """Per query the cosine to its own answer, that answer's rank (1 is best, ties count against) and the nearest id."""
-    cosines = _unit(queries) @ _unit(answers).T
-    own = np.diagonal(cosines)
-    ranks = (cosines >= own[:, None]).sum(axis=1)
-    nearest = [ids[at] for at in cosines.argmax(axis=1)]
+    found = rank_own(queries, answers)
     columns = {
         "system": [system] * len(ids),
         "id": ids,
-        "cosine": own.astype(np.float32),
-        "rank": ranks.astype(np.int32),
-        "nearest": nearest,
+        "cosine": found.cosines.astype(np.float32),
+        "rank": found.ranks.astype(np.int32),
+        "nearest": [ids[at] for at in found.nearest],
     }
     return pa.table(columns, schema=ROWS)
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(norms, np.finfo(np.float32).tiny)
 
 
 def alignment_metrics(rows: pa.Table) -> dict[str, float]:

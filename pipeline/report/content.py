@@ -59,6 +59,7 @@ class Content:
     runs: list[StageRun] = field(default_factory=list)
     training: list[tuple[str, Any]] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
+    heldout: list[dict[str, float]] = field(default_factory=list)
     alignment: Comparison | None = None
     suites: list[Comparison] = field(default_factory=list)
     probes: list[Comparison] = field(default_factory=list)
@@ -73,6 +74,7 @@ def gather(title: str, suites: Iterable[str], probes: Iterable[str], root: Path 
     records = {stage: _record(content, root / "results" / f"{stage}.json", stage) for stage in STAGES}
     _add_training(content, records["train"])
     content.curve = _curve(content, root / "results/train/loss.csv")
+    content.heldout = _curve(content, root / "results/train/heldout.csv")
     for suite in suites:
         if record := _record(content, root / "results/evaluate" / f"{suite}.json", f"evaluate {suite}"):
             content.suites.append(compare(suite, record))
@@ -172,16 +174,13 @@ def _add_training(content: Content, record: Mapping[str, Any] | None) -> None:
 def _curve(content: Content, path: Path) -> list[dict[str, float]]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+            return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     except FileNotFoundError:
         content.missing.append(f"{path}: not made yet")
         return []
     except (ValueError, TypeError) as error:
         content.missing.append(f"{path} is damaged ({error})")
         return []
-    if not rows:
-        content.missing.append(f"{path} holds no step")
-    return rows
 
 
 def _add_probe(content: Content, root: Path, name: str, record: Mapping[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Content to pages."""
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ from markupsafe import Markup
 from pipeline.report.content import Content
 from pipeline.report.curves import curve_svg
 
-CURVES = {"align": "alignment loss", "recon": "reconstruction loss"}
+LOSSES = {"align": "alignment loss", "recon": "reconstruction loss"}
+HELDOUT = {"cosine": "held-out cosine to the target", "recon": "held-out reconstruction loss"}
 
 
 def render_html(content: Content) -> str:
@@ -38,9 +41,15 @@ def _environment(*, autoescape: bool) -> Environment:
 
 
 def _curves(content: Content) -> list[Markup]:
-    """Curves of the losses; made here from numbers alone, so safe to print unescaped."""
-    steps = [row["step"] for row in content.curve if "step" in row]
-    series = {label: [row[key] for row in content.curve if key in row] for key, label in CURVES.items()}
+    """Curves of the losses and held-out scores; made here from numbers alone, so safe to print unescaped."""
+    return [*_drawn(content.curve, LOSSES), *_drawn(content.heldout, HELDOUT)]
+
+
+def _drawn(rows: Sequence[Mapping[str, float]], labels: Mapping[str, str]) -> list[Markup]:
+    """One curve for each column that every row has, and that is a number throughout."""
+    steps = [row["step"] for row in rows if "step" in row]
+    columns = {label: [row.get(key, math.nan) for row in rows] for key, label in labels.items()}
+    series = {label: [value for value in values if math.isfinite(value)] for label, values in columns.items()}
     return [
         Markup(curve_svg(steps, values, label)) for label, values in series.items() if len(values) == len(steps) > 0
     ]

@@ -1,30 +1,41 @@
 """Stage train: compression tokens and projections on the frozen backbone -> models/encoder.
 
-python -m pipeline.stages.train
+python -m pipeline.stages.train                                         as many processes as train.processes says
+accelerate launch --multi_gpu --num_processes 8 -m pipeline.stages.train    those of a launcher
 """
 
 import csv
 import io
 import logging
-import os
+import math
+import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from pipeline.artifacts import Artifact, create, digest_of, file_sha256, open_artifact, write_bytes
 from pipeline.backbone import BackboneParams, PromptFormatter, identify
 from pipeline.errors import TrainingError
+from pipeline.launching import relaunch
 from pipeline.params import PARAMS_FILE, Params, load
+from pipeline.processes import is_first, launched, member, wanted
 from pipeline.runtime import RESULTS, RunRecord, record, setup_logging, user_errors, work_dir
-from pipeline.training import Trainer, TrainParams, warm_start_student
+from pipeline.training.params import TrainParams
+
+if TYPE_CHECKING:
+    from pipeline.encoder.data import TrainingRows
+    from pipeline.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 ENCODER = Path("models/encoder")
 CURVE = RESULTS / "train" / "loss.csv"
-_COLUMNS = ("step", "loss", "align", "recon", "learning_rate")
+HELDOUT = RESULTS / "train" / "heldout.csv"
+_LOSSES = ("step", "loss", "align", "recon", "learning_rate")
+_SCORES = ("step", "cosine", "top1", "mrr", "recon")
 
 
 class Inputs(Params):
@@ -44,35 +55,29 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     """
     from accelerate import Accelerator
 
-    from pipeline.backbone import load_backbone, load_tokenizer
-    from pipeline.encoder.packing import fast_passes
-    from pipeline.encoder.passes import PlainPasses
-    from pipeline.encoder.student import input_embeddings, new_student
+    from pipeline.backbone import load_tokenizer
+    from pipeline.training.assembly import assemble
 
     artifacts = [open_artifact(Path("data") / kind, kind) for kind in ("queries", "responses", "targets")]
     identity = _checked_identity(inputs.backbone, artifacts[1])
-    accelerator = Accelerator()
     tokenizer = load_tokenizer(inputs.backbone)
     formatter = _formatter(inputs, tokenizer)
-    rows = _rows(inputs, artifacts, tokenizer, formatter)
-    backbone = load_backbone(inputs.backbone, accelerator.device)
-    student = new_student(
-        backbone,
-        rows.width,
-        compression_tokens=inputs.train.compression_tokens,
-        thought_tokens=inputs.train.thought_tokens,
-        seed=inputs.train.seed,
+    rows = _rows(inputs.train, artifacts, "train.parquet", tokenizer, formatter)
+    heldout = _heldout(inputs.train, artifacts, tokenizer, formatter)
+    trainer = assemble(
+        inputs.train,
+        inputs.backbone,
+        tokenizer,
+        rows,
+        heldout,
+        accelerator=Accelerator(),
+        checkpoint=_checkpoint_path(inputs, identity, artifacts),
+        frame_ids=formatter("").token_ids,
     )
-    passes = fast_passes(backbone) if inputs.train.passes == "packed" else PlainPasses(backbone)
-    trainer = Trainer(student, passes, rows, inputs.train, accelerator, _checkpoint_path(inputs, identity, artifacts))
-    if not trainer.resume() and inputs.train.warm_start.enabled:
-        words = input_embeddings(backbone).float().cpu().numpy()
-        ridge = warm_start_student(student, passes, rows, inputs.train, words, formatter("").token_ids)
-        run_record.update(warm_start_ridge=ridge)
     trainer.run()
-    if accelerator.is_main_process:
+    if trainer.accelerator.is_main_process:
         _write(inputs, trainer, tokenizer, identity, artifacts)
-        run_record.update(**_summary(trainer))
+        run_record.update(**_summary(trainer), training=_throughput(trainer))
 
 
 def _checked_identity(params: BackboneParams, responses: Artifact) -> dict[str, str]:
@@ -90,22 +95,35 @@ def _formatter(inputs: Inputs, tokenizer: Any) -> PromptFormatter:
     return PromptFormatter(tokenizer, train.template, train.max_query_tokens, inputs.backbone.chat_template_kwargs)
 
 
-def _rows(inputs: Inputs, artifacts: list[Artifact], tokenizer: Any, formatter: PromptFormatter) -> Any:
+def _rows(
+    train: TrainParams, artifacts: Sequence[Artifact], split: str, tokenizer: Any, formatter: PromptFormatter
+) -> "TrainingRows":
     from pipeline.encoder.data import drop_loops, join, tokenize
 
     queries, responses, targets = artifacts
-    table = join(queries.read("train.parquet"), responses.read(), targets.read())
-    if inputs.train.drop_loops:
+    table = join(queries.read(split), responses.read(), targets.read())
+    if train.drop_loops:
         joined, table = table.num_rows, drop_loops(table)
-        log.info("train: %d of %d answers end in a repetition loop and are left out", joined - table.num_rows, joined)
-    return tokenize(table, formatter, tokenizer, inputs.train.max_response_tokens)
+        log.info(
+            "%s: %d of %d answers end in a repetition loop and are left out", split, joined - table.num_rows, joined
+        )
+    return tokenize(table, formatter, tokenizer, train.max_response_tokens, train.long_responses)
 
 
-def _checkpoint_path(inputs: Inputs, identity: dict[str, str], artifacts: list[Artifact]) -> Path:
+def _heldout(
+    train: TrainParams, artifacts: Sequence[Artifact], tokenizer: Any, formatter: PromptFormatter
+) -> "TrainingRows | None":
+    """The held-out rows; None where the queries have none (collect.heldout_fraction 0)."""
+    if not artifacts[0].read("heldout.parquet").num_rows:
+        return None
+    return _rows(train, artifacts, "heldout.parquet", tokenizer, formatter)
+
+
+def _checkpoint_path(inputs: Inputs, identity: dict[str, str], artifacts: Sequence[Artifact]) -> Path:
     fingerprint = digest_of(
         {
             "code": _code_digest(),
-            "train": inputs.train.model_dump(exclude={"checkpoint_every"}),
+            "train": inputs.train.fixed(),
             "backbone": identity,
             "dtype": inputs.backbone.dtype,
             "inputs": [artifact.digest for artifact in artifacts],
@@ -117,12 +135,12 @@ def _checkpoint_path(inputs: Inputs, identity: dict[str, str], artifacts: list[A
 def _code_digest() -> str:
     """A checkpoint is only good for the code that wrote it: an edited loss must not go on from the old one's end."""
     package = Path(__file__).resolve().parent.parent
-    files = [package / "training.py", *sorted((package / "encoder").glob("*.py"))]
-    return digest_of({file.name: file_sha256(file) for file in files})
+    files = [file for folder in ("encoder", "training") for file in sorted((package / folder).glob("*.py"))]
+    return digest_of({f"{file.parent.name}/{file.name}": file_sha256(file) for file in files})
 
 
 def _write(
-    inputs: Inputs, trainer: Trainer, tokenizer: Any, identity: dict[str, str], artifacts: list[Artifact]
+    inputs: Inputs, trainer: "Trainer", tokenizer: Any, identity: dict[str, str], artifacts: Sequence[Artifact]
 ) -> None:
     from pipeline.encoder.config import EncoderConfig
     from pipeline.encoder.export import write_encoder
@@ -138,6 +156,7 @@ def _write(
         hidden=trainer.student.hidden,
         width=trainer.student.width,
         teacher=teacher,
+        lora=inputs.train.lora,
     )
     with create(
         ENCODER,
@@ -146,40 +165,63 @@ def _write(
         models={"backbone": identity, "teacher": teacher},
         inputs=artifacts,
     ) as out:
-        write_encoder(out, trainer.student, tokenizer, config, rows=len(trainer.rows), steps=len(trainer.curve))
-    _write_curve(trainer.curve)
+        write_encoder(
+            out,
+            trainer.student,
+            tokenizer,
+            config,
+            rows=len(trainer.rows),
+            steps=len(trainer.curve),
+            adapter=trainer.adapter,
+        )
+    _write_csv(CURVE, _LOSSES, trainer.curve)
+    _write_csv(HELDOUT, _SCORES, trainer.validation.curve if trainer.validation else [])
 
 
-def _write_curve(curve: list[dict[str, float]]) -> None:
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, float]]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**row, **{key: f"{row[key]:.6g}" for key in _COLUMNS[1:]}} for row in curve)
-    write_bytes(CURVE, text.getvalue().encode())
+    writer.writerows({**row, **{key: f"{row[key]:.6g}" for key in columns[1:]}} for row in rows)
+    write_bytes(path, text.getvalue().encode())
 
 
-def _summary(trainer: Trainer) -> dict[str, Any]:
-    first, last = trainer.curve[0], trainer.curve[-1]
-    return {
+def _summary(trainer: "Trainer") -> dict[str, Any]:
+    facts: dict[str, Any] = {
         "rows": len(trainer.rows),
         "steps": len(trainer.curve),
-        "trained_parameters": sum(parameter.numel() for parameter in trainer.student.parameters()),
-        "first_batch": {key: first[key] for key in ("loss", "align", "recon")},
-        "last_batch": {key: last[key] for key in ("loss", "align", "recon")},
+        "processes": trainer.accelerator.num_processes,
+        "trained_parameters": sum(parameter.numel() for parameter in trainer.trained.values()),
+        "first_batch": _losses(trainer.curve[0]),
+        "last_batch": _losses(trainer.curve[-1]),
+        **trainer.facts,
     }
+    if trainer.validation is not None:
+        curve, best = trainer.validation.curve, trainer.validation.best
+        facts |= {"heldout_first": curve[0], "heldout_last": curve[-1]}
+        if best is not None:
+            facts["heldout_best"] = next(row for row in curve if row["step"] == best.step)
+    return facts
 
 
-def _is_main_process() -> bool:
-    """Whether this is the only process or the first: the launchers of torch and accelerate number them in RANK."""
-    return os.environ.get("RANK", "0") == "0"
+def _throughput(trainer: "Trainer") -> dict[str, Any]:
+    return trainer.throughput.summary(trainer.accelerator.num_processes)
+
+
+def _losses(step: dict[str, float]) -> dict[str, float]:
+    return {key: step[key] for key in ("loss", "align", "recon") if math.isfinite(step[key])}
 
 
 def main(params: Path = typer.Option(PARAMS_FILE, help="The params file.")) -> None:
     """Train the compression tokens and the projections."""
     setup_logging()
-    with user_errors():
+    with user_errors(), member():
         inputs = load(params, Inputs)
-        with record("train") if _is_main_process() else nullcontext(RunRecord("train")) as run_record:
+        count = 1 if launched() else wanted(inputs.train.processes, inputs.train.batch_size)
+        if count > 1:
+            relaunch("pipeline.stages.train", sys.argv[1:], count)
+            return
+        with record("train") if is_first() else nullcontext(RunRecord("train")) as run_record:
             run(inputs, run_record)
 
 

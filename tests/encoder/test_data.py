@@ -6,16 +6,23 @@ import pytest
 
 from pipeline import contracts
 from pipeline.backbone import PromptFormatter
-from pipeline.encoder.data import drop_loops, epoch_order, join, steps, tokenize
+from pipeline.encoder.data import drop_loops, join, tokenize
 from pipeline.errors import TrainingError
 from tests.conftest import tiny_tokenizer
 
 
-def tables(finish: str = "stop") -> tuple[pa.Table, pa.Table, pa.Table]:
+def tables(finish: str = "stop", blank: str = "b") -> tuple[pa.Table, pa.Table, pa.Table]:
+    """Queries a, b, c; responses a, b, c, d, of which `blank` is; targets a, c, d."""
     queries = pa.table({"id": ["a", "b", "c"], "text": ["qa", "qb", "qc"], "source": ["s"] * 3}, contracts.QUERIES)
     responses = pa.Table.from_pylist(
         [
-            {"id": name, "response": f"r{name}", "finish_reason": finish, "prompt_tokens": 1, "response_tokens": 2}
+            {
+                "id": name,
+                "response": " " if name == blank else f"r{name}",
+                "finish_reason": finish,
+                "prompt_tokens": 1,
+                "response_tokens": 2,
+            }
             for name in "abcd"
         ],
         contracts.RESPONSES,
@@ -48,21 +55,57 @@ def test_answers_that_end_in_a_loop_can_be_left_out() -> None:
         drop_loops(looping.slice(0, 1))
 
 
+def test_a_usable_response_without_a_target_is_an_error() -> None:
+    with pytest.raises(
+        TrainingError, match=r"1 queries have a usable response but no target: run embed again \(ids b\)"
+    ):
+        join(*tables(blank=""))
+
+
+def test_a_response_longer_than_the_limit_is_an_error_unless_cut(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tiny_tokenizer()
+    table, formatter = join(*tables()), PromptFormatter(tokenizer, "raw", 20)
+    with pytest.raises(
+        TrainingError,
+        match=r"2 queries .* longer than train\.max_response_tokens \(2\); the longest has 3: .* \(ids a, c\)",
+    ):
+        tokenize(table, formatter, tokenizer, 2)
+    assert [len(ids) for ids in tokenize(table, formatter, tokenizer, 2, "cut").response_ids] == [2, 2]
+    assert "2 responses are longer than train.max_response_tokens and lose their end" in caplog.text
+
+
+def test_queries_that_are_cut_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tiny_tokenizer()
+    rows = tokenize(join(*tables()), PromptFormatter(tokenizer, "raw", 1), tokenizer, 9)
+    assert [len(ids) for ids in rows.query_ids] == [1, 1]
+    assert "2 queries are longer than train.max_query_tokens and lose their end" in caplog.text
+
+
+def test_a_response_without_a_token_is_an_error() -> None:
+    joined = join(*tables())
+    at = joined.column_names.index("response")
+    with pytest.raises(TrainingError, match=r"1 queries have a response without a token \(ids c\)"):
+        tokenize(
+            joined.set_column(at, "response", [["ra", ""]]),
+            PromptFormatter(tiny_tokenizer(), "raw", 20),
+            tiny_tokenizer(),
+            9,
+        )
+
+
+def test_lengths_and_head() -> None:
+    tokenizer = tiny_tokenizer()
+    rows = tokenize(join(*tables()), PromptFormatter(tokenizer, "raw", 20), tokenizer, 9)
+    assert rows.lengths(7).tolist() == [2 + 3 + 7] * 2
+    assert rows.head(1).ids == ["a"]
+    assert len(rows.head(1)) == 1
+
+
 @pytest.mark.parametrize(("finish", "limit", "ends"), [("stop", 10, True), ("length", 10, False), ("stop", 2, False)])
 def test_eos_only_where_the_model_stopped(finish: str, limit: int, ends: bool) -> None:
     tokenizer = tiny_tokenizer()
-    rows = tokenize(join(*tables(finish)), PromptFormatter(tokenizer, "raw", 20), tokenizer, limit)
+    rows = tokenize(join(*tables(finish)), PromptFormatter(tokenizer, "raw", 20), tokenizer, limit, "cut")
     plain = tokenizer("ra")["input_ids"]
     assert rows.response_ids[0] == ([*plain, tokenizer.eos_token_id] if ends else plain[:limit])
     assert rows.targets.dtype == np.float32
     assert rows.targets.tolist() == [[97.0, 0.5], [99.0, 0.5]]
-
-
-def test_steps_cover_each_epoch_once_in_a_new_order() -> None:
-    batches = list(steps(10, batch_size=4, epochs=2, max_steps=None, seed=3))
-    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2]
-    first, second = ([row for batch in half for row in batch] for half in (batches[:3], batches[3:]))
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert first != second
-    assert len(list(steps(10, 4, 2, 5, 3))) == 5
-    assert epoch_order(10, 0, 3).tolist() == first

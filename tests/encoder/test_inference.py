@@ -1,13 +1,25 @@
 """The encoder in use, on a tiny backbone."""
 
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from pipeline.artifacts import create
+from pipeline.backbone import BackboneParams, identify, load_backbone, load_tokenizer
 from pipeline.encoder.config import EncoderConfig
+from pipeline.encoder.export import write_encoder
 from pipeline.encoder.inference import Encoder, read_config
+from pipeline.encoder.lora import LoraParams, adapter_parameters, add_adapter
+from pipeline.encoder.passes import PlainPasses
 from pipeline.encoder.student import new_student
-from pipeline.errors import TrainingError
+from pipeline.errors import BackboneError, TrainingError
 from pipeline.lens import decode, decode_soft_prompts, nearest_vocabulary
 from tests.conftest import tiny_model, tiny_tokenizer
 
@@ -99,6 +111,89 @@ def test_nearest_vocabulary_is_the_head_of_the_hidden_state(encoder: Encoder) ->
     assert all(len(position) == 4 for position in positions)
 
 
-def test_a_folder_that_is_no_encoder(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_folder_that_is_no_encoder(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="is not an encoder"):
         read_config(tmp_path)
+
+
+LORA = LoraParams(rank=2, alpha=4.0)
+
+
+def write(out: Path, folder: Path, lora: LoraParams | None) -> Any:
+    """An encoder on the backbone of `folder`; returns its adapted backbone, if any."""
+    params = BackboneParams(name=str(folder), dtype="float32")
+    backbone = load_backbone(params)
+    config = EncoderConfig(
+        backbone=identify(str(folder), None), chat_template_kwargs={}, template="raw", max_query_tokens=32,
+        compression_tokens=2, thought_tokens=1, hidden=32, width=5, teacher={"name": "t"}, lora=lora,
+    )  # fmt: skip
+    student = new_student(backbone, 5, compression_tokens=2, thought_tokens=1, seed=0)
+    adapted = add_adapter(backbone, **lora.model_dump(), seed=0) if lora else None
+    for name, parameter in adapter_parameters(adapted).items() if adapted else ():
+        torch.nn.init.normal_(parameter, std=0.1) if "lora_B" in name else None
+    adapter = adapter_parameters(adapted) if adapted else None
+    with create(out, kind="encoder", params={}) as writer:
+        write_encoder(writer, student, load_tokenizer(params), config, rows=1, steps=1, adapter=adapter)
+    return adapted
+
+
+def test_an_adapter_embeds_and_the_backbone_alone_decodes(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    write(Path("plain"), tiny_backbone("llama"), None)
+    adapted = write(Path("lora"), tiny_backbone("llama"), LORA)
+    plain, encoder = Encoder.load(Path("plain")), Encoder.load(Path("lora"))
+    [ids] = encoder.tokenizer(["q"])["input_ids"]
+    with torch.no_grad():
+        hidden = PlainPasses(adapted).query_pass([ids], encoder.student.tokens, 2)
+    np.testing.assert_allclose(encoder.hidden_states(["q"]), hidden.numpy(), atol=1e-5)
+    assert np.abs(encoder.encode(["q"]) - plain.encode(["q"])).max() > 1e-3
+    soft = encoder.soft_prompts(["q"])
+    assert decode_soft_prompts(encoder, soft, max_new_tokens=5) == decode_soft_prompts(plain, soft, max_new_tokens=5)
+    np.testing.assert_array_equal(encoder.untrained(3).encode(["q"]), plain.untrained(3).encode(["q"]))
+
+
+def test_the_identity_of_an_encoder_covers_its_adapter(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    write(Path("first"), tiny_backbone("llama"), LORA)
+    write(Path("second"), tiny_backbone("llama"), LORA)
+    first, second = Encoder.load(Path("first")), Encoder.load(Path("second"))
+    assert all(torch.equal(a, b) for a, b in zip(first.student.parameters(), second.student.parameters(), strict=True))
+    assert first.identity["sha256"] != second.identity["sha256"]
+    assert "LoRA adapters of rank 2" in Path("first/README.md").read_text()
+    assert "  " not in Path("first/README.md").read_text()
+
+
+def test_a_folder_written_before_there_were_adapters_loads(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    write(Path("encoder"), tiny_backbone("llama"), None)
+    file = Path("encoder/encoder_config.json")
+    content = json.loads(file.read_text())
+    del content["lora"]
+    expected = Encoder.load(Path("encoder")).encode(["q"])
+    file.write_text(json.dumps(content))
+    np.testing.assert_array_equal(Encoder.load(Path("encoder")).encode(["q"]), expected)
+
+
+def test_code_of_a_backbone_runs_for_the_caller_who_says_so_only(
+    workspace: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model folder with its own classes: refused unless `trust_remote_code`."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(workspace / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    folder = shutil.copytree(tiny_backbone("llama"), Path("own"))
+    (folder / "own_code.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    content = json.loads((folder / "config.json").read_text())
+    content |= {
+        "model_type": "own",
+        "architectures": ["OwnModel"],
+        "auto_map": {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"},
+    }
+    (folder / "config.json").write_text(json.dumps(content))
+    write(Path("encoder"), tiny_backbone("llama"), None)
+    file = Path("encoder/encoder_config.json")
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"backbone": identify(str(folder), None)}))
+    with pytest.raises(BackboneError, match="contains custom code"):
+        Encoder.load(Path("encoder"))
+    assert type(Encoder.load(Path("encoder"), trust_remote_code=True).model).__name__ == "OwnModel"

@@ -58,6 +58,8 @@ def made(workspace: Path) -> Path:
     lines = [f"{step},3,{2 / step},{1 / step},1e-4" for step in range(1, 21)]
     (results / "train").mkdir()
     (results / "train/loss.csv").write_text("\n".join(["step,loss,align,recon,learning_rate", *lines]) + "\n")
+    scores = ["step,cosine,top1,mrr,recon", "0,0.1,0.2,0.3,4", "3,0.4,0.5,0.6,2"]
+    (results / "train/heldout.csv").write_text("\n".join(scores) + "\n")
     write_json(results / "evaluate/demo.json", {"metrics": SUITE, "systems": SYSTEMS, **RECORD})
     probes = {"alignment": ALIGNMENT, "safety": SAFETY, "interpret": {"queries": 1, "student/faithfulness": 0.5}}
     for name, metrics in probes.items():
@@ -124,13 +126,26 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
+def test_losses_and_heldout_scores_are_drawn(made: Path) -> None:
+    page = render_html(content_of())
+    for label in ("alignment loss", "reconstruction loss", "held-out cosine to the target"):
+        assert f'aria-label="{label}"' in page
+
+
+def test_a_loss_that_was_not_trained_is_not_drawn(made: Path) -> None:
+    Path("results/train/loss.csv").write_text("step,loss,align,recon,learning_rate\n1,2,2,nan,1\n2,1,1,nan,1\n")
+    page = render_html(content_of())
+    assert 'aria-label="alignment loss"' in page
+    assert 'aria-label="reconstruction loss"' not in page
+
+
 def test_equal_results_give_equal_bytes(made: Path) -> None:
     assert render_html(content_of()) == render_html(content_of())
 
 
 def test_pages_for_a_workspace_with_nothing(workspace: Path) -> None:
     content = content_of()
-    assert len(content.missing) == 4 + 4 + 1 + 1 + 3
+    assert len(content.missing) == 4 + 4 + 2 + 1 + 3
     assert "not made yet" in render_html(content)
     assert "results/probe/safety.json" in render_markdown(content).replace("\\", "")
 

@@ -99,19 +99,43 @@ def test_trains_an_encoder_that_loads(backbone: Path) -> None:
     np.testing.assert_allclose(encoder.encode(["query 0002"]), embeddings[1:2], atol=1e-4)
     facts = json.loads(Path("results/train.json").read_text())
     assert facts["steps"] == 9
+    assert {"seconds_per_step", "tokens_per_second", "model_tflops"} <= facts["training"].keys()
+    assert facts["heldout_last"]["step"] == 9
     assert Path("results/train/loss.csv").read_text().count("\n") == 10
+    assert [line.split(",")[0] for line in Path("results/train/heldout.csv").read_text().split()] == ["step", "0", "9"]
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(backbone: Path) -> None:
+@pytest.mark.parametrize("shard_backbone", [False, True])
+def test_two_processes_take_the_steps_of_one(backbone: Path, shard_backbone: bool) -> None:
     finish_stage()
     alone = np.loadtxt("results/train/loss.csv", delimiter=",", skiprows=1)
+    write_params(backbone, processes=2, shard_backbone=shard_backbone)
     shutil.rmtree(".work")
+    finish_stage()
+    np.testing.assert_allclose(np.loadtxt("results/train/loss.csv", delimiter=",", skiprows=1), alone, rtol=1e-5)
+    facts = json.loads(Path("results/train.json").read_text())
+    assert (facts["steps"], facts["processes"]) == (9, 2)
+
+
+@pytest.mark.slow
+def test_processes_of_a_launcher_start_no_others(backbone: Path) -> None:
+    write_params(backbone, processes=2)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
     subprocess.run([*launcher, "-m", "pipeline.stages.train"], env=environment, check=True, timeout=300)
-    np.testing.assert_allclose(np.loadtxt("results/train/loss.csv", delimiter=",", skiprows=1), alone, rtol=1e-4)
-    assert json.loads(Path("results/train.json").read_text())["steps"] == 9
+    assert json.loads(Path("results/train.json").read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+def test_an_adapted_encoder_loads(backbone: Path) -> None:
+    write_params(backbone, lora={"rank": 2}, learning_rate=0.05)
+    finish_stage()
+    adapted = Encoder.load(Path("models/encoder"))
+    plain = Encoder(adapted.model, adapted.tokenizer, adapted.student, adapted.config, adapted.identity)
+    texts = ["query 0001", "query 0002"]
+    assert np.isfinite(adapted.encode(texts)).all()
+    assert np.abs(adapted.encode(texts) - plain.encode(texts)).max() > 1e-3
 
 
 @pytest.mark.slow
@@ -132,11 +156,12 @@ def test_kill_9_resumes_to_the_same_bytes(backbone: Path) -> None:
     assert Path("results/train/loss.csv").read_text() == curve
 
 
-def test_ctrl_c_says_what_is_kept(backbone: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_says_what_is_kept(backbone: Path, number: signal.Signals) -> None:
     write_params(backbone, epochs=4000)
     process = start_stage()
     _wait_for_checkpoint(process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "finished work is kept" in stderr
@@ -154,33 +179,50 @@ def _wait_for_checkpoint(process: "subprocess.Popen[str]") -> Path:
     raise AssertionError(f"no checkpoint: {process.communicate()[1]}")
 
 
-def test_another_backbone_than_the_responses(backbone: Path, tiny_backbone: Callable[..., Path]) -> None:
-    write_params(tiny_backbone("llama"))
+def fails_with(*messages: str) -> None:
     process = start_stage()
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "run generate and embed again" in stderr
+    assert process.returncode == 1, stderr
     assert "Traceback" not in stderr
+    for message in messages:
+        assert message in stderr
+
+
+def test_a_response_longer_than_the_limit(backbone: Path) -> None:
+    write_params(backbone, max_response_tokens=4)
+    fails_with("longer than train.max_response_tokens (4)", "train.long_responses: cut")
+
+
+def test_a_usable_response_without_a_target(backbone: Path) -> None:
+    artifact = open_artifact(Path("data/targets"), "targets")
+    table = artifact.read()
+    shutil.rmtree("data/targets")
+    with create(Path("data/targets"), kind="targets", params={}, models={"teacher": {"name": "t"}}) as out:
+        out.write_parts([table.slice(2)], table.schema)
+    fails_with("2 queries have a usable response but no target: run embed again (ids 0000, 0001)")
+
+
+def test_sharding_does_not_go_with_adapters(backbone: Path) -> None:
+    write_params(backbone, shard_backbone=True, lora={"rank": 2})
+    fails_with("shard_backbone: true does not go with lora")
+
+
+def test_another_backbone_than_the_responses(backbone: Path, tiny_backbone: Callable[..., Path]) -> None:
+    write_params(tiny_backbone("llama"))
+    fails_with("run generate and embed again")
 
 
 def test_backbone_without_chat_template(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
     folder = tiny_backbone("llama", chat=False)
     write_inputs(folder)
     write_params(folder)
-    process = start_stage()
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "no chat template" in stderr
-    assert "train.template: raw" in stderr
+    fails_with("no chat template", "train.template: raw")
 
 
 def test_truncated_parquet(backbone: Path) -> None:
     part = Path("data/targets/part-00000.parquet")
     part.write_bytes(part.read_bytes()[:-20])
-    process = start_stage()
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "error: data/targets/part-00000.parquet: sha256 is" in stderr
+    fails_with("error: data/targets/part-00000.parquet: sha256 is")
 
 
 def test_an_encoder_takes_a_loaded_backbone_wherever_it_came_from(backbone: Path) -> None:

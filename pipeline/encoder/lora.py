@@ -1,0 +1,212 @@
+"""LoRA on the student: the query pass runs on an adapted backbone, the response pass on the frozen one.
+
+The adapted backbone is a second tree of modules over the very tensors of the first, so there is one copy of the weights
+and no switch to forget: what answers and what decodes never holds an adapter, also when a checkpointed response pass
+runs again within backward. With an adapter the prefix of a query depends on what is trained, so the query pass needs
+gradients through the whole query (no frozen prefix), and the embedding is no longer one of the unchanged backbone.
+"""
+
+import contextlib
+import copy
+import itertools
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from pipeline.artifacts import write_json
+from pipeline.errors import TrainingError
+from pipeline.params import Params
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pipeline.encoder.passes import Passes
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+# How peft names what it wraps; files with other names do not load there.
+_PREFIX = "base_model.model."
+
+
+class LoraParams(Params):
+    """Key `train.lora`; null trains no adapter. The paper's ablation has rank 8."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"] = Field(
+        default="all-linear", description="ends of module names; all-linear spares the output head"
+    )
+
+
+def add_adapter(
+    backbone: Any, *, rank: int, alpha: float, dropout: float, targets: list[str] | Literal["all-linear"], seed: int
+) -> Any:
+    """The backbone once more, over the same tensors, with trainable adapters in float32; `backbone` stays as it is.
+
+    At first it computes just what `backbone` computes: the second matrix of each adapter starts at zero.
+
+    Args:
+        backbone: a frozen causal LM of transformers in eval mode.
+        rank: of the update.
+        alpha: the update is scaled by alpha / rank.
+        dropout: of the adapters' inputs; `AdaptedPasses` switches it on where it trains.
+        targets: ends of names of linear layers.
+        seed: of the adapters' first matrices.
+
+    Raises:
+        TrainingError: no layer has such a name, or one cannot be adapted.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    adapted = _over_the_same_tensors(backbone)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type=None)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            get_peft_model(adapted, config)
+        except ValueError as error:
+            raise TrainingError(f"train.lora.targets {targets}: {' '.join(str(error).split())[:300]}") from None
+    return adapted.eval()
+
+
+def _over_the_same_tensors(model: Any) -> Any:
+    """A copy of the modules that shares every parameter and buffer, and what bitsandbytes keeps beside them."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    beside = (getattr(module, name, None) for module in model.modules() for name in ("state", "quant_state"))
+    return copy.deepcopy(model, {id(kept): kept for kept in itertools.chain(tensors, beside) if kept is not None})
+
+
+def adapter_parameters(adapted: Any) -> "dict[str, nn.Parameter]":
+    """The adapters' parameters under the names that peft gives them in files, in a fixed order."""
+    return {
+        _PREFIX + name.replace(".default.", "."): parameter
+        for name, parameter in adapted.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+
+
+def save_adapter(parameters: "Mapping[str, Tensor]", folder: Path, params: LoraParams, backbone: str) -> None:
+    """Write the adapters as peft does, without a version, a path or a date: equal adapters give equal bytes.
+
+    Args:
+        parameters: see `adapter_parameters`.
+        folder: made if need be.
+        params: with which they were made.
+        backbone: name of the backbone.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in parameters.items()}
+    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+    config = {
+        "base_model_name_or_path": backbone,
+        "bias": "none",
+        "inference_mode": True,
+        "lora_alpha": params.alpha,
+        "lora_dropout": params.dropout,
+        "peft_type": "LORA",
+        "r": params.rank,
+        "target_modules": params.targets,
+        "task_type": None,
+    }
+    write_json(folder / CONFIG_FILE, config)
+
+
+def load_adapter(backbone: Any, folder: Path, params: LoraParams) -> Any:
+    """As `add_adapter`, with the weights of a folder and nothing to train.
+
+    Raises:
+        TrainingError: the folder does not hold the adapter of these params on this backbone.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    adapted = add_adapter(backbone, **params.model_dump(), seed=0)
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{folder / WEIGHTS_FILE} cannot be read: {error}") from None
+    set_adapter(adapted, tensors, where=str(folder / WEIGHTS_FILE))
+    return adapted.requires_grad_(False)
+
+
+def set_adapter(adapted: Any, tensors: "Mapping[str, Tensor]", *, where: str) -> None:
+    """Copy weights into the adapters, name by name and shape by shape.
+
+    Raises:
+        TrainingError: a name is missing or unknown, or a shape differs.
+    """
+    import torch
+
+    parameters = adapter_parameters(adapted)
+    wrong = sorted(
+        {name for name in parameters.keys() & tensors.keys() if parameters[name].shape != tensors[name].shape}
+        | (parameters.keys() ^ tensors.keys())
+    )
+    if wrong:
+        raise TrainingError(
+            f"{where}: its {len(tensors)} tensors are not the {len(parameters)} of the adapter on this backbone: "
+            f"{len(wrong)} differ, the first is {wrong[0]}"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+class AdaptedPasses:
+    """`Passes` whose query pass runs through the adapted backbone and whose response pass through the frozen one."""
+
+    def __init__(self, query: "Passes", response: "Passes", adapted: Any) -> None:
+        """`query` must run through `adapted` without freezing prefixes."""
+        self._query, self._response, self._adapted = query, response, adapted
+        self._dropout = _has_dropout(adapted)
+        self.padded = query.padded or response.padded
+
+    def query_pass(self, query_ids: Sequence[Sequence[int]], tokens: "Tensor", read: int) -> "Tensor":
+        """See `Passes.query_pass`; the adapters' dropout, if any, is on while gradients are recorded."""
+        import torch
+
+        dropping = self._dropout and torch.is_grad_enabled()
+        with _drawing(self._adapted, query_ids, tokens) if dropping else contextlib.nullcontext():
+            return self._query.query_pass(query_ids, tokens, read)
+
+    def response_pass(self, soft_prompts: "Tensor", response_ids: Sequence[Sequence[int]]) -> "tuple[Tensor, int]":
+        """See `Passes.response_pass`."""
+        return self._response.response_pass(soft_prompts, response_ids)
+
+
+def _has_dropout(adapted: Any) -> bool:
+    from torch.nn import Dropout
+
+    return any(isinstance(module, Dropout) and module.p > 0 for module in _dropouts(adapted))
+
+
+def _dropouts(adapted: Any) -> "Iterator[nn.Module]":
+    from peft.tuners.lora import LoraLayer
+
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            yield from module.lora_dropout.values()
+
+
+@contextlib.contextmanager
+def _drawing(adapted: Any, query_ids: Sequence[Sequence[int]], tokens: "Tensor") -> Iterator[None]:
+    """Dropout, seeded by the trained rows and the queries: other masks each step, the same after a resume."""
+    import torch
+
+    content = tokens.detach().float().cpu().numpy().tobytes() + repr(list(map(list, query_ids))).encode()
+    with torch.random.fork_rng(devices=[tokens.device] if tokens.is_cuda else []):
+        torch.manual_seed(zlib.crc32(content))
+        try:
+            for module in _dropouts(adapted):
+                module.train()
+            yield
+        finally:
+            for module in _dropouts(adapted):
+                module.eval()

@@ -1,0 +1,97 @@
+"""Ridge regression from running sums, so that memory depends on the widths and never on the rows."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """`y = x @ weight.T + bias` with weight `[e, d]` and bias `[e]`, float64."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """`[N, e]` of features `[N, d]`."""
+        return features @ self.weight.T + self.bias
+
+
+@dataclass(frozen=True)
+class Moments:
+    """All that least squares needs of N pairs of features and targets, float64.
+
+    Second moments are around the means: sums of raw squares would lose the digits of features whose mean is large
+    beside their spread, as the hidden states of language models have them.
+
+    Attributes:
+        count: N.
+        mean: of the features `[d]`.
+        target_mean: `[e]`.
+        scatter: sum of products of centred features `[d, d]`.
+        cross: sum of products of centred features and centred targets `[d, e]`.
+    """
+
+    count: int
+    mean: np.ndarray
+    target_mean: np.ndarray
+    scatter: np.ndarray
+    cross: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray, targets: np.ndarray) -> Self:
+        """Of rows in memory, features `[N, d]` and targets `[N, e]`."""
+        first, second = features.astype(np.float64), targets.astype(np.float64)
+        mean, target_mean = first.mean(0), second.mean(0)
+        centred = first - mean
+        return cls(len(first), mean, target_mean, centred.T @ centred, centred.T @ (second - target_mean))
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Of the rows of both."""
+        count = self.count + other.count
+        moved, target_moved = other.mean - self.mean, other.target_mean - self.target_mean
+        weight = self.count * other.count / count
+        return Moments(
+            count,
+            self.mean + moved * (other.count / count),
+            self.target_mean + target_moved * (other.count / count),
+            self.scatter + other.scatter + weight * np.outer(moved, moved),
+            self.cross + other.cross + weight * np.outer(moved, target_moved),
+        )
+
+    def mapped(self, by: LinearMap) -> "Moments":
+        """Of the same rows after a linear map of their features: the rows themselves are not needed."""
+        return Moments(
+            self.count,
+            by(self.mean),
+            self.target_mean,
+            by.weight @ self.scatter @ by.weight.T,
+            by.weight @ self.cross,
+        )
+
+
+def fit_ridge(moments: Moments, strengths: Sequence[float]) -> Iterator[LinearMap]:
+    """Ridge regression with an intercept on standardised features, as a map of the raw ones; one map a strength.
+
+    One eigendecomposition serves all strengths.
+
+    Args:
+        moments: of features and targets.
+        strengths: penalties on the coefficients of the standardised features.
+    """
+    spread = np.sqrt(np.diagonal(moments.scatter) / moments.count)
+    spread = np.where(spread > 1e-9, spread, 1.0)  # a feature that never varies explains nothing
+    values, vectors = np.linalg.eigh(moments.scatter / np.outer(spread, spread))
+    projected = vectors.T @ (moments.cross / spread[:, None])
+    for strength in strengths:
+        weight = (vectors @ (projected / (values + strength)[:, None])).T / spread
+        yield LinearMap(weight, moments.target_mean - weight @ moments.mean)
+
+
+def reciprocal_rank(embeddings: np.ndarray, targets: np.ndarray) -> float:
+    """Mean reciprocal rank by cosine of each row's own target among all targets."""
+    first, second = (rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-12) for rows in (embeddings, targets))
+    cosines = first @ second.T
+    return float((1.0 / (cosines >= np.diagonal(cosines)[:, None]).sum(axis=1)).mean())

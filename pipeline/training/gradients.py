@@ -1,0 +1,56 @@
+"""From gradients to an update: AdamW over the few trained tensors, gradients summed over processes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import AdamW, Optimizer
+
+TOKENS = "student.tokens"
+
+
+def adamw(trained: Mapping[str, Parameter], *, rate: float, token_rate: float | None, weight_decay: float) -> Optimizer:
+    """AdamW whose groups hold their peak rate as "peak"; the token rows have no weight decay.
+
+    Args:
+        trained: by name; the token rows are `TOKENS`.
+        rate: peak learning rate.
+        token_rate: of the token rows; None is `rate`.
+        weight_decay: of all but the token rows.
+    """
+    others = [value for name, value in trained.items() if name != TOKENS]
+    groups: list[dict[str, Any]] = [
+        {"params": others, "peak": rate, "weight_decay": weight_decay},
+        {"params": [trained[TOKENS]], "peak": token_rate or rate, "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=rate)
+
+
+def set_rate(optimizer: Optimizer, factor: float) -> None:
+    """Every group's rate as this share of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["peak"]
+
+
+def sum_and_clip(parameters: Sequence[Parameter], accelerator: Any, max_norm: float) -> float:
+    """Sum gradients over processes and clip them to `max_norm` in place; returns their norm before clipping."""
+    gradients = [_gradient(parameter) for parameter in parameters]
+    if accelerator.num_processes > 1:
+        _sum_over_processes(gradients, accelerator)
+    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+
+
+def _gradient(parameter: Parameter) -> Tensor:
+    """The gradient; zeros where no row of this process gave one, for AdamW and the sum over processes need all."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _sum_over_processes(gradients: Sequence[Tensor], accelerator: Any) -> None:
+    """In place, all tensors as one message."""
+    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+    for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
