@@ -1,0 +1,1 @@
+"""What bench/study.py looks at, and the steps that it takes."""
