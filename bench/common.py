@@ -63,10 +63,15 @@ def run(command: Sequence[str], **environment: str) -> Finished:
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> None:
     """Print the table and, as the last line, the result."""
+    print_table(title, rows)
+    print(json.dumps(dict(result)))
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows that have the same keys."""
     table = Table(title=title, title_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:
         table.add_row(*(f"{value:,}" if isinstance(value, int | float) else str(value) for value in row.values()))
     Console(width=140).print(table)
-    print(json.dumps(dict(result)))
