@@ -147,7 +147,7 @@ def test_kill_9_at_any_moment_then_run_again(configure: Configure, monkeypatch: 
 @pytest.mark.slow
 def test_ctrl_c_keeps_every_finished_row(configure: Configure) -> None:
     write_responses(TEXTS)
-    configure(options={"delay": 0.006})
+    configure(options={"delay": 0.02})  # ten seconds in all: the signal must come before the end
     process = start("embed")
     wait_until(lambda: bool(shards("embed")), process)
     time.sleep(0.2)
