@@ -1,6 +1,6 @@
 """One training step of the reference implementation beside ours: time, memory, and whether they compute the same.
 
-    .venv/bin/python bench/train.py [--dtype bf16] [--rounds 3] [--device cpu] [--quick]
+    .venv/bin/python bench/train.py [--dtype bf16] [--rounds 3] [--steps 3] [--device cpu] [--quick]
 
 The reference (PyPI llm2vec-gen) runs unmodified in an environment of its own, made on the first run: its trainer's
 `training_step` with its own settings (gradient checkpointing, two copies of the backbone, a teacher in each step,
@@ -102,7 +102,7 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
 def growth(batches: Path, settings: argparse.Namespace) -> dict[str, Any]:
     """Our cost against tokens and against the vocabulary, shown."""
     command = ["-m", "bench.training_step.growth", "--batches", str(batches)]
-    command += ["--dtype", settings.dtype, "--device", settings.device]
+    command += ["--dtype", settings.dtype, "--device", settings.device, *(["--quick"] if settings.quick else [])]
     found: dict[str, Any] = run(command).result
     for against, lines in found.items():
         print_table(f"our cost against {against}", [{k: round(v, 3) for k, v in line.items()} for line in lines])
@@ -138,12 +138,11 @@ def main() -> None:
         result |= report_exactness(exact)
         for name in settings.distributions:
             distribution = DISTRIBUTIONS[name]
-            steps = settings.steps or distribution.batches
-            chosen = lengths(distribution, steps)
+            chosen = lengths(distribution, settings.steps)
             batches = make_batches(chosen, distribution.batch, stream, EOS)
             work = with_batches(base, Path(scratch) / name, batches)
             with sides(python, work, settings.dtype, settings.device) as peers:
-                found = measure(peers, list(range(steps)), settings.rounds)
+                found = measure(peers, list(range(settings.steps)), settings.rounds)
             lines += table(name, found)
             standard = name == "standard"
             result |= ratios(found) if standard else {name: ratios(found)}
@@ -151,8 +150,7 @@ def main() -> None:
             if standard:
                 first, theirs = found["fast"]["first_loss"], found["reference"]["first_loss"]
                 result["loss_difference_as_timed"] = abs(first - theirs) / abs(theirs)
-        if not settings.quick:
-            result["growth"] = growth(Path(scratch) / "standard" / "batches.json", settings)
+        result["growth"] = growth(Path(scratch) / "standard" / "batches.json", settings)
     result |= {"dtype": settings.dtype, "device": settings.device}
     unit = "CPU seconds of all threads" if settings.device == "cpu" else "wall seconds"
     show(f"one training step, SmolLM2-135M, {settings.dtype}, {unit}", lines, result)
@@ -161,19 +159,17 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """The command line; `--quick` is one round of one distribution and a shorter look at growth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=None, help="batches a round; by default each distribution's own")
+    parser.add_argument("--steps", type=int, default=3, help="batches a round")
     parser.add_argument("--device", default=None, help="cpu or cuda; by default cuda where there is one")
-    parser.add_argument(
-        "--quick", action="store_true", help="one round of one step, the standard lengths only, no growth"
-    )
+    parser.add_argument("--quick", action="store_true", help="one round, two steps, the standard lengths only")
     settings = parser.parse_args()
     settings.distributions = [*DISTRIBUTIONS]
     if settings.quick:
-        settings.rounds, settings.steps, settings.distributions = 1, 1, ["standard"]
+        settings.rounds, settings.steps, settings.distributions = 1, 2, ["standard"]
     if settings.device is None:
         from pipeline.backbone import best_device
 

@@ -1,6 +1,6 @@
 """How our cost grows: seconds and memory a sample against the tokens of a batch, and against the vocabulary.
 
-    .venv/bin/python -m bench.training_step.growth --dtype bf16 --device cpu
+    .venv/bin/python -m bench.training_step.growth --dtype bf16 --device cpu [--quick]
 
 One process, one setting after the other, the highest resident set forgotten in between. Random models have SmolLM2's
 shape and another vocabulary; their batch is the same rows, ids taken modulo the vocabulary.
@@ -10,6 +10,7 @@ import argparse
 import gc
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ VOCABULARIES = (8_192, 32_768, 65_536, 151_936)
 LOADED = {"bf16": "bfloat16", "fp32": "float32"}
 
 
-def by_budget(rows: Rows, budget: int) -> list[Rows]:
+def packed_by_budget(rows: Rows, budget: int) -> list[Rows]:
     """Rows in their order, as many a batch as the budget of tokens takes, at least one."""
     batches: list[Rows] = []
     held = math.inf
@@ -51,8 +52,8 @@ def merged(batches: Sequence[Rows]) -> Rows:
     return Rows(*([ids for batch in batches for ids in getattr(batch, name)] for name in ("query_ids", "response_ids")))
 
 
-def measure(backbone: Any, batches: Sequence[Rows], device: str) -> dict[str, float]:
-    """Seconds a sample, and peak MiB beyond the model, of forward and backward over `batches`."""
+def measure(backbone: Any, batches: Sequence[Rows], device: str, repeats: int) -> dict[str, float]:
+    """Median seconds a sample, and peak MiB beyond the model, of forward and backward over `batches`."""
     vocabulary, width = backbone.get_input_embeddings().weight.shape
     student = new_student(backbone, width, compression_tokens=10, thought_tokens=0, seed=0)
     passes = make_passes(backbone)
@@ -62,13 +63,15 @@ def measure(backbone: Any, batches: Sequence[Rows], device: str) -> dict[str, fl
     gc.collect()
     meter = Meter(device)
     meter.forget()
-    meter.start()
-    for rows in fitting:
-        _forward_backward(student, passes, rows)
-    seconds = meter.stop()["seconds"]
+    seconds = []
+    for _ in range(repeats):
+        meter.start()
+        for rows in fitting:
+            _forward_backward(student, passes, rows)
+        seconds.append(meter.stop()["seconds"])
     samples = sum(len(rows.query_ids) for rows in fitting)
     return {
-        "seconds_per_sample": seconds / samples,
+        "seconds_per_sample": statistics.median(seconds) / samples,
         "beyond_mib": meter.memory()["beyond"],
         "largest_batch_tokens": largest.tokens,
         "batches": len(fitting),
@@ -96,18 +99,22 @@ def random_backbone(vocabulary: int, dtype: str, device: str) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
-def against_budget(batches: Sequence[Rows], dtype: str, device: str) -> Any:
+def against_budget(batches: Sequence[Rows], dtype: str, device: str, repeats: int, budgets: Sequence[int]) -> Any:
     """One line a token budget."""
     backbone = load_backbone(BackboneParams(name=str(BACKBONE), dtype=LOADED[dtype]), device)  # type: ignore[arg-type]
     rows = merged(batches)
-    return [{"budget": budget, **measure(backbone, by_budget(rows, budget), device)} for budget in BUDGETS]
+    return [
+        {"budget": budget, **measure(backbone, packed_by_budget(rows, budget), device, repeats)} for budget in budgets
+    ]
 
 
-def against_vocabulary(batches: Sequence[Rows], dtype: str, device: str) -> Any:
+def against_vocabulary(
+    batches: Sequence[Rows], dtype: str, device: str, repeats: int, vocabularies: Sequence[int]
+) -> Any:
     """One line a vocabulary size."""
     return [
-        {"vocabulary": size, **measure(random_backbone(size, dtype, device), batches[:1], device)}
-        for size in VOCABULARIES
+        {"vocabulary": size, **measure(random_backbone(size, dtype, device), batches[:1], device, repeats)}
+        for size in vocabularies
     ]
 
 
@@ -117,11 +124,14 @@ def main() -> None:
     parser.add_argument("--batches", type=Path, required=True)
     parser.add_argument("--dtype", choices=[*LOADED], required=True)
     parser.add_argument("--device", required=True)
+    parser.add_argument("--quick", action="store_true")
     settings = parser.parse_args()
     batches = load(settings.batches)
+    budgets, sizes, repeats = (BUDGETS[1::2], VOCABULARIES[::3], 1) if settings.quick else (BUDGETS, VOCABULARIES, 2)
+    shared = (settings.dtype, settings.device, repeats)
     found = {
-        "tokens": against_budget(batches, settings.dtype, settings.device),
-        "vocabulary": against_vocabulary(batches, settings.dtype, settings.device),
+        "tokens": against_budget(batches, *shared, budgets),
+        "vocabulary": against_vocabulary(batches, *shared, sizes),
     }
     print(json.dumps(found))
 

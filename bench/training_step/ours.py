@@ -1,10 +1,6 @@
 """Our training step: the passes that `train` uses, the same loss, the same update.
 
-    .venv/bin/python -m bench.training_step.ours --work DIR --dtype bf16 --device cpu --variant fast
-
-transformers imports scikit-learn, 100 MiB with what it brings, for assisted decoding wherever it is installed. Our
-environment has it for evaluation; the reference's, made for a step alone, has not. It is hidden here, so that neither
-side's memory holds packages that a step never calls.
+.venv/bin/python -m bench.training_step.ours --work DIR --dtype bf16 --device cpu --variant fast
 """
 
 import argparse
@@ -12,10 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers.utils
 from safetensors.torch import load_file
-
-transformers.utils.is_sklearn_available = lambda: False  # before anything imports its generation
 
 from bench.common import BACKBONE
 from bench.training_step.child import Arrays, serve
