@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -41,9 +42,11 @@ def obey(greeting: str, channel: Channel) -> None:
                 logging.getLogger("pipeline.test").info("some news")
                 logging.getLogger("pipeline.test").warning("some trouble")
                 channel.send("logged")
-            case "many":
+            case ("many", many_sent):
                 for number in range(500):
                     channel.send(number)
+                    if number == 100:
+                        Path(many_sent).touch()
             case int(code):
                 channel.send("going")
                 os._exit(code)
@@ -120,15 +123,15 @@ def test_what_was_sent_before_a_death_is_received_first() -> None:
             started.receive()
 
 
-def test_what_the_others_have_sent_is_received_after_a_death() -> None:
+def test_what_the_others_have_sent_is_received_after_a_death(tmp_path: Path) -> None:
+    many_sent = tmp_path / "sent"
     with workers() as started:
         for index in range(2):
             started.send(index, "say")
         pids = gather(started, 2)
-        started.send(0, "many")
+        started.send(0, ("many", str(many_sent)))
         started.send(1, 7)
-        assert soon(lambda: gone(pids[1][2]))
-        time.sleep(2)  # all is sent, and nobody has listened
+        assert soon(lambda: gone(pids[1][2]) and many_sent.exists())  # and nobody has listened
         found = []
         with pytest.raises(EngineError, match="exit code 7"):
             while True:

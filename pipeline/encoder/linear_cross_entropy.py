@@ -11,6 +11,8 @@ from pipeline.encoder.precision import at_least_float32
 
 # Bytes of the float32 logits of one chunk; at its peak a chunk takes twice that.
 _CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}
+# Rows of the head multiplied at a time: CPU libraries copy what they multiply into a layout of their own.
+_CPU_BLOCK = 8192
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,28 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
     return max(16, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (4 * vocabulary))
 
 
+def _blocks(weight: Tensor) -> list[slice]:
+    rows = _CPU_BLOCK if weight.device.type == "cpu" else len(weight)
+    return [slice(start, start + rows) for start in range(0, len(weight), rows)]
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """`[rows, V]` at the start of `out`: the head's projection of `[rows, d]`, piece by piece of the vocabulary."""
+    logits = out[: len(hidden)]
+    for block in _blocks(weight):
+        logits[:, block] = F.linear(hidden, weight[block], None if bias is None else bias[block])
+    return logits
+
+
+def _project_back(gradient: Tensor, weight: Tensor) -> Tensor:
+    """`[rows, d]`: the gradient of `[rows, V]` logits brought to the hidden states, its pieces summed in float32."""
+    first, *others = _blocks(weight)
+    total = at_least_float32(gradient[:, first].to(weight.dtype) @ weight[first])
+    for block in others:
+        total += gradient[:, block].to(weight.dtype) @ weight[block]
+    return total
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and the gradient to the hidden states in one sweep over chunks; the head gets no gradient."""
 
@@ -50,9 +74,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         total = at_least_float32(hidden.new_zeros(()))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        buffer = total.new_empty(min(chunk, len(labels)), len(weight))
         for start in range(0, len(labels), chunk):
             rows = slice(start, start + chunk)
-            logits = at_least_float32(F.linear(hidden[rows], weight, bias))
+            logits = _project(hidden[rows], weight, bias, buffer)
             tanh = shape.apply_(logits)
             picked = labels[rows, None]
             at_labels = logits.gather(1, picked)
@@ -64,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.div_(mass).scatter_add_(1, picked, torch.full_like(at_labels, -1.0))
                 if tanh is not None:
                     logits.mul_(tanh.square_().neg_().add_(1.0))
-                torch.mm(logits.to(weight.dtype), weight, out=gradient[rows])
+                gradient[rows] = _project_back(logits, weight)
         ctx.save_for_backward(gradient)
         ctx.scale = shape.scale
         return total

@@ -33,6 +33,12 @@ def test_loss_and_gradient_in_float64(chunk: int | None, shape: LogitShape, with
     torch.testing.assert_close(gradient, right, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_vocabulary_in_pieces(with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.encoder.linear_cross_entropy._CPU_BLOCK", 3)
+    test_loss_and_gradient_in_float64(4, SHAPES[3], with_bias)
+
+
 def test_half_precision_sums_in_float32() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(300, 16).bfloat16().requires_grad_(), torch.randn(50, 16).bfloat16()
