@@ -57,6 +57,7 @@ class Trainer:
     shape: Shape | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    _resumed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         from pipeline.training.gradients import adamw
@@ -103,6 +104,7 @@ class Trainer:
         if self.validation is not None and found.progress["validation"] is not None:
             self.validation.restore(found.progress["validation"], found.kept)
         log.info("resuming after step %d of %d", done, self.total)
+        self._resumed = True
         return True
 
     def run(self) -> None:
@@ -111,8 +113,9 @@ class Trainer:
         Raises:
             TrainingError: a loss or a gradient is not finite.
         """
-        if not self.curve:
+        if not self._resumed:
             self._score()
+            self.save()  # a closed-form start over many rows takes as long as many steps
         done = len(self.curve)
         steps = islice(enumerate(self._steps()), done, None)
         bar = progress(steps, total=self.total, desc="train", unit="step", initial=done)

@@ -148,6 +148,20 @@ def test_a_longer_run_goes_on_where_the_schedule_is_its_own(tmp_path: Path, capl
     assert "6 steps on, the params ask for 4: training starts again" in caplog.text
 
 
+def test_the_start_is_kept_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(checkpoint=tmp_path / "checkpoint")
+    torch.nn.init.normal_(trainer.student.reconstruction.weight)  # as a closed-form start would
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run()
+    resumed = make_trainer(checkpoint=tmp_path / "checkpoint")
+    assert resumed.resume()
+    assert torch.equal(resumed.student.reconstruction.weight, trainer.student.reconstruction.weight)
+    resumed.run()
+    assert len(resumed.curve) == resumed.total
+
+
 def test_damaged_checkpoint_starts_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "checkpoint"
     trainer = make_trainer(checkpoint=path, stop_after_steps=3)
@@ -196,11 +210,11 @@ def test_a_signal_finishes_the_step_and_saves(
 
 def test_infinite_loss_names_rows_step_and_knob_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
-    make_trainer(checkpoint=path, stop_after_steps=3).run()
-    before = path.read_bytes()
     rows = some_rows()
     rows.targets[5, 2] = np.inf
     trainer = make_trainer(rows, checkpoint=path)
+    trainer.save()
+    before = path.read_bytes()
     with pytest.raises(
         TrainingError, match=r"rows whose own loss is not: row5\. .*train.learning_rate \(0.01\)"
     ) as caught:
