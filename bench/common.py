@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BACKBONE = ROOT / "models" / "SmolLM2-135M-Instruct"
 TEACHER = ROOT / "models" / "all-MiniLM-L6-v2"
 QUERIES = ROOT / "data" / "demo" / "queries" / "queries.jsonl"
+REAL_DATA = Path(os.environ.get("REAL_DATA", ROOT.parent / "shared" / "data"))
 
 
 def prepare_models() -> None:
@@ -29,6 +30,19 @@ def demo_queries(count: int) -> list[str]:
     """The first queries of the demo."""
     lines = QUERIES.read_text(encoding="utf-8").splitlines()[:count]
     return [json.loads(line)["text"] for line in lines]
+
+
+def text_stream() -> list[int]:
+    """The demo's documents as one row of token ids."""
+    from transformers import AutoTokenizer
+
+    return list(AutoTokenizer.from_pretrained(BACKBONE)("\n".join(_demo_texts()), verbose=False)["input_ids"])
+
+
+def _demo_texts() -> Iterator[str]:
+    for path in sorted((ROOT / "data" / "demo" / "tasks").rglob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            yield str(json.loads(line).get("text", ""))
 
 
 @dataclass(frozen=True)

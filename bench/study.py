@@ -28,7 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
-from bench.common import ROOT, prepare_models, show
+from bench.common import REAL_DATA, ROOT, prepare_models, show
 from bench.training_study.data import (
     WORDS,
     HiddenStates,
@@ -50,7 +50,7 @@ from bench.training_study.steps import (
     projection_loss,
     response_ids,
 )
-from bench.training_study.workspace import REAL_DATA, prepare_workspace
+from bench.training_study.workspace import prepare_workspace
 
 STS = REAL_DATA / "hub/mteb/stsbenchmark-sts/data/test.parquet"
 STRENGTHS = (1.0, 10.0, 30.0, 100.0, 300.0, 1_000.0, 3_000.0, 10_000.0, 30_000.0)

@@ -24,11 +24,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.common import prepare_models, print_table, run, show
-from bench.training_step import reference_env
+from bench.common import prepare_models, print_table, run, show, text_stream
+from bench.reference import environment
+from bench.reference.process import Peer
+from bench.reference.workspace import prepare_workspace
 from bench.training_step.exactness import Exactness, compare, limits_exceeded
-from bench.training_step.peers import Peer, ours, reference
-from bench.training_step.preparation import prepare_workspace, text_stream, with_batches
+from bench.training_step.peers import ours, reference
+from bench.training_step.preparation import with_batches
 from bench.training_step.workload import DISTRIBUTIONS, lengths, make_batches
 
 EOS = 2
@@ -127,8 +129,8 @@ def main() -> None:
     """Prepare, compare, measure, report; exits with 1 where the two sides do not compute the same."""
     settings = parse()
     prepare_models()
-    python = reference_env.python()
-    with tempfile.TemporaryDirectory(dir=reference_env.HOME, prefix="work-") as scratch:
+    python = environment.python()
+    with tempfile.TemporaryDirectory(dir=environment.HOME, prefix="work-") as scratch:
         base = Path(scratch) / "base"
         result: dict[str, Any] = {}
         lines: list[dict[str, Any]] = []

@@ -2,22 +2,18 @@
 
 import argparse
 import contextlib
-import json
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
-from bench.training_step.meter import Meter
+from bench.reference.meter import Meter
+from bench.reference.serving import arguments, claim_stdout, orders, write
 from bench.training_step.widening import widened
 from bench.training_step.workload import Rows, load
 
 Arrays = dict[str, "np.ndarray[Any, Any]"]
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 class Side(Protocol):
@@ -36,42 +32,17 @@ class Side(Protocol):
         ...
 
 
-def arguments() -> argparse.Namespace:
-    """What every measured process is told: workspace folder, precision, device, variant."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--dtype", choices=[*DTYPES], required=True)
-    parser.add_argument("--device", required=True)
-    parser.add_argument("--variant", default="fast")
-    return parser.parse_args()
-
-
 def serve(build: Callable[[argparse.Namespace], Side]) -> None:
     """Load a side, then follow orders until stdin ends."""
     settings = arguments()
-    replies = _claim_stdout()
+    replies = claim_stdout()
     batches = load(settings.work / "batches.json")
     side = build(settings)
     meter = Meter(settings.device)
-    _write(replies, meter.memory())
+    write(replies, meter.memory())
     with widened() if settings.dtype == "fp64" else contextlib.nullcontext():
-        for order in _orders():
-            _write(replies, _follow(order, side, meter, batches, settings.work))
-
-
-def _claim_stdout() -> int:
-    """Keep stdout for answers: what libraries print goes to stderr."""
-    replies = os.dup(1)
-    os.dup2(2, 1)
-    return replies
-
-
-def _orders() -> Iterator[dict[str, Any]]:
-    return (json.loads(line) for line in sys.stdin)
-
-
-def _write(replies: int, answer: Mapping[str, Any]) -> None:
-    os.write(replies, (json.dumps(answer) + "\n").encode())
+        for order in orders():
+            write(replies, _follow(order, side, meter, batches, settings.work))
 
 
 def _follow(order: dict[str, Any], side: Side, meter: Meter, batches: list[Rows], work: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.training_step.peers import Peer, ours, reference
+from bench.reference.process import Peer
+from bench.training_step.peers import ours, reference
 from bench.training_step.preparation import with_batches
 from bench.training_step.workload import Lengths, make_batches
 

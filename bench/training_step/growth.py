@@ -19,8 +19,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.common import BACKBONE
-from bench.training_step.child import DTYPES
-from bench.training_step.meter import Meter
+from bench.reference.meter import Meter
+from bench.reference.serving import DTYPES
 from bench.training_step.workload import Rows, load
 from pipeline.backbone import BackboneParams, load_backbone
 from pipeline.encoder.losses import Batch, loss_sums

@@ -10,22 +10,21 @@ has the student's precision, so that targets do not differ between precisions.
 """
 
 import argparse
-import importlib.util
-import sys
 import tempfile
-from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bench.training_step.child import DTYPES, Arrays, serve
+from bench.reference.model import build_model, trained
+from bench.reference.scripts import script
+from bench.reference.serving import DTYPES
+from bench.training_step.child import Arrays, serve
 from bench.training_step.workload import Rows
 
 UNUSED_IMPORTS = ("datasets", "hydra", "omegaconf")
@@ -33,39 +32,24 @@ TEACHER_RANK = 16
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def training_script(path: Path) -> ModuleType:
-    """The reference's `scripts/train.py`, imported.
-
-    Its command line and its download of data sets need packages that a step does not; they are empty here, which also
-    keeps them out of the memory that is measured.
-    """
-    spec = importlib.util.spec_from_file_location("reference_training_script", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    empty = {name: mock.MagicMock() for name in UNUSED_IMPORTS}
-    with mock.patch.dict(sys.modules, empty), mock.patch("transformers.utils.versions.require_version"):
-        spec.loader.exec_module(module)
-    return module
-
-
 class Reference:
     """Its model and trainer around our weights."""
 
     def __init__(self, settings: argparse.Namespace) -> None:
         """Args: settings: of the child process; the workspace holds the backbone, the student and the batches."""
-        script = training_script(next(settings.work.glob("reference-source/*/scripts/train.py")))
+        train = script(settings.work / "reference-source", "train", UNUSED_IMPORTS)
         self._backbone, self._device = settings.work / "backbone", settings.device
         self._student = load_file(settings.work / "student.safetensors")
         self._dtype, self._exact = DTYPES[settings.dtype], settings.variant == "exact"
-        self._model = self._build(script)
-        self._trainer = self._build_trainer(script)
-        self._teacher_embeddings = script.get_teacher_embeddings
+        self._model = self._build(train)
+        self._trainer = self._build_trainer(train)
+        self._teacher_embeddings = train.get_teacher_embeddings
         self._optimizer = self._trainer.create_optimizer()
 
     def step(self, index: int, rows: Rows) -> float:
         """See `Side.step`."""
         loss = self._forward_backward(rows)
-        parameters = list(self._trained().values())
+        parameters = list(trained(self._model).values())
         self._trainer.accelerator.clip_grad_norm_(parameters, self._trainer.args.max_grad_norm)
         self._optimizer.step()
         self._model.zero_grad()
@@ -74,7 +58,7 @@ class Reference:
     def gradients(self, index: int, rows: Rows) -> tuple[float, Arrays]:
         """See `Side.gradients`."""
         loss = self._forward_backward(rows)
-        return loss, {name: parameter.grad.cpu().numpy() for name, parameter in self._trained().items()}
+        return loss, {name: parameter.grad.cpu().numpy() for name, parameter in trained(self._model).items()}
 
     def targets(self, rows: Rows) -> "np.ndarray[Any, Any]":
         """See `Side.targets`; as the step itself computes them."""
@@ -106,45 +90,13 @@ class Reference:
         }
         return {name: tensor.to(self._device) for name, tensor in inputs.items()}
 
-    def _trained(self) -> dict[str, Any]:
-        model = self._model
-        (tokens,) = [p for name, p in model.encoder_model.named_parameters() if "trainable_tokens_delta" in name]
-        reconstruction, alignment = model.reconstruction_mlp.projection, model.alignment_mlp.projection
-        return {
-            "tokens": tokens,
-            "reconstruction.weight": reconstruction.weight,
-            "reconstruction.bias": reconstruction.bias,
-            "alignment.weight": alignment.weight,
-            "alignment.bias": alignment.bias,
-        }
-
-    def _build(self, script: ModuleType) -> Any:
-        config = transformers.AutoConfig.from_pretrained(self._backbone)
-        tokens, width = self._student["tokens"], self._student["alignment.weight"].shape[0]
-        config.num_special_tokens = len(tokens)
-        config.special_tokens_ids = list(range(config.vocab_size, config.vocab_size + len(tokens)))
-        encoder = transformers.AutoModel.from_pretrained(self._backbone, config=config, torch_dtype=self._dtype)
-        encoder.resize_token_embeddings(config.vocab_size + len(tokens))
-        encoder = get_peft_model(encoder, TrainableTokensConfig(token_indices=config.special_tokens_ids))
-        decoder = transformers.AutoModelForCausalLM.from_pretrained(
-            self._backbone, config=config, torch_dtype=self._dtype
-        ).requires_grad_(False)
-        model = script.EncoderDecoderModel(
-            encoder_model=encoder,
-            decoder_model=decoder,
-            encoding_mode=f"last_{len(tokens)}_tokens",
-            reconstruction_mlp=script.ProjectionModel(config.hidden_size, config.hidden_size, dtype=self._dtype),
-            alignment_mlp=script.ProjectionModel(config.hidden_size, width, dtype=self._dtype),
-        )
-        self._model = model
-        with torch.no_grad():
-            for name, parameter in self._trained().items():
-                parameter.copy_(self._student[name])
+    def _build(self, train: ModuleType) -> Any:
+        model = build_model(train, self._backbone, self._student, self._dtype)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model
 
-    def _build_trainer(self, script: ModuleType) -> Any:
-        settings = script.CustomTrainingArguments(
+    def _build_trainer(self, train: ModuleType) -> Any:
+        settings = train.CustomTrainingArguments(
             output_dir=tempfile.mkdtemp(prefix="reference-"),
             gradient_checkpointing=True,
             gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -152,7 +104,7 @@ class Reference:
             report_to=[],
             use_cpu=self._device == "cpu",
         )
-        trainer = script.LLM2VecGenTrainer(
+        trainer = train.LLM2VecGenTrainer(
             model=self._model,
             teacher_model=self._teacher(),
             args=settings,

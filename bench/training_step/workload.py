@@ -1,21 +1,20 @@
 """Batches of real text whose lengths spread as queries and answers do."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import NormalDist, fmean
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-LIMIT = 512
-LEAST = 4
+from bench.lengths import chunks, log_normal, padded
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Log-normal lengths in tokens, cut at `LIMIT`, with these means.
+    """Log-normal lengths in tokens, cut at `bench.lengths.LIMIT`, with these means.
 
     Answers: a spread of 0.6 makes the longest of 32 rows 2.6 times the mean.
     """
@@ -52,7 +51,7 @@ class Lengths:
 
     def padded(self, batch: int) -> float:
         """How many times the real response tokens the padded batches hold."""
-        return sum(max(rows) * len(rows) for rows in _chunks(self.responses, batch)) / sum(self.responses)
+        return padded(self.responses, batch)
 
     def facts(self, batch: int) -> dict[str, float]:
         """Means, longest, and how many times the real tokens a padded batch holds."""
@@ -71,21 +70,11 @@ def lengths(distribution: Distribution, batches: int, orders: int = 101) -> Leng
     Of that many random orders, the one whose batches are padded as much as the median of them.
     """
     count = batches * distribution.batch
-    queries = _quantiles(count, distribution.query_mean, distribution.query_spread)
-    responses = _quantiles(count, distribution.response_mean, distribution.response_spread)
+    queries = log_normal(count, distribution.query_mean, distribution.query_spread)
+    responses = log_normal(count, distribution.response_mean, distribution.response_spread)
     drawn = [np.random.default_rng(seed) for seed in range(orders)]
     found = [Lengths(random.permutation(queries).tolist(), random.permutation(responses).tolist()) for random in drawn]
     return sorted(found, key=lambda each: each.padded(distribution.batch))[orders // 2]
-
-
-def _quantiles(count: int, mean: float, spread: float) -> list[int]:
-    normal = NormalDist()
-    raw = np.exp([spread * normal.inv_cdf((index + 0.5) / count) for index in range(count)])
-    scale = 1.0
-    for _ in range(50):
-        cut = np.clip(raw * scale, LEAST, LIMIT)
-        scale *= mean / cut.mean()
-    return [round(value) for value in cut]
 
 
 def make_batches(found: Lengths, batch: int, stream: Sequence[int], end: int) -> list[Rows]:
@@ -98,12 +87,8 @@ def make_batches(found: Lengths, batch: int, stream: Sequence[int], end: int) ->
         at += count
         return list(stream[at - count : at])
 
-    pairs = zip(_chunks(found.queries, batch), _chunks(found.responses, batch), strict=True)
+    pairs = zip(chunks(found.queries, batch), chunks(found.responses, batch), strict=True)
     return [Rows([take(n) for n in queries], [[*take(n - 1), end] for n in responses]) for queries, responses in pairs]
-
-
-def _chunks(values: list[int], size: int) -> Iterator[list[int]]:
-    return (values[start : start + size] for start in range(0, len(values), size))
 
 
 def save(path: Path, batches: Sequence[Rows]) -> None:

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.common import BACKBONE, QUERIES, ROOT, TEACHER
+from bench.common import BACKBONE, QUERIES, REAL_DATA, ROOT, TEACHER
 
-REAL_DATA = Path(os.environ.get("REAL_DATA", ROOT.parent / "shared" / "data"))
 ALPACA = REAL_DATA / "queries" / "queries_alpaca.parquet"
 ROWS = 4_400
 STAGES = ("collect", "generate", "embed")

@@ -17,7 +17,7 @@ PACKAGE = "llm2vec-gen==0.1.3"
 HOME = ROOT / ".bench"
 ENVIRONMENT = HOME / "reference-env"
 SOURCE = HOME / "reference-source"
-REQUIREMENTS = Path(__file__).with_name("reference-requirements.txt")
+REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 
 
 def python() -> Path:
