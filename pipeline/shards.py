@@ -102,6 +102,10 @@ class ShardStore:
     def __contains__(self, row_id: str) -> bool:
         return row_id in self._ids
 
+    def __iter__(self) -> Iterator[str]:
+        """The ids of committed rows."""
+        return iter(self._ids)
+
     def __len__(self) -> int:
         return len(self._ids) + self._pending
 

@@ -13,12 +13,14 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from pipeline.encoder.flex_attention import flex_packed_attention
+from pipeline.encoder.group_attention import group_attention
 from pipeline.encoder.segment_attention import segment_attention
 from pipeline.encoder.varlen_attention import varlen_attention
 from pipeline.errors import BackboneError
 
 Implementation = Literal["segments", "varlen", "flex"]
 Attention = Literal["auto", "segments", "varlen", "flex"]
+GROUPS = "groups"  # without autograd, see `group_attention`
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "segments": segment_attention,
@@ -45,7 +47,7 @@ def _watched(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> An
     return segment_attention(*args, sliding_window=sliding_window, **kwargs)
 
 
-_REGISTERED: dict[str, Callable[..., Any]] = {**_FUNCTIONS, "watched": _watched}
+_REGISTERED: dict[str, Callable[..., Any]] = {**_FUNCTIONS, GROUPS: group_attention, "watched": _watched}
 for _name, _function in _REGISTERED.items():
     AttentionInterface.register(_registered(_name), _function)
     AttentionMaskInterface.register(_registered(_name), _no_mask)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,11 +21,13 @@ from pipeline.backbone import (
     load_backbone,
     load_tokenizer,
 )
+from pipeline.encoder.batching import micro_batches
 from pipeline.encoder.config import EncoderConfig
 from pipeline.encoder.lora import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from pipeline.encoder.lora import load_adapter
+from pipeline.encoder.reader_choice import prompt_reader
+from pipeline.encoder.segments import shared_prefix
 from pipeline.encoder.student import Student, new_student
-from pipeline.encoder.switches import fast_passes
 from pipeline.errors import TrainingError
 from pipeline.params import validate
 from pipeline.prompts import join_instruction
@@ -34,6 +36,19 @@ from pipeline.runtime import progress
 CONFIG_FILE = "encoder_config.json"
 WEIGHTS_FILE = "student.safetensors"
 ADAPTER = "adapter"
+
+# Tokens of one forward pass by device.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
+BATCH_SIZE = 1024
+# A beginning is read by itself where that saves so many tokens at least: a forward pass has its price.
+WORTH_SHARING = 64
+
+
+class Limits(NamedTuple):
+    """Most texts and most tokens in one forward pass; None: `BATCH_TOKENS` of the device."""
+
+    rows: int
+    tokens: int | None
 
 
 class Encoder:
@@ -62,7 +77,7 @@ class Encoder:
         """
         self.model, self.tokenizer, self.student, self.config = model, tokenizer, student.eval(), config
         self.width, self.max_tokens, self.identity = config.width, config.max_query_tokens, identity
-        self._passes = fast_passes(model if adapted is None else adapted)
+        self._reader = prompt_reader(model if adapted is None else adapted)
         self._format = PromptFormatter(tokenizer, config.template, config.max_query_tokens, config.chat_template_kwargs)
 
     @classmethod
@@ -121,53 +136,96 @@ class Encoder:
         return Encoder(self.model, self.tokenizer, student, self.config, identity)
 
     def encode(
-        self, texts: Sequence[str], *, instruction: str = "", batch_size: int = 32, show_progress: bool = False
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int | None = None,
+        show_progress: bool = False,
     ) -> np.ndarray:
         """Embeddings float32 `[len(texts), width]`, not normalised: compare them by cosine.
 
         Args:
             texts: any strings; each is cut to `max_tokens` prompt tokens.
             instruction: put before each text, e.g. "Generate a passage that best answers this question:".
-            batch_size: texts in one forward pass; texts of like length are put together.
+            batch_size: most texts in one forward pass; texts of like length are put together.
+            batch_tokens: most tokens in one forward pass, new tokens included; a text that is longer by itself has a
+                pass of its own. None: `BATCH_TOKENS` of the device.
             show_progress: show a bar.
         """
         prompts = self._prompts(texts, instruction)
-        return self._batched(prompts, batch_size, self.student.embedding, (self.width,), show_progress)
+        limits = Limits(batch_size, batch_tokens)
+        return self._batched(prompts, limits, self.student.embedding, (self.width,), show_progress)
 
-    def soft_prompts(self, texts: Sequence[str], *, instruction: str = "", batch_size: int = 32) -> np.ndarray:
-        """Soft prompts float32 `[len(texts), n, d]`: what the backbone decodes into an answer."""
+    def soft_prompts(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int | None = None,
+    ) -> np.ndarray:
+        """Soft prompts float32 `[len(texts), n, d]`: what the backbone decodes into an answer. See `encode`."""
         shape = (self.config.compression_tokens, self.config.hidden)
-        return self._batched(self._prompts(texts, instruction), batch_size, lambda soft: soft, shape)
+        limits = Limits(batch_size, batch_tokens)
+        return self._batched(self._prompts(texts, instruction), limits, lambda soft: soft, shape)
 
-    def hidden_states(self, texts: Sequence[str], *, instruction: str = "", batch_size: int = 32) -> np.ndarray:
-        """Final-normed hidden states float32 `[len(texts), n, d]` at the compression tokens."""
+    def hidden_states(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        batch_size: int = BATCH_SIZE,
+        batch_tokens: int | None = None,
+    ) -> np.ndarray:
+        """Final-normed hidden states float32 `[len(texts), n, d]` at the compression tokens. See `encode`."""
         shape = (self.config.compression_tokens, self.config.hidden)
-        return self._batched(self._prompts(texts, instruction), batch_size, None, shape)
+        limits = Limits(batch_size, batch_tokens)
+        return self._batched(self._prompts(texts, instruction), limits, None, shape)
 
     def _prompts(self, texts: Sequence[str], instruction: str) -> list[list[int]]:
         # Without a template and a start token an empty text has no token at all; EOS stands for it.
         empty = [eos_token_id(self.tokenizer)]
-        return [self._format(join_instruction(instruction, text)).token_ids or empty for text in texts]
+        prompts = self._format.batch([join_instruction(instruction, text) for text in texts])
+        return [prompt.token_ids or empty for prompt in prompts]
 
     @torch.inference_mode()
     def _batched(
         self,
         prompts: Sequence[list[int]],
-        batch_size: int,
+        limits: Limits,
         head: Callable[[Tensor], Tensor] | None,
         shape: tuple[int, ...],
         show_progress: bool = False,
     ) -> np.ndarray:
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
         result = np.empty((len(prompts), *shape), dtype=np.float32)
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        shared = shared_prefix(prompts)
+        if shared * (len(prompts) - 1) < WORTH_SHARING:
+            shared = 0
+        beginning = self._reader.begin(prompts[0][:shared] if shared else [])
+        rests = [ids[shared:] for ids in prompts]
+        batches = self._batches([len(ids) + beginning.read_again for ids in rests], limits)
         for rows in progress(batches, total=len(batches), desc="encode", unit="batch") if show_progress else batches:
-            hidden = self._passes.query_pass(
-                [prompts[row] for row in rows], self.student.tokens, self.student.compression_tokens
+            hidden = self._reader.read(
+                beginning, [rests[row] for row in rows], self.student.tokens, self.student.compression_tokens
             )
             values = hidden if head is None else head(self.student.soft_prompts(hidden))
             result[rows] = values.float().cpu().numpy()
         return result
+
+    def _batches(self, lengths: Sequence[int], limits: Limits) -> list[list[int]]:
+        """Rows of each forward pass, the longest first, so that too large a batch shows at once."""
+        costs = np.array(lengths, dtype=np.int64) + len(self.student.tokens)
+        order = [int(row) for row in np.argsort(-costs, kind="stable")]
+        passes = micro_batches(
+            order,
+            costs,
+            most_rows=limits.rows,
+            most_tokens=limits.tokens or BATCH_TOKENS.get(self.model.device.type, BATCH_TOKENS["cuda"]),
+            padded=self._reader.padded,
+        )
+        return [rows[at : at + limits.rows] for rows in passes for at in range(0, len(rows), limits.rows)]
 
 
 def read_config(path: Path) -> EncoderConfig:

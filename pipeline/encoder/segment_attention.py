@@ -48,7 +48,7 @@ def segment_attention(
         `[1, sum(new), heads, head_dim]`, and no weights.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attend = partial(_attend, scale=scale, window=sliding_window, softcap=softcap)
+    attend = partial(attend_at_end, scale=scale, window=sliding_window, softcap=softcap)
     return _SegmentAttention.apply(query, key, value, packed, attend), None  # type: ignore[no-untyped-call]
 
 
@@ -82,10 +82,10 @@ class _SegmentAttention(torch.autograd.Function):
         return *gradients, None, None
 
 
-def _attend(
+def attend_at_end(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Attention of the last tokens of one sequence, `[1, heads, n, head_dim]`, to all `t` of it, aligned at the end."""
+    """Attention of the last tokens of sequences, `[B, heads, n, head_dim]`, to all `t` of them, aligned at the end."""
     mask = _mask(query.shape[2], key.shape[2], window, query.device)
     if softcap is not None:
         return _capped(query, key, value, mask, scale, softcap)

@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 
 P = TypeVar("P")
 # What a library raises where an architecture does not fit.
-_MISFITS = (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError)
+MISFITS = (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError)
 # Largest relative differences of values and of gradients from the plain ones. Deep models amplify rounding, in half
 # precision to a good part of a gradient: there only one that is cut off (1.0) can be told from an honest one.
-_LIMITS = (1e-3, 0.05)
-_HALF_LIMITS = (0.1, 0.99)
+LIMITS = (1e-3, 0.05)
+HALF_LIMITS = (0.1, 0.99)
 
 
 def fast_passes(backbone: Any) -> Passes:
@@ -75,11 +75,11 @@ def make_passes(
         return plain
     check = _Check(backbone, plain)
     frozen_prefix = frozen_prefix and _is_frozen(backbone)
-    attentions = _packed_attentions(backbone, attention) if packed else []
+    attentions = packed_attentions(backbone, attention) if packed else []
     loss = _fused_loss(backbone, chunk) if fused_cross_entropy else None
     layers = recomputable_layers(backbone) if checkpoint_responses else None
-    queries = _first_equal(_query_passes(backbone, attentions, frozen_prefix, share_prefix), check.queries)
-    responses = _first_equal(_response_passes(backbone, attentions, loss, layers), check.responses)
+    queries = first_equal(_query_passes(backbone, attentions, frozen_prefix, share_prefix), check.queries)
+    responses = first_equal(_response_passes(backbone, attentions, loss, layers), check.responses)
     return PairedPasses(queries or plain, responses or plain) if queries or responses else plain
 
 
@@ -89,13 +89,13 @@ class _Check:
     def __init__(self, backbone: Any, plain: PlainPasses) -> None:
         """Raises BackboneError if the backbone cannot even run the plain ones."""
         self._embed = backbone.get_input_embeddings()
-        self._limits = _HALF_LIMITS if backbone.dtype in (torch.bfloat16, torch.float16) else _LIMITS
+        self._limits = HALF_LIMITS if backbone.dtype in (torch.bfloat16, torch.float16) else LIMITS
         begin, *rest = (self._words(number, length) for number, length in enumerate((3, 9, 2, 14)))
         self._query_ids = [begin + words for words in rest]
         self._response_ids = [self._words(number, length) for number, length in enumerate((6, 1, 11), start=4)]
         try:
             self._queries, self._responses = self._query_values(plain), self._response_values(plain)
-        except _MISFITS as error:
+        except MISFITS as error:
             raise BackboneError(f"{type(backbone).__name__} cannot run on input embeddings: {error}") from None
 
     def queries(self, candidate: QueryPass) -> str | None:
@@ -109,7 +109,7 @@ class _Check:
     def _obstacle(self, compute: Callable[[], list[Tensor]], expected: list[Tensor]) -> str | None:
         try:
             found = compute()
-        except _MISFITS as error:
+        except MISFITS as error:
             return str(error).strip().split("\n")[0]
         for what, limit, value, right in zip(("values", "gradients"), self._limits, found, expected, strict=True):
             difference = float((value - right).norm() / right.norm())
@@ -145,7 +145,7 @@ def _is_frozen(backbone: Any) -> bool:
     return frozen
 
 
-def _packed_attentions(backbone: Any, requested: Attention) -> list[Implementation]:
+def packed_attentions(backbone: Any, requested: Attention) -> list[Implementation]:
     """Attentions of packed rows, the best first; none where the architecture cannot be packed."""
     chosen, reason = choose_attention(backbone, requested)
     try:
@@ -162,7 +162,7 @@ def _run_packed(backbone: Any, attention: str) -> None:
     try:
         with torch.no_grad():
             rows.hidden(rows.words([[1, 2, 3], [4]]), Segments.of([3, 1]))
-    except _MISFITS as error:
+    except MISFITS as error:
         raise BackboneError(f"{type(backbone).__name__} cannot be packed ({error})") from None
 
 
@@ -202,7 +202,7 @@ def _response_passes(
         yield "the padded response pass", padded_responses(backbone, loss or LogitsLoss(backbone), around(nullcontext))
 
 
-def _first_equal(candidates: Iterator[tuple[str, P]], obstacle: Callable[[P], str | None]) -> P | None:
+def first_equal(candidates: Iterator[tuple[str, P]], obstacle: Callable[[P], str | None]) -> P | None:
     """The first candidate with no obstacle; a warning for each before it."""
     for name, candidate in candidates:
         found = obstacle(candidate)

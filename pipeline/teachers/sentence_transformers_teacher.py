@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VERSION = 1
+PARAMS_KEY = "embed.teacher"  # of a teacher, for messages
 
 
 class SentenceTransformersTeacher:
@@ -46,13 +47,13 @@ class SentenceTransformersTeacher:
         """
         device = best_device()
         log.info("teacher %s: device %s (the best present), %s", name, device, dtype)
-        self._model = _load(name, revision, dtype, device, trust_remote_code)
-        self._limit = _limit(self._model, name, max_tokens)
+        self._model = load_model(name, revision, dtype, device, trust_remote_code)
+        self._limit = limit_tokens(self._model, name, max_tokens)
         self._batch_size, self._prompt = batch_size, prompt
         self._counted: tuple[list[str], list[int]] = [], []
         self.width = int(self._model.get_embedding_dimension())
         self.identity = {
-            **_identify(name, revision),
+            **identify_model(name, revision),
             "kind": "sentence-transformers",
             "version": VERSION,
             "max_tokens": self._limit,
@@ -97,32 +98,45 @@ def _token_lengths(tokenizer: Any, texts: list[str]) -> list[int]:
     return [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]] if texts else []
 
 
-def _limit(model: Any, name: str, max_tokens: int) -> int | None:
-    """Tokens that the model reads, set in the model: `max_tokens`, or its own limit where that is lower."""
+def limit_tokens(model: Any, name: str, max_tokens: int, where: str = PARAMS_KEY) -> int | None:
+    """Tokens that the model reads, set in the model: `max_tokens`, or its own limit where that is lower.
+
+    None stands for all, however many. `where` is the params key of the model.
+    """
     own = model.max_seq_length
     if own == math.inf:
-        log.info(
-            "teacher %s: reads the whole of every text (static word vectors), whatever embed.teacher.max_tokens", name
-        )
+        log.info("%s: reads the whole of every text (static word vectors), whatever %s.max_tokens", name, where)
         return None
     if own is not None and own < max_tokens:
-        log.info("teacher %s: %d tokens a text (its own limit, below embed.teacher.max_tokens)", name, own)
+        log.info("%s: %d tokens a text (its own limit, below %s.max_tokens)", name, own, where)
     model.max_seq_length = min(max_tokens, own or max_tokens)
     return int(model.max_seq_length)
 
 
-def _identify(name: str, revision: str | None) -> dict[str, Any]:
+def identify_model(name: str, revision: str | None, where: str = PARAMS_KEY) -> dict[str, Any]:
+    """What pins a sentence-transformers model.
+
+    Raises:
+        TeacherError: it is a folder that does not exist.
+    """
     try:
         return dict(identify(name, revision))
     except BackboneError as error:
-        raise TeacherError(f"embed.teacher.name: {error}") from None
+        raise TeacherError(f"{where}.name: {error}") from None
 
 
-def _load(name: str, revision: str | None, dtype: DType, device: str, trust_remote_code: bool) -> Any:
+def load_model(
+    name: str, revision: str | None, dtype: DType, device: str, trust_remote_code: bool, where: str = PARAMS_KEY
+) -> Any:
+    """The SentenceTransformer; `where` is its params key.
+
+    Raises:
+        TeacherError: it cannot be loaded.
+    """
     import torch
     from sentence_transformers import SentenceTransformer
 
-    _identify(name, revision)  # a folder that does not exist is said here, before it is taken for a hub name
+    identify_model(name, revision, where)  # a folder that does not exist is said here, before it is a hub name
     try:
         return SentenceTransformer(
             name,
@@ -133,4 +147,4 @@ def _load(name: str, revision: str | None, dtype: DType, device: str, trust_remo
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TeacherError(f"embed.teacher.name: cannot load '{name}': {reason}") from None
+        raise TeacherError(f"{where}.name: cannot load '{name}': {reason}") from None

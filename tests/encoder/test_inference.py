@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,24 @@ import pytest
 import torch
 
 from pipeline.artifacts import create
-from pipeline.backbone import BackboneParams, identify, load_backbone, load_tokenizer
+from pipeline.backbone import BackboneParams, Template, identify, load_backbone, load_tokenizer
 from pipeline.encoder.config import EncoderConfig
 from pipeline.encoder.export import write_encoder
 from pipeline.encoder.inference import Encoder, read_config
 from pipeline.encoder.lora import LoraParams, adapter_parameters, add_adapter
 from pipeline.encoder.passes import PlainPasses
+from pipeline.encoder.prompt_reading import PaddedReader
 from pipeline.encoder.student import new_student
 from pipeline.errors import BackboneError, TrainingError
 from pipeline.lens import decode, decode_soft_prompts, nearest_vocabulary
 from tests.conftest import tiny_model, tiny_tokenizer
 
 
-def make_encoder() -> Encoder:
+def make_encoder(architecture: str = "qwen3", template: Template = "chat", max_query_tokens: int = 32) -> Encoder:
     """An untrained encoder on a tiny backbone."""
-    model = tiny_model("qwen3")
+    model = tiny_model(architecture)
     config = EncoderConfig(
-        backbone={"name": "tiny"}, chat_template_kwargs={}, template="chat", max_query_tokens=32,
+        backbone={"name": "tiny"}, chat_template_kwargs={}, template=template, max_query_tokens=max_query_tokens,
         compression_tokens=3, thought_tokens=1, hidden=32, width=5, teacher={"name": "t"},
     )  # fmt: skip
     student = new_student(model, 5, compression_tokens=3, thought_tokens=1, seed=0)
@@ -47,6 +48,70 @@ def test_encode_is_batch_independent_and_in_order(encoder: Encoder) -> None:
     assert together.dtype == np.float32
     for row, text in enumerate(texts):
         np.testing.assert_allclose(encoder.encode([text])[0], together[row], atol=1e-5)
+
+
+@pytest.mark.parametrize("template", ["raw", "chat"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+def test_however_texts_are_batched_they_embed_as_the_definition_says(architecture: str, template: Template) -> None:
+    """Against a padded pass of one text at a time; the instruction is longer than gemma3's window."""
+    encoder = make_encoder(architecture, template, max_query_tokens=64)
+    instruction = "Generate a passage that answers:"
+    texts = ["same size", "long " * 9, "size same", "", "a", "long " * 200]
+    plain = PlainPasses(encoder.model)
+    expected = []
+    for text in texts:
+        prompt = encoder._format(f"{instruction} {text}").token_ids
+        hidden = plain.query_pass([prompt], encoder.student.tokens, 3)
+        expected.append(encoder.student.embedding(encoder.student.soft_prompts(hidden))[0].detach().numpy())
+    settings: list[dict[str, Any]] = [
+        {},
+        {"batch_size": 1},
+        {"batch_size": 2},
+        {"batch_tokens": 1},
+        {"batch_tokens": 60},
+    ]
+    for limits in settings:
+        found = encoder.encode(texts, instruction=instruction, **limits)
+        np.testing.assert_allclose(found, expected, atol=2e-5, err_msg=str(limits))
+
+
+class CountingReader:
+    """`PaddedReader` or `PackedReader` that counts the tokens of each pass."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader, self.padded = reader, reader.padded
+        self.begun: list[int] = []
+        self.read_rows: list[list[int]] = []
+
+    def begin(self, ids: Sequence[int]) -> Any:
+        self.begun.append(len(ids))
+        return self.reader.begin(ids)
+
+    def read(self, beginning: Any, rests: Sequence[Sequence[int]], tokens: torch.Tensor, count: int) -> torch.Tensor:
+        self.read_rows.append([len(ids) for ids in rests])
+        return self.reader.read(beginning, rests, tokens, count)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_passes_hold_few_texts_and_few_tokens_the_longest_first(padded: bool) -> None:
+    encoder = make_encoder(template="raw", max_query_tokens=64)
+    reader = CountingReader(PaddedReader(PlainPasses(encoder.model)) if padded else encoder._reader)
+    encoder._reader = reader
+    texts = [letter * length for letter, length in zip("abcdefg", (1, 2, 3, 10, 11, 20, 60), strict=True)]
+    encoder.encode(texts, batch_size=3, batch_tokens=32)  # each text has 4 new tokens
+    assert reader.read_rows == [[60], [20], [11, 10], [3, 2, 1]]
+    reader.read_rows.clear()
+    encoder.encode(texts, batch_size=3, batch_tokens=29)
+    assert reader.read_rows == ([[60], [20], [11], [10, 3], [2, 1]] if padded else [[60], [20], [11, 10], [3, 2, 1]])
+
+
+def test_what_all_texts_begin_with_is_read_once_where_that_pays() -> None:
+    encoder = make_encoder(template="raw", max_query_tokens=64)
+    encoder._reader = reader = CountingReader(encoder._reader)
+    encoder.encode(["beginning a", "beginning bc"])
+    assert (reader.begun, reader.read_rows) == ([0], [[12, 11]])
+    encoder.encode([f"beginning {letter}" for letter in "abcdefgh"], batch_size=5)
+    assert (reader.begun, reader.read_rows[1:]) == ([0, 10], [[1] * 5, [1] * 3])
 
 
 def test_encode_of_nothing(encoder: Encoder) -> None:

@@ -46,17 +46,6 @@ def test_one_process_is_the_teacher_itself() -> None:
         assert children() == before
 
 
-@pytest.mark.parametrize(("texts", "processes", "sizes"), [(50, 3, [4] * 12 + [2]), (7, 2, [4, 3]), (4, 3, [2, 2])])
-def test_jobs_are_batches_of_like_lengths_the_longest_first(texts: int, processes: int, sizes: list[int]) -> None:
-    teacher = ParallelTeacher.__new__(ParallelTeacher)
-    teacher._workers, teacher._job_texts = [None] * processes, 4  # type: ignore[assignment]
-    jobs = teacher._split(TEXTS[:texts])
-    assert [len(job) for job in jobs] == sizes
-    assert sorted(row for job in jobs for row in job) == list(range(texts))
-    lengths = [len(TEXTS[row]) for job in jobs for row in job]
-    assert lengths == sorted(lengths, reverse=True)
-
-
 def test_a_dead_process_is_named() -> None:
     before = children()
     with open_teacher(hash_params(delay=0.05), BACKBONE, 2) as teacher:
