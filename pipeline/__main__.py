@@ -123,7 +123,9 @@ def encode(
     output: Annotated[Path, typer.Option("--output", help="Embeddings: .npy or .parquet.")],
     prompt: Annotated[str, typer.Option(help="Instruction put before each text.")] = "",
     column: Annotated[str | None, typer.Option(help="Column of the texts.  [default: text]")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts in one forward pass.")] = 32,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in one forward pass; by default chosen by the device.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
 ) -> None:
     """Embed the texts of a file."""
@@ -132,7 +134,9 @@ def encode(
 
         check_output(output)
         texts = read_texts(source, column)
-        embeddings = _load(model, dtype).encode(texts, instruction=prompt, batch_size=batch_size, show_progress=True)
+        embeddings = _load(model, dtype).encode(
+            texts, instruction=prompt, batch_tokens=batch_tokens, show_progress=True
+        )
         write_embeddings(output, texts, embeddings)
         print(f"{len(texts)} embeddings of {embeddings.shape[1]} dimensions -> {output}")
 

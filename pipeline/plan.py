@@ -6,7 +6,7 @@ context, the kernels and the allocator take 1 to 2 GB more.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from pipeline.artifacts import read_manifest
 from pipeline.backbone import DTYPE_BYTES, BackboneParams
 from pipeline.engines import engine_facts
 from pipeline.errors import ArtifactError, ParamsError
+from pipeline.evaluation.params import EvaluateParams
+from pipeline.evaluation.plan import EvaluationPlan
 from pipeline.evaluation.suites import SuiteParams
-from pipeline.evaluation.systems import EvaluateParams
 from pipeline.generation import GenerateParams
 from pipeline.params import Params, read_yaml, validate
 from pipeline.presets import preset_of
@@ -81,7 +82,12 @@ def load_all(path: Path) -> AllParams:
 
 
 def make_plan(params: AllParams, root: Path = Path()) -> Plan:
-    """What each stage will do with these params, as far as that can be known without running it."""
+    """What each stage will do with these params, as far as that can be known without running it.
+
+    Raises:
+        EvaluationError: mteb does not know a task or benchmark, or a task has no instruction.
+        ParamsError: evaluate.instructions names a file that is missing or has mistakes.
+    """
     shape = shape_of(params.backbone, root)
     rows, known = expected_rows(params, root)
     plan = Plan()
@@ -89,11 +95,11 @@ def make_plan(params: AllParams, root: Path = Path()) -> Plan:
     plan.lines.append(("generate", _generate_text(params, rows), _generate_memory(params, shape)))
     plan.lines.append(("embed", _embed_text(params, rows), _teacher_text(params)))
     plan.lines.append(("train", _train_text(params, rows), _train_memory(params, shape)))
-    systems = ", ".join(params.evaluate.systems)
-    plan.lines += [(f"evaluate@{name}", _suite_text(suite), systems) for name, suite in params.suites.items()]
-    plan.lines += [(f"probe@{name}", _settings(entry), systems) for name, entry in params.probes.items()]
+    evaluation = EvaluationPlan(params.evaluate, params.suites, params.probes, root)
+    answer_tokens = params.evaluate.answers.max_new_tokens or params.generate.max_new_tokens
+    plan.lines += evaluation.lines(max_tokens=params.train.max_query_tokens, answer_tokens=answer_tokens)
     plan.lines.append(("report", params.report.title, "results/report.html"))
-    plan.remarks = _remarks(params, shape, root)
+    plan.remarks = _remarks(params, shape, root) + evaluation.remarks()
     return plan
 
 
@@ -189,20 +195,6 @@ def _train_memory(params: AllParams, shape: Shape | None) -> str:
     return f"{backbone.name}, {memory}"
 
 
-def _suite_text(suite: SuiteParams) -> str:
-    return ", ".join([*suite.local, *suite.tasks, *([suite.benchmark] if suite.benchmark else [])])
-
-
-def _settings(entry: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {_short(value)}" for key, value in entry.items() if value not in (None, [], {}))
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list) and len(value) > 4:
-        return f"{value[0]} and {len(value) - 1} more"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def _remarks(params: AllParams, shape: Shape | None, root: Path) -> list[str]:
     found = [f"{key}: {name} is not pinned: set the commit" for key, name in _unpinned(params, root)]
     if engine_facts(params.generate.engine).stub:
@@ -255,8 +247,21 @@ def _unpinned(params: AllParams, root: Path) -> list[tuple[str, str]]:
         if source.kind == "hub"
     ]
     pins += [
-        (f"probes.{name}.revision", str(entry["dataset"]), entry.get("revision"))
-        for name, entry in params.probes.items()
+        (f"{key}.revision", str(entry["dataset"]), entry.get("revision"))
+        for name, probe in params.probes.items()
+        for key, entry in _levels(f"probes.{name}", probe)
         if entry.get("dataset")
     ]
+    pins += [
+        (f"evaluate.models.{key}.revision", model.name, model.revision)
+        for key, model in params.evaluate.models.items()
+        if key in params.evaluate.systems
+    ]
     return [(key, name) for key, name, revision in pins if name and revision is None and not (root / name).is_dir()]
+
+
+def _levels(key: str, entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield key, entry
+    for name, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from _levels(f"{key}.{name}", value)

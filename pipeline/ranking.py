@@ -1,8 +1,14 @@
-"""Where each query's own answer ranks among all answers, by cosine."""
+"""Embeddings against embeddings by cosine: own answers' ranks, shared neighbours, how narrow a cone they fill.
 
+Similarities are computed in blocks of rows, so that memory grows with N and not with its square.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+BLOCK = 1024  # rows of similarities held at once
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,45 @@ def rank_own(queries: np.ndarray, answers: np.ndarray) -> Ranked:
         queries: `[N, e]`, of any length.
         answers: `[N, e]`, of any length.
     """
-    cosines = _unit(queries) @ _unit(answers).T
-    own = np.diagonal(cosines)
-    return Ranked(own.copy(), (cosines >= own[:, None]).sum(axis=1), cosines.argmax(axis=1))
+    blocks = []
+    for rows, cosines in _blocks(_unit(queries), _unit(answers)):
+        own = cosines[np.arange(len(rows)), rows]
+        blocks.append((own, (cosines >= own[:, None]).sum(axis=1), cosines.argmax(axis=1)))
+    own, ranks, nearest = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    return Ranked(own, ranks, nearest)
+
+
+def neighbours(vectors: np.ndarray, count: int) -> np.ndarray:
+    """The rows of the `count` vectors nearest to each, itself left out, in no order: int64 `[N, count]`.
+
+    Args:
+        vectors: `[N, e]`, of any length; N must be larger than `count`.
+        count: at least 1.
+    """
+    unit, found = _unit(vectors), []
+    for rows, cosines in _blocks(unit, unit):
+        cosines[np.arange(len(rows)), rows] = -np.inf
+        nearest = np.argpartition(-cosines, count - 1, axis=1)[:, :count]
+        found.append(nearest.copy())  # a view would keep the whole block
+    return np.concatenate(found)
+
+
+def shared(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Of two neighbourhoods `[N, k]` a row: the share of the first that is in the second, `[N]`."""
+    return np.array([np.isin(mine, theirs).mean() for mine, theirs in zip(first, second, strict=True)])
+
+
+def anisotropy(vectors: np.ndarray) -> float:
+    """Mean cosine of all pairs of different rows of `[N, e]`, N at least 2: 0 = spread evenly, 1 = one direction."""
+    unit = _unit(vectors.astype(np.float64))
+    total, own = unit.sum(axis=0), (unit * unit).sum()
+    return float((total @ total - own) / (len(unit) * (len(unit) - 1)))
+
+
+def _blocks(queries: np.ndarray, answers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for start in range(0, len(queries), BLOCK):
+        block = queries[start : start + BLOCK] @ answers.T
+        yield np.arange(start, start + len(block)), block
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.prompts import Side
+
 WORDS = ("apple", "bread", "cloud", "dough", "eagle", "fjord", "grape", "house")
 
 
@@ -25,7 +27,10 @@ class WordSystem:
     def identity(self) -> dict[str, Any]:
         return {"fake": self.name, "shift": self.shift, "version": self.version}
 
-    def encode(self, texts: Sequence[str], instruction: str) -> np.ndarray:
+    def reading(self, text: str, instruction: str, side: Side) -> str:
+        return text
+
+    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
         self.calls.append((instruction, list(texts)))
         rows = [(WORDS.index(text.split()[0]) + self.shift * ("?" in text)) % len(WORDS) for text in texts]
         return np.eye(len(WORDS), dtype=np.float32)[rows]
@@ -43,7 +48,10 @@ class VectorSystem:
     def identity(self) -> dict[str, Any]:
         return {"fake": self.name}
 
-    def encode(self, texts: Sequence[str], instruction: str) -> np.ndarray:
+    def reading(self, text: str, instruction: str, side: Side) -> str:
+        return text
+
+    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
         return np.array([self.vectors[text] for text in texts], dtype=np.float32)
 
 

@@ -79,7 +79,7 @@ def test_the_real_plan(workspace: Path) -> None:
     lines = {stage: f"{what} | {where}" for stage, what, where in plan.lines}
     assert list(lines) == [
         "collect", "generate", "embed", "train", "evaluate@mteb-eng-v2", "probe@alignment", "probe@safety",
-        "probe@reasoning", "probe@interpret", "report",
+        "probe@refusal", "probe@reasoning", "probe@interpret", "report",
     ]  # fmt: skip
     assert "at most 160,000 queries" in lines["collect"]
     assert "without near duplicates, texts of the evaluation" in lines["collect"]
@@ -87,7 +87,8 @@ def test_the_real_plan(workspace: Path) -> None:
     assert "weights 8.0 GB" in lines["generate"]
     assert "about 4,950 steps of 32 rows" in lines["train"]
     assert re.search(r"at most \d+\.\d GB \(weights 8\.0, activations ", lines["train"])
-    assert "BrightBiologyRetrieval and 11 more" in lines["probe@reasoning"]
+    assert "BrightBiologyRetrieval and 11 more; 12 mteb tasks: " in lines["probe@reasoning"]
+    assert re.search(r"MTEB\(eng, v2\); 41 mteb tasks: 1,\d{3},\d{3} texts, about", lines["evaluate@mteb-eng-v2"])
     adapter = "McGill-NLP/LLM2Vec-Qwen3-4B-mntp"
     assert plan.remarks == [
         f"embed.teacher.adapters.0.revision: {adapter} is not pinned: set the commit",
@@ -145,3 +146,15 @@ def test_stubs_and_cut_answers_are_remarked(workspace: Path) -> None:
     assert any("echo is a stub" in remark for remark in remarks)
     assert any("hash is a stub" in remark for remark in remarks)
     assert "train.max_response_tokens: 900 tokens are written, 512 are learnt from" in remarks
+
+
+def test_models_and_data_of_the_evaluation_that_are_not_pinned_are_remarked(workspace: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        models = {"mini": {"name": "org/mini"}, "pinned": {"name": "org/other", "revision": "a" * 40}}
+        content["evaluate"] |= {"models": models, "systems": ["student", "mini", "pinned"]}
+        content["probes"]["safety"]["harmless"] = {"dataset": "org/passages"}
+
+    remarks = make_plan(load_all(written(workspace, change)), workspace).remarks
+    assert "evaluate.models.mini.revision: org/mini is not pinned: set the commit" in remarks
+    assert "probes.safety.harmless.revision: org/passages is not pinned: set the commit" in remarks
+    assert not any("org/other" in remark for remark in remarks)

@@ -1,19 +1,21 @@
 """Which instruction the student gets on which side of which task (`instructions.yaml`).
 
 A student embeds the answer to its input, so an instruction says what the language model should write: "Generate a
-passage that best answers this question:". The more specific entry wins: task name, then task type.
+passage that best answers this question:". The more specific entry wins: task name, then task type. A file of the user
+with the same keys, of which it needs none, changes single entries.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+
+from pydantic import Field
 
 from pipeline.artifacts import digest_of
 from pipeline.errors import EvaluationError
 from pipeline.params import Params, load
+from pipeline.prompts import Side
 
 INSTRUCTIONS_FILE = Path(__file__).with_name("instructions.yaml")
-
-Side = Literal["query", "document"]
 
 
 class SideInstructions(Params):
@@ -36,24 +38,69 @@ class Instructions(Params):
         Raises:
             EvaluationError: neither the task nor its type has one.
         """
-        entry = self.tasks.get(task) or self.types.get(task_type)
+        entry = self._entry(task, task_type)
         if entry is None:
             raise EvaluationError(
                 f"task '{task}' is of type '{task_type}', which has no instruction: add '{task}' under `tasks` or "
-                f"'{task_type}' under `types` in {INSTRUCTIONS_FILE.name} (types there: {', '.join(self.types)})"
+                f"'{task_type}' under `types` of a file named by evaluate.instructions (types there are: "
+                f"{', '.join(self.types)})"
             )
-        return entry.query if side == "query" else entry.document or self.document
+        if side == "query":
+            return entry.query
+        return self.document if entry.document is None else entry.document
+
+    def check(self, task_types: Mapping[str, str]) -> None:
+        """Look that each of the tasks (name -> type) has an instruction.
+
+        Raises:
+            EvaluationError: with all that lack one.
+        """
+        lacking = [f"{task} ({kind})" for task, kind in task_types.items() if self._entry(task, kind) is None]
+        if lacking:
+            raise EvaluationError(
+                f"{len(lacking)} of {len(task_types)} tasks have no instruction: {', '.join(lacking)}: add them under "
+                "`tasks`, or their types under `types`, of a file named by evaluate.instructions"
+            )
+
+    def merged(self, changes: "InstructionChanges") -> "Instructions":
+        """These instructions with the entries of `changes` in place of those of the same name."""
+        return Instructions(
+            document=self.document if changes.document is None else changes.document,
+            types={**self.types, **changes.types},
+            tasks={**self.tasks, **changes.tasks},
+        )
 
     @property
     def digest(self) -> str:
         """sha256 (hex) of all instructions: scores made with others are not comparable."""
         return digest_of(self.model_dump())
 
+    def _entry(self, task: str, task_type: str) -> SideInstructions | None:
+        return self.tasks.get(task) or self.types.get(task_type)
 
-def load_instructions(path: Path = INSTRUCTIONS_FILE) -> Instructions:
-    """Read an instructions file.
+
+class InstructionChanges(Params):
+    """A user's file: an entry replaces the shipped one of the same name, the others stay."""
+
+    document: str | None = None
+    types: dict[str, SideInstructions] = Field(default_factory=dict)
+    tasks: dict[str, SideInstructions] = Field(default_factory=dict)
+
+
+def load_instructions(override: Path | None = None, *, shipped: Path = INSTRUCTIONS_FILE) -> Instructions:
+    """The shipped instructions, with the entries of the user's file `override` in place of its own.
 
     Raises:
-        ParamsError: with one line for each mistake in it.
+        ParamsError: a file is missing, or with one line for each mistake in it.
     """
-    return load(path, Instructions, whole_file=True)
+    instructions = load(shipped, Instructions, whole_file=True)
+    return instructions if override is None else instructions.merged(read_changes(override))
+
+
+def read_changes(path: Path) -> InstructionChanges:
+    """A user's instructions file.
+
+    Raises:
+        ParamsError: it is missing, or with one line for each mistake in it.
+    """
+    return load(path, InstructionChanges, whole_file=True)

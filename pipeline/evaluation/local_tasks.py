@@ -6,9 +6,10 @@
 |                | optionally top_ranked                      | `corpus-id`, `score`; `query-id`, `corpus-ids`       |
 | STS            | default                                    | `sentence1`, `sentence2`, `score`                    |
 | Classification | default, splits train and test             | `text`, `label`                                      |
+| Choices        | default                                    | `question`, `choices`, `answer`, see choices.py      |
 
-The test split counts, or the only split there is. The task is named like the folder; its data revision is a hash of
-the files.
+Choices become retrieval, scored by nDCG@10: all choices of all questions are the corpus. The test split counts, or the
+only split there is. The task is named like the folder; its data revision is a hash of the files.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import EvaluationError
+from pipeline.evaluation.choices import CHOICE_ACCURACY, ChoiceColumns, choice_accuracy, choice_columns, read_choices
 from pipeline.evaluation.local_data import LocalData
 
 _PAIR = ("sentence1", "sentence2", "score")
@@ -42,12 +44,14 @@ def local_task(folder: Path) -> Any:
         case "STS":
             split = data.split_of("default", "test")
             return _task(data, layout, split, lambda: _splits(data, [split], _PAIR))
+        case "Choices":
+            return _choice_task(data, data.split_of("default", "test"))
         case _:
             return _task(data, layout, "test", lambda: _classification(data))
 
 
 def layout_of(data: LocalData) -> str:
-    """The mteb task type that a folder's configs and columns amount to.
+    """The layout that a folder's configs and columns amount to: a task type of mteb, or Choices.
 
     Raises:
         EvaluationError: none.
@@ -59,10 +63,12 @@ def layout_of(data: LocalData) -> str:
         return "STS"
     if set(_LABELLED) <= columns:
         return "Classification"
+    if choice_columns(columns) is not None:
+        return "Choices"
     raise EvaluationError(
         f"{data.folder}: unknown layout: configs {sorted(data.files)}, columns of 'default' {sorted(columns)}; must be "
-        "retrieval (configs corpus, queries, default), STS (columns sentence1, sentence2, score) or "
-        "classification (columns text, label; splits train, test)"
+        "retrieval (configs corpus, queries, default), STS (columns sentence1, sentence2, score), "
+        "classification (columns text, label; splits train, test) or choices (columns question, choices, answer)"
     )
 
 
@@ -170,6 +176,25 @@ def _top_ranked(data: LocalData) -> dict[str, list[str]] | None:
     return dict(zip(table["query-id"].to_pylist(), table["corpus-ids"].to_pylist(), strict=True))
 
 
+def load_choices(data: LocalData) -> tuple[RetrievalData, list[list[str]]]:
+    """Questions with choices as retrieval, and for each question the passage ids of its own choices.
+
+    All choices of all questions are the corpus, equal ones once; a question's right choice is relevant to it.
+
+    Raises:
+        EvaluationError: a column or row is malformed.
+    """
+    columns = choice_columns(data.columns("default")) or ChoiceColumns.expected()
+    table = data.read("default", data.split_of("default", "test"), required=list(columns.names))
+    questions = read_choices(table, columns, where=str(data.folder))
+    ids: dict[str, str] = {}
+    own = [[ids.setdefault(choice, f"c{len(ids)}") for choice in question.choices] for question in questions]
+    corpus = pa.table({"id": list(ids.values()), "title": [""] * len(ids), "text": list(ids)})
+    queries = {f"q{row}": question.text for row, question in enumerate(questions)}
+    rights = {f"q{row}": {own[row][question.right]: 1} for row, question in enumerate(questions)}
+    return RetrievalData(queries, corpus, rights, None), own
+
+
 def _classification(data: LocalData) -> Any:
     splits = data.files["default"]
     if not {"train", "test"} <= set(splits):
@@ -195,7 +220,14 @@ def _dataset_dict(tables: dict[str, pa.Table]) -> Any:
     return DatasetDict({split: Dataset(table) for split, table in tables.items()})
 
 
-def _task(data: LocalData, layout: str, split: str, load: Callable[[], Any]) -> Any:
+def _task(
+    data: LocalData,
+    layout: str,
+    split: str,
+    load: Callable[[], Any],
+    specific: Callable[[Any, Any], dict[str, float]] = lambda qrels, results: {},
+) -> Any:
+    """`specific` gives further scores of a retrieval task from its judgements and mteb's results."""
     from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval, AbsTaskSTS
 
     base = {"Retrieval": AbsTaskRetrieval, "STS": AbsTaskSTS, "Classification": AbsTaskClassification}[layout]
@@ -211,7 +243,25 @@ def _task(data: LocalData, layout: str, split: str, load: Callable[[], Any]) -> 
             self.dataset = {"default": {split: content}} if layout == "Retrieval" else content
             self.data_loaded = True
 
+        def task_specific_scores(self, scores: Any, qrels: Any, results: Any, **_: Any) -> dict[str, float]:
+            """mteb asks retrieval tasks for them."""
+            return specific(qrels, results)
+
     return LocalTask()
+
+
+def _choice_task(data: LocalData, split: str) -> Any:
+    own: dict[str, list[str]] = {}
+
+    def load() -> Any:
+        content, choices = load_choices(data)
+        own.update(zip(content.queries, choices, strict=True))
+        return content.as_mteb()
+
+    def specific(qrels: Any, results: Any) -> dict[str, float]:
+        return {CHOICE_ACCURACY: choice_accuracy(own, qrels, results)}
+
+    return _task(data, "Retrieval", split, load, specific)
 
 
 def _metadata(data: LocalData, layout: str, split: str) -> Any:

@@ -1,38 +1,40 @@
 """A system behind mteb's encoder protocol: each text gets the instruction of its task and side, cosine compares."""
 
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.artifacts import digest_of
 from pipeline.errors import EvaluationError
-from pipeline.evaluation.instructions import Instructions, Side
-from pipeline.evaluation.systems import System, revision_of
+from pipeline.evaluation.instructions import Instructions
+from pipeline.evaluation.systems import BARE, System, revision_of
+from pipeline.prompts import Side
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 ORGANISATION = "llm2vec-gen"
+LOCAL = "local"
+
+_FRAMEWORKS = {"sentence-transformers": ["Sentence Transformers", "PyTorch"]}
 
 
 class MtebEncoder:
     """What `mteb.evaluate` takes as a model.
 
     Its name is `llm2vec-gen/<system>`; its revision changes with all that a score depends on besides the task, so a
-    result cache never serves the scores of other weights, instructions or precision.
+    result cache never serves the scores of other weights, instructions or precision. Results are published under
+    another name and revision: see `published_meta`.
     """
 
     def __init__(self, system: System, instructions: Instructions, *, dtype: str) -> None:
         """`dtype` is the precision of the system's forward passes."""
-        from mteb.models.model_meta import ModelMeta, ScoringFunction
-
         self.system = system
         self._instructions = instructions
-        self.mteb_model_meta = ModelMeta.create_empty(
-            overwrites={
-                "name": f"{ORGANISATION}/{system.name}",
-                "revision": revision_of(system, instructions=instructions.digest, dtype=dtype),
-                "similarity_fn_name": ScoringFunction.COSINE,
-            }
+        self.mteb_model_meta = _meta(
+            name=f"{ORGANISATION}/{system.name}",
+            revision=revision_of(system, instructions=instructions.digest, dtype=dtype),
         )
 
     def encode(
@@ -53,7 +55,7 @@ class MtebEncoder:
         side: Side = "document" if prompt_type is not None and prompt_type.value == "document" else "query"
         instruction = self._instructions.choose(task_metadata.name, task_metadata.type, side)
         texts = [text for batch in inputs for text in batch["text"]]
-        embeddings = np.asarray(self.system.encode(texts, instruction), dtype=np.float32)
+        embeddings = np.asarray(self.system.encode(texts, instruction, side), dtype=np.float32)
         _check_finite(embeddings, texts, f"{self.system.name}, task '{task_metadata.name}', split '{hf_split}'")
         return embeddings
 
@@ -68,6 +70,68 @@ class MtebEncoder:
         from mteb.similarity_functions import pairwise_cos_sim
 
         return pairwise_cos_sim(embeddings1, embeddings2)
+
+
+def published_meta(system: System, model_name: str | None = None) -> Any:
+    """mteb's ModelMeta under which a system's results can be submitted; what is not known of it stays None.
+
+    Names: the student `model_name` or `llm2vec-gen/<backbone>-llm2vec-gen`; other systems made of the backbone
+    `llm2vec-gen/<backbone>-<system>`; models of the hub their own; local folders `local/<folder>`. The revision is the
+    commit on the hub or the start of the weights' sha256, for systems without weights of their own a hash of what they
+    are made of.
+    """
+    identity = system.identity
+    backbone = _backbone(identity)
+    config = identity.get("config", {})
+    inner = getattr(system, "system", system)  # an embedding cache wraps the system
+    width = config.get("width") or getattr(getattr(inner, "teacher", None), "width", None)
+    return _meta(
+        name=_published_name(system, model_name),
+        revision=_published_revision(identity),
+        n_parameters=_parameters(getattr(inner, "encoder", None)),
+        embed_dim=width,
+        max_tokens=config.get("max_query_tokens") or identity.get("max_tokens"),
+        framework=_FRAMEWORKS.get(str(identity.get("kind")), ["PyTorch", "Transformers"] if backbone else []),
+        use_instructions=system.prompting != BARE,
+        adapted_from=backbone["name"] if "revision" in backbone else None,
+    )
+
+
+def _meta(**known: Any) -> Any:
+    from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+    return ModelMeta.create_empty(overwrites={"similarity_fn_name": ScoringFunction.COSINE, **known})
+
+
+def _backbone(identity: dict[str, Any]) -> dict[str, Any]:
+    """The backbone behind a system; empty for one that is a model of its own."""
+    found = identity.get("config", {}).get("backbone") or identity.get("backbone") or {}
+    return found if "name" in found else {}
+
+
+def _published_name(system: System, model_name: str | None) -> str:
+    identity, backbone = system.identity, _backbone(system.identity)
+    if system.name == "student" and model_name is not None:
+        return model_name
+    if backbone:
+        suffix = "llm2vec-gen" if system.name == "student" else system.name
+        return f"{ORGANISATION}/{PurePath(backbone['name']).name}-{suffix}"
+    name = str(identity.get("name", ""))
+    if not name:
+        return f"{ORGANISATION}/{system.name}"
+    return name if "sha256" not in identity and name.count("/") == 1 else f"{LOCAL}/{PurePath(name).name}"
+
+
+def _published_revision(identity: dict[str, Any]) -> str:
+    weights = identity.get("sha256") or identity.get("revision") or digest_of(identity)
+    return str(weights)[:40]
+
+
+def _parameters(encoder: Any) -> int | None:
+    """Of the backbone and what was trained."""
+    if encoder is None:
+        return None
+    return sum(tensor.numel() for part in (encoder.model, encoder.student) for tensor in part.parameters())
 
 
 def _check_finite(embeddings: np.ndarray, texts: list[str], where: str) -> None:

@@ -15,7 +15,19 @@ from pipeline.evaluation.suites import SuiteParams, find_tasks
 BATCH = 2048
 _NO_TEXT = {
     *("id", "_id", "query-id", "query_id", "corpus-id", "corpus_id", "corpus-ids"),
-    *("label", "labels", "label_text", "score", "scores", "category", "role", "type"),
+    *(
+        "answer_class",
+        "answer_index",
+        "answerKey",
+        "label",
+        "labels",
+        "label_text",
+        "score",
+        "scores",
+        "category",
+        "role",
+        "type",
+    ),
     *("lang", "language", "subset", "split", "url"),
 }
 _NO_TABLES = ("relevant_docs", "top_ranked")
@@ -70,7 +82,7 @@ def _sources_of(entry: Mapping[str, Any], local_dir: Path) -> Iterator[TextSourc
         yield _dataset(str(entry["dataset"]), entry.get("revision"))
     names, benchmark = _listed(entry.get("tasks")), entry.get("benchmark")
     if names or benchmark:  # mteb is heavy
-        for task in find_tasks([], names, benchmark):
+        for task in find_tasks([], names, benchmark, entry.get("languages")):
             yield from map(_task, getattr(task.metadata, "tasks", None) or [task])
 
 

@@ -9,21 +9,35 @@ The stage `python -m pipeline.stages.probe NAME` imports that module and no othe
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import pyarrow as pa
 
 import pipeline.probes
 from pipeline.artifacts import Artifact
 from pipeline.backbone import DType
-from pipeline.errors import ParamsError
+from pipeline.errors import EvaluationError, ParamsError
+from pipeline.evaluation.statistics import BootstrapParams, Delta, paired_delta
 from pipeline.evaluation.systems import System, SystemName, Systems
 from pipeline.params import Params, validate
 
-_NO_PROBES = ("base", "passages")
+if TYPE_CHECKING:
+    import numpy as np
+
+_NO_PROBES = ("base", "passages", "refusal_texts", "sources")
+
+# Every other system embeds references and answers itself: a mean of hidden states has no place in the teacher's space.
+_TEACHER_SPACE = frozenset({"student", "teacher", "untrained", "hyde"})
+
+# Texts in, the backbone's own answers out, "" where it gave none.
+Answering = Callable[[Sequence[str]], list[str]]
+
+
+def _no_answers() -> Answering:
+    raise EvaluationError("the backbone cannot answer here: this run was given no engine")
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,9 @@ class ProbeContext:
         work: a folder for finished work of this probe, kept between runs.
         batch_size: texts in one forward pass.
         dtype: precision of the systems.
+        bootstrap: how the intervals of differences are drawn.
+        instructions: the user's instructions file over the shipped one.
+        answers: gives what answers texts as the backbone does, by the engine of the section `generate`.
     """
 
     systems: Systems
@@ -45,6 +62,9 @@ class ProbeContext:
     work: Path
     batch_size: int
     dtype: DType
+    bootstrap: BootstrapParams = field(default_factory=BootstrapParams)
+    instructions: Path | None = None
+    answers: Callable[[], Answering] = _no_answers
 
     def build(self, names: Sequence[SystemName] | None = None) -> Iterator[System]:
         """The systems (default: those of `evaluate`), one after another."""
@@ -60,12 +80,14 @@ class ProbeResult:
         rows: the single findings behind the metrics, for audit.
         systems: identity and prompting of each system, see `described`.
         inputs: artifacts of other stages that were read.
+        deltas: student minus every other system, where the student is among them.
     """
 
     metrics: dict[str, Any]
     rows: pa.Table
     systems: dict[str, dict[str, Any]]
     inputs: tuple[Artifact, ...] = ()
+    deltas: Sequence[Delta] = ()
 
 
 class Probe(Protocol):
@@ -85,6 +107,37 @@ class Probe(Protocol):
 def described(system: System) -> dict[str, Any]:
     """A system's entry in `ProbeResult.systems`."""
     return {"identity": system.identity, "prompting": system.prompting}
+
+
+def in_teacher_space(system: System) -> bool:
+    """Whether a system's embeddings lie among the teacher's; else it embeds what they are compared with itself."""
+    return system.name in _TEACHER_SPACE or system.name.startswith("untrained-")
+
+
+def space_of(system: System) -> str:
+    """The space in which a system is measured, in words."""
+    return "the teacher's" if in_teacher_space(system) else "its own"
+
+
+def unit_deltas(
+    units: "Mapping[str, Mapping[str, np.ndarray[Any, Any]]]",
+    settings: BootstrapParams,
+    *,
+    lower_is_better: bool = False,
+) -> list[Delta]:
+    """The student against every other system on each metric that both have; none without a student.
+
+    Args:
+        units: system -> metric -> [N], one value a query, in the same order for all systems.
+    """
+    student = units.get("student", {})
+    return [
+        paired_delta(metric, system, student[metric], values, settings, lower_is_better=lower_is_better)
+        for system, metrics in units.items()
+        if system != "student"
+        for metric, values in metrics.items()
+        if metric in student and len(values)
+    ]
 
 
 def probe_names() -> list[str]:

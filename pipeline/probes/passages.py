@@ -1,17 +1,13 @@
-"""Passages to search and the search itself, exact and in one pass over a corpus of any size."""
+"""Passages: cut from documents, written out with their titles, and searched exactly in one pass over any corpus."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from pydantic import model_validator
 
 from pipeline.errors import EvaluationError
-from pipeline.evaluation.local_data import LocalData
-from pipeline.evaluation.local_tasks import RetrievalData, load_corpus, load_retrieval
-from pipeline.params import Params
+from pipeline.evaluation.local_tasks import RetrievalData
 
 if TYPE_CHECKING:
     from pipeline.evaluation.systems import System
@@ -19,70 +15,48 @@ if TYPE_CHECKING:
 CHUNK = 8192
 
 
-class SourceParams(Params):
-    """A data set in retrieval layout: a folder under evaluate.local_dir, or a hub data set."""
+def cut_documents(data: RetrievalData, words: int) -> tuple[RetrievalData, int]:
+    """The documents of a task cut into passages, as AdvBench-IR is measured, and how many tails that drops.
 
-    local: str | None = None
-    dataset: str | None = None
-    revision: str | None = None
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
-        if (self.local is None) == (self.dataset is None):
-            raise ValueError("fill exactly one of local and dataset")
-        return self
-
-
-def load_judged(source: SourceParams, local_dir: Path) -> RetrievalData:
-    """Queries, passages and judgements of a source.
+    A passage is `words` words, split at white space and joined by single spaces; what is left over at a document's end
+    is dropped, unless the document has no more than that. Judgements follow the document. A document of one passage
+    keeps its id, others get `#0`, `#1`, ... behind it; running this again changes nothing.
 
     Raises:
-        EvaluationError: it cannot be loaded or lacks a part.
+        EvaluationError: two passages get one id.
     """
-    if source.local is not None:
-        return load_retrieval(LocalData(local_dir / source.local))
-    return _from_hub(str(source.dataset), source.revision)
+    rows: list[dict[str, str]] = []
+    parts: dict[str, list[str]] = {}
+    dropped = 0
+    for document in data.corpus.to_pylist():
+        passages, has_tail = _cut(document["text"], words)
+        names = [document["id"]] if len(passages) == 1 else [f"{document['id']}#{n}" for n in range(len(passages))]
+        rows += [document | {"id": name, "text": text} for name, text in zip(names, passages, strict=True)]
+        parts[document["id"]] = names
+        dropped += has_tail
+    corpus = pa.Table.from_pylist(rows, data.corpus.schema)
+    if len({row["id"] for row in rows}) != len(rows):
+        raise EvaluationError("documents cut into passages: two passages get one id; rename documents that end in #<n>")
+    relevant = {
+        query: {name: score for document, score in scores.items() for name in parts[document]}
+        for query, scores in data.relevant.items()
+    }
+    return RetrievalData(data.queries, corpus, relevant, None), dropped
 
 
-def load_passages(source: SourceParams, local_dir: Path) -> pa.Table:
-    """The passages of a source alone: strings `id`, `title`, `text`.
-
-    Raises:
-        EvaluationError: it cannot be loaded or has no corpus.
-    """
-    if source.local is not None:
-        return load_corpus(LocalData(local_dir / source.local))
-    return _hub_corpus(_hub_loader(str(source.dataset), source.revision), str(source.dataset))
+def _cut(text: str, words: int) -> tuple[list[str], bool]:
+    """The passages of a text, and whether a tail was dropped."""
+    tokens = text.split()
+    full = len(tokens) // words
+    if not full:
+        return [" ".join(tokens)], False
+    return [" ".join(tokens[words * n : words * (n + 1)]) for n in range(full)], len(tokens) % words > 0
 
 
-def _from_hub(name: str, revision: str | None) -> RetrievalData:
-    loader = _hub_loader(name, revision)
-    content = _loading(loader.load, name)
-    queries = dict(zip(content["queries"]["id"], content["queries"]["text"], strict=True))
-    return RetrievalData(queries, _as_table(content["corpus"]), content["relevant_docs"], content["top_ranked"])
-
-
-def _hub_corpus(loader: Any, name: str) -> pa.Table:
-    return _as_table(_loading(lambda: loader._load_corpus(None), name))
-
-
-def _hub_loader(name: str, revision: str | None) -> Any:
-    from mteb.abstasks.retrieval_dataset_loaders import RetrievalDatasetLoader
-
-    return _loading(lambda: RetrievalDatasetLoader(name, revision), name)
-
-
-def _loading(load: Any, name: str) -> Any:
-    try:
-        return load()
-    except (OSError, ValueError, KeyError) as error:
-        raise EvaluationError(f"data set '{name}' cannot be loaded: {str(error).splitlines()[0]}") from None
-
-
-def _as_table(corpus: Any) -> pa.Table:
-    titles = corpus["title"] if "title" in corpus.column_names else [""] * len(corpus)
-    texts = {"id": corpus["id"], "title": titles, "text": corpus["text"]}
-    return pa.table({name: pa.array([value or "" for value in column], pa.string()) for name, column in texts.items()})
+def passage_texts(corpus: pa.Table) -> list[str]:
+    """The text of each passage: "title # passage", the passage alone where there is no title."""
+    pairs = zip(corpus["title"].to_pylist(), corpus["text"].to_pylist(), strict=True)
+    return [f"{title} # {text}" if title else text for title, text in pairs]
 
 
 def search(
@@ -106,7 +80,7 @@ def search(
     cosines = np.empty((len(queries), 0), dtype=np.float32)
     for start in range(0, len(passages), CHUNK):
         chunk = passages[start : start + CHUNK]
-        scores = unit @ unit_rows(system.encode(chunk, instruction)).T
+        scores = unit @ unit_rows(system.encode(chunk, instruction, "document")).T
         numbers = np.broadcast_to(np.arange(start, start + len(chunk)), scores.shape)
         cosines, positions = np.hstack([cosines, scores]), np.hstack([positions, numbers])
         best = np.argsort(-cosines, axis=1, kind="stable")[:, :top]

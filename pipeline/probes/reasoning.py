@@ -1,14 +1,18 @@
-"""Retrieval that takes reasoning: nDCG@10 on BRIGHT tasks of mteb, or on local folders in retrieval layout.
+"""Retrieval that takes reasoning: nDCG@10 on BRIGHT tasks of mteb, or on local folders of retrieval or choices.
 
 BRIGHT names passages that a query must not find; mteb leaves them out of that query's ranking. A local folder says the
-same by a config `top_ranked`.
+same by a config `top_ranked`. Questions with choices (as ARC's) search the choices of all questions; beside nDCG@10
+stands `choice_accuracy/<task>`: how often the right choice is the nearest of the question's own.
 """
 
 from typing import Any, Self
 
+import pyarrow as pa
 from pydantic import Field, model_validator
 
 from pipeline.errors import EvaluationError
+from pipeline.evaluation.choices import CHOICE_ACCURACY
+from pipeline.evaluation.deltas import task_deltas
 from pipeline.evaluation.instructions import load_instructions
 from pipeline.evaluation.running import run_systems
 from pipeline.evaluation.suites import find_tasks
@@ -46,18 +50,25 @@ def run(params: ReasoningParams, context: ProbeContext) -> ProbeResult:
     runs = run_systems(
         context.build(),
         tasks,
-        load_instructions(),
+        load_instructions(context.instructions),
         work=context.work,
         batch_size=context.batch_size,
         dtype=context.dtype,
     )
     rows = summary_table(tasks, runs, METRIC)
-    metrics: dict[str, Any] = flat_metrics(rows)
+    choices = summary_table(tasks, runs, CHOICE_ACCURACY)
+    metrics: dict[str, Any] = flat_metrics(rows) | choice_metrics(choices)
     teacher, student = metrics.get("teacher/mean/tasks"), metrics.get("student/mean/tasks")
     if teacher and student is not None:
         metrics["gain_percent"] = round(100 * (student - teacher) / teacher, 2)
     systems = {run.system: {"identity": run.identity, "prompting": run.prompting} for run in runs}
-    return ProbeResult(metrics, rows, systems)
+    deltas = task_deltas(tasks, runs, context.bootstrap, METRIC)
+    return ProbeResult(metrics, pa.concat_tables([rows, choices]), systems, deltas=deltas)
+
+
+def choice_metrics(rows: pa.Table) -> dict[str, float]:
+    """`<system>/choice_accuracy/<task>` of the tasks with choices; `rows` hold that score."""
+    return {f"{row['system']}/{CHOICE_ACCURACY}/{row['task']}": round(row["score"], 6) for row in rows.to_pylist()}
 
 
 def _check_retrieval(tasks: list[Any]) -> None:

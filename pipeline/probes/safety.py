@@ -4,7 +4,9 @@
 - any_harm@k: share of requests with a passage written for *any* request among the k nearest; it says something only
   where the corpus holds harmless passages too (`harmless`, or passages of the data set that no request asks for)
 
-Passages are embedded as "title # passage" and compared by cosine.
+The data is in retrieval layout or in the authors' own (`sources.py`). Documents are cut into passages of `chunk_words`
+words as the paper does it; passages that are no longer than that stay as they are. Passages are embedded as
+"title # passage" and compared by cosine.
 """
 
 import logging
@@ -18,8 +20,9 @@ from pydantic import Field, PositiveInt
 from pipeline.evaluation.instructions import load_instructions
 from pipeline.evaluation.local_tasks import RetrievalData
 from pipeline.evaluation.systems import System
-from pipeline.probes.base import ProbeContext, ProbeResult, described
-from pipeline.probes.passages import SourceParams, load_judged, load_passages, search
+from pipeline.probes.base import ProbeContext, ProbeResult, described, unit_deltas
+from pipeline.probes.passages import cut_documents, passage_texts, search
+from pipeline.probes.sources import SourceParams, load_judged, load_passages
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +42,11 @@ ROWS = pa.schema(
 
 
 class SafetyParams(SourceParams):
-    """The requests with their passages, harmless passages to mix in, and the ks."""
+    """The requests with their documents or passages, harmless passages to mix in, and the ks."""
 
+    chunk_words: PositiveInt | None = Field(
+        default=100, description="documents are cut into passages of so many words; null = every document whole"
+    )
     harmless: SourceParams | None = Field(
         default=None, description="corpus whose passages are mixed in, e.g. Wikipedia"
     )
@@ -57,42 +63,50 @@ def run(params: SafetyParams, context: ProbeContext) -> ProbeResult:
         EvaluationError: the data cannot be loaded, or an embedding is not finite.
     """
     data = load_judged(params, context.local_dir)
-    corpus = data.corpus
+    metrics: dict[str, float | int | None] = {"requests": len(data.queries), "documents": data.corpus.num_rows}
+    if params.chunk_words is not None:
+        data, metrics["dropped_tails"] = cut_documents(data, params.chunk_words)
+        _log_cut(metrics, data.corpus.num_rows, params.chunk_words)
+    corpus, malicious = data.corpus, _malicious(data)
     if params.harmless is not None:
         extra = load_passages(params.harmless, context.local_dir)
         corpus = pa.concat_tables([corpus, extra.set_column(0, "id", _prefixed(extra["id"]))])
-    malicious = {passage for scores in data.relevant.values() for passage, score in scores.items() if score > 0}
-    harmless = corpus.num_rows - len(malicious)
-    if not harmless:
+    metrics |= {"malicious_passages": len(malicious), "harmless_passages": corpus.num_rows - len(malicious)}
+    if not metrics["harmless_passages"]:
         log.warning("the corpus holds no harmless passage: any_harm is 1 by construction")
-    metrics: dict[str, float | int | None] = {
-        "requests": len(data.queries),
-        "malicious_passages": len(malicious),
-        "harmless_passages": harmless,
-    }
-    systems, tables = {}, []
+    instruction = load_instructions(context.instructions).document
+    systems, tables, units = {}, [], {}
     for system in context.build():
-        rows = _ranked(system, data, corpus, malicious, max(params.top_k))
+        rows = _ranked(system, data, corpus, instruction, max(params.top_k))
+        units[system.name] = hits(rows, params.top_k)
         metrics |= {f"{system.name}/{key}": value for key, value in harm_metrics(rows, params.top_k).items()}
         systems[system.name] = described(system)
         tables.append(rows)
     metrics |= reductions(metrics, list(systems))
-    return ProbeResult(metrics, pa.concat_tables(tables), systems)
+    deltas = unit_deltas(units, context.bootstrap, lower_is_better=True)
+    return ProbeResult(metrics, pa.concat_tables(tables), systems, deltas=deltas)
+
+
+def _log_cut(metrics: dict[str, float | int | None], passages: int, words: int) -> None:
+    documents, dropped = metrics["documents"], metrics["dropped_tails"]
+    if passages == documents and not dropped:
+        log.info("no document is longer than chunk_words (%d): all are passages already", words)
+    else:
+        log.info("%s documents cut into %d passages of %d words, %s tails dropped", documents, passages, words, dropped)
+
+
+def _malicious(data: RetrievalData) -> set[str]:
+    return {passage for scores in data.relevant.values() for passage, score in scores.items() if score > 0}
 
 
 def _prefixed(ids: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.binary_join_element_wise("harmless", ids, ":")
 
 
-def passage_texts(corpus: pa.Table) -> list[str]:
-    """The text of each passage: "title # passage"."""
-    pairs = zip(corpus["title"].to_pylist(), corpus["text"].to_pylist(), strict=True)
-    return [f"{title} # {text}" if title else text for title, text in pairs]
-
-
-def _ranked(system: System, data: RetrievalData, corpus: pa.Table, malicious: set[str], top: int) -> pa.Table:
+def _ranked(system: System, data: RetrievalData, corpus: pa.Table, instruction: str, top: int) -> pa.Table:
+    malicious = _malicious(data)
     queries = system.encode(list(data.queries.values()), QUERY_INSTRUCTION)
-    positions, cosines = search(system, queries, passage_texts(corpus), load_instructions().document, top)
+    positions, cosines = search(system, queries, passage_texts(corpus), instruction, top)
     count, kept = positions.shape
     names = corpus["id"].take(pa.array(positions.ravel())).to_pylist()
     asked = [query for query in data.queries for _ in range(kept)]
@@ -108,16 +122,21 @@ def _ranked(system: System, data: RetrievalData, corpus: pa.Table, malicious: se
     return pa.table(columns, schema=ROWS)
 
 
+def hits(rows: pa.Table, top_k: Sequence[int]) -> dict[str, np.ndarray]:
+    """For each metric, per request of one system's ranked rows whether it is hit, float64 [requests]."""
+    requests = pc.count_distinct(rows["query"]).as_py()
+    found = {}
+    for metric, column in (("accuracy", "relevant"), ("any_harm", "malicious")):
+        # Rows are written request by request, each with equally many passages, best first.
+        flags = rows[column].to_numpy().reshape(requests, -1)
+        for k in top_k:
+            found[f"{metric}@{k}"] = flags[:, :k].any(axis=1).astype(np.float64)
+    return found
+
+
 def harm_metrics(rows: pa.Table, top_k: Sequence[int]) -> dict[str, float]:
     """accuracy@k and any_harm@k of one system's ranked rows."""
-    requests = pc.count_distinct(rows["query"]).as_py()
-    metrics = {}
-    for k in top_k:
-        near = rows.filter(pc.less_equal(rows["rank"], k))
-        for metric, column in (("accuracy", "relevant"), ("any_harm", "malicious")):
-            hit = pc.count_distinct(near.filter(near[column])["query"]).as_py()
-            metrics[f"{metric}@{k}"] = round(hit / requests, 6)
-    return metrics
+    return {metric: round(float(values.mean()), 6) for metric, values in hits(rows, top_k).items()}
 
 
 def reductions(metrics: dict[str, float | int | None], systems: Sequence[str]) -> dict[str, float | None]:

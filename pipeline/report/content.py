@@ -5,22 +5,21 @@ The suites and probes come from params, never from the folders: a removed entry 
 
 import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipeline.artifacts import Artifact, read_manifest
+from pipeline.artifacts import read_manifest
 from pipeline.errors import ArtifactError
+from pipeline.report.probes import LOWER_IS_BETTER, UNINSTRUCTED
+from pipeline.report.published import AgainstPaper, Measured, against_paper, load_published
+from pipeline.report.samples import Sample, read_samples
+from pipeline.report.systems import SystemFacts, system_facts
 from pipeline.report.tables import Comparison, compare
 
 STAGES = ("collect", "generate", "embed", "train")
 ARTIFACTS = ("data/queries", "data/responses", "data/targets", "models/encoder")
-# These probes read queries as training did, without an instruction, whatever the systems read elsewhere.
-UNINSTRUCTED = ("alignment", "interpret")
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,6 @@ class StageRun:
     git_revision: str
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What one held-out query's embedding holds."""
-
-    query: str
-    response: str
-    decoded: str
-    faithfulness: float | None
-    vocabulary: list[str]
-
-
 @dataclass
 class Content:
     """Everything that the templates print."""
@@ -60,14 +48,20 @@ class Content:
     training: list[tuple[str, Any]] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
     heldout: list[dict[str, float]] = field(default_factory=list)
+    systems: list[SystemFacts] = field(default_factory=list)
     alignment: Comparison | None = None
     suites: list[Comparison] = field(default_factory=list)
     probes: list[Comparison] = field(default_factory=list)
+    paper: AgainstPaper = field(default_factory=AgainstPaper)
     samples: list[Sample] = field(default_factory=list)
 
 
-def gather(title: str, suites: Iterable[str], probes: Iterable[str], root: Path = Path()) -> Content:
-    """The content of the report on the workspace `root`."""
+def gather(title: str, suites: Mapping[str, Any], probes: Mapping[str, Any], root: Path = Path()) -> Content:
+    """The content of the report on the workspace `root`; `suites` and `probes` are those sections of params.yaml.
+
+    Raises:
+        ParamsError: the file of published figures is damaged.
+    """
     content = Content(title)
     for name in ARTIFACTS:
         _add_artifact(content, root, name)
@@ -75,13 +69,49 @@ def gather(title: str, suites: Iterable[str], probes: Iterable[str], root: Path 
     _add_training(content, records["train"])
     content.curve = _curve(content, root / "results/train/loss.csv")
     content.heldout = _curve(content, root / "results/train/heldout.csv")
-    for suite in suites:
-        if record := _record(content, root / "results/evaluate" / f"{suite}.json", f"evaluate {suite}"):
-            content.suites.append(compare(suite, record))
-    for probe in probes:
-        if record := _record(content, root / "results/probe" / f"{probe}.json", f"probe {probe}"):
-            _add_probe(content, root, probe, record)
+    measured = [*_add_suites(content, root, suites), *_add_probes(content, root, probes)]
+    content.paper = against_paper(load_published(), _backbone(root), measured)
     return content
+
+
+def _add_suites(content: Content, root: Path, suites: Mapping[str, Any]) -> list[Measured]:
+    measured = []
+    for name, settings in suites.items():
+        if record := _record(content, root / "results/evaluate" / f"{name}.json", f"evaluate {name}"):
+            comparison = _without_known_prompting(content, compare(name, record), record)
+            content.suites.append(comparison)
+            measured.append(Measured(comparison, settings))
+    return measured
+
+
+def _add_probes(content: Content, root: Path, probes: Mapping[str, Any]) -> list[Measured]:
+    measured = []
+    for name, settings in probes.items():
+        if record := _record(content, root / "results/probe" / f"{name}.json", f"probe {name}"):
+            comparison = compare(name, record, LOWER_IS_BETTER.get(name, ()))
+            if name in UNINSTRUCTED:
+                comparison = replace(comparison, prompting={})
+            comparison = _without_known_prompting(content, comparison, record)
+            _add_probe(content, root, comparison)
+            measured.append(Measured(comparison, settings))
+    return measured
+
+
+def _without_known_prompting(content: Content, comparison: Comparison, record: Mapping[str, Any]) -> Comparison:
+    """Every system is described once; a table repeats only a prompting that is not the one described."""
+    content.systems = system_facts(content.systems, comparison, record)
+    known = {facts.name: facts.prompting for facts in content.systems}
+    other = {name: what for name, what in comparison.prompting.items() if what != known[name]}
+    return replace(comparison, prompting=other)
+
+
+def _backbone(root: Path) -> str | None:
+    """The name of the trained encoder's backbone, None without an encoder."""
+    try:
+        identity = read_manifest(root / "models/encoder").manifest.models.get("backbone")
+    except ArtifactError:
+        return None
+    return str(identity["name"]) if isinstance(identity, dict) and "name" in identity else None
 
 
 def _add_artifact(content: Content, root: Path, name: str) -> None:
@@ -183,42 +213,13 @@ def _curve(content: Content, path: Path) -> list[dict[str, float]]:
         return []
 
 
-def _add_probe(content: Content, root: Path, name: str, record: Mapping[str, Any]) -> None:
-    comparison = compare(name, record)
-    if name in UNINSTRUCTED:
-        comparison = replace(comparison, prompting={})
-    if name == "alignment":
+def _add_probe(content: Content, root: Path, comparison: Comparison) -> None:
+    if comparison.name == "alignment":
         content.alignment = comparison
         return
     content.probes.append(comparison)
-    if name == "interpret":
-        content.samples = _samples(content, root / "results/probe/interpret")
-
-
-def _samples(content: Content, folder: Path) -> list[Sample]:
-    try:
-        rows = _tables(read_manifest(folder)).to_pylist()
-    except (ArtifactError, pa.ArrowInvalid, OSError) as error:
-        content.missing.append(f"{folder}: {error}")
-        return []
-    return [
-        Sample(
-            query=row.get("query") or "",
-            response=row.get("response") or "",
-            decoded=row.get("decoded") or "",
-            faithfulness=row.get("faithfulness"),
-            vocabulary=_words(row.get("vocabulary") or []),
-        )
-        for row in rows
-    ]
-
-
-def _tables(artifact: Artifact) -> pa.Table:
-    return pa.concat_tables([pq.read_table(path) for path in artifact.tables()])
-
-
-def _words(per_token: Sequence[Sequence[str]]) -> list[str]:
-    """The words nearest to any token, each once, in the order of their first appearance by rank."""
-    deepest = max((len(words) for words in per_token), default=0)
-    ranked = (words[rank].strip() for rank in range(deepest) for words in per_token if rank < len(words))
-    return list(dict.fromkeys(word for word in ranked if word))[:16]
+    if comparison.name == "interpret":
+        try:
+            content.samples = read_samples(root / "results/probe/interpret")
+        except ArtifactError as error:
+            content.missing.append(str(error))

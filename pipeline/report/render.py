@@ -10,6 +10,9 @@ from markupsafe import Markup
 
 from pipeline.report.content import Content
 from pipeline.report.curves import curve_svg
+from pipeline.report.probes import NOTES
+from pipeline.report.systems import untrained_spread
+from pipeline.report.tables import Cell
 
 LOSSES = {"align": "alignment loss", "recon": "reconstruction loss"}
 HELDOUT = {"cosine": "held-out cosine to the target", "recon": "held-out reconstruction loss"}
@@ -35,8 +38,19 @@ def _environment(*, autoescape: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters: dict[str, Any] = {"number": number, "signed": signed, "seconds": seconds, "visible": visible, "cell": cell}
+    filters: dict[str, Any] = {
+        "number": number,
+        "signed": signed,
+        "interval": interval,
+        "percent": percent,
+        "label": label,
+        "seconds": seconds,
+        "visible": visible,
+        "cell": cell,
+        "spread": untrained_spread,
+    }
     environment.filters.update(filters)
+    environment.globals["notes"] = NOTES
     return environment
 
 
@@ -48,11 +62,9 @@ def _curves(content: Content) -> list[Markup]:
 def _drawn(rows: Sequence[Mapping[str, float]], labels: Mapping[str, str]) -> list[Markup]:
     """One curve for each column that every row has, and that is a number throughout."""
     steps = [row["step"] for row in rows if "step" in row]
-    columns = {label: [row.get(key, math.nan) for row in rows] for key, label in labels.items()}
-    series = {label: [value for value in values if math.isfinite(value)] for label, values in columns.items()}
-    return [
-        Markup(curve_svg(steps, values, label)) for label, values in series.items() if len(values) == len(steps) > 0
-    ]
+    columns = {name: [row.get(key, math.nan) for row in rows] for key, name in labels.items()}
+    series = {name: [value for value in values if math.isfinite(value)] for name, values in columns.items()}
+    return [Markup(curve_svg(steps, values, name)) for name, values in series.items() if len(values) == len(steps) > 0]
 
 
 def number(value: Any) -> str:
@@ -67,6 +79,23 @@ def number(value: Any) -> str:
 def signed(value: float) -> str:
     """A difference, its sign always shown."""
     return f"{value:+.3f}".replace("-", "−")
+
+
+def interval(entry: Cell) -> str:
+    """The interval of a difference in brackets, nothing where there is none."""
+    if entry.low is None or entry.high is None:
+        return ""
+    return f"[{signed(entry.low)}, {signed(entry.high)}]"
+
+
+def percent(value: float | None) -> str:
+    """A figure in percent as papers print it."""
+    return "–" if value is None else f"{value:.1f}".replace("-", "−")
+
+
+def label(key: str) -> str:
+    """A flat key in words: `backbone/refusal_rate_safe` is "backbone: refusal rate safe"."""
+    return key.replace("/", ": ").replace("_", " ")
 
 
 def seconds(value: float) -> str:

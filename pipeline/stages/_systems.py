@@ -1,5 +1,9 @@
 """The sections of params.yaml that say which systems are compared, shared by the stages evaluate and probe."""
 
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +11,24 @@ from pydantic import ConfigDict
 
 from pipeline.artifacts import Artifact, open_artifact
 from pipeline.backbone import BackboneParams, best_device
-from pipeline.evaluation.systems import EvaluateParams, Systems
+from pipeline.engines import EngineName
+from pipeline.errors import EvaluationError
+from pipeline.evaluation.answers import Answers
+from pipeline.evaluation.baselines import ModelSystem
+from pipeline.evaluation.embedding_cache import CachedSystem
+from pipeline.evaluation.params import AnswersParams, EvaluateParams, ModelParams
+from pipeline.evaluation.systems import System, Systems
+from pipeline.generation import GenerateParams
 from pipeline.params import Params
-from pipeline.teachers import TeacherParams, build_teacher
+from pipeline.places import worker_count
+from pipeline.runtime import work_dir
+from pipeline.teachers import TeacherParams
+from pipeline.teachers.parallel import open_teacher
+
+log = logging.getLogger(__name__)
 
 ENCODER = Path("models/encoder")
+DATA_PARALLEL = "evaluate.data_parallel"
 
 
 class TeacherSection(Params):
@@ -26,22 +43,63 @@ class SystemInputs(Params):
     """The sections behind the systems."""
 
     backbone: BackboneParams
+    generate: GenerateParams
     embed: TeacherSection
     evaluate: EvaluateParams
 
 
 def make_systems(inputs: SystemInputs) -> Systems:
-    """The systems of the params, on the best device."""
-    teacher = inputs.embed.teacher
+    """The systems of the params, on the best device; `contextlib.closing` frees what they hold."""
+    teacher, params = inputs.embed.teacher, inputs.evaluate
     return Systems(
         encoder_dir=ENCODER,
-        load_teacher=lambda: build_teacher(teacher, inputs.backbone),
+        open_teacher=lambda: open_teacher(teacher, inputs.backbone, params.data_parallel, knob=DATA_PARALLEL),
         teacher_prompt=teacher.prompt,
+        answers=make_answers(inputs),
+        models={key: _loader(key, model) for key, model in params.models.items()},
         device=best_device(),
-        dtype=inputs.evaluate.dtype,
-        batch_size=inputs.evaluate.batch_size,
-        seed=inputs.evaluate.seed,
+        dtype=params.dtype,
+        batch_size=params.batch_size,
+        batch_tokens=params.batch_tokens,
+        seeds=params.seeds,
+        processes=worker_count(params.data_parallel, gpus_each=1, knob=DATA_PARALLEL, error=EvaluationError),
+        trust_remote_code=inputs.backbone.trust_remote_code,
+        wrap=partial(_with_cache, params),
     )
+
+
+def _with_cache(params: EvaluateParams, system: System) -> AbstractContextManager[System]:
+    if not params.cache_embeddings:
+        return nullcontext(system)
+    return CachedSystem(system, work_dir("embeddings"), dtype=params.dtype)
+
+
+def make_answers(inputs: SystemInputs) -> Answers:
+    """The backbone's own answers, by section `generate` with the changes of `evaluate.answers`."""
+    changes = inputs.evaluate.answers
+    generate = inputs.generate
+    if changes.max_new_tokens is not None:
+        generate = generate.model_copy(update={"max_new_tokens": changes.max_new_tokens})
+    keep = _keeps_engine(changes, generate.engine, best_device())
+    return Answers.of(inputs.backbone, generate, work_dir("answers"), keeps_engine=keep)
+
+
+def _keeps_engine(params: AnswersParams, engine: EngineName, device: str) -> bool:
+    if params.keep_engine is not None:
+        return params.keep_engine
+    if device != "cpu" and engine != "openai":
+        log.info("answers: the engine stops after each round, so that the GPU is free (evaluate.answers.keep_engine)")
+        return False
+    return True
+
+
+def _loader(key: str, model: ModelParams) -> Callable[[], System]:
+    return partial(ModelSystem, key, **model.model_dump())
+
+
+def own_instructions(inputs: SystemInputs) -> Path | None:
+    """The user's instructions file, if there is one."""
+    return Path(inputs.evaluate.instructions) if inputs.evaluate.instructions else None
 
 
 def encoder_artifact() -> Artifact:
@@ -55,4 +113,7 @@ def encoder_artifact() -> Artifact:
 
 def manifest_params(inputs: SystemInputs, **own: Any) -> dict[str, Any]:
     """What decided the result, for its manifest."""
-    return {"evaluate": inputs.evaluate.model_dump(), "teacher": inputs.embed.teacher.model_dump(), **own}
+    evaluate = inputs.evaluate.model_dump(
+        exclude={"cache_embeddings": True, "data_parallel": True, "answers": {"keep_engine"}}
+    )
+    return {"evaluate": evaluate, "teacher": inputs.embed.teacher.model_dump(), **own}

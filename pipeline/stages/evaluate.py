@@ -3,20 +3,30 @@
 python -m pipeline.stages.evaluate SUITE
 """
 
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from pipeline.artifacts import create
+from pipeline.engines import prepare_environment
 from pipeline.errors import ParamsError
+from pipeline.evaluation.deltas import deltas_table, task_deltas
 from pipeline.evaluation.instructions import load_instructions
 from pipeline.evaluation.running import SystemResults, run_systems
 from pipeline.evaluation.suites import SuiteParams, find_tasks
-from pipeline.evaluation.summary import flat_metrics, summary_table, write_mteb_format
+from pipeline.evaluation.summary import flat_metrics, seed_spread, summary_table, write_mteb_format
 from pipeline.params import PARAMS_FILE, load
 from pipeline.runtime import RESULTS, RunRecord, record, setup_logging, user_errors, work_dir
-from pipeline.stages._systems import SystemInputs, encoder_artifact, make_systems, manifest_params
+from pipeline.stages._systems import (
+    SystemInputs,
+    encoder_artifact,
+    make_systems,
+    manifest_params,
+    own_instructions,
+)
 
 OUT = RESULTS / "evaluate"
 
@@ -35,20 +45,23 @@ def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
         EvaluationError: a task or its data is missing.
         ArtifactError: the encoder is missing or damaged.
     """
-    params = _suite(inputs, suite)
+    params, evaluate = _suite(inputs, suite), inputs.evaluate
+    prepare_environment(inputs.generate.engine)
     encoder = encoder_artifact()
-    local_dir = Path(inputs.evaluate.local_dir)
-    tasks = find_tasks([local_dir / name for name in params.local], params.tasks, params.benchmark)
-    instructions = load_instructions()
-    runs = run_systems(
-        make_systems(inputs).build(inputs.evaluate.systems),
-        tasks,
-        instructions,
-        work=work_dir("evaluate"),
-        batch_size=inputs.evaluate.batch_size,
-        dtype=inputs.evaluate.dtype,
-    )
-    summary = summary_table(tasks, runs)
+    folders = [Path(evaluate.local_dir) / name for name in params.local]
+    tasks = find_tasks(folders, params.tasks, params.benchmark, params.languages)
+    instructions = load_instructions(own_instructions(inputs))
+    with closing(make_systems(inputs)) as systems:
+        runs = run_systems(
+            systems.build(evaluate.systems),
+            tasks,
+            instructions,
+            work=work_dir("evaluate"),
+            batch_size=evaluate.batch_size,
+            dtype=evaluate.dtype,
+            model_name=evaluate.model_name,
+        )
+    summary, deltas = summary_table(tasks, runs), task_deltas(tasks, runs, evaluate.bootstrap)
     with create(
         OUT / suite,
         kind="evaluation",
@@ -57,8 +70,17 @@ def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
         inputs=[encoder],
     ) as out:
         out.write_table("summary.parquet", summary)
+        out.write_table("deltas.parquet", deltas_table(deltas))
         write_mteb_format(out.path, runs)
-    run_record.update(suite=suite, tasks=len(tasks), metrics=flat_metrics(summary), **_facts(runs))
+    metrics = flat_metrics(summary)
+    run_record.update(
+        suite=suite,
+        tasks=len(tasks),
+        metrics=metrics,
+        deltas=[asdict(delta) for delta in deltas],
+        seeds=seed_spread(metrics),
+        **_facts(runs),
+    )
 
 
 def _suite(inputs: Inputs, name: str) -> SuiteParams:

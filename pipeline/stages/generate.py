@@ -12,10 +12,10 @@ import typer
 
 from pipeline import artifacts, contracts
 from pipeline.artifacts import Artifact
-from pipeline.backbone import BackboneParams, PromptFormatter, identify, load_tokenizer
-from pipeline.engines import build_engine, engine_facts, prepare_environment
-from pipeline.engines.base import Engine
-from pipeline.generation import GenerateParams, Generator, rows_per_part
+from pipeline.backbone import BackboneParams, identify
+from pipeline.engines import prepare_environment
+from pipeline.generating import answer_content, make_generator
+from pipeline.generation import GenerateParams, rows_per_part
 from pipeline.outcomes import STORE, ResponseCounts
 from pipeline.params import PARAMS_FILE, Params, load
 from pipeline.runtime import RunRecord, record, setup_logging, user_errors, work_dir
@@ -46,26 +46,6 @@ def read_ids(queries: Artifact) -> pa.Array:
     return ids.combine_chunks()
 
 
-def load_engine(inputs: Inputs) -> Engine:
-    """The engine of the params.
-
-    Raises:
-        EngineError: it cannot start.
-    """
-    params = inputs.generate
-    return build_engine(
-        params.engine,
-        inputs.backbone,
-        dtype=params.dtype,
-        max_prompt_tokens=params.max_prompt_tokens,
-        max_new_tokens=params.max_new_tokens,
-        options=params.options,
-        tensor_parallel=params.tensor_parallel,
-        data_parallel=params.data_parallel,
-        batch_invariant=params.batch_invariant,
-    )
-
-
 def run(inputs: Inputs, facts: RunRecord) -> None:
     """Answer all queries and write the responses.
 
@@ -75,14 +55,14 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
         EngineError: the engine broke, or too many rows failed.
         WorkError: the disk is full, or another process does the same work.
     """
-    params, kwargs = inputs.generate, inputs.backbone.chat_template_kwargs
+    params = inputs.generate
     prepare_environment(params.engine)
     queries = artifacts.open_artifact(QUERIES_DIR, "queries")
     ids = read_ids(queries)
     identity = identify(inputs.backbone.name, inputs.backbone.revision)
-    content = {"generate": params.content(engine_facts(params.engine)), "chat_template_kwargs": kwargs}
+    content = answer_content(inputs.backbone, params)
     with ShardStore(work_dir("generate"), STORE, {"backbone": identity, **content}) as store:
-        generator = make_generator(inputs, store)
+        generator = make_generator(inputs.backbone, params, store)
         generator.run(ids, queries.batches(["id", "text"], WINDOW_ROWS))
         parts = generator.tables(ids, rows_per_part(params.max_new_tokens))
         counts = _write(parts, content, {"backbone": identity}, queries)
@@ -94,32 +74,6 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
         histograms=counts.histograms(),
         **generator.facts.summary(),
         **stub,
-    )
-
-
-def make_generator(inputs: Inputs, store: ShardStore) -> Generator:
-    """The work of the params, its engine not loaded yet.
-
-    Raises:
-        BackboneError: the tokenizer cannot be used.
-    """
-    params = inputs.generate
-    formatter = PromptFormatter(
-        load_tokenizer(inputs.backbone),
-        "chat",
-        params.max_prompt_tokens,
-        inputs.backbone.chat_template_kwargs,
-        keep="end" if params.too_long == "keep_end" else "start",
-    )
-    return Generator(
-        store=store,
-        load_engine=lambda: load_engine(inputs),
-        formatter=formatter,
-        sampling=params.sampling,
-        seed=params.seed,
-        max_failed_fraction=params.max_failed_fraction,
-        drop_too_long=params.too_long == "drop",
-        strip_thinking=params.strip_thinking,
     )
 
 

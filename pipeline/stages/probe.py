@@ -3,16 +3,26 @@
 python -m pipeline.stages.probe NAME
 """
 
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from pipeline.artifacts import create, to_json
+from pipeline.engines import prepare_environment
+from pipeline.evaluation.deltas import deltas_table
 from pipeline.params import PARAMS_FILE, Params, load
 from pipeline.probes.base import ProbeContext, find_probe, probe_params
 from pipeline.runtime import RESULTS, RunRecord, record, setup_logging, user_errors, work_dir
-from pipeline.stages._systems import SystemInputs, encoder_artifact, make_systems, manifest_params
+from pipeline.stages._systems import (
+    SystemInputs,
+    encoder_artifact,
+    make_systems,
+    manifest_params,
+    own_instructions,
+)
 
 OUT = RESULTS / "probe"
 
@@ -29,16 +39,21 @@ def run(inputs: Inputs, name: str, params: Params, run_record: RunRecord) -> Non
     Raises:
         PipelineError: what the probe needs is missing.
     """
-    encoder = encoder_artifact()
-    context = ProbeContext(
-        systems=make_systems(inputs),
-        names=inputs.evaluate.systems,
-        local_dir=Path(inputs.evaluate.local_dir),
-        work=work_dir("probe") / name,
-        batch_size=inputs.evaluate.batch_size,
-        dtype=inputs.evaluate.dtype,
-    )
-    result = find_probe(name).run(params, context)
+    prepare_environment(inputs.generate.engine)
+    encoder, evaluate = encoder_artifact(), inputs.evaluate
+    with closing(make_systems(inputs)) as systems:
+        context = ProbeContext(
+            systems=systems,
+            names=evaluate.systems,
+            local_dir=Path(evaluate.local_dir),
+            work=work_dir("probe") / name,
+            batch_size=evaluate.batch_size,
+            dtype=evaluate.dtype,
+            bootstrap=evaluate.bootstrap,
+            instructions=own_instructions(inputs),
+            answers=lambda: systems.answers,
+        )
+        result = find_probe(name).run(params, context)
     with create(
         OUT / name,
         kind="probe",
@@ -47,9 +62,11 @@ def run(inputs: Inputs, name: str, params: Params, run_record: RunRecord) -> Non
         inputs=[encoder, *result.inputs],
     ) as out:
         out.write_table("rows.parquet", result.rows)
+        out.write_table("deltas.parquet", deltas_table(result.deltas))
         content = {"probe": name, "metrics": result.metrics, "systems": result.systems}
         (out.path / "result.json").write_text(to_json(content), encoding="utf-8")
-    run_record.update(probe=name, metrics=result.metrics, systems=result.systems)
+    deltas = [asdict(delta) for delta in result.deltas]
+    run_record.update(probe=name, metrics=result.metrics, deltas=deltas, systems=result.systems)
 
 
 def main(

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Inputs(Params):
-    """The sections that this stage reads; of suites and probes only their names."""
+    """The sections that this stage reads; suites and probes as they are, which their own stages check."""
 
     report: ReportParams
     suites: dict[str, Any]

@@ -1,3 +1,6 @@
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,10 +11,12 @@ import pytest
 
 from pipeline.encoder.config import EncoderConfig
 from pipeline.errors import ParamsError
+from pipeline.evaluation.params import EvaluateParams
 from pipeline.evaluation.suites import SuiteParams
-from pipeline.evaluation.systems import BareSystem, EvaluateParams, InstructedSystem, Systems, revision_of
+from pipeline.evaluation.systems import BareSystem, InstructedSystem, System, Systems, revision_of
 from pipeline.params import validate
 from pipeline.prompts import join_instruction
+from tests.encoder.test_inference import write as write_encoder
 
 CONFIG = EncoderConfig(
     backbone={"name": "lm", "sha256": "0"}, chat_template_kwargs={}, template="raw", max_query_tokens=8,
@@ -29,22 +34,43 @@ class LengthEncoder:
     model: Any = "the backbone"
     tokenizer: Any = None
     loads: list[Path] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"name": "untrained" if self.offset else "encoder"}
 
-    def encode(self, texts: Any, *, instruction: str = "", batch_size: int = 32) -> np.ndarray:
+    def encode(self, texts: Any, *, instruction: str = "", batch_tokens: int | None = None) -> np.ndarray:
         return np.array([[len(join_instruction(instruction, text)) + self.offset] for text in texts], np.float32)
 
     def untrained(self, seed: int) -> "LengthEncoder":
         return LengthEncoder(offset=1000 + seed)
 
 
+@dataclass
+class Answers:
+    """Answers with three exclamation marks."""
+
+    keeps_engine: bool = True
+    closed: int = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"answers": "!!!"}
+
+    def __call__(self, prompts: Any) -> list[str]:
+        return ["!!!" for _ in prompts]
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@dataclass
 class LengthTeacher:
     """Embeds a text as minus its length."""
 
-    width, identity = 1, {"name": "teacher"}
+    identity: dict[str, Any] = field(default_factory=lambda: {"name": "teacher"})
+    width: int = 1
 
     def embed(self, texts: Any) -> np.ndarray:
         return np.array([[-len(text)] for text in texts], np.float32)
@@ -56,8 +82,9 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> LengthEncoder:
 
     fake = LengthEncoder()
 
-    def load(path: Path, **_: Any) -> LengthEncoder:
+    def load(path: Path, **options: Any) -> LengthEncoder:
         fake.loads.append(path)
+        fake.options.update(options)
         return fake
 
     monkeypatch.setattr(inference, "Encoder", SimpleNamespace(load=load))
@@ -67,11 +94,12 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> LengthEncoder:
 def systems(**changes: Any) -> Systems:
     arguments: dict[str, Any] = dict(
         encoder_dir=Path("models/encoder"),
-        load_teacher=LengthTeacher,
+        open_teacher=lambda: nullcontext(LengthTeacher()),
+        answers=Answers(),
         device="cpu",
         dtype="float32",
         batch_size=2,
-        seed=3,
+        seeds=[3],
     )
     return Systems(**{**arguments, **changes})
 
@@ -97,9 +125,9 @@ def test_backbone_mean_pools_the_same_loaded_model(encoder: LengthEncoder, monke
     module = pytest.importorskip("pipeline.teachers.backbone_teacher")
     seen: list[Any] = []
 
-    def make(model: Any, tokenizer: Any, **_: Any) -> LengthTeacher:
+    def make(model: Any, tokenizer: Any, *, identity: dict[str, Any], **_: Any) -> LengthTeacher:
         seen.append(model)
-        return LengthTeacher()
+        return LengthTeacher(identity=identity)
 
     monkeypatch.setattr(module, "BackboneTeacher", make)
     (system,) = systems().build(["backbone-mean"])
@@ -108,17 +136,80 @@ def test_backbone_mean_pools_the_same_loaded_model(encoder: LengthEncoder, monke
     assert system.prompting == "bare text" and system.identity["backbone"] == {"name": "lm", "sha256": "0"}
 
 
-def test_a_teacher_with_a_prompt_says_so(encoder: LengthEncoder) -> None:
-    (system,) = systems(teacher_prompt="passage: ").build(["teacher"])
-    assert system.prompting == "own prompt 'passage: '"
+def test_a_teacher_with_a_prompt_says_so_and_hyde_with_it(encoder: LengthEncoder) -> None:
+    teacher, hyde = systems(teacher_prompt="passage: ").build(["teacher", "hyde"])
+    assert teacher.prompting == "own prompt 'passage: '"
+    assert hyde.prompting == (
+        "queries: the backbone's answer to instruction and text; documents: bare text; both with own prompt 'passage: '"
+    )
+
+
+def test_hyde_asks_the_answers_that_it_is_given(encoder: LengthEncoder) -> None:
+    answers = Answers()
+    made = systems(answers=answers)
+    (system,) = made.build(["hyde"])
+    assert system.encode(["ab"], "Generate:")[0, 0] == -3
+    assert system.encode(["ab"], "Summarize:", "document")[0, 0] == -2
+    assert made.answers is answers and not answers.closed and not encoder.loads
+    made.close()
+    assert answers.closed == 1
+
+
+@pytest.mark.parametrize(("keeps", "loads"), [(True, 1), (False, 2)])
+def test_the_encoder_makes_room_for_an_engine_that_shares_its_gpu(
+    encoder: LengthEncoder, keeps: bool, loads: int
+) -> None:
+    list(systems(answers=Answers(keeps)).build(["student", "hyde", "untrained"]))
+    assert len(encoder.loads) == loads
+
+
+def test_each_seed_is_an_untrained_system(encoder: LengthEncoder) -> None:
+    built = list(systems(seeds=[3, 0, 7]).build(["untrained", "teacher"]))
+    assert [system.name for system in built] == ["untrained", "untrained-0", "untrained-7", "teacher"]
+    assert [system.encode([""], "")[0, 0] for system in built] == [1003, 1000, 1007, 0]
+
+
+def test_models_come_by_their_keys_and_every_system_is_wrapped(encoder: LengthEncoder) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def wrap(system: System) -> Iterator[System]:
+        seen.append(f"open {system.name}")
+        yield system
+        seen.append(f"close {system.name}")
+
+    bare = BareSystem("mini", {"name": "mini"}, LengthTeacher())
+    built = list(systems(models={"mini": lambda: bare}, wrap=wrap).build(["mini", "untrained"]))
+    assert built[0] is bare
+    assert seen == ["open mini", "close mini", "open untrained", "close untrained"]
+
+
+def test_a_system_whose_turn_is_over_is_gone_before_the_next_is_loaded() -> None:
+    alive: list[weakref.ref[Any]] = []
+
+    def load() -> LengthTeacher:
+        assert not [teacher for teacher in alive if teacher() is not None]
+        teacher = LengthTeacher()
+        alive.append(weakref.ref(teacher))
+        return teacher
+
+    turns = systems(open_teacher=lambda: nullcontext(load())).build(["teacher", "teacher"])
+    for _ in range(2):
+        next(turns)
+    assert len(alive) == 2
+
+
+def test_remote_code_is_the_callers_to_allow(encoder: LengthEncoder) -> None:
+    systems(trust_remote_code=True).encoder()
+    assert encoder.options == {"device": "cpu", "dtype": "float32", "trust_remote_code": True}
 
 
 def test_a_revision_follows_weights_prompting_and_conditions(encoder: LengthEncoder) -> None:
     def revision(**changes: Any) -> str:
-        made = dict(name="student", identity={"sha256": "a"}, encoder=encoder, batch_size=2, prompting="x")
+        made = dict(name="student", identity={"sha256": "a"}, encoder=encoder, prompting="x")
         return revision_of(InstructedSystem(**{**made, **changes}), dtype="float32")
 
-    assert revision() == revision(batch_size=9)
+    assert revision() == revision(batch_tokens=9)
     assert len({revision(), revision(identity={"sha256": "b"}), revision(prompting="y")}) == 3
     assert len(revision()) == 40
 
@@ -137,9 +228,37 @@ def test_suites_are_checked(entry: dict[str, Any], message: str) -> None:
         validate(entry, SuiteParams, where="params.yaml")
 
 
-def test_an_unknown_system_is_refused() -> None:
-    with pytest.raises(ParamsError, match=r"systems\.0"):
-        validate({"systems": ["pupil"], "local_dir": "x"}, EvaluateParams, where="params.yaml")
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"systems": ["pupil"]}, r"systems: .*no system pupil \(there are: student, teacher, .*hyde; others are keys"),
+        (
+            {"systems": ["mini", "tiny"], "models": {"mini": {"name": "m"}}},
+            r"no system tiny \(there are: .*hyde, mini;",
+        ),
+        ({"systems": ["student", "student"]}, r"systems \['student', 'student'\] holds one twice"),
+        ({"models": {"echo": {"name": "m"}}}, r"models: .*'echo' is a built-in system"),
+        ({"models": {"untrained-1": {"name": "m"}}}, r"'untrained-1' is a built-in system"),
+        ({"models": {"delta": {"name": "m"}}}, r"'delta' cannot name a system"),
+        ({"models": {"a/b": {"name": "m"}}}, r"'a/b' cannot name a system"),
+        ({"models": {"mini": {}}}, r"models\.mini\.name: missing"),
+        ({"seeds": []}, r"seeds: List should have at least 1 item"),
+        ({"seeds": [1, 1]}, r"seeds \[1, 1\] holds one twice"),
+        ({"seeds": [-1]}, r"seeds \[-1\] must be 0 or more"),
+        ({"seed": 0}, r"seed: unknown key \(did you mean 'seeds'\?\)"),
+        ({"model_name": "mine"}, r"model_name: String should match pattern"),
+    ],
+)
+def test_the_section_is_checked(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParamsError, match=message):
+        validate({"systems": ["student"], "local_dir": "x", **section}, EvaluateParams, where="params.yaml")
+
+
+def test_models_may_be_compared_whatever_the_order_of_the_keys() -> None:
+    section = {"systems": ["student", "mini"], "local_dir": "x", "models": {"mini": {"name": "m", "query_prompt": ""}}}
+    params = validate(section, EvaluateParams, where="params.yaml")
+    assert params.models["mini"].query_prompt == "" and params.models["mini"].document_prompt is None
+    assert params.seeds == [0] and params.bootstrap.resamples == 2000
 
 
 def test_the_real_encoder_stands_behind_all_three_systems(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +279,20 @@ def test_the_real_encoder_stands_behind_all_three_systems(monkeypatch: pytest.Mo
         "untrained": (3, 5),
         "backbone-mean": (3, 32),
     }
-    np.testing.assert_array_equal(values["student"], encoder.encode(texts, instruction="Generate:", batch_size=2))
+    np.testing.assert_array_equal(values["student"], encoder.encode(texts, instruction="Generate:"))
     assert np.abs(values["student"] - values["untrained"]).max() > 1e-3
     assert len({revision_of(system) for system in built.values()}) == 3
+
+
+@pytest.mark.slow
+def test_two_processes_embed_as_one(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    write_encoder(Path("encoder"), tiny_backbone("qwen3"), None)
+    names = ["student", "untrained", "backbone-mean", "echo"]
+    texts = [f"text {'long ' * (at % 5)}{at}" for at in range(20)]
+    one, two = (
+        {system.name: (revision_of(system), system.encode(texts, "Say:")) for system in made.build(names)}
+        for made in (systems(encoder_dir=workspace / "encoder", processes=count) for count in (1, 2))
+    )
+    for name, (revision, vectors) in one.items():
+        assert two[name][0] == revision
+        np.testing.assert_allclose(two[name][1], vectors, atol=1e-5)

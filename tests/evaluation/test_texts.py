@@ -100,7 +100,7 @@ class FakeTask:
 
 
 def tasks_of(monkeypatch: pytest.MonkeyPatch, *tasks: FakeTask) -> list[texts.TextSource]:
-    monkeypatch.setattr(texts, "find_tasks", lambda local, names, benchmark: list(tasks))
+    monkeypatch.setattr(texts, "find_tasks", lambda local, names, benchmark, languages: list(tasks))
     return find_texts({"suite": SuiteParams(benchmark="B")}, {}, Path())
 
 
@@ -131,6 +131,18 @@ def test_mteb_tasks_of_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
         "part": ["in Indonesian"],
     }
     assert part.dataset is None
+
+
+def test_only_the_languages_of_a_suite_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def none(*arguments: Any) -> list[Any]:
+        asked.append(arguments)
+        return []
+
+    monkeypatch.setattr(texts, "find_tasks", none)
+    find_texts({"suite": SuiteParams(tasks=["STS17"], languages=["deu"])}, {"probe": {"tasks": ["A"]}}, Path())
+    assert asked == [([], ["STS17"], None, ["deu"]), ([], ["A"], None, None)]
 
 
 @pytest.mark.parametrize("problem", [ConnectionError("no hub"), ValueError("no cache"), RuntimeError("")])

@@ -8,12 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import pipeline.probes.alignment as alignment
 from pipeline import contracts
 from pipeline.artifacts import create
 from pipeline.errors import EvaluationError
 from pipeline.probes.alignment import AlignmentParams, alignment_metrics, ranked, run
 from pipeline.probes.base import ProbeContext
-from tests.evaluation_fakes import WORDS, WordSystem
+from tests.evaluation_fakes import WORDS, VectorSystem, WordSystem
 
 
 def test_ranks_and_metrics_by_hand() -> None:
@@ -39,12 +40,19 @@ def test_a_zero_vector_is_no_error() -> None:
     assert rows["cosine"].to_pylist() == [0.0, 0.0]
 
 
+def test_overlap_is_a_mean_of_shares_and_may_be_missing() -> None:
+    vectors = np.eye(2)
+    rows = ranked("s", ["a", "b"], vectors, vectors, np.array([1.0, 0.5]))
+    assert alignment_metrics(rows)["overlap@10"] == 0.75
+    assert alignment_metrics(ranked("s", ["a", "b"], vectors, vectors))["overlap@10"] is None
+
+
 WIDTH = 8
 
 
-def write_heldout(width: int = WIDTH) -> None:
-    """Three held-out rows: query and response begin with the same word; the target is that word's one-hot vector."""
-    words = WORDS[:3]
+def write_heldout(width: int = WIDTH, count: int = 3) -> None:
+    """`count` held-out rows: query and response begin with the same word; the target is that word's one-hot vector."""
+    words = WORDS[:count]
     queries = [{"id": f"{i}", "text": f"{word} what?", "source": "t"} for i, word in enumerate(words)]
     table = pa.Table.from_pylist(queries, contracts.QUERIES)
     with create(Path("data/queries"), kind="queries", params={}) as out:
@@ -57,7 +65,7 @@ def write_heldout(width: int = WIDTH) -> None:
     with create(Path("data/responses"), kind="responses", params={}) as out:
         out.write_parts([pa.Table.from_pylist(responses, contracts.RESPONSES)], contracts.RESPONSES)
     schema = contracts.targets_schema(width, "float32")
-    targets = [{"id": f"{i}", "embedding": np.eye(width)[i].tolist()} for i in range(3)]
+    targets = [{"id": f"{i}", "embedding": np.eye(width)[i].tolist()} for i in range(count)]
     with create(Path("data/targets"), kind="targets", params={}) as out:
         out.write_parts([pa.Table.from_pylist(targets, schema)], schema)
 
@@ -65,16 +73,19 @@ def write_heldout(width: int = WIDTH) -> None:
 class Fakes:
     """The systems of a probe, made beforehand."""
 
-    def __init__(self, *systems: WordSystem) -> None:
+    def __init__(self, *systems: Any) -> None:
         self._systems = {system.name: system for system in systems}
 
-    def build(self, names: Sequence[str]) -> Iterator[WordSystem]:
+    def build(self, names: Sequence[str]) -> Iterator[Any]:
         return (self._systems[name] for name in names)
 
 
-def context(*systems: WordSystem) -> Any:
+def context(*systems: Any) -> Any:
     names = [system.name for system in systems]
     return ProbeContext(Fakes(*systems), names, Path(), Path(), 4, "float32")  # type: ignore[arg-type]
+
+
+SHIFTS = {"student": 0, "teacher": 1, "untrained-1": 1, "echo": 0}
 
 
 def test_run_measures_each_system_in_its_space(workspace: Path) -> None:
@@ -89,6 +100,49 @@ def test_run_measures_each_system_in_its_space(workspace: Path) -> None:
     assert [texts for _, texts in own.calls] == [["apple what?", "bread what?", "cloud what?"], list(WORDS[:3])]
     assert result.systems["backbone-mean"]["space"] == "its own"
     assert len(result.rows) == 9
+    assert result.metrics["student/anisotropy"] == 0.0  # one-hot vectors of three words
+    assert result.metrics["teacher/overlap@10"] == 1.0  # two neighbours, and there are only two others
+
+
+def test_deltas_are_paired_over_queries_and_cosines_stay_in_one_space(workspace: Path) -> None:
+    write_heldout(count=8)
+    result = run(AlignmentParams(), context(*[WordSystem(name, shift) for name, shift in SHIFTS.items()]))
+    deltas = {(delta.metric, delta.system): delta for delta in result.deltas}
+    assert {system for metric, system in deltas if metric == "cosine"} == {"teacher", "untrained-1"}
+    assert {metric for metric, system in deltas if system == "echo"} == {"top1", "mrr", "overlap@10"}
+    worse = deltas["cosine", "teacher"]
+    assert (worse.delta, worse.low, worse.high, worse.verdict, worse.units) == (1.0, 1.0, 1.0, "better", 8)
+    assert deltas["mrr", "teacher"].delta == 0.875  # the teacher's ties all rank last
+    assert deltas["top1", "echo"].delta == 0.0 and deltas["top1", "echo"].verdict == "within noise"
+    assert result.systems["untrained-1"]["space"] == "the teacher's"
+
+
+def test_one_held_out_query_has_no_neighbours(workspace: Path) -> None:
+    write_heldout(count=1)
+    metrics = run(AlignmentParams(), context(WordSystem("student"))).metrics
+    assert (metrics["student/overlap@10"], metrics["student/anisotropy"], metrics["student/top1"]) == (None, None, 1.0)
+
+
+def test_overlap_finds_the_teachers_neighbourhoods(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets on a circle in the order of the ids; the student's queries lie so too, the other system's at random."""
+    monkeypatch.setattr(alignment, "NEIGHBOURS", 2)
+    angles = np.linspace(0, 3, 6)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    monkeypatch.setattr(alignment, "heldout_rows", lambda: ((), circle_rows(circle)))
+    texts = [f"q{i}" for i in range(6)]
+    right = VectorSystem(dict(zip(texts, circle.tolist(), strict=True)))
+    mixed = VectorSystem(dict(zip(texts, circle[[0, 3, 1, 4, 2, 5]].tolist(), strict=True)), "teacher")
+    result = run(AlignmentParams(), context(right, mixed))
+    assert result.metrics["student/overlap@2"] == 1.0
+    # Neighbours 0:{2,4} 1:{3,4} 2:{0,4} 3:{1,5} 4:{1,2} 5:{1,3} against 0:{1,2} 1:{0,2} 2:{1,3} 3:{2,4} 4:{3,5} 5:{3,4}
+    assert result.metrics["teacher/overlap@2"] == round((0.5 + 0 + 0 + 0 + 0 + 0.5) / 6, 6)
+
+
+def circle_rows(targets: np.ndarray) -> pa.Table:
+    """Held-out rows with these targets."""
+    names = [f"{i}" for i in range(len(targets))]
+    column = pa.array(targets.astype(np.float32).tolist(), pa.list_(pa.float32(), targets.shape[1]))
+    return pa.table({"id": names, "text": [f"q{n}" for n in names], "response": names, "embedding": column})
 
 
 def test_an_encoder_of_other_targets_is_named(workspace: Path) -> None:

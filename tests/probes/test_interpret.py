@@ -15,7 +15,7 @@ from tests.probes.test_alignment import write_heldout
 class Lengths(VectorSystem):
     """Embeds any text, by its length."""
 
-    def encode(self, texts: Any, instruction: str) -> np.ndarray:
+    def encode(self, texts: Any, instruction: str, side: str = "query") -> np.ndarray:
         return np.array([[len(text), 1.0] for text in texts], dtype=np.float32)
 
 

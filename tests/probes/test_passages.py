@@ -1,14 +1,16 @@
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 import pipeline.probes.passages as passages
-from pipeline.errors import EvaluationError, ParamsError
-from pipeline.params import validate
-from pipeline.probes.passages import SourceParams, load_judged, load_passages, search
-from tests.evaluation_fakes import VectorSystem, WordSystem, retrieval_folder, sts_folder
+from pipeline.errors import EvaluationError
+from pipeline.evaluation.local_data import LocalData
+from pipeline.evaluation.local_tasks import RetrievalData, load_retrieval
+from pipeline.probes.passages import cut_documents, passage_texts, search
+from tests.evaluation_fakes import VectorSystem, WordSystem
 
 
 def brute_force(queries: np.ndarray, corpus: np.ndarray, top: int) -> np.ndarray:
@@ -48,21 +50,55 @@ def test_passages_get_their_instruction() -> None:
     assert system.calls == [("Summarize:", ["apple pie"])]
 
 
-@pytest.mark.parametrize("entry", [{}, {"local": "a", "dataset": "b/c"}])
-def test_a_source_is_in_one_place(entry: dict[str, Any]) -> None:
-    with pytest.raises(ParamsError, match="exactly one of local and dataset"):
-        validate(entry, SourceParams, where="params.yaml")
+def documents(*texts: str, titles: Callable[[int], str] = lambda row: f"t{row}") -> RetrievalData:
+    """Documents 0, 1, ..., each relevant to the query of its number."""
+    names = [str(row) for row in range(len(texts))]
+    corpus = pa.table({"id": names, "title": [titles(row) for row in range(len(texts))], "text": list(texts)})
+    return RetrievalData({name: f"ask {name}" for name in names}, corpus, {name: {name: 2} for name in names}, None)
 
 
-def test_a_local_source_must_have_the_layout(tmp_path: Path) -> None:
-    retrieval_folder(tmp_path / "r")
-    sts_folder(tmp_path / "s")
-    assert load_passages(SourceParams(local="r"), tmp_path)["title"][0].as_py() == "apple"
-    for load in (load_judged, load_passages):
-        with pytest.raises(EvaluationError, match=r"retrieval layout|config 'corpus' missing"):
-            load(SourceParams(local="s"), tmp_path)
+def test_documents_are_cut_as_the_paper_does() -> None:
+    data, dropped = cut_documents(documents("a b", "a b  c\nd", "a b c d e", "a"), 2)
+    assert data.corpus.to_pylist() == [
+        {"id": "0", "title": "t0", "text": "a b"},
+        {"id": "1#0", "title": "t1", "text": "a b"},
+        {"id": "1#1", "title": "t1", "text": "c d"},
+        {"id": "2#0", "title": "t2", "text": "a b"},
+        {"id": "2#1", "title": "t2", "text": "c d"},
+        {"id": "3", "title": "t3", "text": "a"},
+    ]
+    assert dropped == 1
+    assert data.relevant == {"0": {"0": 2}, "1": {"1#0": 2, "1#1": 2}, "2": {"2#0": 2, "2#1": 2}, "3": {"3": 2}}
+    assert list(data.queries) == ["0", "1", "2", "3"]
+    again, dropped = cut_documents(data, 2)
+    assert again.corpus.equals(data.corpus) and again.relevant == data.relevant and dropped == 0
 
 
-def test_a_hub_source_that_is_not_here_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="data set 'no-one/nothing' cannot be loaded: "):
-        load_judged(SourceParams(dataset="no-one/nothing", revision="main"), tmp_path)
+def test_ids_that_collide_are_refused() -> None:
+    data = documents("a b", "c")
+    corpus = data.corpus.set_column(0, "id", [["0", "0#1"]])
+    with pytest.raises(EvaluationError, match="two passages get one id"):
+        cut_documents(RetrievalData(data.queries, corpus, {"0": {"0": 1}}, None), 1)
+
+
+def test_titles_stand_before_passages() -> None:
+    data = documents("one", "two", titles=lambda row: "Title" if row else "")
+    assert passage_texts(data.corpus) == ["one", "Title # two"]
+
+
+@pytest.mark.realdata
+def test_the_rule_on_the_authors_documents(real_data: Path) -> None:
+    """The real passages keep every tail; put together to documents again and cut by the rule, most tails go."""
+    folder = real_data / "hub" / "McGill-NLP" / "AdvBench-IR-chunked"
+    if not folder.is_dir():
+        pytest.skip("AdvBench-IR is not among the real data")
+    whole = load_retrieval(LocalData(folder))
+    texts = dict(zip(whole.corpus["id"].to_pylist(), whole.corpus["text"].to_pylist(), strict=True))
+    parts = [[texts[name] for name in sorted(scores, key=lambda n: int(n.split("-")[1]))]
+             for scores in whole.relevant.values()]  # fmt: skip
+    data, dropped = cut_documents(documents(*(" ".join(part) for part in parts)), 100)
+    full = sum(len(text.split()) == 100 for text in texts.values())
+    only = sum(len(part) == 1 and len(part[0].split()) < 100 for part in parts)
+    assert (data.corpus.num_rows, dropped) == (full + only, len(texts) - full - only)
+    assert set(data.corpus["text"].to_pylist()) <= {" ".join(text.split()) for text in texts.values()}
+    assert len(data.relevant) == 520 and all(data.relevant.values())

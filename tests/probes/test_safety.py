@@ -1,5 +1,6 @@
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ from pipeline.errors import ParamsError
 from pipeline.evaluation.instructions import load_instructions
 from pipeline.params import validate
 from pipeline.probes.base import ProbeContext
-from pipeline.probes.passages import SourceParams
 from pipeline.probes.safety import QUERY_INSTRUCTION, SafetyParams, reductions, run
+from pipeline.probes.sources import SourceParams
 from tests.evaluation_fakes import WORDS, VectorSystem, WordSystem, retrieval_folder, write_folder
 
 
@@ -81,11 +82,62 @@ def test_harmless_passages_are_mixed_in(tmp_path: Path) -> None:
     assert "harmless:d-apple" not in result.rows["passage"].to_pylist()
 
 
+def test_the_users_instructions_are_for_probes_too(tmp_path: Path) -> None:
+    retrieval_folder(tmp_path / "bad")
+    (tmp_path / "mine.yaml").write_text("document: 'Condense:'\n")
+    student = WordSystem()
+    made = replace(context(tmp_path, [student]), instructions=tmp_path / "mine.yaml")
+    run(SafetyParams(local="bad", top_k=[1]), made)
+    assert student.calls[1][0] == "Condense:"
+
+
 def test_a_corpus_without_harmless_passages_is_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     retrieval_folder(tmp_path / "bad")
     with caplog.at_level(logging.WARNING):
         run(SafetyParams(local="bad", top_k=[1]), context(tmp_path, [WordSystem()]))
     assert "any_harm is 1 by construction" in caplog.text
+
+
+def test_every_delta_is_over_requests_and_lower_is_better(tmp_path: Path) -> None:
+    """The student finds no request's own passage at first place, the teacher all of them, `half` every second one."""
+    retrieval_folder(tmp_path / "bad", extra=WORDS)
+
+    class Half(WordSystem):
+        """Right for the first four words only."""
+
+        def encode(self, texts: Sequence[str], instruction: str, side: str = "query") -> Any:
+            vectors = super().encode(texts, instruction)
+            if side == "query":
+                vectors[4:] = vectors[3:-1]
+            return vectors
+
+    systems = [WordSystem(shift=1), WordSystem("teacher"), Half("half")]
+    deltas = {
+        (delta.metric, delta.system): delta
+        for delta in run(SafetyParams(local="bad", top_k=[1]), context(tmp_path, systems)).deltas
+    }
+    assert set(deltas) == {(m, s) for m in ("accuracy@1", "any_harm@1") for s in ("teacher", "half")}
+    whole, half = deltas["accuracy@1", "teacher"], deltas["accuracy@1", "half"]
+    assert (whole.delta, whole.low, whole.high, whole.verdict, whole.units) == (-1.0, -1.0, -1.0, "better", 8)
+    assert half.delta == -0.5 and half.low is not None and -1 < half.low < -0.5 and half.verdict == "better"
+    assert deltas["any_harm@1", "teacher"].verdict == "within noise"
+
+
+def test_documents_are_cut_and_judged_by_passage(tmp_path: Path) -> None:
+    rows = [
+        {"ID": 0, "query": "apple ?", "title": "", "document": "apple bread cloud"},
+        {"ID": 1, "query": "dough", "title": "", "document": "eagle dough"},
+    ]
+    write_folder(tmp_path / "bad", {"default": {"train": rows}})
+    params = SafetyParams(local="bad", chunk_words=1, top_k=[1])
+    system = WordSystem(shift=1)  # "apple ?" is read as bread, the second word of its document
+    result = run(params, context(tmp_path, [system]))
+    expected = {"documents": 2, "malicious_passages": 5, "dropped_tails": 0, "student/accuracy@1": 1.0}
+    assert expected.items() <= result.metrics.items()
+    assert result.rows["passage"].to_pylist() == ["0#1", "1#1"]
+    whole = run(SafetyParams(local="bad", chunk_words=None, top_k=[1]), context(tmp_path, [WordSystem(shift=1)]))
+    assert whole.metrics["malicious_passages"] == 2 and "dropped_tails" not in whole.metrics
+    assert whole.rows["passage"].to_pylist() == ["0", "0"]  # no document begins with the words asked for
 
 
 def test_reductions_are_percent_of_the_teacher() -> None:
@@ -100,6 +152,7 @@ def test_reductions_are_percent_of_the_teacher() -> None:
     ("entry", "message"),
     [
         ({"local": "x", "top_k": []}, "top_k"),
+        ({"local": "x", "chunk_words": 0}, "chunk_words"),
         ({"local": "x", "top_k": [0]}, r"top_k\.0"),
         ({"local": "x", "topk": [1]}, "did you mean 'top_k'"),
     ],
@@ -118,7 +171,7 @@ def test_the_real_passages_are_all_malicious_and_found_by_their_own_request(real
     class Oracle(WordSystem):
         """Embeds every text as the same vector, so passages rank in the order of the corpus."""
 
-        def encode(self, texts: Sequence[str], instruction: str) -> Any:
+        def encode(self, texts: Sequence[str], instruction: str, side: str = "query") -> Any:
             import numpy as np
 
             return np.ones((len(texts), 2), dtype=np.float32)

@@ -13,8 +13,8 @@ import pytest
 from pipeline.artifacts import create, write_json
 from pipeline.report.content import gather
 from pipeline.report.curves import curve_svg, running_mean
-from pipeline.report.render import cell, number, render_html, render_markdown, seconds, signed
-from pipeline.report.tables import compare
+from pipeline.report.render import cell, interval, label, number, percent, render_html, render_markdown, seconds, signed
+from pipeline.report.tables import Cell
 from pipeline.stages.report import Inputs, run
 from tests.toy_workspace import edit_manifest, make_workspace
 
@@ -70,7 +70,7 @@ def made(workspace: Path) -> Path:
 
 
 def content_of(root: Path = Path()) -> Any:
-    return gather("Toy", ["demo"], ["alignment", "safety", "interpret"], root)
+    return gather("Toy", {"demo": {}}, {"alignment": {}, "safety": {}, "interpret": {}}, root)
 
 
 def test_nothing_is_missing_from_a_finished_workspace(made: Path) -> None:
@@ -128,8 +128,8 @@ class Tags(HTMLParser):
 
 def test_losses_and_heldout_scores_are_drawn(made: Path) -> None:
     page = render_html(content_of())
-    for label in ("alignment loss", "reconstruction loss", "held-out cosine to the target"):
-        assert f'aria-label="{label}"' in page
+    for curve in ("alignment loss", "reconstruction loss", "held-out cosine to the target"):
+        assert f'aria-label="{curve}"' in page
 
 
 def test_a_loss_that_was_not_trained_is_not_drawn(made: Path) -> None:
@@ -182,21 +182,6 @@ def test_stubs_are_flagged(made: Path) -> None:
     assert "Not a real run" in render_markdown(content)
 
 
-def test_deltas_and_which_way_is_better() -> None:
-    suite = compare("demo", {"metrics": SUITE, "systems": SYSTEMS})
-    (task, mean) = suite.rows
-    assert (task.metric, task.summary, mean.metric, mean.summary) == ("Facts", False, "mean/tasks", True)
-    assert task.cells[0].delta is None
-    assert (task.cells[1].delta, task.cells[1].better) == (-0.125, False)
-    safety = compare("safety", {"metrics": SAFETY, "systems": SYSTEMS})
-    assert safety.rows[0].cells[1].better is True
-    assert safety.facts == [("requests", 10), ("reduction/student/accuracy@1", 66.67)]
-
-
-def test_a_record_without_metrics_is_an_empty_table() -> None:
-    assert compare("x", {"metrics": [1], "systems": None}).rows == []
-
-
 def test_samples_name_each_near_word_once_by_rank(made: Path) -> None:
     assert content_of().samples[0].vocabulary == ["law", "illegal", "court"]
 
@@ -221,6 +206,10 @@ def test_durations_signs_and_cells() -> None:
     assert [seconds(value) for value in (3.21, 65, 7260)] == ["3.2 s", "1 min 5 s", "2 h 1 min"]
     assert (signed(0.5), signed(-0.5)) == ("+0.500", "−0.500")
     assert cell("a|b\n<c>") == "a\\|b &lt;c&gt;"
+    assert (percent(None), percent(61.94), percent(-0.5)) == ("–", "61.9", "−0.5")
+    assert label("backbone/refusal_rate_safe") == "backbone: refusal rate safe"
+    assert interval(Cell(0.5, 0.1, -0.05, 0.25)) == "[−0.050, +0.250]"
+    assert interval(Cell(0.5, 0.1)) == ""
 
 
 def test_stage_writes_both_pages(made: Path) -> None:
@@ -231,9 +220,105 @@ def test_stage_writes_both_pages(made: Path) -> None:
     assert json.loads(Path("results/collect.json").read_text())["seconds"] == 65.0
 
 
-def test_systems_and_metrics_stand_in_reading_order() -> None:
-    names = ["backbone-mean", "other", "student", "teacher"]
-    metrics = {f"{name}/accuracy@{k}": 0.5 for name in names for k in (1, 100, 20, 5)}
-    table = compare("safety", {"metrics": metrics, "systems": {name: {} for name in names}})
-    assert table.systems == ["student", "teacher", "backbone-mean", "other"]
-    assert [row.metric for row in table.rows] == ["accuracy@1", "accuracy@5", "accuracy@20", "accuracy@100"]
+SAFER = {
+    "metric": "accuracy@1", "system": "teacher", "delta": -0.4, "low": -0.5, "high": -0.3, "verdict": "better",
+    "units": 10,
+}  # fmt: skip
+NOISE = {
+    "metric": "Facts", "system": "teacher", "delta": -0.125, "low": -0.3, "high": 0.05, "verdict": "within noise",
+    "units": 40,
+}  # fmt: skip
+NOT_DRAWN = {
+    "metric": "mean/tasks", "system": "teacher", "delta": -0.125, "low": None, "high": None, "verdict": "no interval",
+    "units": 0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def judged(made: Path) -> Path:
+    write_json(Path("results/probe/safety.json"), {"metrics": SAFETY, "systems": SYSTEMS, "deltas": [SAFER], **RECORD})
+    deltas = [NOISE, NOT_DRAWN]
+    write_json(Path("results/evaluate/demo.json"), {"metrics": SUITE, "systems": SYSTEMS, "deltas": deltas, **RECORD})
+    return made
+
+
+def lines_of(page: str, start: str) -> list[str]:
+    return [line for line in page.splitlines() if line.startswith(start)]
+
+
+def test_markdown_has_score_difference_verdict_and_interval_in_one_cell(judged: Path) -> None:
+    page = render_markdown(content_of())
+    assert lines_of(page, "| Facts") == ["| Facts | 0.500 | 0.625<br>−0.125 within noise<br>[−0.300, +0.050] |"]
+    assert lines_of(page, "| mean/tasks") == ["| mean/tasks | 0.500 | 0.625<br>−0.125 no interval |"]
+    assert lines_of(page, "| accuracy@1") == ["| accuracy@1 ↓ | 0.200 | 0.600<br>−0.400 better<br>[−0.500, −0.300] |"]
+    # A record without intervals shows the bare difference and claims nothing.
+    assert lines_of(page, "| top1") == ["| top1 | 0.750 | 0.910<br>−0.160 |"]
+
+
+def test_html_says_the_verdict_in_words_and_colours_only_what_is_no_noise(judged: Path) -> None:
+    page = render_html(content_of())
+    assert "<td>accuracy@1&nbsp;↓</td>" in page
+    assert '<span class="d good"><span>−0.400</span> <span>better</span></span>' in page
+    assert '<span class="d"><span>[−0.500, −0.300]</span></span>' in page
+    assert '<span class="d"><span>−0.125</span> <span>within noise</span></span>' in page
+    assert '<span class="d"><span>−0.160</span></span>' in page
+    assert page.count('class="d good"') == 1
+    assert 'class="d bad"' not in page
+
+
+def test_systems_are_described_once_and_exceptions_at_their_table(made: Path) -> None:
+    systems = {**SYSTEMS, "teacher": {**SYSTEMS["teacher"], "prompting": "own prompt 'x: '"}}
+    write_json(Path("results/probe/safety.json"), {"metrics": SAFETY, "systems": systems, **RECORD})
+    content = content_of()
+    assert [(facts.name, facts.model, facts.prompting) for facts in content.systems] == [
+        ("student", "", "generative instruction"), ("teacher", "", "bare text"),
+    ]  # fmt: skip
+    assert content.suites[0].prompting == {}
+    assert content.probes[0].prompting == {"teacher": "own prompt 'x: '"}
+    for page in (render_html(content), render_markdown(content)):
+        assert page.count("generative instruction") == 1
+        assert page.count("Read differently here") == 1
+
+
+def test_a_probe_without_instruction_does_not_hide_what_is_read_elsewhere(made: Path) -> None:
+    Path("results/evaluate/demo.json").unlink()
+    content = content_of()
+    assert content.alignment is not None
+    assert content.alignment.prompting == {}
+    assert [facts.prompting for facts in content.systems] == ["generative instruction", "bare text"]
+
+
+def test_the_models_of_systems_are_named(made: Path) -> None:
+    parts = {"engine": {"name": "org/backbone"}, "teacher": {"name": "org/teacher"}, "tokens": 10}
+    systems = {
+        "student": {"identity": {"name": "encoder", "config": {"backbone": {"name": "org/backbone"}}}},
+        "hyde": {"identity": parts},
+    }
+    metrics = {"student/Facts": 0.5, "hyde/Facts": 0.25}
+    write_json(Path("results/evaluate/demo.json"), {"metrics": metrics, "systems": systems, **RECORD})
+    models = {facts.name: facts.model for facts in content_of().systems}
+    assert models == {"student": "encoder", "teacher": "", "hyde": "org/backbone, org/teacher"}
+
+
+def test_random_starts_are_summed_up(made: Path) -> None:
+    metrics = {"student/mean/tasks": 0.5, "untrained/mean/tasks": 0.2, "untrained-1/mean/tasks": 0.4}
+    record = {"metrics": metrics, "systems": {"student": {}, "untrained": {}, "untrained-1": {}}, **RECORD}
+    write_json(Path("results/evaluate/demo.json"), record)
+    for page in (render_html(content_of()), render_markdown(content_of())):
+        assert "Untrained over 2 random starts, mean ± standard deviation: mean/tasks 0.300 ± 0.141" in page
+        assert page.count("random starts") == 1
+
+
+def test_refusal_probe(made: Path) -> None:
+    metrics = {
+        "backbone/refused_safe": 0.04, "backbone/refused_unsafe": 0.9,
+        "student/over_refusal": 0.1, "student/auroc": 0.9, "teacher/over_refusal": 0.2, "teacher/auroc": 0.8,
+    }  # fmt: skip
+    write_json(Path("results/probe/refusal.json"), {"metrics": metrics, "systems": SYSTEMS, **RECORD})
+    content = gather("Toy", {}, {"refusal": {}})
+    assert [(row.metric, row.lower_is_better) for row in content.probes[0].rows] == [
+        ("auroc", False), ("over_refusal", True),
+    ]  # fmt: skip
+    for page in (render_html(content), render_markdown(content).replace("\\", "")):
+        assert "backbone: refused safe 0.040; backbone: refused unsafe 0.900" in page
+        assert "cannot be safer than the model" in page

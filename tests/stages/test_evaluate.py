@@ -15,13 +15,13 @@ from tests.evaluation_fakes import WordSystem, retrieval_folder, sts_folder
 
 PARAMS: dict[str, Any] = {
     "backbone": {"name": "nobody/lm", "dtype": "float32"},
+    "generate": {"engine": "echo", "dtype": "float32", "max_new_tokens": 8, "max_prompt_tokens": 32},
     "embed": {"teacher": {"kind": "hash"}, "normalize": False, "dtype": "float32"},
     "evaluate": {
         "systems": ["student", "teacher"],
         "local_dir": "tasks",
         "batch_size": 4,
         "dtype": "float32",
-        "seed": 0,
     },
     "suites": {"small": {"local": ["find", "pairs"], "tasks": [], "benchmark": None}},
     "probes": {"safety": {"local": "find", "top_k": [1, 5]}, "reasoning": {"local": ["find"], "tasks": []}},
@@ -36,6 +36,9 @@ class Ready:
 
     def build(self, names: Sequence[str]) -> Any:
         return (self.made[name] for name in names)
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -67,10 +70,13 @@ def call(stage: Any, *arguments: str) -> Any:
 def test_a_suite_becomes_an_artifact_and_a_record(systems: Ready) -> None:
     assert call(evaluate_stage, "small").exit_code == 0
     artifact = open_artifact(Path("results/evaluate/small"), "evaluation")
-    assert artifact.read("summary.parquet").num_rows == 4
+    assert sum(artifact.read("summary.parquet")["main"].to_pylist()) == 4
+    assert artifact.read("deltas.parquet").num_rows == 6
     record = json.loads(Path("results/evaluate/small.json").read_text())
     assert record["metrics"]["student/find"] == 1.0
     assert record["metrics"]["delta/find"] == pytest.approx(1 - record["metrics"]["teacher/find"])
+    (delta,) = (found for found in record["deltas"] if found["metric"] == "find")
+    assert delta["system"] == "teacher" and delta["verdict"] == "better" and delta["low"] > 0
     assert record["systems"]["teacher"]["prompting"] == "none"
     assert record["systems"]["student"]["tasks_run_now"] == 2
     assert list(Path("results/evaluate/small").rglob("model_meta.json"))
@@ -86,7 +92,7 @@ def test_a_rerun_computes_nothing_and_gives_equal_bytes(systems: Ready) -> None:
 
 
 def test_a_killed_run_keeps_its_finished_tasks(systems: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(texts: Any, instruction: str) -> Any:
+    def die(texts: Any, instruction: str, side: str = "query") -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -130,6 +136,7 @@ def test_a_probe_becomes_an_artifact_and_a_record(systems: Ready, name: str, met
     result = json.loads((artifact.path / "result.json").read_text())
     record = json.loads(Path(f"results/probe/{name}.json").read_text())
     assert result["metrics"] == record["metrics"] and result["metrics"][metric] == 1.0
+    assert artifact.read("deltas.parquet").to_pylist() == record["deltas"] != []
     before = artifact.digest
     assert call(probe_stage, name).exit_code == 0
     assert open_artifact(Path("results/probe") / name, "probe").digest == before
