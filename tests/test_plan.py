@@ -94,6 +94,7 @@ def test_the_real_plan(workspace: Path) -> None:
         f"embed.teacher.adapters.0.revision: {adapter} is not pinned: set the commit",
         f"embed.teacher.adapters.1.revision: {adapter}-unsup-simcse is not pinned: set the commit",
         "probes.safety.revision: McGill-NLP/AdvBench-IR-chunked is not pinned: set the commit",
+        "probes.refusal.revision: Paul/XSTest is not pinned: set the commit",
         "collect.local_dir: data/sources does not exist, `dvc repro` needs it",
         "evaluate.local_dir: data/tasks does not exist, `dvc repro` needs it",
     ]
