@@ -128,17 +128,144 @@ def encode(
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
 ) -> None:
-    """Embed the texts of a file."""
+    """Embed the texts of a file, of any size. Killed and run again, it goes on where it was."""
     with user_errors():
-        from pipeline.encoding import check_output, read_texts, write_embeddings
+        from pipeline.encoding import check_output, encode_file, open_texts
 
         check_output(output)
-        texts = read_texts(source, column)
-        embeddings = _load(model, dtype).encode(
-            texts, instruction=prompt, batch_tokens=batch_tokens, show_progress=True
+        texts = open_texts(source, column)
+        done = encode_file(_load(model, dtype), texts, output, instruction=prompt, batch_tokens=batch_tokens)
+        kept = f" ({done.kept} of them from the run before)" if done.kept else ""
+        print(f"{done.rows} embeddings of {done.width} dimensions -> {output}{kept}")
+
+
+@app.command()
+def search(
+    model: ModelOption,
+    corpus: Annotated[
+        Path,
+        typer.Option(help="Passages: .txt, .jsonl, .csv or .parquet; what encode wrote is not embedded again."),
+    ],
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many passages.")] = 5,
+    prompt: Annotated[
+        str | None, typer.Option(help="Instruction put before the query.  [default: as in the evaluation of retrieval]")
+    ] = None,
+    document_prompt: Annotated[
+        str | None, typer.Option(help="Instruction put before each passage.  [default: as in the evaluation]")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="Column of the passages.  [default: text]")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer decoded.")] = 64,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
+) -> None:
+    """Show the passages nearest to a query, and the answer that the query's embedding holds."""
+    with user_errors():
+        from pipeline.queries import normalize_text
+        from pipeline.searching import search as run_search
+        from pipeline.searching import table
+        from pipeline.text_files import open_texts
+
+        passages = open_texts(corpus, column, "--corpus")
+        wanted = normalize_text(query)
+        encoder = _load(model, dtype)
+        prompts = _retrieval_prompts(prompt, document_prompt)
+        hits = run_search(
+            encoder,
+            passages,
+            wanted,
+            count=count,
+            instruction=prompts["query"],
+            document_instruction=prompts["document"],
         )
-        write_embeddings(output, texts, embeddings)
-        print(f"{len(texts)} embeddings of {embeddings.shape[1]} dimensions -> {output}")
+        from rich.console import Console
+
+        from pipeline.lens import decode as run_decode
+
+        Console().print(table(hits))
+        answers = run_decode(encoder, [wanted], max_new_tokens=max_new_tokens, instruction=prompts["query"])
+        print(f"The query's embedding decodes to: {answers[0]}")
+
+
+def _retrieval_prompts(query: str | None, document: str | None) -> dict[str, str]:
+    """Instructions by name; None: that of the evaluation of retrieval."""
+    from pipeline.evaluation.instructions import load_instructions
+
+    known = load_instructions()
+    return {
+        "query": known.choose("", "Retrieval", "query") if query is None else query,
+        "document": known.choose("", "Retrieval", "document") if document is None else document,
+    }
+
+
+@app.command("import-official")
+def import_official(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint of the authors: a folder, or a hub name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The encoder folder to write; a new one.")],
+    backbone: Annotated[str | None, typer.Option(help="Name or folder to use in place of the recorded one.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of a checkpoint on the hub.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Longest input in tokens, new ones included; 512 by default, as theirs.")
+    ] = None,
+) -> None:
+    """Make an encoder of a checkpoint of the paper's authors. Nothing in it is run."""
+    with user_errors():
+        from pipeline.interop.official_import import import_official as run_import
+
+        remarks = run_import(source, out, backbone=backbone, revision=revision, max_length=max_length)
+        print("\n".join([f"{source} -> {out}", *(f"note: {remark}" for remark in remarks)]))
+
+
+@app.command("export-official")
+def export_official(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An encoder folder, as train writes it.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; a new one.")],
+    backbone: Annotated[str | None, typer.Option(help="Name or folder to use in place of the recorded one.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="That their package computes in: bfloat16, float16 or float32.")
+    ] = "float32",
+) -> None:
+    """Write an encoder as a checkpoint that the package of the paper's authors reads."""
+    with user_errors():
+        chosen = _dtype(dtype)
+        from pipeline.interop.official_export import export_official as run_export
+
+        remarks = run_export(model, out, backbone=backbone, dtype=chosen)
+        print("\n".join([f"{model} -> {out}", *(f"note: {remark}" for remark in remarks)]))
+
+
+@app.command("export-st")
+def export_st(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An encoder folder, as train writes it.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; a new one.")],
+    results: Annotated[Path | None, typer.Option(help="Folder of results: scores for the model card.")] = None,
+) -> None:
+    """Write an encoder as a sentence-transformers folder to give away, with its scores in the model card."""
+    with user_errors():
+        from pipeline.interop.publishing import publish
+
+        shown = publish(model, out, results)
+        print("\n".join([f"{model} -> {out}", *(f"scores of {name}" for name in shown)]))
+
+
+@app.command("export-merged")
+def export_merged(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="An encoder folder, as train writes it.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    backbone: Annotated[str | None, typer.Option(help="Name or folder in place of the recorded backbone.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the written weights: bfloat16, float16 or float32.")] = "float32",
+) -> None:
+    """Write a standard checkpoint for engines that run no code of ours: vLLM, plain sentence-transformers."""
+    with user_errors():
+        chosen = _dtype(dtype)
+        from pipeline.evaluation.instructions import load_instructions
+        from pipeline.interop.merged import export_merged as run_export
+        from pipeline.interop.merged import usage
+        from pipeline.interop.st_folder import st_prompts
+
+        prompts = st_prompts(load_instructions())
+        merged = run_export(model, out, prompts=prompts, dtype=chosen, backbone=backbone)
+        print(f"{out}: its embeddings are the encoder's up to {merged.difference:.1g} of their length")
+        print("\n".join(usage(out, merged.shape)))
 
 
 @app.command()
@@ -160,16 +287,22 @@ def decode(
 
 
 def _load(model: Path, dtype: str) -> "Encoder":
-    from typing import cast, get_args
-
-    from pipeline.backbone import DType, best_device
-    from pipeline.errors import ParamsError
-
-    if dtype not in get_args(DType):
-        raise ParamsError(f"--dtype {dtype}: known are {', '.join(get_args(DType))}")
+    chosen = _dtype(dtype)
+    from pipeline.backbone import best_device
     from pipeline.encoder.inference import Encoder
 
-    return Encoder.load(model, device=best_device(), dtype=cast("DType", dtype))
+    return Encoder.load(model, device=best_device(), dtype=chosen)
+
+
+def _dtype(name: str) -> "DType":
+    from typing import cast, get_args
+
+    from pipeline.backbone import DType
+    from pipeline.errors import ParamsError
+
+    if name not in get_args(DType):
+        raise ParamsError(f"--dtype {name}: known are {', '.join(get_args(DType))}")
+    return cast("DType", name)
 
 
 if __name__ == "__main__":

@@ -72,10 +72,12 @@ def is_entry_point(module: str) -> bool:
 
 # Loaded when a run begins, by nothing that has to answer at once.
 TRAINING = {f"{PACKAGE}.training.{name}" for name in ("assembly", "gradients", "starting")}
+# Copied into encoder folders; nothing here imports it.
+STANDALONE = f"{PACKAGE}.interop.st_module"
 
 
 def may_be_heavy(module: str) -> set[str]:
-    if module.startswith(f"{PACKAGE}.encoder") or module in TRAINING:
+    if module.startswith(f"{PACKAGE}.encoder") or module in TRAINING or module == STANDALONE:
         return HEAVY
     return {"torch"} if module == f"{PACKAGE}.lens" else set()
 

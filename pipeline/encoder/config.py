@@ -20,3 +20,4 @@ class EncoderConfig(Params):
     width: int
     teacher: dict[str, Any]
     lora: LoraParams | None = None
+    origin: dict[str, str] | None = None

@@ -158,10 +158,11 @@ def _write(
         teacher=teacher,
         lora=inputs.train.lora,
     )
+    params = {"train": inputs.train.model_dump(), "backbone": inputs.backbone.model_dump()}
     with create(
         ENCODER,
         kind="encoder",
-        params={"train": inputs.train.model_dump(), "backbone": inputs.backbone.model_dump()},
+        params=params,
         models={"backbone": identity, "teacher": teacher},
         inputs=artifacts,
     ) as out:
@@ -173,6 +174,8 @@ def _write(
             rows=len(trainer.rows),
             steps=len(trainer.curve),
             adapter=trainer.adapter,
+            sources={name: fates["train"] for name, fates in artifacts[0].manifest.counts.items() if name != "all"},
+            params=params,
         )
     _write_csv(CURVE, _LOSSES, trainer.curve)
     _write_csv(HELDOUT, _SCORES, trainer.validation.curve if trainer.validation else [])

@@ -1,0 +1,440 @@
+"""An LLM2Vec-Gen encoder as a module of sentence-transformers: `SentenceTransformer(folder, trust_remote_code=True)`.
+
+This file stands alone: it is copied as it is into the folder of every trained encoder, and needs torch, transformers,
+safetensors and sentence-transformers (peft too, where the folder has LoRA adapters). A text runs through a frozen
+language model with trained tokens behind it; two trained projections make the embedding of what is read there. The
+folder holds the trained tensors; the language model is loaded by the name and revision in `encoder_config.json`.
+
+    SentenceTransformer(folder, trust_remote_code=True, model_kwargs={
+        "backbone": "/models/llm",         # the language model, wherever it lies; LLM2VEC_GEN_BACKBONE says it too
+        "allow_other_backbone": True,      # also where it is not the one that the encoder was trained on
+        "dtype": "bfloat16",               # of the language model, float32 unless said; what else
+    })                                     # from_pretrained of transformers takes goes there as well
+
+Trusting this file does not trust code that comes with the language model: that is `"trust_remote_code": True` among the
+`model_kwargs`.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers.base.modules import InputModule
+from sentence_transformers.util import load_dir_path
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+VERSION = 1
+
+CONFIG_FILE = "encoder_config.json"
+WEIGHTS_FILE = "student.safetensors"
+ADAPTER = "adapter"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BACKBONE_VARIABLE = "LLM2VEC_GEN_BACKBONE"
+
+_KEYS = {
+    "backbone", "chat_template_kwargs", "template", "max_query_tokens", "compression_tokens", "thought_tokens",
+    "hidden", "width",
+}  # fmt: skip
+_IDENTITY_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
+_ELSEWHERE = f"say where it is by model_kwargs={{'backbone': PATH}} or {BACKBONE_VARIABLE}=PATH"
+
+log = logging.getLogger(__name__)
+
+
+class _InFloat32(nn.Module):
+    """Goes to any device and stays in float32, whatever precision the language model around it is given."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+
+
+class _Projection(_InFloat32, nn.Linear):
+    pass
+
+
+class Head(_InFloat32):
+    """What was trained: T thought and n compression tokens `[T + n, d]`, and two projections, d -> d and d -> e."""
+
+    def __init__(self, hidden: int, width: int, tokens: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.zeros(tokens, hidden))
+        self.reconstruction = _Projection(hidden, hidden)
+        self.alignment = _Projection(hidden, width)
+
+    def soft_prompts(self, hidden: Tensor) -> Tensor:
+        """Soft prompts `[B, n, d]`, which the language model decodes into an answer, of hidden states `[B, n, d]`."""
+        weight = self.reconstruction.weight
+        return self.reconstruction(hidden.to(weight.device, weight.dtype))
+
+    def embedding(self, soft_prompts: Tensor) -> Tensor:
+        """Embeddings `[B, e]`."""
+        return self.alignment(soft_prompts).mean(dim=1)
+
+
+class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transformers has no types here
+    """Texts in, embeddings and soft prompts out.
+
+    Attributes:
+        backbone: the causal language model, frozen, LoRA adapters included where there are any.
+        tokenizer: the language model's.
+        head: the trained tensors.
+        max_seq_length: longest prompt in tokens, template included, new tokens not; longer texts lose their end.
+        truncated: how many texts have lost their end so far.
+    """
+
+    config_file_name = CONFIG_FILE
+    save_in_root = True
+
+    def __init__(
+        self,
+        backbone: Any,
+        tokenizer: Any,
+        head: Head,
+        encoder_config: dict[str, Any],
+        adapter_config: dict[str, Any] | None = None,
+    ) -> None:
+        """From loaded parts; `load` reads them. `adapter_config` is peft's, where `backbone` holds LoRA adapters."""
+        super().__init__()
+        self.backbone, self.tokenizer, self.head = backbone, tokenizer, head
+        self.encoder_config, self.adapter_config = encoder_config, adapter_config
+        self.max_seq_length = encoder_config["max_query_tokens"]
+        self.truncated = 0
+        self._prompts()  # a limit that the template alone exceeds is an error now, not at the first text
+
+    # --- texts to tokens --------------------------------------------------------------------------------------------
+
+    def preprocess(self, inputs: Any, prompt: str | None = None, **_: Any) -> dict[str, Tensor]:
+        """Prompt tokens `[B, T]` of texts, padded on the left, and their mask.
+
+        Raises:
+            ValueError: something is not a text.
+        """
+        for text in inputs:
+            if not isinstance(text, str):
+                found = f"{type(text).__name__}: {str(text)[:80]}"
+                # No TypeError: sentence-transformers would try again without the prompt.
+                raise ValueError(f"this encoder embeds texts, got a {found}")  # noqa: TRY004
+        rows, cut = self._prompts().batch([(prompt or "") + text for text in inputs])
+        self._count(cut)
+        width = max(map(len, rows), default=0)
+        # Masked, so any token may stand in the padding: the tokenizer needs no pad token.
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], dtype=torch.long)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def _prompts(self) -> "_Prompts":
+        config = self.encoder_config
+        return _Prompts(self.tokenizer, config["template"], self.max_seq_length, config["chat_template_kwargs"])
+
+    def _count(self, cut: int) -> None:
+        if cut and not self.truncated:
+            log.warning(
+                "texts of more than max_seq_length=%d tokens lose their end; `model[0].truncated` counts them",
+                self.max_seq_length,
+            )
+        self.truncated += cut
+
+    # --- tokens to embeddings ---------------------------------------------------------------------------------------
+
+    def forward(self, features: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
+        """Adds `sentence_embedding` `[B, e]` and, as `token_embeddings`, the soft prompts `[B, n, d]`, in float32.
+
+        `input_ids` and `attention_mask` may be padded on either side.
+        """
+        count = self.encoder_config["compression_tokens"]
+        ids, mask = _padded_left(features["input_ids"], features["attention_mask"])
+        embeds = self.backbone.get_input_embeddings()(ids)
+        new = self.head.tokens.to(embeds).expand(len(ids), -1, -1)
+        mask = torch.cat([mask, mask.new_ones(new.shape[:2])], dim=1)
+        output = self.backbone.get_decoder()(
+            inputs_embeds=torch.cat([embeds, new], dim=1),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        )
+        soft = self.head.soft_prompts(output.last_hidden_state[:, -count:])
+        return {
+            **features,
+            "sentence_embedding": self.head.embedding(soft),
+            "token_embeddings": soft,
+            "attention_mask": mask[:, -count:],
+        }
+
+    @torch.inference_mode()
+    def decode(self, soft_prompts: Tensor, max_new_tokens: int = 64) -> list[str]:
+        """The answers that soft prompts `[B, n, d]` hold, written greedily by the language model without adapters."""
+        embeds = soft_prompts.to(self.backbone.device, self.backbone.dtype)
+        with self._without_adapters():
+            ids = self.backbone.generate(
+                inputs_embeds=embeds,
+                attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.eos_token_id,
+            )
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @contextlib.contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        layers = [module for module in self.backbone.modules() if hasattr(module, "lora_A")]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+                layer.requires_grad_(False)
+
+    def get_embedding_dimension(self) -> int:
+        """e, the width of an embedding."""
+        return int(self.encoder_config["width"])
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What `encoder_config.json` holds."""
+        return {**self.encoder_config, "max_query_tokens": self.max_seq_length}
+
+    # --- folders ----------------------------------------------------------------------------------------------------
+
+    def save(self, output_path: str, *_: Any, safe_serialization: bool = True, **__: Any) -> None:
+        """Write what `load` reads, always as safetensors; the language model stays where it is."""
+        folder = Path(output_path)
+        _write_json(folder / CONFIG_FILE, self.get_config_dict())
+        _write_tensors(folder / WEIGHTS_FILE, self.head.state_dict())
+        self.save_tokenizer(output_path)
+        if self.adapter_config is not None:
+            (folder / ADAPTER).mkdir(exist_ok=True)
+            _write_json(folder / ADAPTER / ADAPTER_CONFIG, self.adapter_config)
+            _write_tensors(folder / ADAPTER / ADAPTER_WEIGHTS, _adapter_tensors(self.backbone))
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        config_kwargs: dict[str, Any] | None = None,
+        backend: str = "torch",
+        **_: Any,
+    ) -> "LLM2VecGenEncoder":
+        """Read a folder, or a repository of the hub; the docstring of this file says what `model_kwargs` may hold.
+
+        Raises:
+            ValueError: it is no encoder, or the language model is not the one that it was trained on.
+            OSError: the language model cannot be loaded.
+            ImportError: the encoder has LoRA adapters, and peft is not installed.
+        """
+        if backend != "torch":
+            raise ValueError(f"backend '{backend}': this encoder runs on torch only")
+        hub = {"token": token, "local_files_only": local_files_only}
+        place = {**hub, "subfolder": subfolder, "cache_folder": cache_folder, "revision": revision}
+        config = _checked(cls.load_config(model_name_or_path, **place), model_name_or_path)
+        head = _load_head(config, cls.load_file_path(model_name_or_path, WEIGHTS_FILE, **place))
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_name_or_path,
+            **{**hub, "subfolder": subfolder, "cache_dir": cache_folder, "revision": revision},
+            **{"trust_remote_code": False, **(processor_kwargs or {})},
+        )
+        options = {**hub, "cache_dir": cache_folder, **(config_kwargs or {}), **(model_kwargs or {})}
+        backbone = _load_backbone(config, options)
+        adapter_config = None
+        if config.get("lora"):
+            where = load_dir_path(model_name_or_path, **{**place, "subfolder": str(Path(subfolder) / ADAPTER)})
+            adapter_config = _add_adapter(backbone, where)
+        return cls(backbone, tokenizer, head, config, adapter_config)
+
+
+class _Prompts:
+    """Texts as prompt tokens, at most `limit` of them; of a text that is too long the start is kept.
+
+    `raw` is the text with the tokenizer's own special tokens, `chat` the tokenizer's chat template around it, with the
+    beginning of the answer.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, limit: int, chat_template_kwargs: dict[str, Any]) -> None:
+        """Raises ValueError if the template is unknown, missing or longer than `limit`."""
+        self._tokenizer, self._template, self._limit = tokenizer, template, limit
+        self._kwargs = chat_template_kwargs
+        if template not in ("raw", "chat"):
+            raise ValueError(f"{CONFIG_FILE}: template is '{template}', known are raw and chat")
+        if template == "chat" and not tokenizer.chat_template:
+            raise ValueError("this encoder needs its tokenizer's chat template, and the folder has none")
+        [self._frame] = self._ids([""])
+        if len(self._frame) >= limit:
+            raise ValueError(f"max_seq_length is {limit}, the {template} template takes {len(self._frame)} by itself")
+
+    def batch(self, texts: list[str]) -> tuple[list[list[int]], int]:
+        """Token ids of each text, and how many of them were cut."""
+        # Four characters a token is already long; beyond this bound tokenising the rest is wasted work.
+        bounded = [text[: 64 * self._limit] for text in texts]
+        rows, cut = [], 0
+        for text, left, whole in zip(texts, bounded, self._ids(bounded), strict=True):
+            fits = len(whole) <= self._limit
+            cut += not fits or len(left) < len(text)
+            rows.append((whole if fits else self._start_of(left)) or self._empty())
+        return rows, cut
+
+    def _start_of(self, text: str) -> list[int]:
+        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        count = min(self._limit - len(self._frame), len(offsets))
+        while count > 0:
+            [ids] = self._ids([text[: offsets[count - 1][1]]])
+            if len(ids) <= self._limit:
+                return ids
+            count -= len(ids) - self._limit
+        return self._frame
+
+    def _empty(self) -> list[int]:
+        # Without a template and a start token an empty text has no token at all; EOS stands for it.
+        if self._tokenizer.eos_token_id is None:
+            raise ValueError("a text is empty, and the tokenizer names no EOS token to stand for it")
+        return [int(self._tokenizer.eos_token_id)]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        if self._template == "chat":
+            texts = [self._rendered(text) for text in texts]
+        return list(self._tokenizer(texts, add_special_tokens=self._template == "raw", verbose=False)["input_ids"])
+
+    def _rendered(self, text: str) -> str:
+        message = [{"role": "user", "content": text}]
+        return self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **self._kwargs)
+
+
+def _padded_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows with all padding in front, so that the new tokens follow the last token of each."""
+    order = mask.ne(0).long().argsort(dim=1, stable=True)
+    return ids.gather(1, order), mask.ne(0).long().gather(1, order)
+
+
+# --- parts of a folder ----------------------------------------------------------------------------------------------
+
+
+def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
+    if not config:
+        raise ValueError(f"{where} is not an LLM2Vec-Gen encoder: it has no {CONFIG_FILE}")
+    if missing := sorted(_KEYS - config.keys()):
+        raise ValueError(f"{where}: {CONFIG_FILE} lacks {', '.join(missing)}")
+    return config
+
+
+def _load_head(config: dict[str, Any], file: str | None) -> Head:
+    if file is None:
+        raise ValueError(f"the folder has no {WEIGHTS_FILE}")
+    head = Head(config["hidden"], config["width"], config["thought_tokens"] + config["compression_tokens"])
+    tensors, wanted = load_file(file), head.state_dict()
+    for name in sorted(tensors.keys() | wanted.keys()):
+        found, expected = (list(part[name].shape) if name in part else None for part in (tensors, wanted))
+        if found != expected:
+            raise ValueError(f"{WEIGHTS_FILE}: {name} has shape {found}, {CONFIG_FILE} says {expected}")
+    head.load_state_dict(tensors)
+    return head
+
+
+def _load_backbone(config: dict[str, Any], options: dict[str, Any]) -> Any:
+    """The frozen language model; `options` go to `from_pretrained`, but for those that say which model."""
+    recorded = config["backbone"]
+    asked = options.pop("backbone", None) or os.environ.get(BACKBONE_VARIABLE) or recorded["name"]
+    anyway = options.pop("allow_other_backbone", False)
+    name = str(Path(asked).expanduser()) if Path(asked).expanduser().is_dir() else str(asked)
+    revision = options.pop("revision", None) or (recorded.get("revision") if name == recorded["name"] else None)
+    options.setdefault("dtype", options.pop("torch_dtype", torch.float32))
+    options.setdefault("trust_remote_code", False)
+    _check_identity(recorded, name, revision, anyway)
+    try:
+        backbone = AutoModelForCausalLM.from_pretrained(name, revision=revision, **options)
+    except (OSError, ValueError) as error:
+        what = f"{name} at revision {revision}" if revision else name
+        reason = f"{str(error).strip()}\nIf it lies elsewhere, {_ELSEWHERE}"
+        raise OSError(f"cannot load the backbone {what}: {reason}") from error
+    found = backbone.get_input_embeddings().weight.shape[1]
+    if found != config["hidden"]:
+        raise ValueError(f"the backbone {name} has hidden size {found}, the encoder was trained on {config['hidden']}")
+    return backbone.eval().requires_grad_(False)
+
+
+def _check_identity(recorded: dict[str, str], name: str, revision: str | None, anyway: bool) -> None:
+    """Raises ValueError if the model called `name` is not the one recorded, OSError if it is not there."""
+    expected = recorded.get("sha256") or f"revision {recorded.get('revision')}"
+    if Path(name).is_dir():
+        found = _sha256(Path(name)) if "sha256" in recorded else _snapshot(Path(name), recorded.get("revision", ""))
+        if found is None and not anyway:
+            log.warning("%s: nothing here tells whether it is %s at %s", name, recorded["name"], expected)
+        same = found in (None, expected)
+    elif "sha256" in recorded and name == recorded["name"]:
+        raise OSError(f"the backbone is the folder {name}, which is not here: {_ELSEWHERE}")
+    else:
+        found = f"revision {revision}"
+        same = "sha256" not in recorded and (name, revision) == (recorded["name"], recorded.get("revision"))
+    if not (same or anyway):
+        raise ValueError(
+            f"the backbone {name} is {found}, the encoder was trained on {recorded['name']}, which is {expected}: "
+            "its embeddings would mean nothing. Give that model, or take this one all the same by "
+            "model_kwargs={'allow_other_backbone': True}"
+        )
+
+
+def _sha256(folder: Path) -> str:
+    """sha256 over the files that decide what a model computes."""
+    files = sorted({path for pattern in _IDENTITY_FILES for path in folder.rglob(pattern)})
+    hashes = {}
+    for path in files:
+        with path.open("rb") as file:
+            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _snapshot(folder: Path, recorded: str) -> str | None:
+    """The commit that a folder in the hub's cache is called after, if the recorded revision is a commit too."""
+    name = folder.resolve().name
+    commits = all(re.fullmatch("[0-9a-f]{40}", commit) for commit in (name, recorded))
+    return f"revision {name}" if commits else None
+
+
+def _add_adapter(backbone: Any, folder: str | None) -> dict[str, Any]:
+    """Put the LoRA adapters of a folder into the language model; their peft config."""
+    if folder is None:
+        raise ValueError(f"{CONFIG_FILE} says lora, and the folder has no {ADAPTER}/")
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ImportError("this encoder has LoRA adapters, which need peft: pip install peft") from None
+    PeftModel.from_pretrained(backbone, folder)
+    backbone.eval()
+    content: dict[str, Any] = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    return content
+
+
+def _adapter_tensors(backbone: Any) -> dict[str, Tensor]:
+    """The LoRA matrices under the names that peft gives them in files."""
+    return {
+        "base_model.model." + name.replace(".default.", "."): parameter
+        for name, parameter in backbone.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path, {"format": "pt"})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,72 @@
+"""One model, two jobs: the backbone writes the same text before, while and after it embeds."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.backbone import BackboneParams, PromptFormatter, load_backbone, load_tokenizer
+from pipeline.encoder.config import EncoderConfig
+from pipeline.encoder.inference import Encoder
+from pipeline.encoder.student import new_student
+from pipeline.lens import decode
+
+QUESTIONS = ["What is the capital of France?", "Name three colours.", "Write a haiku about rain."]
+
+
+class Writer:
+    """Greedy answers of a loaded model: token ids, and the logits that chose them."""
+
+    def __init__(self, model: Any, tokenizer: Any, new_tokens: int) -> None:
+        self._model, self._eos, self._count = model, tokenizer.eos_token_id, new_tokens
+        formatter = PromptFormatter(tokenizer, "chat", 128)
+        self._prompts = [torch.tensor([formatter(text).token_ids]) for text in QUESTIONS]
+
+    def __call__(self) -> tuple[list[list[int]], list[torch.Tensor]]:
+        found = [
+            self._model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=self._count, do_sample=False,
+                eos_token_id=self._eos, pad_token_id=self._eos, return_dict_in_generate=True, output_logits=True,
+            )
+            for prompt in self._prompts
+        ]  # fmt: skip
+        return [answer.sequences[0].tolist() for answer in found], [torch.cat(answer.logits) for answer in found]
+
+
+def check(folder: Path, new_tokens: int) -> None:
+    """Write, attach, write, embed and decode, write, detach, write: bit by bit the same."""
+    params = BackboneParams(name=str(folder), dtype="float32")
+    model, tokenizer = load_backbone(params), load_tokenizer(params)
+    write = Writer(model, tokenizer, new_tokens)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    before = write()
+    student = new_student(model, 16, compression_tokens=4, thought_tokens=1, seed=0)
+    config = EncoderConfig(
+        backbone={"name": "b"}, chat_template_kwargs={}, template="chat", max_query_tokens=128, compression_tokens=4,
+        thought_tokens=1, hidden=student.hidden, width=16, teacher={"name": "t"},
+    )  # fmt: skip
+    encoder = Encoder(model, tokenizer, student, config, {"name": "e"})
+    moments = {"attached": write()}
+    embeddings = encoder.encode(QUESTIONS)
+    decode(encoder, QUESTIONS, max_new_tokens=2)
+    moments["after embedding"] = write()
+    # Between two answers, and the embeddings are not disturbed by the answers either.
+    assert (encoder.encode(QUESTIONS) == embeddings).all()
+    del encoder, student
+    moments["detached"] = write()
+    for moment, (ids, logits) in moments.items():
+        assert ids == before[0], moment
+        assert all(torch.equal(now, then) for now, then in zip(logits, before[1], strict=True)), moment
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+def test_a_tiny_model_writes_as_before(tiny_backbone: Callable[..., Path], architecture: str) -> None:
+    check(tiny_backbone(architecture), 12)
+
+
+@pytest.mark.models
+def test_a_real_model_writes_as_before(small_lm: Path) -> None:
+    check(small_lm, 16)

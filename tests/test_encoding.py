@@ -1,0 +1,220 @@
+"""A file embedded in chunks: what is on the disk after a kill, and what the finished file holds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.encoding import EMBEDDED_BY, encode_file, open_texts
+from pipeline.errors import SourceError, WorkError
+from pipeline.runtime import work_dir
+from pipeline.shards import lock_folder
+from tests.conftest import ROOT
+from tests.stage_runs import wait_until
+
+WIDTH = 3
+
+
+class LengthEncoder:
+    """An encoder whose embedding of a text is known: its length, its first character, and one."""
+
+    width = WIDTH
+    identity = {"name": "lengths", "sha256": "abc"}
+    config = SimpleNamespace(backbone={"name": "none"})
+    model = SimpleNamespace(device=SimpleNamespace(type="cpu"), dtype="float32")
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.calls: list[list[str]] = []
+        self._fail_at = fail_at
+
+    def encode(self, texts: Sequence[str], *, instruction: str = "", batch_tokens: int | None = None) -> np.ndarray:
+        if len(self.calls) == self._fail_at:
+            raise KeyboardInterrupt
+        self.calls.append(list(texts))
+        return expected([instruction + text for text in texts])
+
+
+def expected(texts: Sequence[str]) -> np.ndarray:
+    return np.array([[len(text), ord(text[0]), 1.0] for text in texts], dtype=np.float32)
+
+
+def encode(output: str, encoder: Any = None, source: str = "in.txt", **options: Any) -> Any:
+    return encode_file(encoder or LengthEncoder(), open_texts(Path(source)), Path(output), chunk_rows=4, **options)
+
+
+def write(count: int = 10) -> list[str]:
+    texts = [f"{row} is a text"[: 5 + row % 7] for row in range(count)]
+    Path("in.txt").write_text("".join(text + "\n" for text in texts))
+    return [text.strip() for text in texts]
+
+
+def parts() -> list[Path]:
+    return sorted(work_dir("encode").glob("*/*.npy"))
+
+
+def test_npy_is_what_numpy_would_write(workspace: Path) -> None:
+    texts = write()
+    assert encode("out.npy") == (10, WIDTH, 0)
+    np.save("all.npy", expected(texts))
+    assert Path("out.npy").read_bytes() == Path("all.npy").read_bytes()
+    assert not parts()
+
+
+def test_parquet_holds_the_texts_too_and_says_who_made_it(workspace: Path) -> None:
+    texts = write()
+    encode("out.parquet", instruction="I")
+    table = pl.read_parquet("out.parquet")
+    assert table.columns == ["text", "embedding"]
+    assert table["text"].to_list() == texts
+    np.testing.assert_array_equal(table["embedding"].to_numpy(), expected([f"I{text}" for text in texts]))
+    made_by = json.loads(pq.read_schema("out.parquet").metadata[EMBEDDED_BY])
+    assert made_by == {"encoder": {"sha256": "abc"}, "backbone": {"name": "none"}, "instruction": "I"}
+
+
+@pytest.mark.parametrize("output", ["out.npy", "out.parquet"])
+def test_after_an_interruption_it_goes_on_and_ends_in_the_same_bytes(workspace: Path, output: str) -> None:
+    write()
+    encode(output)
+    whole = Path(output).read_bytes()
+    Path(output).unlink()
+    with pytest.raises(KeyboardInterrupt):
+        encode(output, LengthEncoder(fail_at=2))
+    assert not Path(output).exists()
+    assert len(parts()) == 2
+    encoder = LengthEncoder()
+    assert encode(output, encoder) == (10, WIDTH, 8)
+    assert [len(call) for call in encoder.calls] == [2]
+    assert Path(output).read_bytes() == whole
+
+
+def test_a_torn_part_is_noticed_and_made_again(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = write()
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy", LengthEncoder(fail_at=2))
+    parts()[0].write_bytes(parts()[0].read_bytes()[:-1])
+    encoder = LengthEncoder()
+    encode("out.npy", encoder)
+    assert "is damaged" in caplog.text
+    assert [len(call) for call in encoder.calls] == [4, 2]
+    np.testing.assert_array_equal(np.load("out.npy"), expected(texts))
+
+
+def test_what_changed_since_is_embedded_again_and_no_more(workspace: Path) -> None:
+    texts = write()
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy", LengthEncoder(fail_at=2))
+    texts[5] = "another text"
+    texts.append("and one more")
+    Path("in.txt").write_text("\n".join(texts))
+    encoder = LengthEncoder()
+    encode("out.npy", encoder)
+    assert encoder.calls == [texts[4:8], texts[8:]]
+    np.testing.assert_array_equal(np.load("out.npy"), expected(texts))
+
+
+def test_other_conditions_share_no_part(workspace: Path) -> None:
+    write()
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy", LengthEncoder(fail_at=2))
+    assert encode("out.npy", instruction="Say: ").kept == 0
+    assert encode("out.npy", batch_tokens=7).kept == 0
+    assert encode("out.npy").kept == 8
+
+
+def test_an_input_that_changes_meanwhile_is_refused(workspace: Path) -> None:
+    write()
+
+    class Careless(LengthEncoder):
+        def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
+            Path("in.txt").write_text("".join(f"other {row}\n" for row in range(10)))
+            return super().encode(texts, **options)
+
+    with pytest.raises(SourceError, match=r"in\.txt changed while it was embedded"):
+        encode("out.npy", Careless())
+    assert not Path("out.npy").exists()
+    assert not list(Path().glob(".out*"))
+
+
+def test_two_at_the_same_work(workspace: Path) -> None:
+    write()
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy", LengthEncoder(fail_at=1))
+    lock = lock_folder(parts()[0].parent)
+    with pytest.raises(WorkError, match="in use by another process"):
+        encode("out.npy")
+    lock.release()
+    encode("out.npy")
+
+
+def test_memory_does_not_grow_with_the_file(workspace: Path) -> None:
+    class Forgetful(LengthEncoder):
+        def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
+            return expected(texts)
+
+    def peak(rows: int) -> int:
+        Path("in.txt").write_text("".join(f"text {row:09d} {'x' * 200}\n" for row in range(rows)))
+        tracemalloc.start()
+        encode_file(Forgetful(), open_texts(Path("in.txt")), Path("out.npy"), chunk_rows=200)
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used
+
+    small = peak(1000)
+    assert peak(10_000) < 2 * small + 2**20
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from tests.test_encoding import LengthEncoder, encode
+
+class Slow(LengthEncoder):
+    def encode(self, texts, **options):
+        time.sleep(0.1)
+        return super().encode(texts, **options)
+
+encode("out.parquet", Slow())
+"""
+
+
+def test_kill_9_and_again(workspace: Path) -> None:
+    write(100)
+    encode("whole.parquet")
+    Path("run.py").write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "run.py"], env=environment, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: len(parts()) >= 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not Path("out.parquet").exists()
+    made = len(parts())
+    assert 3 <= made < 25
+    assert encode("out.parquet").kept == 4 * made
+    assert Path("out.parquet").read_bytes() == Path("whole.parquet").read_bytes()
+
+
+@pytest.fixture
+def encoder_folder(workspace: Path, tiny_backbone: Callable[..., Path]) -> Path:
+    from tests.interop.test_merged import write_model
+
+    return write_model(tiny_backbone("llama"))
+
+
+def test_a_real_encoder_in_chunks_is_the_encoder(encoder_folder: Path) -> None:
+    from pipeline.encoder.inference import Encoder
+
+    texts = write()
+    encoder = Encoder.load(encoder_folder)
+    encode_file(encoder, open_texts(Path("in.txt")), Path("out.npy"), chunk_rows=4)
+    np.testing.assert_allclose(np.load("out.npy"), encoder.encode(texts), atol=1e-5)
