@@ -3,9 +3,9 @@
     .venv/bin/python bench/encode.py [--rounds 2] [--texts 128] [--device cpu] [--quick]
 
 The reference (PyPI llm2vec-gen) runs unmodified in an environment of its own, made on the first run. Same weights (the
-demo's backbone, a student with random projections), same texts, same token ids, batches of 32 on both sides:
+demo's backbone, a student with random projections), same texts, same token ids:
 
-    ours        `Encoder.encode`
+    ours        `Encoder.encode`, with the token budget that it chooses itself
     reference   its `encode`, which takes what it is given as one batch, on 32 texts after the other
     sorted      its evaluation script's way: texts sorted by characters, then the same
 

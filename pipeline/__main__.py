@@ -130,7 +130,8 @@ def encode(
 ) -> None:
     """Embed the texts of a file, of any size. Killed and run again, it goes on where it was."""
     with user_errors():
-        from pipeline.encoding import check_output, encode_file, open_texts
+        from pipeline.encoding import check_output, encode_file
+        from pipeline.text_files import open_texts
 
         check_output(output)
         texts = open_texts(source, column)

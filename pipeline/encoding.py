@@ -20,14 +20,12 @@ from pipeline.artifacts import ArtifactWriter, bytes_sha256, digest_of, disk_err
 from pipeline.errors import SourceError
 from pipeline.runtime import progress, work_dir
 from pipeline.shards import lock_folder
-from pipeline.text_files import TextFile, open_texts, read_texts
+from pipeline.text_files import TextFile
 
 if TYPE_CHECKING:
     import numpy as np
 
     from pipeline.encoder.inference import Encoder
-
-__all__ = ["EMBEDDED_BY", "OUTPUTS", "check_output", "encode_file", "made_by", "open_texts", "read_texts"]
 
 log = logging.getLogger(__name__)
 

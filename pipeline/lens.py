@@ -16,7 +16,7 @@ def decode(
 
     The query itself is not in its sight; the soft prompts are all it sees.
     """
-    soft = encoder.soft_prompts(texts, instruction=instruction, batch_size=batch_size)
+    soft = encoder.soft_prompts(texts, instruction=instruction)
     return decode_soft_prompts(encoder, soft, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
@@ -43,13 +43,13 @@ def decode_soft_prompts(
 
 @torch.inference_mode()
 def nearest_vocabulary(
-    encoder: Encoder, texts: Sequence[str], *, count: int = 8, instruction: str = "", batch_size: int = 32
+    encoder: Encoder, texts: Sequence[str], *, count: int = 8, instruction: str = ""
 ) -> list[list[list[str]]]:
     """The logit lens: for each text and each compression token, the `count` vocabulary entries of highest logit.
 
     The hidden states are final-normed, so the output head applies to them directly.
     """
-    hidden = encoder.hidden_states(texts, instruction=instruction, batch_size=batch_size)
+    hidden = encoder.hidden_states(texts, instruction=instruction)
     head = encoder.model.get_output_embeddings()
     result = []
     for row in hidden:

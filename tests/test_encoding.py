@@ -16,10 +16,11 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.encoding import EMBEDDED_BY, encode_file, open_texts
+from pipeline.encoding import EMBEDDED_BY, encode_file
 from pipeline.errors import SourceError, WorkError
 from pipeline.runtime import work_dir
 from pipeline.shards import lock_folder
+from pipeline.text_files import open_texts
 from tests.conftest import ROOT
 from tests.stage_runs import wait_until
 

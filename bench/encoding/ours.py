@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.encoding.child import BATCH, serve
+from bench.encoding.child import serve
 from pipeline.encoder.inference import Encoder
 
 LOADED = {"bf16": "bfloat16", "fp32": "float32"}
@@ -24,7 +24,7 @@ class Ours:
 
     def encode(self, texts: list[str], instruction: str, way: str) -> "np.ndarray[Any, Any]":
         """See `Side.encode`; there is one way."""
-        return self._encoder.encode(texts, instruction=instruction, batch_size=BATCH)
+        return self._encoder.encode(texts, instruction=instruction)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -39,16 +39,8 @@ ADAPTER = "adapter"
 
 # Tokens of one forward pass by device.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
-BATCH_SIZE = 1024
 # A beginning is read by itself where that saves so many tokens at least: a forward pass has its price.
 WORTH_SHARING = 64
-
-
-class Limits(NamedTuple):
-    """Most texts and most tokens in one forward pass; None: `BATCH_TOKENS` of the device."""
-
-    rows: int
-    tokens: int | None
 
 
 class Encoder:
@@ -115,7 +107,7 @@ class Encoder:
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
             )
-            _check_identity(config, params)
+            check_backbone(config, params)
             backbone = load_backbone(params, device, quantize)
         student = Student(config.hidden, config.width, config.compression_tokens, config.thought_tokens)
         student.load_state_dict(load_file(path / WEIGHTS_FILE))
@@ -140,7 +132,6 @@ class Encoder:
         texts: Sequence[str],
         *,
         instruction: str = "",
-        batch_size: int = BATCH_SIZE,
         batch_tokens: int | None = None,
         show_progress: bool = False,
     ) -> np.ndarray:
@@ -149,40 +140,26 @@ class Encoder:
         Args:
             texts: any strings; each is cut to `max_tokens` prompt tokens.
             instruction: put before each text, e.g. "Generate a passage that best answers this question:".
-            batch_size: most texts in one forward pass; texts of like length are put together.
-            batch_tokens: most tokens in one forward pass, new tokens included; a text that is longer by itself has a
-                pass of its own. None: `BATCH_TOKENS` of the device.
+            batch_tokens: most tokens in one forward pass, new tokens included; texts of like length are put together,
+                one that is longer by itself has a pass of its own. None: `BATCH_TOKENS` of the device.
             show_progress: show a bar.
         """
         prompts = self._prompts(texts, instruction)
-        limits = Limits(batch_size, batch_tokens)
-        return self._batched(prompts, limits, self.student.embedding, (self.width,), show_progress)
+        return self._batched(prompts, batch_tokens, self.student.embedding, (self.width,), show_progress)
 
     def soft_prompts(
-        self,
-        texts: Sequence[str],
-        *,
-        instruction: str = "",
-        batch_size: int = BATCH_SIZE,
-        batch_tokens: int | None = None,
+        self, texts: Sequence[str], *, instruction: str = "", batch_tokens: int | None = None
     ) -> np.ndarray:
         """Soft prompts float32 `[len(texts), n, d]`: what the backbone decodes into an answer. See `encode`."""
         shape = (self.config.compression_tokens, self.config.hidden)
-        limits = Limits(batch_size, batch_tokens)
-        return self._batched(self._prompts(texts, instruction), limits, lambda soft: soft, shape)
+        return self._batched(self._prompts(texts, instruction), batch_tokens, lambda soft: soft, shape)
 
     def hidden_states(
-        self,
-        texts: Sequence[str],
-        *,
-        instruction: str = "",
-        batch_size: int = BATCH_SIZE,
-        batch_tokens: int | None = None,
+        self, texts: Sequence[str], *, instruction: str = "", batch_tokens: int | None = None
     ) -> np.ndarray:
         """Final-normed hidden states float32 `[len(texts), n, d]` at the compression tokens. See `encode`."""
         shape = (self.config.compression_tokens, self.config.hidden)
-        limits = Limits(batch_size, batch_tokens)
-        return self._batched(self._prompts(texts, instruction), limits, None, shape)
+        return self._batched(self._prompts(texts, instruction), batch_tokens, None, shape)
 
     def _prompts(self, texts: Sequence[str], instruction: str) -> list[list[int]]:
         # Without a template and a start token an empty text has no token at all; EOS stands for it.
@@ -194,7 +171,7 @@ class Encoder:
     def _batched(
         self,
         prompts: Sequence[list[int]],
-        limits: Limits,
+        batch_tokens: int | None,
         head: Callable[[Tensor], Tensor] | None,
         shape: tuple[int, ...],
         show_progress: bool = False,
@@ -205,7 +182,7 @@ class Encoder:
             shared = 0
         beginning = self._reader.begin(prompts[0][:shared] if shared else [])
         rests = [ids[shared:] for ids in prompts]
-        batches = self._batches([len(ids) + beginning.read_again for ids in rests], limits)
+        batches = self._batches([len(ids) + beginning.read_again for ids in rests], batch_tokens)
         for rows in progress(batches, total=len(batches), desc="encode", unit="batch") if show_progress else batches:
             hidden = self._reader.read(
                 beginning, [rests[row] for row in rows], self.student.tokens, self.student.compression_tokens
@@ -214,18 +191,17 @@ class Encoder:
             result[rows] = values.float().cpu().numpy()
         return result
 
-    def _batches(self, lengths: Sequence[int], limits: Limits) -> list[list[int]]:
+    def _batches(self, lengths: Sequence[int], batch_tokens: int | None) -> list[list[int]]:
         """Rows of each forward pass, the longest first, so that too large a batch shows at once."""
         costs = np.array(lengths, dtype=np.int64) + len(self.student.tokens)
         order = [int(row) for row in np.argsort(-costs, kind="stable")]
-        passes = micro_batches(
+        return micro_batches(
             order,
             costs,
-            most_rows=limits.rows,
-            most_tokens=limits.tokens or BATCH_TOKENS.get(self.model.device.type, BATCH_TOKENS["cuda"]),
+            most_rows=len(order),
+            most_tokens=batch_tokens or BATCH_TOKENS.get(self.model.device.type, BATCH_TOKENS["cuda"]),
             padded=self._reader.padded,
         )
-        return [rows[at : at + limits.rows] for rows in passes for at in range(0, len(rows), limits.rows)]
 
 
 def read_config(path: Path) -> EncoderConfig:
@@ -248,7 +224,8 @@ def _identity(path: Path, config: EncoderConfig) -> dict[str, Any]:
     return {"name": path.name, "sha256": trained}
 
 
-def _check_identity(config: EncoderConfig, params: BackboneParams) -> None:
+def check_backbone(config: EncoderConfig, params: BackboneParams) -> None:
+    """Raises TrainingError if the backbone has not the weights that the encoder was trained on, where it says which."""
     expected = config.backbone.get("sha256")
     if expected is None:
         return

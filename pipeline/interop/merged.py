@@ -7,6 +7,7 @@ is read back, and what it embeds is compared with the encoder.
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from pipeline.encoder.student import Student
 from pipeline.errors import ArtifactError, TrainingError
 from pipeline.interop.merged_folder import Shape, write_config, write_modules, write_readme
 from pipeline.interop.merged_tokenizer import PROBES, find_frame, fitting, write_tokenizer
+from pipeline.interop.new_folder import check_new
 
 if TYPE_CHECKING:
     import numpy as np
@@ -206,14 +208,10 @@ def _difference(found: "np.ndarray[Any, Any]", expected: "np.ndarray[Any, Any]")
 
 
 def _check_target(out: Path) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        kind = read_manifest(out).manifest.kind
-    except ArtifactError:
-        kind = "something else"
-    if kind != KIND:
-        raise ArtifactError(f"{out} exists and holds {kind}, not an earlier export: name another folder, or remove it")
+    with suppress(ArtifactError):
+        if read_manifest(out).manifest.kind == KIND:  # an earlier export
+            return
+    check_new(out)
 
 
 def usage(out: Path, shape: Shape) -> Sequence[str]:

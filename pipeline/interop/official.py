@@ -15,10 +15,6 @@ ones stay, runs everything in the dtype of `run_config.yml`, and averages alignm
 positions, without normalising.
 """
 
-from pathlib import Path
-
-from pipeline.errors import ArtifactError
-
 RUN_CONFIG = "run_config.yml"
 MODEL_CONFIG = "encoder_decoder_config.json"
 ENCODER = "encoder"
@@ -40,15 +36,3 @@ ROWS = "trainable_tokens_delta"
 def token_texts(count: int) -> list[str]:
     """Texts of the new tokens, as the authors' runs name them."""
     return [f"<question{number}>" for number in range(1, count + 1)]
-
-
-def check_new(out: Path) -> None:
-    """Refuse a place where something is already.
-
-    Raises:
-        ArtifactError: `out` exists and is not an empty folder.
-    """
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists():
-        raise ArtifactError(f"{out} exists already: name a new folder")

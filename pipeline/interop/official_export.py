@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.artifacts import create, read_manifest, write_json
-from pipeline.backbone import BackboneParams, DType, PromptFormatter, identify, load_tokenizer
+from pipeline.backbone import BackboneParams, DType, PromptFormatter, load_tokenizer
 from pipeline.encoder.config import EncoderConfig
 from pipeline.errors import BackboneError, TrainingError
 from pipeline.interop import official
 from pipeline.interop.merged_folder import old_rope_keys
+from pipeline.interop.new_folder import check_new
 from pipeline.interop.official_tokenizer import own_frame, write_tokenizer
 from pipeline.interop.official_writing import Skeleton, write_adapter, write_backbone, write_projections
 
@@ -45,17 +46,18 @@ def export_official(model: Path, out: Path, *, backbone: str | None = None, dtyp
 
     Raises:
         ArtifactError: `out` exists.
-        TrainingError: `model` is no encoder, or their format has no words for it.
-        BackboneError: the backbone is missing, or not the one that the encoder was trained on.
+        TrainingError: `model` is no encoder, the backbone is not the one that it was trained on, or their format has no
+            words for it.
+        BackboneError: the backbone is missing.
     """
     from safetensors.torch import load_file
 
-    from pipeline.encoder.inference import WEIGHTS_FILE, read_config
+    from pipeline.encoder.inference import WEIGHTS_FILE, check_backbone, read_config
 
-    official.check_new(out)
+    check_new(out)
     config = read_config(model)
     name = backbone or config.backbone["name"]
-    _check_identity(config, name)
+    check_backbone(config, BackboneParams(name=name))
     skeleton = _skeleton(config, name)
     tokenizer = load_tokenizer(BackboneParams(name=str(model)))
     frame = own_frame(tokenizer, config.template, config.chat_template_kwargs)
@@ -73,15 +75,6 @@ def export_official(model: Path, out: Path, *, backbone: str | None = None, dtyp
         card = _card(config, model, dtype, framed=frame is not None)
         (writer.path / "README.md").write_text(card, encoding="utf-8")
     return _remarks(config, name, texts, place=str(place), copied=copied, framed=frame is not None)
-
-
-def _check_identity(config: EncoderConfig, name: str) -> None:
-    expected = config.backbone.get("sha256")
-    if expected is not None and (found := identify(name, None).get("sha256")) != expected:
-        raise BackboneError(
-            f"backbone {name} has sha256 {str(found)[:12]}..., the encoder was trained on {expected[:12]}...: "
-            "give the folder it was trained on with --backbone"
-        )
 
 
 def _skeleton(config: EncoderConfig, name: str) -> Skeleton:

@@ -9,6 +9,7 @@ from pipeline.backbone import BackboneParams, identify, load_backbone, load_toke
 from pipeline.encoder.config import EncoderConfig
 from pipeline.errors import ArtifactError, BackboneError
 from pipeline.interop import official
+from pipeline.interop.new_folder import check_new
 from pipeline.interop.official_files import fetch
 from pipeline.interop.official_reading import Linear, OfficialCheckpoint, read_checkpoint
 from pipeline.interop.official_tokenizer import check_reading
@@ -65,7 +66,7 @@ def import_official(
     """
     from pipeline.encoder.export import write_encoder
 
-    official.check_new(out)
+    check_new(out)
     folder, origin = fetch(source, revision)
     checkpoint = read_checkpoint(folder)
     params = BackboneParams(name=backbone or checkpoint.backbone)

@@ -13,6 +13,7 @@ from pathlib import Path
 from pipeline.artifacts import Artifact, disk_errors, open_artifact, read_manifest
 from pipeline.errors import ArtifactError
 from pipeline.interop.card import CARD_FILE, with_results
+from pipeline.interop.new_folder import check_new
 from pipeline.interop.st_folder import write_st_files
 from pipeline.report.tables import Comparison, compare
 
@@ -28,7 +29,7 @@ def publish(model: Path, out: Path, results: Path | None = None) -> list[str]:
 
     Args:
         model: an encoder folder, as the train stage writes it; its files are verified.
-        out: a folder that is not there yet.
+        out: a new folder.
         results: the folder of results; evaluations of this very encoder are shown in the card. None: no scores.
 
     Returns:
@@ -39,8 +40,7 @@ def publish(model: Path, out: Path, results: Path | None = None) -> list[str]:
         WorkError: the disk is full or not writable.
     """
     artifact = open_artifact(model, "encoder")
-    if out.exists():
-        raise ArtifactError(f"{out} is there already: give a new folder, or remove it")
+    check_new(out)
     comparisons = list(_comparisons(artifact, results)) if results else []
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)

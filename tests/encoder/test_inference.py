@@ -93,15 +93,15 @@ class CountingReader:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_passes_hold_few_texts_and_few_tokens_the_longest_first(padded: bool) -> None:
+def test_passes_hold_few_tokens_the_longest_first(padded: bool) -> None:
     encoder = make_encoder(template="raw", max_query_tokens=64)
     reader = CountingReader(PaddedReader(PlainPasses(encoder.model)) if padded else encoder._reader)
     encoder._reader = reader
     texts = [letter * length for letter, length in zip("abcdefg", (1, 2, 3, 10, 11, 20, 60), strict=True)]
-    encoder.encode(texts, batch_size=3, batch_tokens=32)  # each text has 4 new tokens
+    encoder.encode(texts, batch_tokens=32)  # each text has 4 new tokens
     assert reader.read_rows == [[60], [20], [11, 10], [3, 2, 1]]
     reader.read_rows.clear()
-    encoder.encode(texts, batch_size=3, batch_tokens=29)
+    encoder.encode(texts, batch_tokens=29)
     assert reader.read_rows == ([[60], [20], [11], [10, 3], [2, 1]] if padded else [[60], [20], [11, 10], [3, 2, 1]])
 
 
@@ -110,7 +110,7 @@ def test_what_all_texts_begin_with_is_read_once_where_that_pays() -> None:
     encoder._reader = reader = CountingReader(encoder._reader)
     encoder.encode(["beginning a", "beginning bc"])
     assert (reader.begun, reader.read_rows) == ([0], [[12, 11]])
-    encoder.encode([f"beginning {letter}" for letter in "abcdefgh"], batch_size=5)
+    encoder.encode([f"beginning {letter}" for letter in "abcdefgh"], batch_tokens=25)
     assert (reader.begun, reader.read_rows[1:]) == ([0, 10], [[1] * 5, [1] * 3])
 
 

@@ -122,7 +122,8 @@ def test_the_backbone_is_loaded_once_and_only_when_needed(encoder: LengthEncoder
 
 
 def test_backbone_mean_pools_the_same_loaded_model(encoder: LengthEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = pytest.importorskip("pipeline.teachers.backbone_teacher")
+    from pipeline.teachers import backbone_teacher as module
+
     seen: list[Any] = []
 
     def make(model: Any, tokenizer: Any, *, identity: dict[str, Any], **_: Any) -> LengthTeacher:

@@ -498,7 +498,7 @@ def test_a_published_folder_shows_the_scores_of_this_encoder_only(
     assert not (Path("out/mine") / "manifest.json").exists()
     np.testing.assert_array_equal(load(Path("out/mine")).encode(TEXTS), load(folder).encode(TEXTS))
     assert [path.name for path in Path("out").iterdir()] == ["mine"]
-    with pytest.raises(ArtifactError, match="is there already"):
+    with pytest.raises(ArtifactError, match="exists already"):
         publish(folder, Path("out/mine"))
     assert publish(folder, Path("out/bare")) == []
     assert NO_RESULTS in Path("out/bare/README.md").read_text()
