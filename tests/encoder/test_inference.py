@@ -65,8 +65,6 @@ def test_however_texts_are_batched_they_embed_as_the_definition_says(architectur
         expected.append(encoder.student.embedding(encoder.student.soft_prompts(hidden))[0].detach().numpy())
     settings: list[dict[str, Any]] = [
         {},
-        {"batch_size": 1},
-        {"batch_size": 2},
         {"batch_tokens": 1},
         {"batch_tokens": 60},
     ]
