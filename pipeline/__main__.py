@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,13 +12,23 @@ from pipeline.params import PARAMS_FILE
 from pipeline.runtime import user_errors
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from pipeline.audit import AuditReport
     from pipeline.backbone import DType
     from pipeline.encoder.inference import Encoder
+    from pipeline.lens.decoding import EngineName as DecodingEngine
+    from pipeline.teachers.base import Teacher
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="LLM2Vec-Gen: look at a run, and use what it made.")
 
 ModelOption = Annotated[Path, typer.Option("--model", help="An encoder folder, as train writes it.")]
+BackboneOption = Annotated[
+    str | None, typer.Option("--backbone", help="Where the backbone lies, in place of the recorded folder or hub name.")
+]
+OtherOption = Annotated[
+    bool, typer.Option("--allow-other-backbone", help="Take a backbone that the encoder was not trained on too.")
+]
 ParamsOption = Annotated[Path, typer.Option("--params", help="The params file.")]
 
 
@@ -127,6 +138,8 @@ def encode(
         int | None, typer.Option(min=1, help="Tokens in one forward pass; by default chosen by the device.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
+    backbone: BackboneOption = None,
+    other: OtherOption = False,
 ) -> None:
     """Embed the texts of a file, of any size. Killed and run again, it goes on where it was."""
     with user_errors():
@@ -135,9 +148,12 @@ def encode(
 
         check_output(output)
         texts = open_texts(source, column)
-        done = encode_file(_load(model, dtype), texts, output, instruction=prompt, batch_tokens=batch_tokens)
+        encoder = _load(model, dtype, backbone, other)
+        done = encode_file(encoder, texts, output, instruction=prompt, batch_tokens=batch_tokens)
         kept = f" ({done.kept} of them from the run before)" if done.kept else ""
         print(f"{done.rows} embeddings of {done.width} dimensions -> {output}{kept}")
+        if done.truncated:
+            print(f"note: {encoder.config.cut(done.truncated, done.rows - done.kept)}")
 
 
 @app.command()
@@ -158,9 +174,12 @@ def search(
     column: Annotated[str | None, typer.Option(help="Column of the passages.  [default: text]")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer decoded.")] = 64,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
+    backbone: BackboneOption = None,
+    other: OtherOption = False,
 ) -> None:
     """Show the passages nearest to a query, and the answer that the query's embedding holds."""
     with user_errors():
+        from pipeline.printable import visible
         from pipeline.queries import normalize_text
         from pipeline.searching import search as run_search
         from pipeline.searching import table
@@ -168,7 +187,7 @@ def search(
 
         passages = open_texts(corpus, column, "--corpus")
         wanted = normalize_text(query)
-        encoder = _load(model, dtype)
+        encoder = _load(model, dtype, backbone, other)
         prompts = _retrieval_prompts(prompt, document_prompt)
         hits = run_search(
             encoder,
@@ -184,7 +203,7 @@ def search(
 
         Console().print(table(hits))
         answers = run_decode(encoder, [wanted], max_new_tokens=max_new_tokens, instruction=prompts["query"])
-        print(f"The query's embedding decodes to: {answers[0]}")
+        print(f"The query's embedding decodes to: {visible(answers[0])}")
 
 
 def _retrieval_prompts(query: str | None, document: str | None) -> dict[str, str]:
@@ -272,27 +291,93 @@ def export_merged(
 @app.command()
 def decode(
     model: ModelOption,
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="One or several texts.")],
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT...]", help="One or several texts.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", help="Texts: .txt (one a line), .jsonl, .csv or .parquet.")
+    ] = None,
+    soft_prompts: Annotated[
+        Path | None, typer.Option(help="Stored soft prompts [N, n, d]: .npy, .safetensors or .parquet.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Parquet file for all that can be read; else the answers are printed.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Page of the first rows of --output.")] = None,
+    prompt: Annotated[str, typer.Option(help="Instruction put before each text.")] = "",
+    column: Annotated[str | None, typer.Option(help="Column of the texts.  [default: text]")] = None,
+    response_column: Annotated[str | None, typer.Option(help="Column of the real responses, to compare with.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    engine: Annotated[str, typer.Option(help="That decodes: transformers, or vllm for many texts.")] = "transformers",
+    vocabulary: Annotated[int, typer.Option(min=0, help="Words of each compression token in --output.")] = 8,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="Where to find the nearest texts for --output: a data folder, or what encode wrote."),
+    ] = None,
+    count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many of the nearest.")] = 5,
+    faithfulness: Annotated[
+        bool,
+        typer.Option("--faithfulness", help="Cosines of the decoded texts in --output, by embed.teacher of --params."),
+    ] = False,
+    params: ParamsOption = PARAMS_FILE,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
+    backbone: BackboneOption = None,
+    other: OtherOption = False,
 ) -> None:
-    """Print the answer that the embedding of each text holds."""
-    with user_errors():
-        from pipeline.queries import normalize_text
+    """Print the answer that the embedding of each text holds, or write all that can be read of it to a file."""
+    with user_errors(), ExitStack() as held:
+        from pipeline.lens.sources import check_options, open_source
 
-        encoder = _load(model, dtype)
-        from pipeline.lens import decode as run_decode
+        check_options(texts, source, soft_prompts, output, html, response_column, corpus, faithfulness)
+        chosen = _decoding_engine(engine)
+        rows = open_source(
+            texts, source, soft_prompts, hidden=lambda: _hidden(model), column=column, response_column=response_column
+        )
+        teacher = held.enter_context(_teacher(params)) if faithfulness else None
+        encoder = _load(model, dtype, backbone, other)
+        from pipeline.lens.batch import Request, print_answers, read_to_files
 
-        for answer in run_decode(encoder, [normalize_text(text) for text in texts], max_new_tokens=max_new_tokens):
-            print(answer)
+        request = Request(rows, prompt, max_new_tokens, chosen, backbone, vocabulary, corpus, count)
+        if output is None:
+            print_answers(encoder, request)
+        else:
+            print("\n".join(read_to_files(encoder, request, output, html, teacher)))
 
 
-def _load(model: Path, dtype: str) -> "Encoder":
+def _decoding_engine(name: str) -> "DecodingEngine":
+    from typing import cast, get_args
+
+    from pipeline.engines import prepare_environment
+    from pipeline.errors import ParamsError
+    from pipeline.lens.decoding import EngineName
+
+    if name not in get_args(EngineName):
+        raise ParamsError(f"--engine {name}: known are {', '.join(get_args(EngineName))}")
+    chosen = cast("DecodingEngine", name)
+    prepare_environment(chosen)
+    return chosen
+
+
+def _hidden(model: Path) -> int:
+    from pipeline.encoder.folder import read_config
+
+    return read_config(model).hidden
+
+
+def _teacher(params: Path) -> "AbstractContextManager[Teacher]":
+    """The teacher that made the targets, by the params file."""
+    from pipeline.params import load
+    from pipeline.stages._systems import TeacherInputs
+    from pipeline.teachers.parallel import open_teacher
+
+    inputs = load(params, TeacherInputs)
+    return open_teacher(inputs.embed.teacher, inputs.backbone, 1)
+
+
+def _load(model: Path, dtype: str, backbone: str | None = None, other: bool = False) -> "Encoder":
     chosen = _dtype(dtype)
     from pipeline.backbone import best_device
     from pipeline.encoder.inference import Encoder
 
-    return Encoder.load(model, device=best_device(), dtype=chosen)
+    return Encoder.load(model, device=best_device(), dtype=chosen, backbone=backbone, allow_other_backbone=other)
 
 
 def _dtype(name: str) -> "DType":

@@ -1,7 +1,7 @@
 """The frozen language model and its tokenizer: identity, loading, and the one way a text becomes prompt tokens."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -157,6 +157,9 @@ class PromptFormatter:
     `raw` is the text itself with the tokenizer's own special tokens (as the paper trains); `chat` is the chat
     template with the text as the user's turn and the start of the assistant's. Of a text that is too long the start or
     the end is kept; the template around it stays whole.
+
+    Attributes:
+        keep: which side of a text that is too long is kept.
     """
 
     def __init__(
@@ -169,7 +172,7 @@ class PromptFormatter:
     ) -> None:
         """Raises BackboneError if the tokenizer has no chat template, or the template alone exceeds `max_tokens`."""
         self._tokenizer, self._template, self._max_tokens = tokenizer, template, max_tokens
-        self._kwargs, self._keep = chat_template_kwargs or {}, keep
+        self._kwargs, self.keep = chat_template_kwargs or {}, keep
         if template == "chat" and not tokenizer.chat_template:
             raise BackboneError(
                 f"tokenizer of '{tokenizer.name_or_path}' has no chat template: use an instruct model, "
@@ -190,28 +193,64 @@ class PromptFormatter:
         """Whether the prompt itself opens the `<think>` block that the answer goes on in."""
         return self._template == "chat" and self._render("").rstrip().endswith("<think>")
 
-    def batch(self, texts: Sequence[str]) -> list[FormattedPrompt]:
-        """The prompts of several texts, tokenised together."""
+    def batch(self, texts: Sequence[str], prefix: str = "") -> list[FormattedPrompt]:
+        """The prompts of several texts, tokenised together, each with `prefix` in front.
+
+        A text that loses its start loses none of `prefix`.
+
+        Raises:
+            BackboneError: that leaves such a text no room.
+        """
         if not texts:
             return []
         # Four characters a token is already long; beyond this bound tokenising the rest is wasted work.
         limit = 64 * self._max_tokens
-        bounded = [text[:limit] if self._keep == "start" else text[-limit:] for text in texts]
+        wholes = [prefix + text for text in texts]
+        if self.keep == "start":
+            bounded = [whole[:limit] for whole in wholes]
+        else:
+            bounded = [prefix + text[-limit:] for text in texts]
         return [
-            FormattedPrompt(ids, len(left) < len(text), left) if len(ids) <= self._max_tokens else self._cut(left)
-            for text, left, ids in zip(texts, bounded, self._ids(bounded), strict=True)
+            FormattedPrompt(ids, len(left) < len(whole), left)
+            if len(ids) <= self._max_tokens
+            else self._cut(left, prefix)
+            for whole, left, ids in zip(wholes, bounded, self._ids(bounded), strict=True)
         ]
 
-    def _cut(self, text: str) -> FormattedPrompt:
-        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        count = min(self._max_tokens - self._overhead, len(offsets))
+    def _cut(self, text: str, prefix: str) -> FormattedPrompt:
+        return self._cut_end(text) if self.keep == "start" else self._cut_start(text[len(prefix) :], prefix)
+
+    def _cut_start(self, text: str, prefix: str) -> FormattedPrompt:
+        taken = len(self._ids([prefix])[0])
+        if taken >= self._max_tokens:
+            raise BackboneError(
+                f"the instruction {prefix!r} takes {taken} tokens, template included, the limit is {self._max_tokens}, "
+                "and of a text the end is kept: nothing is left for it; shorten the instruction or raise the limit"
+            )
+        offsets = self._offsets(text)
+        return self._fitted(
+            min(self._max_tokens - taken, len(offsets)), lambda count: prefix + text[offsets[-count][0] :], prefix
+        )
+
+    def _cut_end(self, text: str) -> FormattedPrompt:
+        offsets = self._offsets(text)
+        return self._fitted(
+            min(self._max_tokens - self._overhead, len(offsets)), lambda count: text[: offsets[count - 1][1]], ""
+        )
+
+    def _offsets(self, text: str) -> list[tuple[int, int]]:
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(encoding["offset_mapping"])
+
+    def _fitted(self, count: int, left: Callable[[int], str], nothing: str) -> FormattedPrompt:
+        """What is `left` of a text with `count` of its tokens, or as few less as fit; `nothing` if none does."""
         while count > 0:
-            kept = text[: offsets[count - 1][1]] if self._keep == "start" else text[offsets[-count][0] :]
+            kept = left(count)
             (ids,) = self._ids([kept])
             if len(ids) <= self._max_tokens:
                 return FormattedPrompt(ids, True, kept)
             count -= len(ids) - self._max_tokens
-        return FormattedPrompt(self._ids([""])[0], True, "")
+        return FormattedPrompt(self._ids([nothing])[0], True, nothing)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if self._template == "raw":

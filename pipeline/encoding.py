@@ -45,11 +45,13 @@ class Encoded(NamedTuple):
         rows: embeddings written.
         width: their dimensions.
         kept: how many of them an earlier run had made.
+        truncated: how many of the others are of texts that were cut to fit.
     """
 
     rows: int
     width: int
     kept: int
+    truncated: int
 
 
 def check_output(path: Path) -> None:
@@ -106,7 +108,7 @@ def encode_file(
         lock = lock_folder(folder)
     try:
         parts = _Parts(folder, encoder.width)
-        kept = _embed(encoder, texts, parts, rows, instruction, batch_tokens)
+        kept, truncated = _embed(encoder, texts, parts, rows, instruction, batch_tokens)
         with _whole(output) as unfinished:
             if output.suffix == ".npy":
                 _write_npy(unfinished, texts, parts, rows)
@@ -115,14 +117,14 @@ def encode_file(
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         lock.release()
-    return Encoded(texts.rows, encoder.width, kept)
+    return Encoded(texts.rows, encoder.width, kept, truncated)
 
 
 def _embed(
     encoder: "Encoder", texts: TextFile, parts: "_Parts", rows: int, instruction: str, batch_tokens: int | None
-) -> int:
-    """Make the parts that are missing; how many texts were embedded before."""
-    kept = 0
+) -> tuple[int, int]:
+    """Make the parts that are missing; how many texts were embedded before, and how many of the others were cut."""
+    kept = truncated = 0
     nothing: list[str] = []
     with progress(nothing, total=texts.rows, desc="encode", unit="text") as bar:
         for place, chunk in enumerate(texts.chunks(rows)):
@@ -131,10 +133,12 @@ def _embed(
                 bar.initial += len(chunk)
                 bar.n += len(chunk)
             else:
-                parts.put(place, chunk, encoder.encode(chunk, instruction=instruction, batch_tokens=batch_tokens))
+                found = encoder.embed(chunk, instruction=instruction, batch_tokens=batch_tokens)
+                parts.put(place, chunk, found.vectors)
+                truncated += found.truncated
                 bar.update(len(chunk))
         bar.refresh()
-    return kept
+    return kept, truncated
 
 
 class _Parts:

@@ -1,9 +1,9 @@
-"""Embeddings against embeddings by cosine: own answers' ranks, shared neighbours, how narrow a cone they fill.
+"""Embeddings against embeddings by cosine: own answers' ranks, the nearest, shared neighbours, how narrow a cone.
 
 Similarities are computed in blocks of rows, so that memory grows with N and not with its square.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +51,39 @@ def rank_own(queries: np.ndarray, answers: np.ndarray) -> Ranked:
         blocks.append((own, (cosines >= own[:, None]).sum(axis=1), cosines.argmax(axis=1)))
     own, ranks, nearest = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
     return Ranked(own, ranks, nearest)
+
+
+def top_k(queries: np.ndarray, corpus: Iterable[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each query the `count` vectors of a corpus of any size that are nearest to it, exactly.
+
+    Args:
+        queries: `[N, e]`, of any length.
+        corpus: chunks `[B, e]` of any length; one is held at a time.
+        count: at least 1; fewer come back of a smaller corpus.
+
+    Returns:
+        Rows in the corpus int64 `[N, k]` and their cosines float32 `[N, k]`, best first; of equal ones the first.
+    """
+    wanted = _unit(queries.astype(np.float32))
+    rows, best = np.empty((len(wanted), 0), np.int64), np.empty((len(wanted), 0), np.float32)
+    seen = 0
+    for chunk in corpus:
+        against = _unit(chunk.astype(np.float32))
+        found = np.broadcast_to(np.arange(seen, seen + len(chunk)), (min(BLOCK, len(wanted)), len(chunk)))
+        parts = [
+            _best(np.hstack([rows[at], found[: len(at)]]), np.hstack([best[at], cosines]), count)
+            for at, cosines in _blocks(wanted, against)
+        ]
+        if parts:
+            rows, best = (np.concatenate(each) for each in zip(*parts, strict=True))
+        seen += len(chunk)
+    return rows, best
+
+
+def _best(rows: np.ndarray, cosines: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates stand in the order of the corpus where their cosines are equal, and a stable sort keeps it."""
+    order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(cosines, order, axis=1)
 
 
 def neighbours(vectors: np.ndarray, count: int) -> np.ndarray:

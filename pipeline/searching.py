@@ -100,10 +100,15 @@ def _embedded(
     encoder: "Encoder", corpus: TextFile, instruction: str
 ) -> "Iterator[tuple[list[str], np.ndarray[Any, Any]]]":
     nothing: list[str] = []
+    truncated = 0
     with progress(nothing, total=corpus.rows, desc="embed the corpus", unit="text") as bar:
         for chunk in corpus.chunks(CHUNK_ROWS):
-            yield chunk, encoder.encode(chunk, instruction=instruction)
+            found = encoder.embed(chunk, instruction=instruction)
+            yield chunk, found.vectors
+            truncated += found.truncated
             bar.update(len(chunk))
+    if truncated:
+        log.warning("%s", encoder.config.cut(truncated, corpus.rows))
 
 
 def _is_embedded(encoder: "Encoder", corpus: TextFile, instruction: str) -> bool:

@@ -11,6 +11,7 @@ from pipeline.backbone import (
     Keep,
     PromptFormatter,
     Quantize,
+    Template,
     eos_token_id,
     identify,
     load_backbone,
@@ -178,3 +179,26 @@ def test_a_quantised_backbone_trains_nearly_as_the_whole_one(
     layer = model.model.layers[0].mlp.up_proj.weight
     assert layer.element_size() * layer.numel() * 8 == bits * 32 * 48
     assert agreement < torch.cosine_similarity(*gradients, dim=0) < 0.999999
+
+
+@pytest.mark.parametrize("template", ["raw", "chat"])
+def test_a_text_that_loses_its_start_keeps_what_is_put_before_it(template: Template) -> None:
+    tokenizer = tiny_tokenizer()
+    formatter = PromptFormatter(tokenizer, template, 12, keep="end")
+    room = 12 - 5 - (3 if template == "chat" else 0)
+    texts = ["abcdefghijklmnop", "x", "", "é" * 900]
+    cut, fits, empty, wide = formatter.batch(texts, "Say: ")
+    assert (cut.text, cut.truncated) == ("Say: " + texts[0][-room:], True)
+    assert (fits.text, fits.truncated, empty.text) == ("Say: x", False, "Say: ")
+    assert wide.text == "Say: " + "é" * (room // 2)
+    assert tokenizer.decode(cut.token_ids, skip_special_tokens=True) == cut.text
+    assert len(cut.token_ids) == 12
+    starts = PromptFormatter(tokenizer, template, 12)
+    assert starts.batch(texts, "Say: ") == starts.batch(["Say: " + text for text in texts])
+
+
+def test_an_instruction_without_room_behind_it() -> None:
+    formatter = PromptFormatter(tiny_tokenizer(), "chat", 8, keep="end")
+    assert formatter.batch(["x"], "1234")[0].token_ids
+    with pytest.raises(BackboneError, match="'12345' takes 8 tokens, template included, the limit is 8"):
+        formatter.batch(["x"], "12345")

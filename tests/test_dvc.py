@@ -40,11 +40,11 @@ def stages_with(dep: str) -> set[str]:
 
 def test_an_edit_reaches_only_the_stages_that_use_it() -> None:
     assert stages_with("pipeline/training/trainer.py") == {"train"}
-    assert stages_with("pipeline/queries.py") == {"collect"}
+    assert stages_with("pipeline/queries.py") == {"collect", "report"}
     assert stages_with("pipeline/probes/${key}.py") == {"probe"}
     assert not stages_with("pipeline/probes/safety.py")
     assert stages_with("pipeline/stages/report.py") == {"report"}
-    assert not stages_with("pipeline/audit/__init__.py")
+    assert stages_with("pipeline/audit/__init__.py") == {"report"}
 
 
 def test_no_stage_persists_its_outs() -> None:

@@ -16,6 +16,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.encoder.inference import Embedded
 from pipeline.encoding import EMBEDDED_BY, encode_file
 from pipeline.errors import SourceError, WorkError
 from pipeline.runtime import work_dir
@@ -39,11 +40,15 @@ class LengthEncoder:
         self.calls: list[list[str]] = []
         self._fail_at = fail_at
 
-    def encode(self, texts: Sequence[str], *, instruction: str = "", batch_tokens: int | None = None) -> np.ndarray:
+    def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
+        return self.embed(texts, **options).vectors
+
+    def embed(self, texts: Sequence[str], *, instruction: str = "", batch_tokens: int | None = None) -> Embedded:
+        """Texts of more than nine characters count as cut."""
         if len(self.calls) == self._fail_at:
             raise KeyboardInterrupt
         self.calls.append(list(texts))
-        return expected([instruction + text for text in texts])
+        return Embedded(expected([instruction + text for text in texts]), sum(len(text) > 9 for text in texts))
 
 
 def expected(texts: Sequence[str]) -> np.ndarray:
@@ -66,7 +71,7 @@ def parts() -> list[Path]:
 
 def test_npy_is_what_numpy_would_write(workspace: Path) -> None:
     texts = write()
-    assert encode("out.npy") == (10, WIDTH, 0)
+    assert encode("out.npy") == (10, WIDTH, 0, 2)
     np.save("all.npy", expected(texts))
     assert Path("out.npy").read_bytes() == Path("all.npy").read_bytes()
     assert not parts()
@@ -94,7 +99,7 @@ def test_after_an_interruption_it_goes_on_and_ends_in_the_same_bytes(workspace: 
     assert not Path(output).exists()
     assert len(parts()) == 2
     encoder = LengthEncoder()
-    assert encode(output, encoder) == (10, WIDTH, 8)
+    assert encode(output, encoder) == (10, WIDTH, 8, 0)
     assert [len(call) for call in encoder.calls] == [2]
     assert Path(output).read_bytes() == whole
 
@@ -133,13 +138,23 @@ def test_other_conditions_share_no_part(workspace: Path) -> None:
     assert encode("out.npy").kept == 8
 
 
+def test_texts_that_were_cut_are_counted(workspace: Path) -> None:
+    texts = write()
+    long = [len(text) > 9 for text in texts]
+    assert encode("out.npy").truncated == sum(long) > 0
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy", LengthEncoder(fail_at=1))
+    again = encode("out.npy")
+    assert (again.kept, again.truncated) == (4, sum(long[4:]))
+
+
 def test_an_input_that_changes_meanwhile_is_refused(workspace: Path) -> None:
     write()
 
     class Careless(LengthEncoder):
-        def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
+        def embed(self, texts: Sequence[str], **options: Any) -> Embedded:
             Path("in.txt").write_text("".join(f"other {row}\n" for row in range(10)))
-            return super().encode(texts, **options)
+            return super().embed(texts, **options)
 
     with pytest.raises(SourceError, match=r"in\.txt changed while it was embedded"):
         encode("out.npy", Careless())
@@ -160,8 +175,8 @@ def test_two_at_the_same_work(workspace: Path) -> None:
 
 def test_memory_does_not_grow_with_the_file(workspace: Path) -> None:
     class Forgetful(LengthEncoder):
-        def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
-            return expected(texts)
+        def embed(self, texts: Sequence[str], **options: Any) -> Embedded:
+            return Embedded(expected(texts), 0)
 
     def peak(rows: int) -> int:
         Path("in.txt").write_text("".join(f"text {row:09d} {'x' * 200}\n" for row in range(rows)))
@@ -181,9 +196,9 @@ from pathlib import Path
 from tests.test_encoding import LengthEncoder, encode
 
 class Slow(LengthEncoder):
-    def encode(self, texts, **options):
+    def embed(self, texts, **options):
         time.sleep(0.1)
-        return super().encode(texts, **options)
+        return super().embed(texts, **options)
 
 encode("out.parquet", Slow())
 """

@@ -141,6 +141,29 @@ def test_encode_every_format_to_the_same_embeddings(model: Path) -> None:
     assert np.abs(table["embedding"].to_numpy() - found[0]).max() > 1e-4
 
 
+def test_another_backbone_and_texts_that_are_cut(
+    model: Path, tiny_backbone: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    Path("in.txt").write_text("short\n" + "x" * 40 + "\n")
+    Path("copy").symlink_to(tiny_backbone("llama"))
+    commands: list[tuple[object, ...]] = [
+        ("encode", "--input", "in.txt", "--output", "out.npy"),
+        ("search", "--corpus", "in.txt", "--max-new-tokens", 1, "short"),
+        ("decode", "--max-new-tokens", 1, "short"),
+    ]
+    for command in commands:
+        options = (*command, "--model", model, "--backbone")
+        fails("--allow-other-backbone", *options, tiny_backbone("qwen3"))
+        assert call(*options, "copy").exit_code == 0
+        caplog.clear()
+        assert call(*options, tiny_backbone("qwen3"), "--allow-other-backbone").exit_code == 0
+        assert "the encoder was trained on" in caplog.text
+    first = np.load("out.npy")
+    result = call(*commands[0], "--model", model)
+    assert "note: 1 of 2 texts are longer than 32 tokens" in result.stdout
+    assert np.abs(np.load("out.npy") - first).max() > 1e-3
+
+
 def test_decode_prints_one_answer_a_text(model: Path) -> None:
     result = call("decode", "--model", model, "one", "two", "--max-new-tokens", 3)
     assert result.exit_code == 0, result.output

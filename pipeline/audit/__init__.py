@@ -5,6 +5,7 @@ the digests and model identities that link the artifacts, and dvc.lock. A findin
 file; a damaged file is one finding, its content is not looked at further.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 from pipeline.artifacts import MANIFEST, Artifact, damaged_files, read_manifest
@@ -24,11 +25,12 @@ CHAIN = {
 RESULT_FOLDERS = ("results/evaluate", "results/probe")
 
 
-def audit(root: Path = Path()) -> AuditReport:
+def audit(root: Path = Path(), *, being_written: Collection[str] = ()) -> AuditReport:
     """Verify all artifacts below `root`.
 
     Args:
         root: the workspace that holds data/, models/ and results/.
+        being_written: outs that are not compared with dvc.lock, which cannot know them yet.
     """
     findings = Findings()
     names = [*CHAIN, *_result_names(root)]
@@ -44,7 +46,7 @@ def audit(root: Path = Path()) -> AuditReport:
     chain.check_models(root, opened, findings)
     chain.check_width(intact, findings)
     # A damaged artifact differs from the lock too: once is enough.
-    locked = lock.check_lock(root, set(opened) - set(intact), bool(present), findings)
+    locked = lock.check_lock(root, {*opened, *being_written} - set(intact), bool(present), findings)
     verified = {name: artifact for name, artifact in intact.items() if name not in findings.artifacts()}
     return AuditReport.of(findings, verified, missing, locked)
 

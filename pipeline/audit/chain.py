@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.artifacts import Artifact, read_manifest
-from pipeline.audit.findings import Findings
+from pipeline.audit.findings import STALE, Findings
 from pipeline.backbone import identify
 from pipeline.errors import ArtifactError, BackboneError
 
@@ -19,15 +19,24 @@ ENCODER_CONFIG = "encoder_config.json"
 def check_inputs(root: Path, artifacts: Mapping[str, Artifact], findings: Findings) -> None:
     """Each artifact was made from the inputs that are there now."""
     for name, artifact in artifacts.items():
-        for path, digest in artifact.manifest.inputs.items():
-            try:
-                current = read_manifest(root / path).digest
-            except ArtifactError:
-                continue  # reported for the input itself
-            if current != digest:
-                findings.add(
-                    name, "", f"is stale: made from {path} with manifest {digest[:12]}..., now it is {current[:12]}..."
-                )
+        for path, current in stale_inputs(root, artifact).items():
+            digest = artifact.manifest.inputs[path]
+            findings.add(
+                name, "", f"{STALE}: made from {path} with manifest {digest[:12]}..., now it is {current[:12]}..."
+            )
+
+
+def stale_inputs(root: Path, artifact: Artifact) -> dict[str, str]:
+    """The inputs that were made anew since, with the digests of their manifests as they are now."""
+    found = {}
+    for path, digest in artifact.manifest.inputs.items():
+        try:
+            current = read_manifest(root / path).digest
+        except ArtifactError:
+            continue  # reported for the input itself
+        if current != digest:
+            found[path] = current
+    return found
 
 
 def check_models(root: Path, artifacts: Mapping[str, Artifact], findings: Findings) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Self
 from pipeline.artifacts import Artifact
 
 SHOWN_PER_CHECK = 20
+STALE = "is stale"
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class Finding:
     def line(self) -> str:
         """The finding as one line."""
         return " ".join(f"{self.artifact} {self.where}".split()) + ": " + " ".join(self.what.split())
+
+    @property
+    def stale(self) -> bool:
+        """Whether the artifact is whole, but made from inputs that were made anew since."""
+        return self.what.startswith(STALE)
 
 
 class Findings:

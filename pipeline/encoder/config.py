@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.backbone import Template
+from pipeline.backbone import Keep, Template
 from pipeline.encoder.lora import LoraParams
 from pipeline.params import Params
 
@@ -14,6 +14,7 @@ class EncoderConfig(Params):
     chat_template_kwargs: dict[str, Any]
     template: Template
     max_query_tokens: int
+    keep: Keep = "start"
     compression_tokens: int
     thought_tokens: int
     hidden: int
@@ -21,3 +22,11 @@ class EncoderConfig(Params):
     teacher: dict[str, Any]
     lora: LoraParams | None = None
     origin: dict[str, str] | None = None
+
+    def cut(self, count: int, total: int) -> str:
+        """What has become of `count` of `total` texts that were too long."""
+        lost = "end" if self.keep == "start" else "start"
+        return (
+            f"{count} of {total} texts are longer than {self.max_query_tokens} tokens, prompt and template included "
+            f"(train.max_query_tokens), and lose their {lost} (train.too_long: keep_{self.keep})"
+        )

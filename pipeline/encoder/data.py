@@ -138,8 +138,10 @@ def tokenize(
     ended = [[*answer, eos] if stop else answer for answer, stop in zip(answers, finished, strict=True)]
     if long_responses == "error":
         _check_lengths(ids, ended, max_response_tokens)
-    _report_cut("queries", sum(prompt.truncated for prompt in prompts), "train.max_query_tokens")
-    _report_cut("responses", sum(len(answer) > max_response_tokens for answer in ended), "train.max_response_tokens")
+    lost = "end" if formatter.keep == "start" else "start"
+    _report_cut("queries", sum(prompt.truncated for prompt in prompts), "train.max_query_tokens", lost)
+    long = sum(len(answer) > max_response_tokens for answer in ended)
+    _report_cut("responses", long, "train.max_response_tokens", "end")
     cut = [answer[:max_response_tokens] for answer in ended]
     return TrainingRows(ids, [prompt.token_ids for prompt in prompts], cut, embeddings_matrix(table["embedding"]))
 
@@ -154,6 +156,6 @@ def _check_lengths(ids: Sequence[str], answers: Sequence[Sequence[int]], limit: 
     )
 
 
-def _report_cut(what: str, count: int, knob: str) -> None:
+def _report_cut(what: str, count: int, knob: str, lost: str) -> None:
     if count:
-        log.warning("%d %s are longer than %s and lose their end", count, what, knob)
+        log.warning("%d %s are longer than %s and lose their %s", count, what, knob, lost)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.artifacts import ArtifactWriter, write_json
 from pipeline.encoder.config import EncoderConfig
-from pipeline.encoder.inference import ADAPTER, CONFIG_FILE, WEIGHTS_FILE
+from pipeline.encoder.folder import ADAPTER, CONFIG_FILE, WEIGHTS_FILE
 from pipeline.encoder.lora import save_adapter
 from pipeline.encoder.student import Student
 from pipeline.errors import TrainingError

@@ -1,46 +1,47 @@
 """A trained encoder in use: texts in, embeddings or soft prompts out, one forward pass, nothing generated."""
 
-import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.artifacts import digest_of, file_sha256
-from pipeline.backbone import (
-    BackboneParams,
-    DType,
-    PromptFormatter,
-    Quantize,
-    eos_token_id,
-    identify,
-    load_backbone,
-    load_tokenizer,
-)
+from pipeline.backbone import BackboneParams, DType, PromptFormatter, Quantize, eos_token_id, load_tokenizer
 from pipeline.encoder.batching import micro_batches
 from pipeline.encoder.config import EncoderConfig
-from pipeline.encoder.lora import WEIGHTS_FILE as ADAPTER_WEIGHTS
+from pipeline.encoder.folder import (
+    ADAPTER,
+    check_backbone,
+    check_sizes,
+    identity_of,
+    open_backbone,
+    read_config,
+    read_student,
+)
 from pipeline.encoder.lora import load_adapter
 from pipeline.encoder.reader_choice import prompt_reader
 from pipeline.encoder.segments import shared_prefix
 from pipeline.encoder.student import Student, new_student
-from pipeline.errors import TrainingError
-from pipeline.params import validate
+from pipeline.errors import SourceError, TrainingError
 from pipeline.prompts import join_instruction
 from pipeline.runtime import progress
 
-CONFIG_FILE = "encoder_config.json"
-WEIGHTS_FILE = "student.safetensors"
-ADAPTER = "adapter"
+log = logging.getLogger(__name__)
 
 # Tokens of one forward pass by device.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
 # A beginning is read by itself where that saves so many tokens at least: a forward pass has its price.
 WORTH_SHARING = 64
+
+
+class Embedded(NamedTuple):
+    """Embeddings float32 `[N, width]`, and how many of the N texts were cut to fit."""
+
+    vectors: np.ndarray
+    truncated: int
 
 
 class Encoder:
@@ -50,7 +51,7 @@ class Encoder:
         model: the backbone; it still answers as before.
         tokenizer: the backbone's.
         width: dimensions of an embedding.
-        max_tokens: longest prompt, new tokens not counted; longer texts lose their end.
+        max_tokens: longest prompt, new tokens not counted; of longer texts the side that `config.keep` says is kept.
         identity: what pins the weights.
     """
 
@@ -70,7 +71,9 @@ class Encoder:
         self.model, self.tokenizer, self.student, self.config = model, tokenizer, student.eval(), config
         self.width, self.max_tokens, self.identity = config.width, config.max_query_tokens, identity
         self._reader = prompt_reader(model if adapted is None else adapted)
-        self._format = PromptFormatter(tokenizer, config.template, config.max_query_tokens, config.chat_template_kwargs)
+        self._format = PromptFormatter(
+            tokenizer, config.template, config.max_query_tokens, config.chat_template_kwargs, config.keep
+        )
 
     @classmethod
     def load(
@@ -80,6 +83,7 @@ class Encoder:
         device: str = "cpu",
         dtype: DType = "float32",
         backbone: Any = None,
+        allow_other_backbone: bool = False,
         quantize: Quantize | None = None,
         trust_remote_code: bool = False,
     ) -> Self:
@@ -89,31 +93,31 @@ class Encoder:
             path: the folder.
             device: of the backbone.
             dtype: of the backbone.
-            backbone: the name or a loaded model to use in place of the recorded one. A loaded model is taken as it is:
-                whether it is the one the encoder was trained on is the caller's to know.
+            backbone: the place (folder or hub name) or a loaded model to use instead of the recorded one. A loaded
+                model is taken as it is: whether it is the one the encoder was trained on is the caller's to know.
+            allow_other_backbone: take a backbone with other weights too, with a warning.
             quantize: see `load_backbone`.
             trust_remote_code: let the backbone and its tokenizer run code that comes with them. No folder can ask for
                 it, only the caller.
 
         Raises:
-            TrainingError: the folder is no encoder, or the backbone is not the one it was trained on.
+            TrainingError: the folder is no encoder or damaged, or the backbone is not the one it was trained on.
             BackboneError: the backbone cannot be loaded.
         """
         config = read_config(path)
-        if backbone is None or isinstance(backbone, str):
-            params = BackboneParams(
-                name=backbone or config.backbone["name"],
-                revision=config.backbone.get("revision"),
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-            )
-            check_backbone(config, params)
-            backbone = load_backbone(params, device, quantize)
-        student = Student(config.hidden, config.width, config.compression_tokens, config.thought_tokens)
-        student.load_state_dict(load_file(path / WEIGHTS_FILE))
-        adapted = load_adapter(backbone, path / ADAPTER, config.lora) if config.lora else None
+        student = read_student(path, config)
         tokenizer = load_tokenizer(BackboneParams(name=str(path), trust_remote_code=trust_remote_code))
-        return cls(backbone, tokenizer, student.to(backbone.device), config, _identity(path, config), adapted)
+        other = None
+        if backbone is None or isinstance(backbone, str | Path):
+            name = config.backbone["name"] if backbone is None else str(backbone)
+            other = check_backbone(config, name, allow_other=allow_other_backbone)
+            backbone = open_backbone(
+                config, name, device=device, dtype=dtype, quantize=quantize, trust_remote_code=trust_remote_code
+            )
+        check_sizes(config, backbone, tokenizer, other=other is not None)
+        adapted = load_adapter(backbone, path / ADAPTER, config.lora) if config.lora else None
+        identity = identity_of(path, config, other)
+        return cls(backbone, tokenizer, student.to(backbone.device), config, identity, adapted)
 
     def untrained(self, seed: int) -> "Encoder":
         """The backbone itself, without adapters, with a student that no step has trained: random projections."""
@@ -124,7 +128,8 @@ class Encoder:
             thought_tokens=self.config.thought_tokens,
             seed=seed,
         )
-        identity = {"name": "untrained", "seed": seed, "backbone": self.config.backbone}
+        backbone = self.identity.get("other_backbone", self.config.backbone)
+        identity = {"name": "untrained", "seed": seed, "backbone": backbone}
         return Encoder(self.model, self.tokenizer, student, self.config, identity)
 
     def encode(
@@ -137,35 +142,70 @@ class Encoder:
     ) -> np.ndarray:
         """Embeddings float32 `[len(texts), width]`, not normalised: compare them by cosine.
 
+        Texts that were cut are counted in a warning.
+
         Args:
             texts: any strings; each is cut to `max_tokens` prompt tokens.
             instruction: put before each text, e.g. "Generate a passage that best answers this question:".
             batch_tokens: most tokens in one forward pass, new tokens included; texts of like length are put together,
                 one that is longer by itself has a pass of its own. None: `BATCH_TOKENS` of the device.
             show_progress: show a bar.
+
+        Raises:
+            SourceError: something is not a text.
+            TrainingError: an embedding is not finite.
         """
-        prompts = self._prompts(texts, instruction)
-        return self._batched(prompts, batch_tokens, self.student.embedding, (self.width,), show_progress)
+        found = self.embed(texts, instruction=instruction, batch_tokens=batch_tokens, show_progress=show_progress)
+        self._tell(found.truncated, len(texts))
+        return found.vectors
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        batch_tokens: int | None = None,
+        show_progress: bool = False,
+    ) -> Embedded:
+        """As `encode`, for callers with many calls: says nothing of texts that were cut, only how many they are."""
+        prompts, truncated = self._prompts(texts, instruction)
+        vectors = self._batched(prompts, batch_tokens, self.student.embedding, (self.width,), show_progress)
+        return Embedded(vectors, truncated)
 
     def soft_prompts(
         self, texts: Sequence[str], *, instruction: str = "", batch_tokens: int | None = None
     ) -> np.ndarray:
         """Soft prompts float32 `[len(texts), n, d]`: what the backbone decodes into an answer. See `encode`."""
-        shape = (self.config.compression_tokens, self.config.hidden)
-        return self._batched(self._prompts(texts, instruction), batch_tokens, lambda soft: soft, shape)
+        return self._at_tokens(texts, instruction, batch_tokens, lambda soft: soft)
 
     def hidden_states(
         self, texts: Sequence[str], *, instruction: str = "", batch_tokens: int | None = None
     ) -> np.ndarray:
         """Final-normed hidden states float32 `[len(texts), n, d]` at the compression tokens. See `encode`."""
-        shape = (self.config.compression_tokens, self.config.hidden)
-        return self._batched(self._prompts(texts, instruction), batch_tokens, None, shape)
+        return self._at_tokens(texts, instruction, batch_tokens, None)
 
-    def _prompts(self, texts: Sequence[str], instruction: str) -> list[list[int]]:
+    def _at_tokens(
+        self,
+        texts: Sequence[str],
+        instruction: str,
+        batch_tokens: int | None,
+        head: Callable[[Tensor], Tensor] | None,
+    ) -> np.ndarray:
+        prompts, truncated = self._prompts(texts, instruction)
+        self._tell(truncated, len(texts))
+        return self._batched(prompts, batch_tokens, head, (self.config.compression_tokens, self.config.hidden))
+
+    def _prompts(self, texts: Sequence[str], instruction: str) -> tuple[list[list[int]], int]:
+        """Token ids of each text, and how many were cut."""
+        check_texts(texts)
         # Without a template and a start token an empty text has no token at all; EOS stands for it.
         empty = [eos_token_id(self.tokenizer)]
-        prompts = self._format.batch([join_instruction(instruction, text) for text in texts])
-        return [prompt.token_ids or empty for prompt in prompts]
+        prompts = self._format.batch(texts, join_instruction(instruction, ""))
+        return [prompt.token_ids or empty for prompt in prompts], sum(prompt.truncated for prompt in prompts)
+
+    def _tell(self, truncated: int, total: int) -> None:
+        if truncated:
+            log.warning("%s", self.config.cut(truncated, total))
 
     @torch.inference_mode()
     def _batched(
@@ -189,7 +229,16 @@ class Encoder:
             )
             values = hidden if head is None else head(self.student.soft_prompts(hidden))
             result[rows] = values.float().cpu().numpy()
+        self._check_finite(result)
         return result
+
+    def _check_finite(self, values: np.ndarray) -> None:
+        wrong = int((~np.isfinite(values)).any(axis=tuple(range(1, values.ndim))).sum())
+        if wrong:
+            raise TrainingError(
+                f"{wrong} of {len(values)} embeddings are not finite with the backbone in {self.model.dtype}: "
+                "take another by --dtype (in Python dtype=), bfloat16 or float32"
+            )
 
     def _batches(self, lengths: Sequence[int], batch_tokens: int | None) -> list[list[int]]:
         """Rows of each forward pass, the longest first, so that too large a batch shows at once."""
@@ -204,34 +253,18 @@ class Encoder:
         )
 
 
-def read_config(path: Path) -> EncoderConfig:
-    """The config of an encoder folder.
-
-    Raises:
-        TrainingError: the folder holds none.
-    """
-    try:
-        content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TrainingError(f"{path} is not an encoder (no {CONFIG_FILE}): run the train stage first") from None
-    return validate(content, EncoderConfig, where=str(path / CONFIG_FILE))
-
-
-def _identity(path: Path, config: EncoderConfig) -> dict[str, Any]:
-    trained = file_sha256(path / WEIGHTS_FILE)
-    if config.lora is not None:
-        trained = digest_of([trained, file_sha256(path / ADAPTER / ADAPTER_WEIGHTS)])
-    return {"name": path.name, "sha256": trained}
-
-
-def check_backbone(config: EncoderConfig, params: BackboneParams) -> None:
-    """Raises TrainingError if the backbone has not the weights that the encoder was trained on, where it says which."""
-    expected = config.backbone.get("sha256")
-    if expected is None:
-        return
-    found = identify(params.name, params.revision).get("sha256")
-    if found != expected:
-        raise TrainingError(
-            f"backbone {params.name} has sha256 {str(found)[:12]}..., the encoder was trained on {expected[:12]}...: "
-            "give the folder it was trained on, or train again"
-        )
+def check_texts(texts: Sequence[Any], first: int = 0) -> None:
+    """Raises SourceError unless all are strings that a tokenizer can read; `first` is the row of the first one."""
+    if isinstance(texts, str):
+        raise SourceError(f"texts is one string ({texts[:40]!r}): give a list of strings")
+    for row, text in enumerate(texts, start=first):
+        if not isinstance(text, str):
+            shown = " ".join(repr(text).split())[:40]
+            raise SourceError(f"texts[{row}] is {shown} ({type(text).__name__}): every text must be a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise SourceError(
+                f"texts[{row}] holds {text[error.start]!r} at character {error.start}, half of a surrogate pair: "
+                "read the text as UTF-8 with errors='replace'"
+            ) from None

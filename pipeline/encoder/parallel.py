@@ -1,6 +1,8 @@
 """Several encoders, one process and one GPU each, behind the interface of one."""
 
+import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,11 +12,14 @@ from pipeline.encoder.config import EncoderConfig
 from pipeline.errors import EvaluationError
 from pipeline.jobs import TextJobs
 from pipeline.places import Place
+from pipeline.runtime import progress
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipeline.encoder.inference import Encoder
+    from pipeline.encoder.inference import Embedded, Encoder
+
+log = logging.getLogger(__name__)
 
 # Large enough for full batches of like lengths, small enough that the processes end together.
 JOB_TEXTS = 512
@@ -53,15 +58,43 @@ class ParallelEncoder:
         self.width, self.max_tokens, self.identity, self.config = self._jobs.facts
 
     def encode(
-        self, texts: Sequence[str], *, instruction: str = "", batch_tokens: int | None = None
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        batch_tokens: int | None = None,
+        show_progress: bool = False,
     ) -> "np.ndarray[Any, Any]":
         """See `Encoder.encode`; the limit is that of each process."""
+        found = self.embed(texts, instruction=instruction, batch_tokens=batch_tokens, show_progress=show_progress)
+        if found.truncated:
+            log.warning("%s", self.config.cut(found.truncated, len(texts)))
+        return found.vectors
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        batch_tokens: int | None = None,
+        show_progress: bool = False,
+    ) -> "Embedded":
+        """See `Encoder.embed`."""
         import numpy as np
 
+        from pipeline.encoder.inference import Embedded, check_texts
+
+        check_texts(texts)  # here, since a process knows only the rows of its job
         vectors = np.empty((len(texts), self.width), np.float32)
-        for chosen, value in self._jobs.run("encode", texts, instruction=instruction, batch_tokens=batch_tokens):
-            vectors[chosen] = value
-        return vectors
+        truncated = 0
+        nothing: list[str] = []
+        with progress(nothing, total=len(texts), desc="encode", unit="text") if show_progress else nullcontext() as bar:
+            for chosen, value in self._jobs.run("embed", texts, instruction=instruction, batch_tokens=batch_tokens):
+                vectors[chosen] = value.vectors
+                truncated += value.truncated
+                if bar is not None:
+                    bar.update(len(chosen))
+        return Embedded(vectors, truncated)
 
     def close(self) -> None:
         """Stop the processes."""
@@ -69,23 +102,39 @@ class ParallelEncoder:
 
 
 def encoder_loader(
-    path: Path, *, dtype: DType, untrained_seed: int | None = None, trust_remote_code: bool = False
+    path: Path,
+    *,
+    dtype: DType,
+    untrained_seed: int | None = None,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    backbone: str | None = None,
+    allow_other_backbone: bool = False,
 ) -> "Callable[[], Encoder]":
-    """Loads the encoder of a folder onto the best device of the process that calls it; picklable.
+    """Loads the encoder of a folder; picklable.
 
     Args:
         path: the folder.
         dtype: of the backbone.
         untrained_seed: of `Encoder.untrained`; None: the trained one.
         trust_remote_code: see `Encoder.load`.
+        device: of the backbone; None: the best of the process that loads it.
+        backbone: see `Encoder.load`.
+        allow_other_backbone: see `Encoder.load`.
     """
-    return partial(_load, path, dtype, untrained_seed, trust_remote_code)
+    options = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "backbone": backbone,
+        "allow_other_backbone": allow_other_backbone,
+    }
+    return partial(_load, path, device, untrained_seed, options)
 
 
-def _load(path: Path, dtype: DType, untrained_seed: int | None, trust_remote_code: bool) -> "Encoder":
+def _load(path: Path, device: str | None, untrained_seed: int | None, options: dict[str, Any]) -> "Encoder":
     from pipeline.encoder.inference import Encoder
 
-    encoder = Encoder.load(path, device=best_device(), dtype=dtype, trust_remote_code=trust_remote_code)
+    encoder = Encoder.load(path, device=device or best_device(), **options)
     return encoder if untrained_seed is None else encoder.untrained(untrained_seed)
 
 

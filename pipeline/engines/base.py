@@ -2,9 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.contracts import FinishReason
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,15 @@ class Prompt:
     token_ids: list[int]
     seed: int
     text: str = ""
+
+
+@dataclass(frozen=True)
+class SoftPrompt:
+    """A row to complete that begins with vectors `[n, d]` in place of tokens; only some engines take it."""
+
+    id: str
+    embeds: "torch.Tensor"
+    seed: int = 0
 
 
 @dataclass(frozen=True)

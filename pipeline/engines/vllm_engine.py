@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pipeline.backbone import BackboneParams, best_device
-from pipeline.engines.base import Completion, Prompt, Sampling
+from pipeline.engines.base import Completion, Prompt, Sampling, SoftPrompt
 from pipeline.engines.checks import describe, too_long
 from pipeline.engines.reaper import Reaper
 from pipeline.engines.vllm_choices import Choice, cpu_choices, gpu_choices
@@ -115,8 +115,11 @@ class VllmEngine:
             log.info("engine vllm: max_num_batched_tokens = %d (vLLM's own, for offline work on this device)", tokens)
         log.info("engine vllm: ready after %.1f s", time.monotonic() - started)
 
-    def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
-        """See `Engine.generate`; answers come in the order in which they finish."""
+    def generate(self, prompts: Iterable[Prompt | SoftPrompt], sampling: Sampling) -> Iterator[Completion]:
+        """See `Engine.generate`; answers come in the order in which they finish.
+
+        Soft prompts need the option `enable_prompt_embeds`.
+        """
         waiting = iter(prompts)
         in_flight: set[str] = set()
         try:
@@ -140,11 +143,15 @@ class VllmEngine:
         self._reaper.close()
         del self._engine
 
-    def _submit(self, prompt: Prompt, sampling: Sampling) -> str | None:
+    def _submit(self, prompt: Prompt | SoftPrompt, sampling: Sampling) -> str | None:
         """Hand a prompt to vLLM, or say why it cannot be answered."""
-        if reason := too_long(len(prompt.token_ids), sampling.max_new_tokens, self._max_model_len):
+        request: dict[str, Any]
+        if isinstance(prompt, SoftPrompt):
+            length, request = len(prompt.embeds), {"type": "embeds", "prompt_embeds": prompt.embeds}
+        else:
+            length, request = len(prompt.token_ids), {"type": "token", "prompt_token_ids": prompt.token_ids}
+        if reason := too_long(length, sampling.max_new_tokens, self._max_model_len):
             return reason
-        request = {"type": "token", "prompt_token_ids": prompt.token_ids}
         try:
             self._engine.add_request(prompt.id, request, _sampling_params(prompt, sampling))
         except Exception as error:
@@ -231,7 +238,7 @@ def _start(engine_args: Any, arguments: Mapping[str, Any], name: str) -> Any:
         ) from error
 
 
-def _sampling_params(prompt: Prompt, sampling: Sampling) -> Any:
+def _sampling_params(prompt: Prompt | SoftPrompt, sampling: Sampling) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

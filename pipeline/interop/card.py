@@ -133,7 +133,8 @@ def model_card(
         peft="; its adapters need peft" if lora else "",
         place=place,
         where=(_LOCAL if local else _HUB).format(name=backbone["name"]),
-        limit=f"Texts of more than {config.max_query_tokens} tokens, prompt and template included, lose their end.",
+        limit=f"Texts of more than {config.max_query_tokens} tokens, prompt and template included, lose their "
+        f"{'end' if config.keep == 'start' else 'start'}.",
         teacher=_pairs(config.teacher),
         rows=facts.rows,
         sources="".join(f"| training queries from {name} | {rows:,} |\n" for name, rows in facts.sources.items()),

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.artifacts import create, read_manifest
 from pipeline.backbone import DType
-from pipeline.encoder.inference import ADAPTER, Encoder
+from pipeline.encoder.folder import ADAPTER
+from pipeline.encoder.inference import Encoder
 from pipeline.encoder.lora import load_adapter
 from pipeline.encoder.student import Student
 from pipeline.errors import ArtifactError, TrainingError
-from pipeline.interop.merged_folder import Shape, write_config, write_modules, write_readme
+from pipeline.interop.merged_folder import PROMPT_IS_CUT, Shape, write_config, write_modules, write_readme
 from pipeline.interop.merged_tokenizer import PROBES, find_frame, fitting, write_tokenizer
 from pipeline.interop.new_folder import check_new
 
@@ -83,6 +84,7 @@ def export_merged(
         hidden=config.hidden,
         width=config.width,
         max_tokens=config.max_query_tokens + config.thought_tokens + config.compression_tokens,
+        keep=config.keep,
     )
     add_rows(encoder.model, encoder.student.tokens, first)
     weight, bias = compose(encoder.student)
@@ -223,4 +225,6 @@ def usage(out: Path, shape: Shape) -> Sequence[str]:
         lines.append(
             f"vLLM: per-token pooling and the mean of the last {shape.compression_tokens}, see {out}/README.md"
         )
+    if shape.keep == "end":
+        lines.append(f"note: {PROMPT_IS_CUT[0].lower()}{PROMPT_IS_CUT[1:]}")
     return lines

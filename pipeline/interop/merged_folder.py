@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.artifacts import write_json
-from pipeline.backbone import DType
+from pipeline.backbone import DType, Keep
 from pipeline.encoder.config import EncoderConfig
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class Shape(NamedTuple):
         hidden: d, the width of the backbone.
         width: e, the width of an embedding.
         max_tokens: longest input, new tokens included.
+        keep: which side of a longer one is kept.
     """
 
     first_id: int
@@ -35,6 +36,7 @@ class Shape(NamedTuple):
     hidden: int
     width: int
     max_tokens: int
+    keep: Keep = "start"
 
     @property
     def new_ids(self) -> list[int]:
@@ -133,6 +135,11 @@ def _write_dense(folder: Path, shape: Shape, weight: "Tensor", bias: "Tensor") -
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+# The encoder itself cuts the text behind an instruction; a tokenizer sees both as one.
+PROMPT_IS_CUT = (
+    "A text that is too long loses its start here, and the prompt in front of it with that: cut such texts before."
+)
+
 _README = """\
 ---
 library_name: sentence-transformers
@@ -156,11 +163,11 @@ queries = model.encode(["Why is the sky blue?"]{prompt})
 ```
 
 {vllm}
-Inputs are {max_tokens} tokens at most, the {new} new ones included; of a longer text the end is cut, never those
+Inputs are {max_tokens} tokens at most, the {new} new ones included; of a longer text the {lost} is cut, never those
 (vLLM: `tokenization_kwargs={{"truncate_prompt_tokens": -1}}`, without `truncation_side`, which cuts them).
-Texts are expected without white space at their ends. A text that is cut may differ from the encoder's own in its last
-tokens, for that one cuts characters and reads them again{empty}.
-"""
+Texts are expected without white space at their ends. A text that is cut may differ from the encoder's own in its
+{last_left} tokens, for that one cuts characters and reads them again{empty}.
+{prompt_cut}"""
 
 _VLLM_ONE = """\
 ```python
@@ -210,6 +217,9 @@ def write_readme(
         prompt=', prompt_name="query"' if prompts.get("query") else "",
         vllm=vllm,
         max_tokens=shape.max_tokens,
+        lost="end" if shape.keep == "start" else "start",
+        last_left="last" if shape.keep == "start" else "first",
+        prompt_cut="" if shape.keep == "start" else f"{PROMPT_IS_CUT}\n",
         empty="" if config.template == "chat" else "; of an empty text it reads an end-of-sequence token",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -91,6 +91,7 @@ def write_tokenizer(folder: Path, tokenizer: Any, frame: Frame, shape: Shape) ->
     settings |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": shape.max_tokens,
+        "truncation_side": "right" if shape.keep == "start" else "left",
         # The new tokens then have the positions that they were trained at, whatever else is in the batch.
         "padding_side": "right",
         "pad_token": tokenizer.pad_token or tokenizer.eos_token,

@@ -52,12 +52,12 @@ def export_official(model: Path, out: Path, *, backbone: str | None = None, dtyp
     """
     from safetensors.torch import load_file
 
-    from pipeline.encoder.inference import WEIGHTS_FILE, check_backbone, read_config
+    from pipeline.encoder.folder import WEIGHTS_FILE, check_backbone, read_config
 
     check_new(out)
     config = read_config(model)
     name = backbone or config.backbone["name"]
-    check_backbone(config, BackboneParams(name=name))
+    check_backbone(config, name)
     skeleton = _skeleton(config, name)
     tokenizer = load_tokenizer(BackboneParams(name=str(model)))
     frame = own_frame(tokenizer, config.template, config.chat_template_kwargs)
@@ -151,6 +151,11 @@ def _remarks(
     length, revision = config.max_query_tokens + len(texts), config.backbone.get("revision", "main")
     if length != official.MAX_LENGTH:
         remarks.append(f"their encode cuts inputs to {official.MAX_LENGTH} tokens: call it with max_length={length}")
+    if config.keep == "end":
+        remarks.append(
+            f"this encoder keeps the end of a text of more than {config.max_query_tokens} tokens, their format has no "
+            "words for that: cut such texts before"
+        )
     if framed:
         remarks.append(
             "the tokenizer adds the template and the new tokens itself, so their scripts that look for the new tokens "

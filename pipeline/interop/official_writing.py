@@ -69,7 +69,7 @@ def write_adapter(
     import torch
     from safetensors.torch import load_file, save_file
 
-    from pipeline.encoder.inference import ADAPTER
+    from pipeline.encoder.folder import ADAPTER
     from pipeline.encoder.lora import WEIGHTS_FILE
 
     name = f"{official.PREFIX}{skeleton.embeddings}"

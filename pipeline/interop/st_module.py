@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,9 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         backbone: the causal language model, frozen, LoRA adapters included where there are any.
         tokenizer: the language model's.
         head: the trained tensors.
-        max_seq_length: longest prompt in tokens, template included, new tokens not; longer texts lose their end.
-        truncated: how many texts have lost their end so far.
+        max_seq_length: longest prompt in tokens, template included, new tokens not; of longer texts the side
+            that `keep` of `encoder_config.json` names is kept.
+        truncated: how many texts have lost a part so far.
     """
 
     config_file_name = CONFIG_FILE
@@ -124,7 +125,7 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
                 found = f"{type(text).__name__}: {str(text)[:80]}"
                 # No TypeError: sentence-transformers would try again without the prompt.
                 raise ValueError(f"this encoder embeds texts, got a {found}")  # noqa: TRY004
-        rows, cut = self._prompts().batch([(prompt or "") + text for text in inputs])
+        rows, cut = self._prompts().batch(list(inputs), prompt or "")
         self._count(cut)
         width = max(map(len, rows), default=0)
         # Masked, so any token may stand in the padding: the tokenizer needs no pad token.
@@ -134,13 +135,15 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
 
     def _prompts(self) -> "_Prompts":
         config = self.encoder_config
-        return _Prompts(self.tokenizer, config["template"], self.max_seq_length, config["chat_template_kwargs"])
+        kwargs, keep = config["chat_template_kwargs"], config.get("keep", "start")
+        return _Prompts(self.tokenizer, config["template"], self.max_seq_length, kwargs, keep)
 
     def _count(self, cut: int) -> None:
         if cut and not self.truncated:
             log.warning(
-                "texts of more than max_seq_length=%d tokens lose their end; `model[0].truncated` counts them",
+                "texts of more than max_seq_length=%d tokens lose their %s; `model[0].truncated` counts them",
                 self.max_seq_length,
+                "start" if self.encoder_config.get("keep") == "end" else "end",
             )
         self.truncated += cut
 
@@ -262,16 +265,20 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
 
 
 class _Prompts:
-    """Texts as prompt tokens, at most `limit` of them; of a text that is too long the start is kept.
+    """Texts as prompt tokens, at most `limit` of them; of a text that is too long `keep`, start or end, is kept.
 
     `raw` is the text with the tokenizer's own special tokens, `chat` the tokenizer's chat template around it, with the
     beginning of the answer.
     """
 
-    def __init__(self, tokenizer: Any, template: str, limit: int, chat_template_kwargs: dict[str, Any]) -> None:
-        """Raises ValueError if the template is unknown, missing or longer than `limit`."""
+    def __init__(
+        self, tokenizer: Any, template: str, limit: int, chat_template_kwargs: dict[str, Any], keep: str
+    ) -> None:
+        """Raises ValueError if the template is unknown, missing or longer than `limit`, or `keep` is unknown."""
         self._tokenizer, self._template, self._limit = tokenizer, template, limit
-        self._kwargs = chat_template_kwargs
+        self._kwargs, self._keep = chat_template_kwargs, keep
+        if keep not in ("start", "end"):
+            raise ValueError(f"{CONFIG_FILE}: keep is '{keep}', known are start and end")
         if template not in ("raw", "chat"):
             raise ValueError(f"{CONFIG_FILE}: template is '{template}', known are raw and chat")
         if template == "chat" and not tokenizer.chat_template:
@@ -280,26 +287,54 @@ class _Prompts:
         if len(self._frame) >= limit:
             raise ValueError(f"max_seq_length is {limit}, the {template} template takes {len(self._frame)} by itself")
 
-    def batch(self, texts: list[str]) -> tuple[list[list[int]], int]:
-        """Token ids of each text, and how many of them were cut."""
+    def batch(self, texts: list[str], prefix: str) -> tuple[list[list[int]], int]:
+        """Token ids of each text with `prefix` in front, and how many of them were cut.
+
+        A text that loses its start loses none of `prefix`; raises ValueError if that leaves it no room.
+        """
         # Four characters a token is already long; beyond this bound tokenising the rest is wasted work.
-        bounded = [text[: 64 * self._limit] for text in texts]
+        most = 64 * self._limit
+        wholes = [prefix + text for text in texts]
+        if self._keep == "start":
+            bounded = [whole[:most] for whole in wholes]
+        else:
+            bounded = [prefix + text[-most:] for text in texts]
         rows, cut = [], 0
-        for text, left, whole in zip(texts, bounded, self._ids(bounded), strict=True):
-            fits = len(whole) <= self._limit
-            cut += not fits or len(left) < len(text)
-            rows.append((whole if fits else self._start_of(left)) or self._empty())
+        for whole, left, ids in zip(wholes, bounded, self._ids(bounded), strict=True):
+            fits = len(ids) <= self._limit
+            cut += not fits or len(left) < len(whole)
+            rows.append((ids if fits else self._cut(left, prefix)) or self._empty())
         return rows, cut
 
-    def _start_of(self, text: str) -> list[int]:
-        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        count = min(self._limit - len(self._frame), len(offsets))
+    def _cut(self, text: str, prefix: str) -> list[int]:
+        if self._keep == "start":
+            offsets = self._offsets(text)
+            return self._fitting(len(self._frame), offsets, lambda count: text[: offsets[count - 1][1]], self._frame)
+        [nothing] = self._ids([prefix])
+        if len(nothing) >= self._limit:
+            raise ValueError(
+                f"the prompt {prefix!r} takes {len(nothing)} tokens, template included, max_seq_length is "
+                f"{self._limit}, and of a text the end is kept: nothing is left for it"
+            )
+        behind = text[len(prefix) :]
+        offsets = self._offsets(behind)
+        return self._fitting(len(nothing), offsets, lambda count: prefix + behind[offsets[-count][0] :], nothing)
+
+    def _offsets(self, text: str) -> list[tuple[int, int]]:
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(encoding["offset_mapping"])
+
+    def _fitting(
+        self, taken: int, offsets: list[tuple[int, int]], left: Callable[[int], str], nothing: list[int]
+    ) -> list[int]:
+        """Ids of what is `left` of a text with as many of its tokens as fit; `nothing` if none does."""
+        count = min(self._limit - taken, len(offsets))
         while count > 0:
-            [ids] = self._ids([text[: offsets[count - 1][1]]])
+            [ids] = self._ids([left(count)])
             if len(ids) <= self._limit:
                 return ids
             count -= len(ids) - self._limit
-        return self._frame
+        return nothing
 
     def _empty(self) -> list[int]:
         # Without a template and a start token an empty text has no token at all; EOS stands for it.

@@ -81,6 +81,7 @@ class ProbeResult:
         systems: identity and prompting of each system, see `described`.
         inputs: artifacts of other stages that were read.
         deltas: student minus every other system, where the student is among them.
+        pages: texts to write beside the rows, by file name.
     """
 
     metrics: dict[str, Any]
@@ -88,6 +89,7 @@ class ProbeResult:
     systems: dict[str, dict[str, Any]]
     inputs: tuple[Artifact, ...] = ()
     deltas: Sequence[Delta] = ()
+    pages: Mapping[str, str] = field(default_factory=dict)
 
 
 class Probe(Protocol):

@@ -9,3 +9,4 @@ class ReportParams(Params):
     """Section `report`."""
 
     title: str = Field(min_length=1)
+    audit: bool = Field(default=True, description="verify every artifact, which reads all of their bytes")

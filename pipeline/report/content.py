@@ -12,27 +12,17 @@ from typing import Any
 
 from pipeline.artifacts import read_manifest
 from pipeline.errors import ArtifactError
+from pipeline.report.checking import Checked
+from pipeline.report.cost import Machine, StageRun, machines, stage_run
+from pipeline.report.graph import STAGES, Node, pipeline_graph
 from pipeline.report.probes import LOWER_IS_BETTER, UNINSTRUCTED
+from pipeline.report.provenance import Provenance, provenance
 from pipeline.report.published import AgainstPaper, Measured, against_paper, load_published
 from pipeline.report.samples import Sample, read_samples
 from pipeline.report.systems import SystemFacts, system_facts
 from pipeline.report.tables import Comparison, compare
 
-STAGES = ("collect", "generate", "embed", "train")
-ARTIFACTS = ("data/queries", "data/responses", "data/targets", "models/encoder")
-
-
-@dataclass(frozen=True)
-class StageRun:
-    """One run of a stage: how long, on what, when."""
-
-    name: str
-    seconds: float
-    peak_memory_mib: int | None
-    started: str
-    machine: str
-    versions: str
-    git_revision: str
+ARTIFACTS = tuple(STAGES.values())
 
 
 @dataclass
@@ -40,11 +30,17 @@ class Content:
     """Everything that the templates print."""
 
     title: str
+    checked: Checked | None = None
+    params: str = ""
+    graph: list[list[Node]] = field(default_factory=list)
     stubs: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     models: list[tuple[str, str, str]] = field(default_factory=list)
     data: list[tuple[str, int, str]] = field(default_factory=list)
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
     runs: list[StageRun] = field(default_factory=list)
+    machines: list[Machine] = field(default_factory=list)
+    provenance: list[Provenance] = field(default_factory=list)
     training: list[tuple[str, Any]] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
     heldout: list[dict[str, float]] = field(default_factory=list)
@@ -56,21 +52,42 @@ class Content:
     samples: list[Sample] = field(default_factory=list)
 
 
-def gather(title: str, suites: Mapping[str, Any], probes: Mapping[str, Any], root: Path = Path()) -> Content:
-    """The content of the report on the workspace `root`; `suites` and `probes` are those sections of params.yaml.
+def gather(
+    title: str,
+    suites: Mapping[str, Any],
+    probes: Mapping[str, Any],
+    root: Path = Path(),
+    *,
+    checked: Checked | None = None,
+    params: str = "",
+) -> Content:
+    """The content of the report on the workspace `root`.
+
+    Args:
+        title: of the page.
+        suites: that section of params.yaml.
+        probes: that section of params.yaml.
+        root: the workspace.
+        checked: an audit of it, None where none was run.
+        params: text of the params file.
 
     Raises:
         ParamsError: the file of published figures is damaged.
     """
-    content = Content(title)
+    content = Content(title, checked, params)
     for name in ARTIFACTS:
         _add_artifact(content, root, name)
-    records = {stage: _record(content, root / "results" / f"{stage}.json", stage) for stage in STAGES}
-    _add_training(content, records["train"])
+    for stage in STAGES:
+        _record(content, root / "results" / f"{stage}.json", stage)
+    _add_training(content, content.records.get("train"))
     content.curve = _curve(content, root / "results/train/loss.csv")
     content.heldout = _curve(content, root / "results/train/heldout.csv")
     measured = [*_add_suites(content, root, suites), *_add_probes(content, root, probes)]
     content.paper = against_paper(load_published(), _backbone(root), measured)
+    content.machines = machines(content.records)
+    findings = checked.findings if checked else None
+    content.graph = pipeline_graph(root, suites, probes, stubs=content.stubs, findings=findings)
+    content.provenance = provenance(root, [node.artifact for level in content.graph for node in level])
     return content
 
 
@@ -123,7 +140,8 @@ def _add_artifact(content: Content, root: Path, name: str) -> None:
     manifest = artifact.manifest
     content.data.append((name, manifest.rows, _counts(manifest.counts)))
     for role, identity in manifest.models.items():
-        if role not in {known for known, _, _ in content.models}:
+        known = {found for found, _, _ in content.models}
+        if role not in known and isinstance(identity, dict) and {"name", "kind"} & identity.keys():
             content.models.append((role, *_named(identity)))
     if stub := _stub({"params": manifest.params, "models": manifest.models}):
         _add_stub(content, name, stub)
@@ -135,10 +153,8 @@ def _counts(counts: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value:,}" for key, value in flat.items() if isinstance(value, int) and value)
 
 
-def _named(identity: Any) -> tuple[str, str]:
+def _named(identity: Mapping[str, Any]) -> tuple[str, str]:
     """A model's name and what pins it."""
-    if not isinstance(identity, dict):
-        return str(identity), ""
     pin = identity.get("revision") or identity.get("sha256") or "not pinned"
     own = [f"{key} {value}" for key, value in identity.items() if key in ("kind", "pooling", "max_tokens")]
     return str(identity.get("name", identity.get("kind", "?"))), ", ".join([str(pin)[:16], *own])
@@ -169,25 +185,10 @@ def _record(content: Content, path: Path, name: str) -> dict[str, Any] | None:
     if not isinstance(record, dict):
         content.missing.append(f"{path} is damaged (no record)")
         return None
-    content.runs.append(_stage_run(name, record))
+    content.records[name] = record
+    content.runs.append(stage_run(name, record))
     _add_stub(content, name, _stub(record))
     return record
-
-
-def _stage_run(name: str, record: Mapping[str, Any]) -> StageRun:
-    environment = record.get("environment", {})
-    versions = environment.get("versions", {})
-    gpus = environment.get("gpus") or []
-    machine = ", ".join(gpus) or f"{environment.get('cores', '?')} cores, {environment.get('memory_gib', '?')} GiB"
-    return StageRun(
-        name=name,
-        seconds=float(record.get("seconds", 0.0)),
-        peak_memory_mib=record.get("peak_memory_mib"),
-        started=str(record.get("started", "")),
-        machine=machine,
-        versions=", ".join(f"{library} {version}" for library, version in versions.items()),
-        git_revision=str(environment.get("git_revision") or ""),
-    )
 
 
 def _add_training(content: Content, record: Mapping[str, Any] | None) -> None:

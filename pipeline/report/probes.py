@@ -25,5 +25,7 @@ NOTES = {
     "answers cannot be safer than the model.",
     "reasoning": "nDCG@10 of each task; choice_accuracy: how often the right choice is the nearest of the question's "
     "own. gain percent: student over teacher, of the mean over tasks.",
-    "interpret": "faithfulness: cosine, in the teacher's space, of the text decoded from the embedding to the answer.",
+    "interpret": "How much of the answer can be read from the embedding: the text decoded from it is embedded by the "
+    "teacher. cosine_embedding: its cosine to the student's embedding. cosine_response (older: faithfulness): "
+    "to the answer. shuffled_pairs: what the same cosine is for texts and answers of different queries.",
 }

@@ -1,6 +1,7 @@
 """Content to pages."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline.printable import visible
 from pipeline.report.content import Content
+from pipeline.report.cost import totals
 from pipeline.report.curves import curve_svg
+from pipeline.report.forest import forests
 from pipeline.report.probes import NOTES
 from pipeline.report.systems import untrained_spread
-from pipeline.report.tables import Cell
+from pipeline.report.tables import Cell, Comparison
 
 LOSSES = {"align": "alignment loss", "recon": "reconstruction loss"}
 HELDOUT = {"cosine": "held-out cosine to the target", "recon": "held-out reconstruction loss"}
@@ -48,6 +52,10 @@ def _environment(*, autoescape: bool) -> Environment:
         "visible": visible,
         "cell": cell,
         "spread": untrained_spread,
+        "totals": totals,
+        "forests": charts,
+        "hours": hours,
+        "fence": fence,
     }
     environment.filters.update(filters)
     environment.globals["notes"] = NOTES
@@ -65,6 +73,11 @@ def _drawn(rows: Sequence[Mapping[str, float]], labels: Mapping[str, str]) -> li
     columns = {name: [row.get(key, math.nan) for row in rows] for key, name in labels.items()}
     series = {name: [value for value in values if math.isfinite(value)] for name, values in columns.items()}
     return [Markup(curve_svg(steps, values, name)) for name, values in series.items() if len(values) == len(steps) > 0]
+
+
+def charts(table: Comparison) -> list[Markup]:
+    """The forest plots of a table; labels are escaped where they are drawn, so safe to print unescaped."""
+    return [Markup(svg) for svg in forests(table)]
 
 
 def number(value: Any) -> str:
@@ -107,9 +120,16 @@ def seconds(value: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{value:.1f} s"
 
 
-def visible(text: str) -> str:
-    """Text without control characters, which no page should carry."""
-    return "".join(char for char in text if char.isprintable() or char in "\n\t")
+def hours(value: float) -> str:
+    """GPU hours; "no GPU" for none."""
+    return f"{value:.2f}" if value else "no GPU"
+
+
+def fence(text: str) -> str:
+    """Text as a Markdown code block that nothing in it ends."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    ticks = "`" * max(3, longest + 1)
+    return f"{ticks}yaml\n{visible(text).rstrip()}\n{ticks}"
 
 
 def cell(value: Any) -> str:

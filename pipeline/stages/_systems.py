@@ -39,6 +39,13 @@ class TeacherSection(Params):
     teacher: TeacherParams
 
 
+class TeacherInputs(Params):
+    """The sections behind the teacher alone."""
+
+    backbone: BackboneParams
+    embed: TeacherSection
+
+
 class SystemInputs(Params):
     """The sections behind the systems."""
 

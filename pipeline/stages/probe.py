@@ -65,6 +65,8 @@ def run(inputs: Inputs, name: str, params: Params, run_record: RunRecord) -> Non
         out.write_table("deltas.parquet", deltas_table(result.deltas))
         content = {"probe": name, "metrics": result.metrics, "systems": result.systems}
         (out.path / "result.json").write_text(to_json(content), encoding="utf-8")
+        for file, text in result.pages.items():
+            (out.path / file).write_text(text, encoding="utf-8")
     deltas = [asdict(delta) for delta in result.deltas]
     run_record.update(probe=name, metrics=result.metrics, deltas=deltas, systems=result.systems)
 

@@ -92,7 +92,9 @@ def _checked_identity(params: BackboneParams, responses: Artifact) -> dict[str, 
 
 def _formatter(inputs: Inputs, tokenizer: Any) -> PromptFormatter:
     train = inputs.train
-    return PromptFormatter(tokenizer, train.template, train.max_query_tokens, inputs.backbone.chat_template_kwargs)
+    return PromptFormatter(
+        tokenizer, train.template, train.max_query_tokens, inputs.backbone.chat_template_kwargs, train.keep
+    )
 
 
 def _rows(
@@ -151,6 +153,7 @@ def _write(
         chat_template_kwargs=inputs.backbone.chat_template_kwargs,
         template=inputs.train.template,
         max_query_tokens=inputs.train.max_query_tokens,
+        keep=inputs.train.keep,
         compression_tokens=inputs.train.compression_tokens,
         thought_tokens=inputs.train.thought_tokens,
         hidden=trainer.student.hidden,

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.backbone import Quantize, Template
+from pipeline.backbone import Keep, Quantize, Template
 from pipeline.encoder.lora import LoraParams
 from pipeline.encoder.token_starts import TokenStartParams
 from pipeline.params import Params
@@ -61,6 +61,9 @@ class TrainParams(Params):
     lora: LoraParams | None = None
     template: Template
     max_query_tokens: int = Field(ge=1)
+    too_long: Literal["keep_start", "keep_end"] = Field(
+        default="keep_start", description="of a query, or later a text, that is longer; as in generate"
+    )
     max_response_tokens: int = Field(ge=1)
     long_responses: Literal["error", "cut"] = "error"
     drop_loops: bool = Field(default=False, description="leave out answers that end in a repetition loop")
@@ -99,6 +102,11 @@ class TrainParams(Params):
         if self.shard_backbone and other:
             raise ValueError(f"shard_backbone: true does not go with {' or '.join(other)}: set one of them")
         return self
+
+    @property
+    def keep(self) -> Keep:
+        """Which side of a text that is too long is kept."""
+        return "start" if self.too_long == "keep_start" else "end"
 
     @property
     def new_tokens(self) -> int:

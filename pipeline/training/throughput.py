@@ -46,7 +46,7 @@ class Throughput:
             )
 
     def summary(self, processes: int) -> dict[str, Any]:
-        """Seconds a step, tokens of queries and responses a second, operations, peak GPU memory of this process.
+        """Tokens of queries and responses, seconds a step, tokens a second, operations, peak GPU memory here.
 
         `model_tflops` is per process; divided by what the GPU's data sheet promises it is the model FLOPs utilisation.
         Empty where this run took no step.
@@ -54,6 +54,7 @@ class Throughput:
         if not self.steps:
             return {}
         facts: dict[str, Any] = {
+            "tokens": self.tokens,
             "seconds_per_step": round(self.seconds / self.steps, 4),
             "tokens_per_second": round(self.tokens / self.seconds, 1),
         }

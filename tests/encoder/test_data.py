@@ -79,6 +79,9 @@ def test_queries_that_are_cut_are_counted(caplog: pytest.LogCaptureFixture) -> N
     rows = tokenize(join(*tables()), PromptFormatter(tokenizer, "raw", 1), tokenizer, 9)
     assert [len(ids) for ids in rows.query_ids] == [1, 1]
     assert "2 queries are longer than train.max_query_tokens and lose their end" in caplog.text
+    ends = tokenize(join(*tables()), PromptFormatter(tokenizer, "raw", 1, keep="end"), tokenizer, 9)
+    assert tokenizer.batch_decode(ends.query_ids) == ["a", "c"]
+    assert "2 queries are longer than train.max_query_tokens and lose their start" in caplog.text
 
 
 def test_a_response_without_a_token_is_an_error() -> None:

@@ -12,25 +12,28 @@ import pytest
 import torch
 
 from pipeline.artifacts import create
-from pipeline.backbone import BackboneParams, Template, identify, load_backbone, load_tokenizer
+from pipeline.backbone import BackboneParams, Keep, Template, identify, load_backbone, load_tokenizer
 from pipeline.encoder.config import EncoderConfig
 from pipeline.encoder.export import write_encoder
-from pipeline.encoder.inference import Encoder, read_config
+from pipeline.encoder.inference import Encoder
 from pipeline.encoder.lora import LoraParams, adapter_parameters, add_adapter
 from pipeline.encoder.passes import PlainPasses
 from pipeline.encoder.prompt_reading import PaddedReader
 from pipeline.encoder.student import new_student
-from pipeline.errors import BackboneError, TrainingError
-from pipeline.lens import decode, decode_soft_prompts, nearest_vocabulary
+from pipeline.errors import BackboneError
+from pipeline.lens import decode, decode_soft_prompts
 from tests.conftest import tiny_model, tiny_tokenizer
 
 
-def make_encoder(architecture: str = "qwen3", template: Template = "chat", max_query_tokens: int = 32) -> Encoder:
+def make_encoder(
+    architecture: str = "qwen3", template: Template = "chat", max_query_tokens: int = 32, keep: Keep = "start"
+) -> Encoder:
     """An untrained encoder on a tiny backbone."""
     model = tiny_model(architecture)
     config = EncoderConfig(
-        backbone={"name": "tiny"}, chat_template_kwargs={}, template=template, max_query_tokens=max_query_tokens,
-        compression_tokens=3, thought_tokens=1, hidden=32, width=5, teacher={"name": "t"},
+        backbone={"name": "tiny"}, chat_template_kwargs={}, template=template,
+        max_query_tokens=max_query_tokens, keep=keep, compression_tokens=3, thought_tokens=1, hidden=32, width=5,
+        teacher={"name": "t"},
     )  # fmt: skip
     student = new_student(model, 5, compression_tokens=3, thought_tokens=1, seed=0)
     return Encoder(model, tiny_tokenizer(), student, config, {"name": "tiny"})
@@ -63,14 +66,9 @@ def test_however_texts_are_batched_they_embed_as_the_definition_says(architectur
         prompt = encoder._format(f"{instruction} {text}").token_ids
         hidden = plain.query_pass([prompt], encoder.student.tokens, 3)
         expected.append(encoder.student.embedding(encoder.student.soft_prompts(hidden))[0].detach().numpy())
-    settings: list[dict[str, Any]] = [
-        {},
-        {"batch_tokens": 1},
-        {"batch_tokens": 60},
-    ]
-    for limits in settings:
-        found = encoder.encode(texts, instruction=instruction, **limits)
-        np.testing.assert_allclose(found, expected, atol=2e-5, err_msg=str(limits))
+    for limit in (None, 1, 60):
+        found = encoder.encode(texts, instruction=instruction, batch_tokens=limit)
+        np.testing.assert_allclose(found, expected, atol=2e-5, err_msg=str(limit))
 
 
 class CountingReader:
@@ -134,6 +132,32 @@ def test_long_text_keeps_its_compression_tokens(encoder: Encoder) -> None:
     np.testing.assert_allclose(encoder.encode(["x" * 500]), encoder.encode(["x" * kept]), atol=1e-6)
 
 
+@pytest.mark.parametrize("template", ["raw", "chat"])
+@pytest.mark.parametrize("keep", ["start", "end"])
+def test_a_long_text_embeds_as_the_side_that_is_kept(template: Template, keep: Keep) -> None:
+    encoder = make_encoder(template=template, keep=keep)
+    text = "the beginning of it, much more of it, and its end"
+    room = 32 - (3 if template == "chat" else 0)
+    side = text[:room] if keep == "start" else text[-room:]
+    np.testing.assert_allclose(encoder.encode([text, "x"]), encoder.encode([side, "x"]), atol=1e-6)
+    assert encoder.embed([text, "x", side]).truncated == 1
+    said = "Say: " + text[: room - 5] if keep == "start" else "Say: " + text[-(room - 5) :]
+    np.testing.assert_allclose(encoder.encode([text], instruction="Say:"), encoder.encode([said]), atol=1e-6)
+
+
+def test_an_instruction_that_leaves_a_text_no_room() -> None:
+    encoder = make_encoder(keep="end")
+    with pytest.raises(BackboneError, match="takes 33 tokens, template included, the limit is 32"):
+        encoder.encode(["x" * 40], instruction="i" * 29)
+
+
+def test_every_use_counts_texts_that_were_cut(encoder: Encoder, caplog: pytest.LogCaptureFixture) -> None:
+    for use in (encoder.encode, encoder.soft_prompts, encoder.hidden_states):
+        use(["x" * 40, "y"])
+    assert len(caplog.messages) == 3
+    assert all(line.startswith("1 of 2 texts are longer than 32 tokens") for line in caplog.messages)
+
+
 def test_embedding_is_the_head_of_the_soft_prompts(encoder: Encoder) -> None:
     soft = torch.from_numpy(encoder.soft_prompts(["q"]))
     with torch.no_grad():
@@ -166,29 +190,17 @@ def greedy(encoder: Encoder, soft: torch.Tensor, steps: int) -> str:
     return encoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def test_nearest_vocabulary_is_the_head_of_the_hidden_state(encoder: Encoder) -> None:
-    [positions] = nearest_vocabulary(encoder, ["q"], count=4)
-    hidden = torch.from_numpy(encoder.hidden_states(["q"])[0])
-    best = encoder.model.lm_head(hidden).argmax(-1).tolist()
-    assert [position[0] for position in positions] == [encoder.tokenizer.decode([token]) for token in best]
-    assert all(len(position) == 4 for position in positions)
-
-
-def test_a_folder_that_is_no_encoder(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="is not an encoder"):
-        read_config(tmp_path)
-
-
 LORA = LoraParams(rank=2, alpha=4.0)
 
 
-def write(out: Path, folder: Path, lora: LoraParams | None) -> Any:
+def write(out: Path, folder: Path, lora: LoraParams | None, max_query_tokens: int = 32, keep: Keep = "start") -> Any:
     """An encoder on the backbone of `folder`; returns its adapted backbone, if any."""
     params = BackboneParams(name=str(folder), dtype="float32")
     backbone = load_backbone(params)
     config = EncoderConfig(
-        backbone=identify(str(folder), None), chat_template_kwargs={}, template="raw", max_query_tokens=32,
-        compression_tokens=2, thought_tokens=1, hidden=32, width=5, teacher={"name": "t"}, lora=lora,
+        backbone=identify(str(folder), None), chat_template_kwargs={}, template="raw",
+        max_query_tokens=max_query_tokens, keep=keep, compression_tokens=2, thought_tokens=1, hidden=32, width=5,
+        teacher={"name": "t"}, lora=lora,
     )  # fmt: skip
     student = new_student(backbone, 5, compression_tokens=2, thought_tokens=1, seed=0)
     adapted = add_adapter(backbone, **lora.model_dump(), seed=0) if lora else None
@@ -228,7 +240,7 @@ def test_a_folder_written_before_there_were_adapters_loads(workspace: Path, tiny
     write(Path("encoder"), tiny_backbone("llama"), None)
     file = Path("encoder/encoder_config.json")
     content = json.loads(file.read_text())
-    del content["lora"]
+    del content["lora"], content["keep"]
     expected = Encoder.load(Path("encoder")).encode(["q"])
     file.write_text(json.dumps(content))
     np.testing.assert_array_equal(Encoder.load(Path("encoder")).encode(["q"]), expected)

@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.artifacts import create
-from pipeline.backbone import BackboneParams, Template, identify, load_backbone, load_tokenizer
+from pipeline.backbone import BackboneParams, Keep, Template, identify, load_backbone, load_tokenizer
 from pipeline.encoder.config import EncoderConfig
 from pipeline.encoder.export import write_encoder
 from pipeline.encoder.inference import Encoder
 from pipeline.encoder.lora import LoraParams, adapter_parameters, add_adapter
 from pipeline.encoder.student import Student, new_student
 from pipeline.errors import ArtifactError, TrainingError
-from pipeline.interop.merged import add_rows, compose, export_merged
+from pipeline.interop.merged import add_rows, compose, export_merged, usage
 from pipeline.interop.merged_folder import old_rope_keys
 from pipeline.interop.merged_tokenizer import Frame, find_frame
 from tests.conftest import ROOT, tiny_model, tiny_tokenizer
@@ -41,6 +41,7 @@ def write_model(
     compression: int = 1,
     thoughts: int = 0,
     max_query_tokens: int = 64,
+    keep: Keep = "start",
     lora: LoraParams | None = None,
     width: int = 5,
 ) -> Path:
@@ -50,7 +51,7 @@ def write_model(
     student = new_student(backbone, width, compression_tokens=compression, thought_tokens=thoughts, seed=1)
     config = EncoderConfig(
         backbone=identify(str(folder), None), chat_template_kwargs={}, template=template,
-        max_query_tokens=max_query_tokens, compression_tokens=compression, thought_tokens=thoughts,
+        max_query_tokens=max_query_tokens, keep=keep, compression_tokens=compression, thought_tokens=thoughts,
         hidden=student.hidden, width=width, teacher={"name": "t"}, lora=lora,
     )  # fmt: skip
     adapter = None
@@ -114,6 +115,20 @@ def test_several_tokens_in_plain_sentence_transformers(
     export_merged(model, Path("merged"), prompts=PROMPTS)
     texts = [*TEXTS, "z" * 300]
     np.testing.assert_allclose(embed("merged", texts), Encoder.load(model).encode(texts), atol=1e-4)
+
+
+@pytest.mark.parametrize("template", ["raw", "chat"])
+def test_a_long_text_loses_the_side_that_the_encoder_loses(
+    workspace: Path, tiny_backbone: Callable[..., Path], template: Template
+) -> None:
+    model = write_model(tiny_backbone("llama"), compression=2, template=template, max_query_tokens=24, keep="end")
+    merged = export_merged(model, Path("merged"), prompts=PROMPTS)
+    texts = ["the beginning of it, much more of it, and its end", "short", "z" * 300]
+    np.testing.assert_allclose(embed("merged", texts), Encoder.load(model).encode(texts), atol=1e-4)
+    lost = "A text that is too long loses its start here, and the prompt in front of it with that"
+    assert "of a longer text the start is cut" in Path("merged/README.md").read_text()
+    assert lost in Path("merged/README.md").read_text()
+    assert usage(Path("merged"), merged.shape)[-1].startswith(f"note: a{lost[1:]}")
 
 
 def test_the_folder_needs_nothing_of_ours(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:

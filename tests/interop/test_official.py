@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.artifacts import create, open_artifact
-from pipeline.backbone import BackboneParams, PromptFormatter, Template, identify, load_backbone, load_tokenizer
+from pipeline.backbone import BackboneParams, Keep, PromptFormatter, Template, identify, load_backbone, load_tokenizer
 from pipeline.encoder.config import EncoderConfig
 from pipeline.encoder.export import write_encoder
-from pipeline.encoder.inference import Encoder, read_config
+from pipeline.encoder.folder import read_config
+from pipeline.encoder.inference import Encoder
 from pipeline.encoder.lora import LoraParams, adapter_parameters, add_adapter
 from pipeline.encoder.student import new_student
 from pipeline.errors import ArtifactError, BackboneError, ParamsError, TrainingError
@@ -64,14 +65,21 @@ def checkpoint(workspace: Path) -> Path:
 
 
 def write_ours(
-    out: Path, backbone: Path, *, template: Template = "raw", lora: LoraParams | None = None, max_query_tokens: int = 61
+    out: Path,
+    backbone: Path,
+    *,
+    template: Template = "raw",
+    lora: LoraParams | None = None,
+    max_query_tokens: int = 61,
+    keep: Keep = "start",
 ) -> Path:
     """An encoder of ours with two thought and three compression tokens, its LoRA trained, if it has any."""
     params = BackboneParams(name=str(backbone), dtype="float32")
     model = load_backbone(params)
     config = EncoderConfig(
         backbone=identify(str(backbone), None), chat_template_kwargs={}, template=template, compression_tokens=3,
-        max_query_tokens=max_query_tokens, thought_tokens=2, hidden=32, width=5, teacher={"name": "t"}, lora=lora,
+        max_query_tokens=max_query_tokens, keep=keep, thought_tokens=2, hidden=32, width=5, teacher={"name": "t"},
+        lora=lora,
     )  # fmt: skip
     student = new_student(model, 5, compression_tokens=3, thought_tokens=2, seed=0)
     adapter = adapter_parameters(add_adapter(model, **lora.model_dump(), seed=0)) if lora else None
@@ -380,6 +388,14 @@ def test_a_chat_template_is_written_into_the_tokenizer(folders: Path, workspace:
     assert json.loads(Path("theirs/tokenizer_config.json").read_text())["additional_special_tokens"] == []
     with pytest.raises(ArtifactError, match="its tokenizer appends none"):
         import_official("theirs", Path("again"))
+
+
+def test_the_side_that_their_package_cannot_keep_is_said(folders: Path, workspace: Path) -> None:
+    sides: list[Keep] = ["start", "end"]
+    for keep in sides:
+        remarks = export_official(write_ours(Path(keep), folders / "backbone", keep=keep), Path(f"theirs-{keep}"))
+        said = "this encoder keeps the end of a text of more than 61 tokens" in " ".join(remarks)
+        assert said == (keep == "end")
 
 
 def test_what_their_package_cannot_have_is_said(folders: Path, workspace: Path) -> None:

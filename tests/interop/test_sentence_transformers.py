@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pipeline.artifacts import create, open_artifact
-from pipeline.backbone import BackboneParams, Template, identify, load_backbone, load_tokenizer
+from pipeline.backbone import BackboneParams, Keep, Template, identify, load_backbone, load_tokenizer
 from pipeline.encoder.config import EncoderConfig
 from pipeline.encoder.export import write_encoder
 from pipeline.encoder.inference import Encoder
@@ -52,6 +52,7 @@ def write(
     max_query_tokens: int = 96,
     compression_tokens: int = 3,
     recorded: dict[str, str] | None = None,
+    keep: Keep = "start",
     **card: Any,
 ) -> Path:
     """An encoder folder with random trained tensors."""
@@ -59,7 +60,7 @@ def write(
     model = load_backbone(params)
     config = EncoderConfig(
         backbone=recorded or identify(str(backbone), None), chat_template_kwargs={}, template=template,
-        max_query_tokens=max_query_tokens, compression_tokens=compression_tokens, thought_tokens=2,
+        max_query_tokens=max_query_tokens, keep=keep, compression_tokens=compression_tokens, thought_tokens=2,
         hidden=model.config.hidden_size, width=6, teacher={"name": "t"}, lora=lora,
     )  # fmt: skip
     student = new_student(model, 6, compression_tokens=compression_tokens, thought_tokens=2, seed=0)
@@ -345,6 +346,41 @@ def test_a_long_text_loses_its_end_is_counted_and_keeps_the_new_tokens(
         model.encode(["x"])
 
 
+@pytest.mark.parametrize("template", ["raw", "chat"])
+@pytest.mark.parametrize("keep", ["start", "end"])
+def test_the_side_of_a_long_text_that_is_kept_is_ours(
+    workspace: Path,
+    tiny_backbone: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    template: Template,
+    keep: Keep,
+) -> None:
+    folder = write(Path("encoder"), tiny_backbone("llama"), template, max_query_tokens=24, keep=keep)
+    encoder, model = Encoder.load(folder), load(folder)
+    texts = ["the beginning of it, much more of it, and its end", "short", "", "ü" * 900]
+    np.testing.assert_allclose(model.encode(texts), encoder.encode(texts), atol=1e-5)
+    assert f"lose their {'end' if keep == 'start' else 'start'}" in caplog.text
+    said = model.encode(texts, prompt="Say: ")
+    np.testing.assert_allclose(said, encoder.encode(texts, instruction="Say:"), atol=1e-5)
+    assert np.abs(said - model.encode(texts))[:3].max(axis=1).min() > 1e-4
+    assert model[0].truncated == 6
+    model.save_pretrained("saved")
+    np.testing.assert_allclose(load(Path("saved")).encode(texts), encoder.encode(texts), atol=1e-5)
+    if keep == "end":
+        with pytest.raises(ValueError, match="takes .* tokens, template included, max_seq_length is 24"):
+            model.encode(texts, prompt="p" * 30)
+
+
+def test_a_folder_of_before_sides_keeps_the_start(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    folder = write(Path("encoder"), tiny_backbone("llama"), max_query_tokens=24)
+    expected = load(folder).encode(["x" * 10 + "y" * 90])
+    content = json.loads((folder / "encoder_config.json").read_text())
+    del content["keep"]
+    (folder / "encoder_config.json").write_text(json.dumps(content))
+    np.testing.assert_array_equal(load(folder).encode(["x" * 10 + "y" * 90]), expected)
+    np.testing.assert_allclose(Encoder.load(folder).encode(["x" * 10 + "y" * 90]), expected, atol=1e-5)
+
+
 def test_nothing_and_what_is_no_text(model: Any) -> None:
     assert len(model.encode([])) == 0
     assert np.isfinite(model.encode([""])).all()
@@ -371,6 +407,7 @@ def test_folders_that_are_damaged(workspace: Path, tiny_backbone: Callable[..., 
     fails("encoder_config.json lacks template, width", template=None, width=None)
     fails(r"alignment.bias has shape \[6\], encoder_config.json says \[7\]", width=7)
     fails("template is 'own', known are raw and chat", template="own")
+    fails("keep is 'middle', known are start and end", keep="middle")
     fails("max_seq_length is 2, the chat template takes 3 by itself", max_query_tokens=2)
     (folder / "encoder_config.json").unlink()
     with pytest.raises(ValueError, match="is not an LLM2Vec-Gen encoder: it has no encoder_config.json"):

@@ -11,66 +11,14 @@ import pyarrow as pa
 import pytest
 
 from pipeline.artifacts import create, write_json
+from pipeline.report.checking import check
 from pipeline.report.content import gather
 from pipeline.report.curves import curve_svg, running_mean
 from pipeline.report.render import cell, interval, label, number, percent, render_html, render_markdown, seconds, signed
 from pipeline.report.tables import Cell
-from pipeline.stages.report import Inputs, run
-from tests.toy_workspace import edit_manifest, make_workspace
-
-ENVIRONMENT = {"cores": 2, "memory_gib": 6.0, "gpus": [], "versions": {"torch": "2.13.0"}, "git_revision": "abc1234"}
-RECORD: dict[str, Any] = {
-    "seconds": 65.0,
-    "peak_memory_mib": 1200,
-    "started": "2026-01-02T03:04:05Z",
-    "environment": ENVIRONMENT,
-}
-SYSTEMS = {
-    "student": {"prompting": "generative instruction", "space": "the teacher's"},
-    "teacher": {"prompting": "bare text", "space": "the teacher's"},
-}
-ALIGNMENT = {
-    "candidates": 60,
-    "student/cosine": 0.61,
-    "student/top1": 0.75,
-    "teacher/cosine": 0.68,
-    "teacher/top1": 0.91,
-}
-SUITE = {
-    "student/Facts": 0.5, "student/mean/tasks": 0.5, "teacher/Facts": 0.625, "teacher/mean/tasks": 0.625,
-    "delta/Facts": -0.125, "delta/mean/tasks": -0.125,
-}  # fmt: skip
-SAFETY = {"requests": 10, "student/accuracy@1": 0.2, "teacher/accuracy@1": 0.6, "reduction/student/accuracy@1": 66.67}
-EVIL = "<script>alert(1)</script>"
-SAMPLE = {
-    "query": f"What is {EVIL}?", "response": "A | b", "decoded": "x\x1b[31m", "faithfulness": 0.5,
-    "vocabulary": [["law", " illegal"], ["law", "court"]],
-}  # fmt: skip
-
-
-@pytest.fixture
-def made(workspace: Path) -> Path:
-    make_workspace(Path())
-    results = Path("results")
-    for stage in ("collect", "generate", "embed"):
-        write_json(results / f"{stage}.json", {"stage": stage, **RECORD})
-    write_json(results / "train.json", {"stage": "train", "steps": 20, "first_batch": {"align": 2.0}, **RECORD})
-    lines = [f"{step},3,{2 / step},{1 / step},1e-4" for step in range(1, 21)]
-    (results / "train").mkdir()
-    (results / "train/loss.csv").write_text("\n".join(["step,loss,align,recon,learning_rate", *lines]) + "\n")
-    scores = ["step,cosine,top1,mrr,recon", "0,0.1,0.2,0.3,4", "3,0.4,0.5,0.6,2"]
-    (results / "train/heldout.csv").write_text("\n".join(scores) + "\n")
-    write_json(results / "evaluate/demo.json", {"metrics": SUITE, "systems": SYSTEMS, **RECORD})
-    probes = {"alignment": ALIGNMENT, "safety": SAFETY, "interpret": {"queries": 1, "student/faithfulness": 0.5}}
-    for name, metrics in probes.items():
-        write_json(results / f"probe/{name}.json", {"metrics": metrics, "systems": SYSTEMS, **RECORD})
-    with create(results / "probe/interpret", kind="probe", params={}) as out:
-        out.write_table("rows.parquet", pa.Table.from_pylist([SAMPLE]))
-    return Path()
-
-
-def content_of(root: Path = Path()) -> Any:
-    return gather("Toy", {"demo": {}}, {"alignment": {}, "safety": {}, "interpret": {}}, root)
+from pipeline.stages.report import PAGES, Inputs, run
+from tests.report.toy_results import EVIL, RECORD, SAFETY, SYSTEMS, content_of
+from tests.toy_workspace import edit_manifest, flip_byte
 
 
 def test_nothing_is_missing_from_a_finished_workspace(made: Path) -> None:
@@ -99,28 +47,38 @@ def test_html_is_one_safe_file(made: Path) -> None:
     assert "\x1b" not in page
     tags = Tags()
     tags.feed(page)
-    assert not {"script", "link", "img", "iframe"} & set(tags.seen)
-    assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?(?!#)[a-z/]""", page.replace("xmlns:xlink", ""))
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & set(tags.seen)
+    assert len(tags.addresses) > 5
+    assert [address for address in tags.addresses if not address.startswith("#")] == []
+    assert set(re.findall(r"url\(\s*[\"']?(.)", page)) <= {"#"}
+    assert "@import" not in page
     assert tags.open == []
+    assert len(set(tags.ids)) == len(tags.ids)
+    assert {address[1:] for address in tags.addresses} <= set(tags.ids)
 
 
 class Tags(HTMLParser):
-    """Collects tags, and checks that each is closed in order."""
+    """Collects tags, ids and addresses, and checks that each tag is closed in order."""
 
     VOID = {"meta", "br", "img", "link", "input"}
+    LOADING = {"src", "href", "xlink:href", "srcset", "data", "action", "formaction", "poster", "ping", "background"}
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
         self.open: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
 
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.seen.append(tag)
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
         if tag not in self.VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag: str, attrs: object) -> None:
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.append(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.addresses += [value or "" for name, value in attrs if name in self.LOADING]
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -215,31 +173,12 @@ def test_durations_signs_and_cells() -> None:
 def test_stage_writes_both_pages(made: Path) -> None:
     inputs = Inputs.model_validate({"report": {"title": "Stage"}, "suites": {"demo": {}}, "probes": {"alignment": {}}})
     run(inputs)
-    assert "<title>Stage</title>" in Path("results/report.html").read_text()
-    assert Path("results/report.md").read_text().startswith("# Stage\n")
+    html, markdown = Path("results/report.html").read_text(), Path("results/report.md").read_text()
+    assert "<title>Stage</title>" in html
+    assert markdown.startswith("# Stage\n")
+    for page in (html, markdown):
+        assert "No findings in 6 artifacts" in page
     assert json.loads(Path("results/collect.json").read_text())["seconds"] == 65.0
-
-
-SAFER = {
-    "metric": "accuracy@1", "system": "teacher", "delta": -0.4, "low": -0.5, "high": -0.3, "verdict": "better",
-    "units": 10,
-}  # fmt: skip
-NOISE = {
-    "metric": "Facts", "system": "teacher", "delta": -0.125, "low": -0.3, "high": 0.05, "verdict": "within noise",
-    "units": 40,
-}  # fmt: skip
-NOT_DRAWN = {
-    "metric": "mean/tasks", "system": "teacher", "delta": -0.125, "low": None, "high": None, "verdict": "no interval",
-    "units": 0,
-}  # fmt: skip
-
-
-@pytest.fixture
-def judged(made: Path) -> Path:
-    write_json(Path("results/probe/safety.json"), {"metrics": SAFETY, "systems": SYSTEMS, "deltas": [SAFER], **RECORD})
-    deltas = [NOISE, NOT_DRAWN]
-    write_json(Path("results/evaluate/demo.json"), {"metrics": SUITE, "systems": SYSTEMS, "deltas": deltas, **RECORD})
-    return made
 
 
 def lines_of(page: str, start: str) -> list[str]:
@@ -257,7 +196,7 @@ def test_markdown_has_score_difference_verdict_and_interval_in_one_cell(judged: 
 
 def test_html_says_the_verdict_in_words_and_colours_only_what_is_no_noise(judged: Path) -> None:
     page = render_html(content_of())
-    assert "<td>accuracy@1&nbsp;↓</td>" in page
+    assert '<th scope="row">accuracy@1&nbsp;↓</th>' in page
     assert '<span class="d good"><span>−0.400</span> <span>better</span></span>' in page
     assert '<span class="d"><span>[−0.500, −0.300]</span></span>' in page
     assert '<span class="d"><span>−0.125</span> <span>within noise</span></span>' in page
@@ -322,3 +261,49 @@ def test_refusal_probe(made: Path) -> None:
     for page in (render_html(content), render_markdown(content).replace("\\", "")):
         assert "backbone: refused safe 0.040; backbone: refused unsafe 0.900" in page
         assert "cannot be safer than the model" in page
+
+
+def test_the_audit_is_on_both_pages_and_can_be_left_out(made: Path) -> None:
+    flip_byte(Path("models/encoder/student.safetensors"), -1)
+    sections: dict[str, Any] = {"report": {"title": "Stage"}, "suites": {}, "probes": {}}
+    run(Inputs.model_validate(sections))
+    for page in ("results/report.html", "results/report.md"):
+        assert "1 finding: " in Path(page).read_text()
+        assert "student.safetensors: sha256 is" in Path(page).read_text()
+    sections["report"]["audit"] = False
+    run(Inputs.model_validate(sections))
+    for page in ("results/report.html", "results/report.md"):
+        assert "Not run: report.audit is false" in Path(page).read_text()
+        assert "sha256 is" not in Path(page).read_text()
+
+
+def test_the_pages_being_written_are_no_finding(made: Path) -> None:
+    outs = "".join(f"    - {{path: {page}, md5: {'0' * 32}}}\n" for page in PAGES)
+    Path("dvc.lock").write_text(f"stages:\n  report:\n    outs:\n{outs}")
+    Path(PAGES[0]).write_text("of the run before")
+    assert len(check(Path(), []).findings) == 2
+    assert check(Path(), PAGES).findings == []
+
+
+def test_params_versions_and_costs_are_on_both_pages(made: Path) -> None:
+    edit_manifest(made, "data/queries", params={"sample": 4242})
+    params = "collect: {seed: 7}  # ``` <b>\n"
+    content = content_of(params=params)
+    html, markdown = render_html(content), render_markdown(content)
+    assert "collect: {seed: 7}  # ``` &lt;b&gt;" in html
+    assert "````yaml\ncollect: {seed: 7}  # ``` <b>\n````" in markdown
+    for page in (html, markdown):
+        assert "sample: 4242" in page
+        assert "no GPU, 2 cores, 6.0 GiB; Python not recorded; source abc1234; torch 2.13.0" in page
+        assert "8 min 40 s" in page  # eight records of 65 seconds
+        assert content.provenance[0].digest in page
+
+
+def test_columns_that_an_artifact_does_not_have_are_left_out(made: Path) -> None:
+    shutil.rmtree("results/probe/interpret")
+    rows = [{"query": "q", "cosine_embedding": 0.25, "vocabulary": [[{"word": " law", "probability": 0.5}]]}]
+    with create(Path("results/probe/interpret"), kind="probe", params={}) as out:
+        out.write_table("rows.parquet", pa.Table.from_pylist(rows))
+    (sample,) = content_of().samples
+    assert (sample.decoded, sample.faithfulness, sample.to_embedding, sample.vocabulary) == ("", None, 0.25, ["law"])
+    assert "to the embedding 0.250" in render_html(content_of())

@@ -105,6 +105,15 @@ def test_trains_an_encoder_that_loads(backbone: Path) -> None:
     assert [line.split(",")[0] for line in Path("results/train/heldout.csv").read_text().split()] == ["step", "0", "9"]
 
 
+def test_queries_that_are_too_long_lose_the_side_that_params_say(backbone: Path) -> None:
+    write_params(backbone, max_query_tokens=8, too_long="keep_end")
+    stderr = finish_stage()
+    assert "queries are longer than train.max_query_tokens and lose their start" in stderr
+    encoder = Encoder.load(Path("models/encoder"))
+    assert (encoder.config.keep, encoder.max_tokens) == ("end", 8)
+    np.testing.assert_allclose(encoder.encode(["query 0001"]), encoder.encode([" 0001"]), atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shard_backbone", [False, True])
 def test_two_processes_take_the_steps_of_one(backbone: Path, shard_backbone: bool) -> None:

@@ -1,0 +1,292 @@
+"""A trained encoder in Python: `from pipeline import load, similarity`.
+
+    embedder = load("models/encoder")
+    query = embedder.encode_query("Why is the sky blue?")
+    passages = embedder.encode_document(["Air scatters blue light.", "Bread is baked in an oven."])
+    similarity(query, passages)  # [1, 2]
+    embedder.decode("Why is the sky blue?")
+
+What goes wrong by a mistake of the caller is a `pipeline.errors.PipelineError` with one line that says what to change.
+Several processes (`processes=`) are started anew by `spawn`: a script that asks for them guards itself with
+`if __name__ == "__main__":`.
+"""
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Set
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
+
+from pipeline.backbone import DType, best_device
+from pipeline.errors import SourceError
+from pipeline.places import Count
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pipeline.encoder.inference import Encoder
+    from pipeline.encoder.parallel import ParallelEncoder
+    from pipeline.prompts import Side
+
+log = logging.getLogger(__name__)
+
+# Fewer texts are done before a bar is read.
+LONG_WORK = 256
+
+
+class Options(TypedDict, total=False):
+    """What `encode_query` and `encode_document` take as `encode` does."""
+
+    normalize: bool
+    batch_tokens: int | None
+    show_progress: bool | None
+    processes: Count
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    dtype: DType = "float32",
+    backbone: str | Path | None = None,
+    allow_other_backbone: bool = False,
+    trust_remote_code: bool = False,
+) -> "Embedder":
+    """Read an encoder folder, as train writes it.
+
+    Args:
+        path: the folder.
+        device: of the backbone ("cpu", "cuda", "cuda:1"); None: the best that there is.
+        dtype: of the backbone: float32, bfloat16 or float16. Embeddings are float32 always.
+        backbone: where the backbone lies, in place of the recorded folder or hub name.
+        allow_other_backbone: take a backbone with other weights too, with a warning: its embeddings mean little.
+        trust_remote_code: let the backbone run code that comes with it.
+
+    Raises:
+        TrainingError: the folder is no encoder or damaged, or the backbone is not the one that it was trained on.
+        BackboneError: the backbone cannot be loaded.
+    """
+    return Embedder(
+        Path(path).expanduser(),
+        device=device,
+        dtype=dtype,
+        backbone=None if backbone is None else str(backbone),
+        allow_other_backbone=allow_other_backbone,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+class Embedder:
+    """A loaded encoder; `load` makes one. A context manager, which stops the processes that `processes` started.
+
+    Attributes:
+        encoder: what it stands on, with soft prompts, hidden states and the backbone itself.
+    """
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        """See `load`."""
+        from pipeline.encoder.inference import Encoder
+
+        self._path, self._options = path, options
+        self.encoder: Encoder = Encoder.load(path, **{**options, "device": options["device"] or best_device()})
+        self._workers: tuple[int, ParallelEncoder] | None = None
+
+    @property
+    def width(self) -> int:
+        """Dimensions of an embedding."""
+        return self.encoder.width
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest input in tokens, prompt and template included; longer texts are cut, counted in a warning."""
+        return self.encoder.max_tokens
+
+    def encode(
+        self,
+        texts: str | Iterable[str],
+        *,
+        prompt: str = "",
+        normalize: bool = False,
+        batch_tokens: int | None = None,
+        show_progress: bool | None = None,
+        processes: Count = 1,
+    ) -> "np.ndarray[Any, Any]":
+        """Embeddings, float32: `[width]` of a string, `[N, width]` of a list, tuple, array or column of N strings.
+
+        Args:
+            texts: one string or several; for an iterator, whose end is not known, see `encode_stream`.
+            prompt: instruction put before each text, e.g. "Generate a passage that best answers this question:".
+            normalize: to unit length.
+            batch_tokens: tokens in one forward pass; None: by the device.
+            show_progress: a bar; None: for long work on a terminal.
+            processes: that share the texts, each with the backbone; "auto": one a visible GPU, one on a CPU. Started
+                once, they wait for the next call until `close`.
+
+        Raises:
+            SourceError: something is not a text.
+            TrainingError: an embedding is not finite in this dtype.
+            EvaluationError: a process died.
+        """
+        several = [texts] if isinstance(texts, str) else _listed(texts)
+        bar = sys.stderr.isatty() and len(several) >= LONG_WORK if show_progress is None else show_progress
+        source = self._source(processes)
+        vectors = source.encode(several, instruction=prompt, batch_tokens=batch_tokens, show_progress=bar)
+        vectors = _unit(vectors) if normalize else vectors
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    def encode_stream(
+        self,
+        texts: Iterable[str],
+        *,
+        chunk: int | None = None,
+        prompt: str = "",
+        normalize: bool = False,
+        batch_tokens: int | None = None,
+        processes: Count = 1,
+    ) -> "Iterator[np.ndarray[Any, Any]]":
+        """Embeddings float32 `[<= chunk, width]`, in order, as they are made: no more than a chunk is held.
+
+        Args:
+            texts: any iterable, endless ones too.
+            chunk: texts embedded together; None: by the device.
+            prompt: see `encode`.
+            normalize: see `encode`.
+            batch_tokens: see `encode`.
+            processes: see `encode`.
+
+        Raises:
+            SourceError: something is not a text, or `chunk` is below 1.
+        """
+        from pipeline.encoding import CHUNK_ROWS
+
+        size = CHUNK_ROWS.get(self.encoder.model.device.type, CHUNK_ROWS["cuda"]) if chunk is None else chunk
+        if size < 1:
+            raise SourceError(f"chunk is {size}: it must be at least 1")
+        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+            raise SourceError(f"texts is {str(texts)[:40]!r} ({type(texts).__name__}): give an iterable of strings")
+        return self._stream(iter(texts), size, normalize, processes, instruction=prompt, batch_tokens=batch_tokens)
+
+    def _stream(
+        self, texts: Iterator[str], size: int, normalize: bool, processes: Count, **options: Any
+    ) -> "Iterator[np.ndarray[Any, Any]]":
+        from pipeline.encoder.inference import check_texts
+
+        source, total, truncated = self._source(processes), 0, 0
+        try:
+            while some := list(islice(texts, size)):
+                check_texts(some, first=total)
+                found = source.embed(some, **options)
+                total, truncated = total + len(some), truncated + found.truncated
+                yield _unit(found.vectors) if normalize else found.vectors
+        finally:
+            if truncated:
+                log.warning("%s", self.encoder.config.cut(truncated, total))
+
+    def encode_query(self, texts: str | Iterable[str], **options: Unpack[Options]) -> "np.ndarray[Any, Any]":
+        """`encode` with the instruction that queries have in the evaluation of retrieval."""
+        return self.encode(texts, prompt=_instruction("query"), **options)
+
+    def encode_document(self, texts: str | Iterable[str], **options: Unpack[Options]) -> "np.ndarray[Any, Any]":
+        """`encode` with the instruction that documents have in the evaluation of retrieval."""
+        return self.encode(texts, prompt=_instruction("document"), **options)
+
+    @overload
+    def decode(  # type: ignore[overload-overlap]  # a string is an iterable of strings too
+        self, texts: str, max_new_tokens: int = 64, *, prompt: str = ""
+    ) -> str: ...
+    @overload
+    def decode(self, texts: Iterable[str], max_new_tokens: int = 64, *, prompt: str = "") -> list[str]: ...
+    def decode(self, texts: str | Iterable[str], max_new_tokens: int = 64, *, prompt: str = "") -> str | list[str]:
+        """The answers that the embeddings of texts hold, written by the backbone: a string for a string, else a list.
+
+        Args:
+            texts: see `encode`.
+            max_new_tokens: longest answer.
+            prompt: see `encode`.
+        """
+        from pipeline import lens
+
+        if max_new_tokens < 1:
+            raise SourceError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+        several = [texts] if isinstance(texts, str) else _listed(texts)
+        answers = lens.decode(self.encoder, several, max_new_tokens=max_new_tokens, instruction=prompt)
+        return answers[0] if isinstance(texts, str) else answers
+
+    def close(self) -> None:
+        """Stop the processes that a call with `processes` has started."""
+        if self._workers is not None:
+            self._workers[1].close()
+            self._workers = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _source(self, processes: Count) -> "Encoder | ParallelEncoder":
+        """What embeds: this process, or several others, which are kept."""
+        from pipeline.encoder.parallel import ParallelEncoder, encoder_loader
+        from pipeline.errors import EvaluationError
+        from pipeline.places import places, worker_count
+
+        if processes == 1:
+            return self.encoder
+        if processes != "auto" and (not isinstance(processes, int) or processes < 1):
+            raise SourceError(f"processes is {processes!r}: it must be a number from 1, or 'auto'")
+        count = worker_count(processes, gpus_each=1, knob="processes", error=EvaluationError)
+        if count == 1:
+            return self.encoder
+        if self._workers is None or self._workers[0] != count:
+            self.close()
+            # Each process sees its own GPU only, whatever number it has here.
+            device = "cpu" if self.encoder.model.device.type == "cpu" else None
+            loader = encoder_loader(self._path, **{**self._options, "device": device})
+            self._workers = count, ParallelEncoder(loader, places(count))
+        return self._workers[1]
+
+
+def similarity(a: "np.ndarray[Any, Any]", b: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """Cosines float32 `[N, M]` of embeddings `[N, width]` and `[M, width]`; one `[width]` counts as `[1, width]`.
+
+    Raises:
+        SourceError: the widths differ.
+    """
+    import numpy as np
+
+    rows, columns = (np.atleast_2d(np.asarray(side, dtype=np.float32)) for side in (a, b))
+    if rows.ndim != 2 or columns.ndim != 2 or rows.shape[1] != columns.shape[1]:
+        raise SourceError(
+            f"embeddings of shapes {list(rows.shape)} and {list(columns.shape)} cannot be compared: both must be "
+            "[number, width], of one encoder"
+        )
+    return _unit(rows) @ _unit(columns).T
+
+
+def _unit(vectors: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """Rows of unit length; zeros stay zeros."""
+    import numpy as np
+
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+
+def _listed(texts: Iterable[str]) -> list[str]:
+    """Texts of a collection that has an order and an end.
+
+    Raises:
+        SourceError: it has not.
+    """
+    kind = type(texts).__name__
+    if isinstance(texts, Mapping | Set | bytes) or not isinstance(texts, Iterable):
+        raise SourceError(f"texts is a {kind}: give a string, or a list, tuple, array or column of strings")
+    if not hasattr(texts, "__len__"):
+        raise SourceError(f"texts is a {kind}, whose end is not known: give a list, or use encode_stream")
+    return list(texts)
+
+
+def _instruction(side: "Side") -> str:
+    from pipeline.evaluation.instructions import load_instructions
+
+    return load_instructions().choose("", "Retrieval", side)

@@ -1,0 +1,107 @@
+"""The stages of a workspace as a graph: what each made, and whether that still holds."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import MANIFEST, read_manifest
+from pipeline.audit.chain import stale_inputs
+from pipeline.audit.findings import Finding
+from pipeline.audit.lock import LOCK
+from pipeline.errors import ArtifactError
+
+STAGES = {
+    "collect": "data/queries",
+    "generate": "data/responses",
+    "embed": "data/targets",
+    "train": "models/encoder",
+}
+
+
+class State(StrEnum):
+    """What is known of a stage's artifact. The worst that holds is shown."""
+
+    MADE = "made"
+    VERIFIED = "made, verified"
+    STUB = "stub"
+    OUT_OF_DATE = "out of date"
+    MISSING = "missing"
+    FAILED = "failed verification"
+
+
+# For those who do not see colours.
+MARKS = {State.MISSING: "○", State.OUT_OF_DATE: "↻", State.STUB: "▲", State.FAILED: "✗"}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A stage and its artifact; `digest` is that of its manifest, `reasons` say why it is not simply made."""
+
+    stage: str
+    artifact: str
+    state: State
+    digest: str = ""
+    rows: int = 0
+    reasons: Sequence[str] = field(default_factory=list)
+
+    @property
+    def mark(self) -> str:
+        """A sign of the state."""
+        return MARKS.get(self.state, "✓")
+
+
+def pipeline_graph(
+    root: Path,
+    suites: Iterable[str],
+    probes: Iterable[str],
+    *,
+    stubs: Collection[str],
+    findings: Sequence[Finding] | None,
+) -> list[list[Node]]:
+    """The stages in the order of the pipeline; those of one list need nothing of each other.
+
+    Args:
+        root: the workspace.
+        suites: names of the suites.
+        probes: names of the probes.
+        stubs: stages and artifacts that a stub made.
+        findings: of an audit, None where none was run.
+    """
+    last = {f"evaluate {name}": f"results/evaluate/{name}" for name in suites}
+    last |= {f"probe {name}": f"results/probe/{name}" for name in probes}
+    known: dict[str, Node] = {}
+    for stage, artifact in (STAGES | last).items():
+        known[artifact] = _node(root, stage, artifact, known, bool({stage, artifact} & set(stubs)), findings)
+    chain, results = [known[artifact] for artifact in STAGES.values()], [known[artifact] for artifact in last.values()]
+    return [[node] for node in chain] + ([results] if results else [])
+
+
+def _node(
+    root: Path, stage: str, name: str, known: Mapping[str, Node], stub: bool, findings: Sequence[Finding] | None
+) -> Node:
+    wrong = [_short(finding) for finding in findings or () if _about(finding, name) and not finding.stale]
+    try:
+        artifact = read_manifest(root / name)
+    except ArtifactError as error:
+        gone = not (root / name / MANIFEST).is_file()
+        reasons = wrong if gone else [str(error)]
+        return Node(stage, name, State.MISSING if gone else State.FAILED, reasons=reasons)
+    changed = stale_inputs(root, artifact)
+    outdated = [f"{path} was made anew since" for path in changed]
+    upstream = (path for path in artifact.manifest.inputs if path in known and path not in changed)
+    outdated += [f"{path} is out of date" for path in upstream if known[path].state == State.OUT_OF_DATE]
+    states: dict[State, Any] = {State.FAILED: wrong, State.OUT_OF_DATE: outdated, State.STUB: stub}
+    fine = State.MADE if findings is None else State.VERIFIED
+    state = next((state for state, holds in states.items() if holds), fine)
+    reasons = [*wrong, *outdated, *(["made by a stub"] if stub else [])]
+    return Node(stage, name, state, artifact.digest, artifact.manifest.rows, reasons)
+
+
+def _about(finding: Finding, name: str) -> bool:
+    return finding.artifact == name or (finding.artifact == LOCK and finding.where == name)
+
+
+def _short(finding: Finding) -> str:
+    return " ".join(f"{finding.where} {finding.what}".split())

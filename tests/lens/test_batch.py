@@ -1,0 +1,222 @@
+"""The command decode, from texts, files and stored soft prompts, to the terminal, a table and a page."""
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner, Result
+
+import pipeline.lens.writing as writing
+from pipeline.__main__ import app
+from pipeline.encoder.inference import Encoder
+from pipeline.lens import decode, decode_soft_prompts
+from pipeline.lens.page import PAGE_ROWS, render_page, token
+from pipeline.lens.reading import ROWS, Entries, Lens, held_by
+from pipeline.printable import visible
+from tests.encoder.test_inference import write
+from tests.lens.test_nearest import write_embedded
+
+EVIL = "</td><script>alert(1)</script>\x1b[31m\x07 & <b>"
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["decode", "--model", "enc", *map(str, arguments)])
+
+
+def works(*arguments: object) -> Result:
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def fails(message: str, *arguments: object) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 1, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.fixture
+def encoder(workspace: Path, tiny_backbone: Callable[..., Path]) -> Encoder:
+    """In the folder `enc`; width 5, hidden size 32, two compression tokens and one thought token."""
+    write(Path("enc"), tiny_backbone("llama"), None)
+    return Encoder.load(Path("enc"))
+
+
+def test_one_answer_a_text_is_printed(encoder: Encoder) -> None:
+    expected = decode(encoder, ["one", "two"], max_new_tokens=4)
+    printed = works("one", "two", "--max-new-tokens", 4).stdout
+    assert printed == "".join(f"{visible(answer)}\n" for answer in expected)
+
+
+def test_no_answer_commands_the_terminal(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.lens.decoding._decode_batch", lambda *_: ["safe\x1b[2Jtext\x07\r\u202eb"])
+    assert works("one").stdout == "safe[2Jtextb\n"
+
+
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_stored_soft_prompts_decode_as_their_texts(encoder: Encoder, suffix: str) -> None:
+    soft = encoder.soft_prompts(["one", "two"])
+    if suffix == "npy":
+        np.save("soft.npy", soft)
+    else:
+        pl.DataFrame({"soft_prompts": soft.tolist()}).write_parquet("soft.parquet")
+    stored = works("--soft-prompts", f"soft.{suffix}", "--max-new-tokens", 4).stdout
+    assert stored == works("one", "two", "--max-new-tokens", 4).stdout
+    works("--soft-prompts", f"soft.{suffix}", "--max-new-tokens", 4, "--output", "o.parquet")
+    rows = pl.read_parquet("o.parquet")
+    assert rows["decoded"].to_list() == decode_soft_prompts(encoder, soft, max_new_tokens=4)
+    assert rows["query"].to_list() == rows["vocabulary"].to_list() == [None, None]
+    assert rows["id"].n_unique() == 2
+
+
+def teacher_params() -> None:
+    params = {
+        "backbone": {"name": "b"},
+        "embed": {"teacher": {"kind": "hash", "options": {"width": 5}}},
+    }
+    Path("p.yaml").write_text(json.dumps(params))
+
+
+def test_all_that_can_be_read_of_a_file(encoder: Encoder) -> None:
+    teacher_params()
+    texts = ["one", "second text", "three", EVIL]
+    pl.DataFrame({"q": texts, "r": ["1", "2", "3", EVIL]}).write_ndjson("in.jsonl")
+    write_embedded(Path("c.parquet"), ["up", EVIL], [[0, 2, 0, 0, 0], [1, 0, 0, 0, 0]])
+    options = ["--input", "in.jsonl", "--column", "q", "--response-column", "r", "--corpus", "c.parquet", "-k", 1]
+    more = ["--faithfulness", "--params", "p.yaml", "--vocabulary", 3, "--max-new-tokens", 4, "--html", "page.html"]
+    said = works(*options, *more, "--output", "o.parquet").stdout
+    assert "4 texts read -> o.parquet" in said
+    assert re.search(r"to its embedding: -?0\.\d{3} \[-?\d\.\d{3}, -?\d\.\d{3}\], shuffled pairs", said)
+    assert "to the real response" in said
+    table = pq.read_table("o.parquet")
+    assert table.schema.equals(ROWS)
+    rows = table.to_pylist()
+    read = [row["query"] for row in rows]
+    assert read[:3] == texts[:3]
+    assert [row["decoded"] for row in rows] == decode(encoder, read, max_new_tokens=4)
+    assert all([len(row["vocabulary"]), len(row["vocabulary"][0]), len(row["nearest"])] == [2, 3, 1] for row in rows)
+    embeddings = encoder.encode(read)
+    wanted = ["up" if row[1] > row[0] else EVIL for row in embeddings]
+    assert [row["nearest"][0]["text"] for row in rows] == wanted
+    assert all(row["cosine_embedding"] is not None and row["cosine_response"] is not None for row in rows)
+
+
+def test_killed_and_run_again_it_goes_on(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(writing.CHUNK_ROWS, "cpu", 2)
+    Path("in.txt").write_text("".join(f"text {row}\n" for row in range(5)))
+    options = ["--input", "in.txt", "--max-new-tokens", 3]
+    works(*options, "--output", "whole.parquet")
+    put, made = writing._put, []
+
+    def dies_after_one(folder: Path, key: str, table: object) -> Path:
+        if made:
+            raise KeyboardInterrupt
+        made.append(key)
+        return put(folder, key, table)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "_put", dies_after_one)
+        assert call(*options, "--output", "o.parquet").exit_code != 0
+    assert not Path("o.parquet").exists()
+    assert (
+        "5 texts read -> o.parquet (2 of them from the run before)" in works(*options, "--output", "o.parquet").stdout
+    )
+    assert Path("o.parquet").read_bytes() == Path("whole.parquet").read_bytes()
+    assert not list(Path(".work/decode").glob("*/*.parquet"))
+
+
+def test_a_torn_part_is_read_again(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(writing.CHUNK_ROWS, "cpu", 1)
+    options = ["one", "two", "--output", "o.parquet", "--max-new-tokens", 2]
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "_write_whole", killed)
+        assert call(*options).exit_code != 0
+    first, _ = sorted(Path(".work/decode").glob("*/*.parquet"))
+    first.write_bytes(first.read_bytes()[:-9])
+    assert "(1 of them from the run before)" in works(*options).stdout
+    assert pl.read_parquet("o.parquet")["query"].to_list() == ["one", "two"]
+
+
+def test_mistakes_come_before_the_model_is_loaded(workspace: Path) -> None:
+    Path("in.txt").write_text("x\n")
+    Path("in.csv").write_text("text,r\nx,1\n")
+    fails("nothing given: give one of TEXT, --input, --soft-prompts")
+    fails("TEXT and --input given", "x", "--input", "in.txt")
+    fails("--output: o.csv must end in .parquet", "x", "--output", "o.csv")
+    fails("--html: p.txt must end in .html", "x", "--output", "o.parquet", "--html", "p.txt")
+    fails("--html: needs --output too", "x", "--html", "p.html")
+    fails("--engine llama: known are transformers, vllm", "x", "--engine", "llama")
+    fails("--response-column: needs an --input with columns", "--input", "in.txt", "--response-column", "r")
+    fails("no column 'gone' (columns there: text, r)", "--input", "in.csv", "--response-column", "gone")
+    fails("enc is not an encoder", "x")
+    fails("enc is not an encoder", "--soft-prompts", "in.txt")
+    fails("--corpus: needs --output too", "x", "--corpus", "data")
+    fails("--faithfulness: needs --output too", "x", "--faithfulness")
+    fails("gone.yaml does not exist", "x", "--faithfulness", "--params", "gone.yaml", "--output", "o.parquet")
+
+
+def test_mistakes_of_a_corpus_and_a_teacher(encoder: Encoder) -> None:
+    teacher_params()
+    np.save("soft.npy", np.zeros((1, 2, 7), np.float32))
+    fails("vectors of 7 dimensions, the backbone's have 32", "--soft-prompts", "soft.npy")
+    write_embedded(Path("c.parquet"), ["x"], [[0, 2]])
+    fails("vectors of 2 dimensions, the encoder's have 5", "x", "--output", "o.parquet", "--corpus", "c.parquet")
+    Path("p.yaml").write_text(Path("p.yaml").read_text().replace('"width": 5', '"width": 4'))
+    fails(
+        "4 dimensions, the encoder was trained for one of 5",
+        "x", "--output", "o.parquet", "--faithfulness", "--params", "p.yaml",
+    )  # fmt: skip
+
+
+class Tags(HTMLParser):
+    """Every tag, and every address that a browser would ask for."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.addresses: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses |= {value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")}
+
+
+def read_rows(encoder: Encoder, texts: list[str]) -> object:
+    lens = Lens(encoder, lambda soft: [EVIL] * len(soft), vocabulary=4)
+    nothing = [None] * len(texts)
+    return lens.read(Entries([str(row) for row in range(len(texts))], texts, nothing), held_by(encoder, texts))
+
+
+def test_no_text_breaks_out_of_the_page(encoder: Encoder) -> None:
+    page = render_page(read_rows(encoder, [EVIL]), 1, {}, EVIL)  # type: ignore[arg-type]
+    seen = Tags(page)
+    assert not seen.tags & {"script", "b", "img", "iframe", "base", "form"}
+    assert seen.addresses == {"data:,"}
+    assert not re.search(r"url\(|@import|https?:", page)
+    assert not [char for char in page if not char.isprintable() and char != "\n"]
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;[31m" in page
+    assert "prefers-color-scheme: dark" in page
+    assert 'name="viewport"' in page
+
+
+def test_a_page_shows_the_first_rows_and_says_so(encoder: Encoder) -> None:
+    rows = read_rows(encoder, [f"text {row}" for row in range(PAGE_ROWS + 1)])
+    page = render_page(rows, 4321, {}, "t")  # type: ignore[arg-type]
+    assert page.count('data-name="decoded"') == PAGE_ROWS
+    assert f"The first {PAGE_ROWS} of 4,321 rows." in page
+
+
+def test_white_space_of_a_word_is_shown() -> None:
+    assert [token(text) for text in (" the", "\n", "\x1b", "")] == ["␣the", "⏎", "∅", "∅"]

@@ -1,0 +1,87 @@
+"""Cosines of pairs and of shuffled pairs, by hand."""
+
+import numpy as np
+import pytest
+
+from pipeline.errors import EvaluationError
+from pipeline.evaluation.statistics import BootstrapParams
+from pipeline.lens.faithfulness import over_chance, pair, summary
+from pipeline.lens.reading import ROWS, measured, pairs_in, summaries
+from tests.evaluation_fakes import VectorSystem
+
+SETTINGS = BootstrapParams(resamples=500)
+
+
+def test_chance_is_the_mean_of_all_other_pairs() -> None:
+    random = np.random.default_rng(0)
+    first, second = random.normal(size=(6, 3)) * 5, random.normal(size=(6, 3))
+    cosines = (first @ second.T) / np.outer(np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1))
+    found = pair(first, second)
+    np.testing.assert_allclose(found.own, np.diag(cosines), atol=1e-6)
+    others = [np.delete(cosines[row], row).mean() for row in range(6)]
+    np.testing.assert_allclose(found.chance, others, atol=1e-6)
+
+
+def test_a_decoder_that_says_one_thing_is_at_chance() -> None:
+    """However near its text is to every answer: it says nothing of its own."""
+    second = np.array([[1.0, 0.1], [1.0, 0.2], [1.0, -0.1], [1.0, 0.0]])
+    constant = summary("m", pair(np.ones((4, 2)), second), SETTINGS)
+    assert constant.mean > 0.7
+    assert constant.chance == pytest.approx(constant.mean, abs=1e-6)
+    delta = over_chance("m", pair(np.ones((4, 2)), second), SETTINGS)
+    assert delta is not None
+    assert delta.verdict == "within noise"
+
+
+def test_a_faithful_decoder_is_above_chance() -> None:
+    vectors = np.eye(40)
+    found = summary("m", pair(vectors, vectors), SETTINGS)
+    assert found == (1.0, 1.0, 1.0, 0.0)
+    delta = over_chance("m", pair(vectors, vectors), SETTINGS)
+    assert delta is not None
+    assert (delta.delta, delta.verdict) == (1.0, "better")
+
+
+def test_the_interval_holds_the_mean_of_noisy_pairs() -> None:
+    random = np.random.default_rng(1)
+    first = random.normal(size=(50, 8))
+    found = summary("m", pair(first, first + random.normal(size=(50, 8))), SETTINGS)
+    assert found.low is not None and found.high is not None
+    assert found.low < found.mean < found.high
+    assert found.high - found.low < 0.2
+
+
+def test_one_pair_has_no_chance() -> None:
+    one = pair(np.array([[1.0, 0.0]]), np.array([[2.0, 0.0]]))
+    assert summary("m", one, SETTINGS) == (1.0, None, None, None)
+    assert over_chance("m", one, SETTINGS) is None
+
+
+def test_a_zero_vector_is_at_cosine_zero() -> None:
+    found = pair(np.array([[0.0, 0.0], [1.0, 0.0]]), np.array([[1.0, 0.0], [1.0, 0.0]]))
+    assert found.own.tolist() == [0, 1]
+
+
+def rows(decoded: list[str], responses: list[str | None]) -> object:
+    import pyarrow as pa
+
+    content = {"id": [str(row) for row in range(len(decoded))], "decoded": decoded, "response": responses}
+    return pa.table({name: content.get(name, [None] * len(decoded)) for name in ROWS.names}, schema=ROWS)
+
+
+def test_only_rows_with_a_response_are_compared_with_one() -> None:
+    teacher = VectorSystem({"a": [1, 0], "b": [1, 1], "": [0, 1]})
+    found = measured(rows(["a", "b", "a"], ["a", None, ""]), np.eye(3)[:, :2], lambda texts: teacher.encode(texts, ""))
+    np.testing.assert_allclose(found["cosine_embedding"].to_pylist(), [1, 0.5**0.5, 0], atol=1e-6)
+    assert found["cosine_response"].to_pylist() == [1.0, None, 0.0]
+    assert found["chance_response"].to_pylist() == [0.0, None, 1.0]
+    assert set(summaries(found, SETTINGS)) == {"embedding", "response"}
+    without = measured(rows(["a", "b"], [None, None]), np.eye(2), lambda texts: teacher.encode(texts, ""))
+    assert pairs_in(without, "response") is None
+    assert set(summaries(without, SETTINGS)) == {"embedding"}
+
+
+def test_a_teacher_of_another_width_is_refused() -> None:
+    teacher = VectorSystem({"a": [1, 0]})
+    with pytest.raises(EvaluationError, match="2 dimensions, the encoder was trained for one of 5"):
+        measured(rows(["a"], ["a"]), np.ones((1, 5)), lambda texts: teacher.encode(texts, ""))
