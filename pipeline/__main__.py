@@ -2,7 +2,7 @@
 
 import json
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +12,13 @@ from pipeline.params import PARAMS_FILE
 from pipeline.runtime import user_errors
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterator
 
     from pipeline.audit import AuditReport
     from pipeline.backbone import DType
     from pipeline.encoder.inference import Encoder
     from pipeline.lens.decoding import EngineName as DecodingEngine
+    from pipeline.target_transform import Space
     from pipeline.teachers.base import Teacher
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="LLM2Vec-Gen: look at a run, and use what it made.")
@@ -68,7 +69,7 @@ def _print_audit(report: "AuditReport") -> None:
 
 @app.command()
 def inspect(
-    stage: Annotated[str, typer.Argument(help="collect, generate, embed, train, evaluate, probe or report.")],
+    stage: Annotated[str, typer.Argument(help="collect, generate, teach, embed, train, evaluate, probe or report.")],
     n: Annotated[int, typer.Option("--n", min=1, help="How many rows.")] = 5,
     row: Annotated[
         str | None, typer.Option("--id", help="An id, or its beginning: that row through all stages.")
@@ -113,7 +114,7 @@ def backbone(
     memory: Annotated[int, typer.Option(help="GPU memory in GB that the micro-batch is sized for: 24 or 80.")] = 80,
     path: ParamsOption = PARAMS_FILE,
 ) -> None:
-    """Switch the params file to a backbone of the paper. Comments and all else stay as they are."""
+    """Switch the params file to a backbone and its teacher. Comments and all else stay as they are."""
     from pipeline.presets import presets, switch
 
     with user_errors():
@@ -124,7 +125,11 @@ def backbone(
         for known, preset in presets().items():
             size = f"{preset.shape.parameters() / 1e9:.1f}B"
             pin = preset.backbone.revision or "not pinned"
-            print(f"{known:<14} {size:>5}  {preset.backbone.name:<36} {pin[:12]}  rate {preset.learning_rate:g}")
+            teacher, rate = ("published", "") if preset.published else ("trained here", " (a guess)")
+            print(
+                f"{known:<14} {size:>5}  {preset.backbone.name:<36} {pin[:12]:<12}  "
+                f"teacher: {teacher:<12}  rate {preset.learning_rate:g}{rate}"
+            )
 
 
 @app.command()
@@ -138,6 +143,9 @@ def encode(
         int | None, typer.Option(min=1, help="Tokens in one forward pass; by default chosen by the device.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "float32",
+    space: Annotated[
+        str, typer.Option(help="trained, or teacher: behind embed.transform, back in the teacher's space.")
+    ] = "trained",
     backbone: BackboneOption = None,
     other: OtherOption = False,
 ) -> None:
@@ -147,9 +155,10 @@ def encode(
         from pipeline.text_files import open_texts
 
         check_output(output)
+        wanted = _space(space)
         texts = open_texts(source, column)
         encoder = _load(model, dtype, backbone, other)
-        done = encode_file(encoder, texts, output, instruction=prompt, batch_tokens=batch_tokens)
+        done = encode_file(encoder, texts, output, instruction=prompt, batch_tokens=batch_tokens, space=wanted)
         kept = f" ({done.kept} of them from the run before)" if done.kept else ""
         print(f"{done.rows} embeddings of {done.width} dimensions -> {output}{kept}")
         if done.truncated:
@@ -331,7 +340,7 @@ def decode(
         rows = open_source(
             texts, source, soft_prompts, hidden=lambda: _hidden(model), column=column, response_column=response_column
         )
-        teacher = held.enter_context(_teacher(params)) if faithfulness else None
+        teacher = held.enter_context(_teacher(params, model)) if faithfulness else None
         encoder = _load(model, dtype, backbone, other)
         from pipeline.lens.batch import Request, print_answers, read_to_files
 
@@ -362,14 +371,17 @@ def _hidden(model: Path) -> int:
     return read_config(model).hidden
 
 
-def _teacher(params: Path) -> "AbstractContextManager[Teacher]":
-    """The teacher that made the targets, by the params file."""
+@contextmanager
+def _teacher(params: Path, model: Path) -> "Iterator[Teacher]":
+    """The teacher as it made the targets of the encoder `model`, by the params file."""
     from pipeline.params import load
     from pipeline.stages._systems import TeacherInputs
     from pipeline.teachers.parallel import open_teacher
+    from pipeline.teachers.transformed import in_trained_space
 
     inputs = load(params, TeacherInputs)
-    return open_teacher(inputs.embed.teacher, inputs.backbone, 1)
+    with open_teacher(inputs.embed.teacher, inputs.backbone, 1) as teacher:
+        yield in_trained_space(teacher, model)
 
 
 def _load(model: Path, dtype: str, backbone: str | None = None, other: bool = False) -> "Encoder":
@@ -378,6 +390,17 @@ def _load(model: Path, dtype: str, backbone: str | None = None, other: bool = Fa
     from pipeline.encoder.inference import Encoder
 
     return Encoder.load(model, device=best_device(), dtype=chosen, backbone=backbone, allow_other_backbone=other)
+
+
+def _space(name: str) -> "Space":
+    from typing import cast, get_args
+
+    from pipeline.errors import ParamsError
+    from pipeline.target_transform import Space
+
+    if name not in get_args(Space):
+        raise ParamsError(f"--space {name}: known are {', '.join(get_args(Space))}")
+    return cast("Space", name)
 
 
 def _dtype(name: str) -> "DType":

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.encoder.inference import Encoder
     from pipeline.encoder.parallel import ParallelEncoder
     from pipeline.prompts import Side
+    from pipeline.target_transform import Space
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Options(TypedDict, total=False):
     batch_tokens: int | None
     show_progress: bool | None
     processes: Count
+    space: "Space"
 
 
 def load(
@@ -111,6 +113,7 @@ class Embedder:
         batch_tokens: int | None = None,
         show_progress: bool | None = None,
         processes: Count = 1,
+        space: "Space" = "trained",
     ) -> "np.ndarray[Any, Any]":
         """Embeddings, float32: `[width]` of a string, `[N, width]` of a list, tuple, array or column of N strings.
 
@@ -122,6 +125,7 @@ class Embedder:
             show_progress: a bar; None: for long work on a terminal.
             processes: that share the texts, each with the backbone; "auto": one a visible GPU, one on a CPU. Started
                 once, they wait for the next call until `close`.
+            space: "teacher" leads behind `embed.transform` back to the space of the teacher's own vectors.
 
         Raises:
             SourceError: something is not a text.
@@ -132,6 +136,7 @@ class Embedder:
         bar = sys.stderr.isatty() and len(several) >= LONG_WORK if show_progress is None else show_progress
         source = self._source(processes)
         vectors = source.encode(several, instruction=prompt, batch_tokens=batch_tokens, show_progress=bar)
+        vectors = self.encoder.in_space(space, vectors)
         vectors = _unit(vectors) if normalize else vectors
         return vectors[0] if isinstance(texts, str) else vectors
 

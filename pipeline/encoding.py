@@ -9,7 +9,8 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,12 +21,13 @@ from pipeline.artifacts import ArtifactWriter, bytes_sha256, digest_of, disk_err
 from pipeline.errors import SourceError
 from pipeline.runtime import progress, work_dir
 from pipeline.shards import lock_folder
+from pipeline.target_transform import Space
 from pipeline.text_files import TextFile
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipeline.encoder.inference import Encoder
+    from pipeline.encoder.inference import Embedded, Encoder
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +62,11 @@ def check_output(path: Path) -> None:
         raise SourceError(f"--output: unknown format '{path.suffix}' (known: {', '.join(OUTPUTS)})")
 
 
-def made_by(encoder: "Encoder", instruction: str) -> dict[str, Any]:
+def made_by(encoder: "Encoder", instruction: str, space: Space = "trained") -> dict[str, Any]:
     """What decides an embedding besides its text, however its folder is called (serialises to JSON)."""
     weights = {key: value for key, value in encoder.identity.items() if key != "name"}
-    return {"encoder": weights, "backbone": encoder.config.backbone, "instruction": instruction}
+    facts = {"encoder": weights, "backbone": encoder.config.backbone, "instruction": instruction}
+    return facts if space == "trained" else {**facts, "space": space, "transform": encoder.config.transform}
 
 
 def encode_file(
@@ -74,6 +77,7 @@ def encode_file(
     instruction: str = "",
     batch_tokens: int | None = None,
     chunk_rows: int | None = None,
+    space: Space = "trained",
 ) -> Encoded:
     """Embed all texts of a file; float32 [rows, width] as .npy, or .parquet with the columns `text` and `embedding`.
 
@@ -84,17 +88,20 @@ def encode_file(
         instruction: see `Encoder.encode`.
         batch_tokens: see `Encoder.encode`.
         chunk_rows: texts of a part; None: `CHUNK_ROWS` of the device.
+        space: see `Encoder.encode`.
 
     Raises:
         SourceError: an unknown output format, or the input is damaged or changes meanwhile.
+        TrainingError: see `Encoder.encode`.
         WorkError: the disk is full, or another process is at the same work.
     """
     check_output(output)
+    width = encoder.width_of(space)
     device = encoder.model.device.type
     rows = chunk_rows or CHUNK_ROWS.get(device, CHUNK_ROWS["cuda"])
     conditions = {
         "version": VERSION,
-        "made_by": made_by(encoder, instruction),
+        "made_by": made_by(encoder, instruction, space),
         "dtype": str(encoder.model.dtype),
         "device": device,
         "batch_tokens": batch_tokens,
@@ -107,22 +114,21 @@ def encode_file(
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder)
     try:
-        parts = _Parts(folder, encoder.width)
-        kept, truncated = _embed(encoder, texts, parts, rows, instruction, batch_tokens)
+        parts = _Parts(folder, width)
+        embed = partial(encoder.embed, instruction=instruction, batch_tokens=batch_tokens, space=space)
+        kept, truncated = _embed(embed, texts, parts, rows)
         with _whole(output) as unfinished:
             if output.suffix == ".npy":
                 _write_npy(unfinished, texts, parts, rows)
             else:
-                _write_parquet(unfinished, texts, parts, rows, made_by(encoder, instruction))
+                _write_parquet(unfinished, texts, parts, rows, made_by(encoder, instruction, space))
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         lock.release()
-    return Encoded(texts.rows, encoder.width, kept, truncated)
+    return Encoded(texts.rows, width, kept, truncated)
 
 
-def _embed(
-    encoder: "Encoder", texts: TextFile, parts: "_Parts", rows: int, instruction: str, batch_tokens: int | None
-) -> tuple[int, int]:
+def _embed(embed: "Callable[[list[str]], Embedded]", texts: TextFile, parts: "_Parts", rows: int) -> tuple[int, int]:
     """Make the parts that are missing; how many texts were embedded before, and how many of the others were cut."""
     kept = truncated = 0
     nothing: list[str] = []
@@ -133,7 +139,7 @@ def _embed(
                 bar.initial += len(chunk)
                 bar.n += len(chunk)
             else:
-                found = encoder.embed(chunk, instruction=instruction, batch_tokens=batch_tokens)
+                found = embed(chunk)
                 parts.put(place, chunk, found.vectors)
                 truncated += found.truncated
                 bar.update(len(chunk))

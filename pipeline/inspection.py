@@ -15,7 +15,8 @@ from pipeline.artifacts import Artifact, read_manifest
 from pipeline.errors import ArtifactError
 
 TABLES = {"collect": "data/queries", "generate": "data/responses", "embed": "data/targets"}
-STAGES = (*TABLES, "train", "evaluate", "probe", "report")
+TENSORS = {"teach": "models/teacher", "train": "models/encoder"}
+STAGES = (*TABLES, *TENSORS, "evaluate", "probe", "report")
 FIRST_VALUES = 6
 CELL_CHARS = 400
 
@@ -34,8 +35,8 @@ def show(stage: str, count: int, root: Path = Path()) -> Table:
     """
     if stage in TABLES:
         return _rows_table(read_manifest(root / TABLES[stage]), count)
-    if stage == "train":
-        return _tensors_table(read_manifest(root / "models/encoder"))
+    if stage in TENSORS:
+        return _tensors_table(read_manifest(root / TENSORS[stage]))
     check_stage(stage)
     return _results_table(root, stage, count)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from pipeline.artifacts import read_manifest
 from pipeline.backbone import DTYPE_BYTES, BackboneParams
 from pipeline.engines import engine_facts
@@ -26,6 +28,7 @@ from pipeline.queries import CollectParams
 from pipeline.report import ReportParams
 from pipeline.shape import Shape, shape_from_config
 from pipeline.targets import EmbedParams
+from pipeline.teach.params import TeachParams
 from pipeline.training.memory import kv_bytes
 from pipeline.training.params import TrainParams
 from pipeline.training.plan import memory_line, memory_remarks
@@ -33,7 +36,10 @@ from pipeline.training.schedule import planned_steps
 
 GB = 1e9
 # Teachers whose vectors are an LLM's hidden states as they are, with norms in the hundreds.
-RAW_TEACHERS = ("llm2vec", "backbone")
+RAW_TEACHERS = ("llm2vec", "llm2vec-trained", "backbone")
+
+# Transforms after which each dimension has variance 1, whatever the teacher: a mean over them that starts at 1.
+UNIT_VARIANCE = ("standardize", "whiten")
 
 
 class AllParams(Params):
@@ -42,6 +48,7 @@ class AllParams(Params):
     backbone: BackboneParams
     collect: CollectParams
     generate: GenerateParams
+    teach: TeachParams = Field(default_factory=TeachParams)
     embed: EmbedParams
     train: TrainParams
     evaluate: EvaluateParams
@@ -93,6 +100,8 @@ def make_plan(params: AllParams, root: Path = Path()) -> Plan:
     plan = Plan()
     plan.lines.append(("collect", _sources(params), _rows_text(rows, known)))
     plan.lines.append(("generate", _generate_text(params, rows), _generate_memory(params, shape)))
+    if params.embed.teacher.kind == "llm2vec-trained":
+        plan.lines.append(("teach", _teach_text(params.teach), f"{params.backbone.name}, {params.teach.dtype}"))
     plan.lines.append(("embed", _embed_text(params, rows), _teacher_text(params)))
     plan.lines.append(("train", _train_text(params, rows), _train_memory(params, shape)))
     evaluation = EvaluationPlan(params.evaluate, params.suites, params.probes, root)
@@ -166,9 +175,20 @@ def _generate_memory(params: AllParams, shape: Shape | None) -> str:
     return f"{params.backbone.name}, weights {weights / GB:.1f} GB, KV cache {row / GB:.2f} GB a row of full length"
 
 
+def _teach_text(teach: TeachParams) -> str:
+    phases = [
+        f"{name} {phase.steps:,} steps of {phase.batch_size} texts, at most {phase.max_tokens} tokens"
+        for name, phase in (("MNTP", teach.mntp), ("SimCSE", teach.simcse))
+    ]
+    measured = ", ".join([*teach.quality.local, *teach.quality.tasks]) or "no task"
+    return f"{'; '.join(phases)}; from {teach.corpus}; measured on {measured}"
+
+
 def _embed_text(params: AllParams, rows: int | None) -> str:
     embed = params.embed
     scaled = ", scaled to length 1" if embed.normalize else ""
+    if embed.transform.kind != "none":
+        scaled += f", transform {embed.transform.kind}"
     return f"{embed.teacher.kind}{scaled}; {_tokens(rows, embed.teacher.max_tokens)} read"
 
 
@@ -220,6 +240,12 @@ def _remarks(params: AllParams, shape: Shape | None, root: Path) -> list[str]:
 def _scale_remark(params: AllParams) -> list[str]:
     kind, reduction = params.embed.teacher.kind, params.train.align_reduction
     raw = kind in RAW_TEACHERS and not params.embed.normalize
+    if params.embed.transform.kind in UNIT_VARIANCE:
+        found = (
+            "train.align_reduction: sum over dimensions of variance 1 each (embed.transform "
+            f"{params.embed.transform.kind}) is as large as they are many and drowns the reconstruction: mean"
+        )
+        return [found] if reduction == "sum" else []
     if raw and reduction == "sum":
         return [
             f"train.align_reduction: sum over the dimensions of {kind} targets, with norms in the hundreds, drowns the "
@@ -245,6 +271,11 @@ def _unpinned(params: AllParams, root: Path) -> list[tuple[str, str]]:
         (f"collect.sources.{index}.revision", source.name, source.revision)
         for index, source in enumerate(params.collect.sources)
         if source.kind == "hub"
+    ]
+    pins += [
+        (f"teach.sources.{index}.revision", source.name, source.revision)
+        for index, source in enumerate(params.teach.sources)
+        if source.kind == "hub" and params.embed.teacher.kind == "llm2vec-trained"
     ]
     pins += [
         (f"{key}.revision", str(entry["dataset"]), entry.get("revision"))

@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
@@ -24,14 +25,21 @@ TEACHER_TOKENS = 512
 
 
 class PresetTeacher(Params):
-    """The adapters that make the backbone its own LLM2Vec teacher, and texts of a forward pass by GPU memory in GB."""
+    """The backbone as its own LLM2Vec teacher, and texts of a forward pass by GPU memory in GB.
 
-    adapters: list[AdapterParams]
+    With the published adapters that make it one; without any, the stage teach trains them.
+    """
+
+    adapters: list[AdapterParams] = Field(default_factory=list)
     batch_size: dict[int, int]
 
 
 class Preset(Params):
-    """A backbone, its teacher and how it is trained."""
+    """A backbone, its teacher and how it is trained.
+
+    The learning rate of a backbone with a published teacher is the paper's. The paper trains no other: there it is a
+    guess after a model of like size.
+    """
 
     backbone: BackboneParams
     teacher: PresetTeacher
@@ -39,8 +47,24 @@ class Preset(Params):
     micro_batch_size: dict[int, int]
     shape: Shape
 
+    @property
+    def published(self) -> bool:
+        """Whether the teacher is the paper's; else it is trained here."""
+        return bool(self.teacher.adapters)
+
     def teacher_params(self, memory: int) -> TeacherParams:
-        """The teacher for a GPU of `memory` GB. Its base is named, so that it stays when the backbone is changed."""
+        """The teacher for a GPU of `memory` GB.
+
+        A published one names its base, so that it stays when the backbone is changed; one that is trained here is of
+        whatever the backbone is.
+        """
+        if not self.published:
+            return TeacherParams(
+                kind="llm2vec-trained",
+                max_tokens=TEACHER_TOKENS,
+                dtype=self.backbone.dtype,
+                batch_size=self.teacher.batch_size[memory],
+            )
         return TeacherParams(
             kind="llm2vec",
             name=self.backbone.name,
@@ -171,7 +195,7 @@ def _replaced(before: Any, value: Any) -> Any:
         before.update(value)
         before.fa.set_flow_style()
         return before
-    if isinstance(before, CommentedSeq) and isinstance(value, list):
+    if before and value and isinstance(before, CommentedSeq) and isinstance(value, list):
         del before[len(value) :]
         for index, new in enumerate(value):
             if index >= len(before):

@@ -23,6 +23,7 @@ from pipeline.params import Params
 from pipeline.places import Count
 from pipeline.runtime import gpu_memory_mib, progress
 from pipeline.shards import ShardStore
+from pipeline.target_transform import TargetTransform, TransformParams
 from pipeline.teachers import TeacherParams
 from pipeline.teachers.base import Teacher
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 ID_BYTES = 72
 # Batches handed to the teacher at once: it sorts them by length, and what is in hand is lost when killed.
 CHUNK_BATCHES = 16
@@ -48,17 +49,23 @@ class EmbedParams(Params):
 
     teacher: TeacherParams
     normalize: bool = Field(default=False, description="scale targets to length 1; changes the balance of the losses")
+    transform: TransformParams = Field(default=TransformParams(), description="of the targets; see docs/targets.md")
     dtype: TargetType = Field(default="float16", description="of the stored targets")
     data_parallel: Count = Field(default="auto", description="teacher processes; auto: one a GPU")
 
 
-def fingerprint(teacher: Teacher, params: EmbedParams) -> dict[str, Any]:
-    """What decides the bytes of a target besides its text."""
-    return {"version": VERSION, "teacher": teacher.identity, "normalize": params.normalize, "dtype": params.dtype}
+def fingerprint(teacher: Teacher) -> dict[str, Any]:
+    """What decides the bytes of a kept vector besides its text."""
+    return {"version": VERSION, "teacher": teacher.identity}
 
 
-def store_schema(width: int, dtype: TargetType) -> pa.Schema:
-    """The targets' schema and what is counted of them, which a resumed run must know too."""
+def target_params(params: EmbedParams) -> dict[str, Any]:
+    """What decides how targets are made of kept vectors, for the manifest."""
+    return {"version": VERSION, **params.model_dump(include={"normalize", "transform", "dtype"})}
+
+
+def store_schema(width: int, dtype: TargetType = "float32") -> pa.Schema:
+    """A table of vectors and what is counted of them, which a resumed run must know too."""
     counted = [pa.field("tokens", pa.int32(), nullable=False), pa.field("truncated", pa.bool_(), nullable=False)]
     return pa.schema([*targets_schema(width, dtype), *counted])
 
@@ -112,15 +119,11 @@ class Embedder:
     Attributes:
         store: holds the vectors of finished responses by `store_key` (schema `store_schema`).
         teacher: embeds.
-        normalize: scale targets to length 1.
-        dtype: of the stored targets.
         chunk_rows: texts handed to the teacher at once.
     """
 
     store: ShardStore
     teacher: Teacher
-    normalize: bool
-    dtype: TargetType
     chunk_rows: int
     rows: int = 0
     computed_rows: int = 0
@@ -152,7 +155,7 @@ class Embedder:
         self.gpu_memory_mib = gpu_memory_mib()
 
     def tables(self, responses: Iterable[Row], rows_per_table: int) -> Iterator[pa.Table]:
-        """Targets of the responses in their order (schema `store_schema`), `rows_per_table` rows a table."""
+        """Kept vectors of the responses in their order (schema `store_schema`), `rows_per_table` rows a table."""
         pairs = ((row.id, row.key) for row in responses)
         while chunk := list(islice(pairs, rows_per_table)):
             rows = self.store.take([key for _, key in chunk])
@@ -173,21 +176,60 @@ class Embedder:
         }
 
     def _embed(self, rows: Sequence[Row]) -> None:
+        import numpy as np
+
         ids, texts = [row.id for row in rows], [row.text for row in rows]
         vectors = self.teacher.embed(texts)
         check_vectors(ids, vectors, self.teacher.width)
-        if self.normalize:
-            vectors = unit_length(ids, vectors)
         tokens = self.teacher.token_counts(texts)
         self.computed_tokens += sum(tokens)
         kind = self.store.schema.field("embedding").type
         columns = [
             pa.array([row.key for row in rows], pa.string()),
-            pa.FixedSizeListArray.from_arrays(pa.array(cast(ids, vectors, self.dtype).reshape(-1)), type=kind),
+            pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float32).reshape(-1)), type=kind),
             pa.array(tokens, pa.int32()),
             pa.array(self.teacher.truncated(texts), pa.bool_()),
         ]
         self.store.add_table(pa.Table.from_arrays(columns, schema=self.store.schema))
+
+
+@dataclass(frozen=True)
+class Finish:
+    """From kept vectors to targets.
+
+    Attributes:
+        normalize: scale vectors to length 1 first.
+        dtype: of the targets.
+        transform: mapped by it then; None for as they are.
+    """
+
+    normalize: bool
+    dtype: TargetType
+    transform: TargetTransform | None = None
+
+    def vectors(self, table: pa.Table) -> "np.ndarray[Any, Any]":
+        """What the transform is fitted on: vectors float32 [N, d] of a table of `store_schema`.
+
+        Raises:
+            TeacherError: a vector that is to have length 1 has none.
+        """
+        column = table.column("embedding").combine_chunks()
+        vectors = column.flatten().to_numpy().reshape(len(column), -1)
+        return unit_length(table.column("id").to_pylist(), vectors) if self.normalize else vectors
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """A table of `store_schema` with targets in the place of kept vectors.
+
+        Raises:
+            TeacherError: a vector that is to have length 1 has none, or a value does not fit into `dtype`.
+        """
+        vectors = self.vectors(table)
+        if self.transform is not None:
+            vectors = self.transform.map(vectors)
+        schema = store_schema(vectors.shape[1], self.dtype)
+        values = pa.array(cast(table.column("id").to_pylist(), vectors, self.dtype).reshape(-1))
+        embeddings = pa.FixedSizeListArray.from_arrays(values, type=schema.field("embedding").type)
+        return table.set_column(1, schema.field("embedding"), embeddings).cast(schema)
 
 
 def check_vectors(ids: Sequence[str], vectors: "np.ndarray[Any, Any]", width: int) -> None:
@@ -221,7 +263,7 @@ def cast(ids: Sequence[str], vectors: "np.ndarray[Any, Any]", dtype: TargetType)
     if dtype == "float16" and largest > FLOAT16_MAX:
         bad = _name(ids, np.abs(vectors).max(axis=1) > FLOAT16_MAX)
         raise TeacherError(
-            f"embed.dtype: float16 holds up to {FLOAT16_MAX:.0f}, the teacher gave {largest:.6g} for {bad}: "
+            f"embed.dtype: float16 holds up to {FLOAT16_MAX:.0f}, the largest value is {largest:.6g} for {bad}: "
             "set embed.dtype: float32"
         )
     return vectors.astype(dtype)

@@ -1,6 +1,8 @@
 """The Python API: what it takes and gives, and what it says to a mistake."""
 
+import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from pipeline import Embedder, load, similarity
 from pipeline.errors import PipelineError, SourceError, TrainingError
 from pipeline.evaluation.instructions import load_instructions
 from pipeline.lens import decode
+from pipeline.target_transform import TargetTransform
 from tests.conftest import ROOT
 from tests.encoder.test_inference import write
 
@@ -86,6 +89,18 @@ def test_normalize(embedder: Embedder) -> None:
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(found * np.linalg.norm(plain, axis=1, keepdims=True), plain, atol=1e-5)
     assert np.linalg.norm(embedder.encode("one", normalize=True)) == pytest.approx(1)
+
+
+def test_the_teachers_space_is_the_encoders(folder: Path, tmp_path: Path) -> None:
+    shifted = TargetTransform("center", False, *[np.ones(WIDTH, np.float32)] * 3)
+    shutil.copytree(folder, tmp_path / "encoder")
+    shifted.save(tmp_path / "encoder")
+    config = tmp_path / "encoder/encoder_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "transform": shifted.identity}))
+    behind = load(tmp_path / "encoder", device="cpu")
+    np.testing.assert_allclose(behind.encode("one", space="teacher"), behind.encode("one") + 1, atol=1e-6)
+    unit = behind.encode(["one"], space="teacher", normalize=True)
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, rtol=1e-6)
 
 
 def test_queries_and_documents_have_the_instructions_of_retrieval(

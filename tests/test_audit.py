@@ -16,6 +16,7 @@ from pipeline.audit import audit
 from pipeline.audit.findings import SHOWN_PER_CHECK, Finding, Findings
 from pipeline.audit.lock import dvc_md5
 from pipeline.backbone import identify
+from pipeline.target_transform import TRANSFORM_FILE, TargetTransform
 from tests.toy_workspace import (
     EMPTY,
     FAILED,
@@ -240,6 +241,34 @@ def test_an_encoder_of_another_width_than_the_targets(made: Path) -> None:
     path.write_text('{"width": 5}')
     edit_manifest(made, "models/encoder", files={path.name: file_sha256(path)})
     assert lines() == ["models/encoder encoder_config.json: width is 5, the targets have 3"]
+
+
+def transformed(name: str, content: bytes = b"") -> None:
+    """Put a transform into an artifact, as the stages do."""
+    transform = TargetTransform("center", False, *(np.ones(3, np.float32) for _ in range(3)))
+    path = Path(name) / TRANSFORM_FILE
+    path.write_bytes(content or transform.to_bytes())
+    changes = {"params": {"transform": {"kind": "center"}}} if name == "data/targets" else {}
+    edit_manifest(Path(), name, files={TRANSFORM_FILE: file_sha256(path)}, **changes)
+
+
+def test_a_transform_of_the_targets_goes_with_the_encoder(made: Path) -> None:
+    transformed("data/targets")
+    assert lines() == ["models/encoder transform.safetensors: is not that of data/targets: run train again"]
+    transformed("models/encoder")
+    assert lines() == []
+    other = TargetTransform("center", True, *(np.ones(3, np.float32) for _ in range(3)))
+    transformed("models/encoder", other.to_bytes())
+    assert lines() == ["models/encoder transform.safetensors: is not that of data/targets: run train again"]
+
+
+def test_a_transform_that_the_params_do_not_name(made: Path) -> None:
+    transformed("data/targets")
+    transformed("models/encoder")
+    edit_manifest(made, "data/targets", params={"transform": {"kind": "none"}})
+    assert lines() == ["data/targets transform.safetensors: is here, the transform is none"]
+    flip_byte(Path("models/encoder") / TRANSFORM_FILE, -1)
+    assert any("models/encoder transform.safetensors: sha256 is" in line for line in lines())
 
 
 def test_stale_inputs(made: Path) -> None:

@@ -24,11 +24,12 @@ def test_dvc_accepts_both_params_files_and_finds_every_key(workspace: Path, file
     listed = dvc(workspace, "stage", "list", "--name-only").split()
     params = read_yaml(workspace / "params.yaml")
     entries = [f"evaluate@{key}" for key in params["suites"]] + [f"probe@{key}" for key in params["probes"]]
-    assert listed == ["collect", "generate", "embed", "train", *entries, "report"]
+    assert listed == ["collect", "generate", "teach", "embed", "train", *entries, "report"]
     dry = dvc(
         workspace, "repro", "--dry", "--force"
     )  # without --force DVC 3.67 wants to hash deps that are not made yet
-    positions = [dry.index(f"pipeline.stages.{stage}") for stage in ("collect", "generate", "embed", "train", "report")]
+    chain = ("collect", "generate", "teach", "embed", "train", "report")
+    positions = [dry.index(f"pipeline.stages.{stage}") for stage in chain]
     assert positions == sorted(positions)
     assert dry.index("pipeline.stages.evaluate") < positions[-1]
 

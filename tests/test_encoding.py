@@ -33,22 +33,28 @@ class LengthEncoder:
 
     width = WIDTH
     identity = {"name": "lengths", "sha256": "abc"}
-    config = SimpleNamespace(backbone={"name": "none"})
+    config = SimpleNamespace(backbone={"name": "none"}, transform=None)
     model = SimpleNamespace(device=SimpleNamespace(type="cpu"), dtype="float32")
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.calls: list[list[str]] = []
         self._fail_at = fail_at
 
+    def width_of(self, space: str) -> int:
+        return WIDTH if space == "trained" else WIDTH - 1
+
     def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
         return self.embed(texts, **options).vectors
 
-    def embed(self, texts: Sequence[str], *, instruction: str = "", batch_tokens: int | None = None) -> Embedded:
+    def embed(
+        self, texts: Sequence[str], *, instruction: str = "", batch_tokens: int | None = None, space: str = "trained"
+    ) -> Embedded:
         """Texts of more than nine characters count as cut."""
         if len(self.calls) == self._fail_at:
             raise KeyboardInterrupt
         self.calls.append(list(texts))
-        return Embedded(expected([instruction + text for text in texts]), sum(len(text) > 9 for text in texts))
+        vectors = expected([instruction + text for text in texts])[:, : self.width_of(space)]
+        return Embedded(vectors, sum(len(text) > 9 for text in texts))
 
 
 def expected(texts: Sequence[str]) -> np.ndarray:
@@ -75,6 +81,17 @@ def test_npy_is_what_numpy_would_write(workspace: Path) -> None:
     np.save("all.npy", expected(texts))
     assert Path("out.npy").read_bytes() == Path("all.npy").read_bytes()
     assert not parts()
+
+
+def test_the_teachers_space_has_its_own_width_and_work(workspace: Path) -> None:
+    texts = write()
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy", LengthEncoder(fail_at=2))
+    assert encode("out.npy", space="teacher") == (10, WIDTH - 1, 0, 2)
+    np.testing.assert_array_equal(np.load("out.npy"), expected(texts)[:, :-1])
+    encode("out.parquet", space="teacher")
+    said = json.loads(pq.read_schema("out.parquet").metadata[EMBEDDED_BY])
+    assert (said["space"], said["transform"]) == ("teacher", None)
 
 
 def test_parquet_holds_the_texts_too_and_says_who_made_it(workspace: Path) -> None:

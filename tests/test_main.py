@@ -141,6 +141,17 @@ def test_encode_every_format_to_the_same_embeddings(model: Path) -> None:
     assert np.abs(table["embedding"].to_numpy() - found[0]).max() > 1e-4
 
 
+def test_encode_into_the_teachers_space(model: Path) -> None:
+    Path("in.txt").write_text("one\ntwo\n")
+    for space in ("trained", "teacher"):
+        result = call("encode", "--model", model, "--input", "in.txt", "--output", f"{space}.npy", "--space", space)
+        assert result.exit_code == 0, result.output
+    np.testing.assert_array_equal(np.load("trained.npy"), np.load("teacher.npy"))  # this encoder has no transform
+    fails(
+        "--space own: known are trained, teacher", *encode("--input", "in.txt", "--output", "o.npy", "--space", "own")
+    )
+
+
 def test_another_backbone_and_texts_that_are_cut(
     model: Path, tiny_backbone: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -138,6 +138,22 @@ def test_a_mean_over_unit_length_targets_is_remarked(
     assert any("the reconstruction undoes a warm start: sum" in remark for remark in remarks) is remarked
 
 
+@pytest.mark.parametrize("teacher", ["backbone", "hash"])
+@pytest.mark.parametrize(("kind", "reduction", "remarked"), [("whiten", "sum", True), ("whiten", "mean", False)])
+def test_a_sum_over_whitened_targets_is_remarked(
+    workspace: Path, teacher: str, kind: str, reduction: str, remarked: bool
+) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["embed"] |= {"teacher": {"kind": teacher}, "transform": {"kind": kind}}
+        content["train"]["align_reduction"] = reduction
+
+    plan = make_plan(load_all(written(workspace, change)), workspace)
+    remarks = [remark for remark in plan.remarks if "align_reduction" in remark]
+    assert len(remarks) == remarked
+    assert all("variance 1 each (embed.transform whiten)" in remark for remark in remarks)
+    assert any(f"{teacher}, transform whiten" in what for _, what, _ in plan.lines)
+
+
 def test_stubs_and_cut_answers_are_remarked(workspace: Path) -> None:
     def change(content: dict[str, Any]) -> None:
         content["generate"] |= {"engine": "echo", "max_new_tokens": 900, "options": {}}

@@ -8,12 +8,15 @@ from pipeline.errors import ParamsError
 from pipeline.params import read_yaml, validate
 from pipeline.plan import AllParams
 from pipeline.presets import preset_of, presets, switch
+from pipeline.teachers import TeacherParams
 from tests.conftest import ROOT
 
 BILLIONS = {
     "qwen3-0.6b": 0.60, "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-8b": 8.19,
     "qwen2.5-0.5b": 0.49, "qwen2.5-1.5b": 1.54, "qwen2.5-3b": 3.09, "qwen2.5-7b": 7.62,
     "llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "llama-3.1-8b": 8.03,
+    "gemma-3-1b": 1.0, "smollm2-135m": 0.13, "smollm2-360m": 0.36, "smollm2-1.7b": 1.71, "phi-4-mini": 3.84,
+    "olmo-2-1b": 1.48, "olmo-2-7b": 7.3,
 }  # fmt: skip
 
 PARAMS = """\
@@ -56,7 +59,9 @@ def test_sizes_follow_from_the_shapes() -> None:
 
 
 def test_learning_rates_are_the_papers() -> None:
-    for name, preset in presets().items():
+    published = {name: preset for name, preset in presets().items() if preset.published}
+    assert len(published) == 11
+    for name, preset in published.items():
         assert preset.learning_rate == (3e-4 if name.startswith("qwen3-") else 5e-4)
 
 
@@ -69,6 +74,9 @@ def test_revisions_are_commits_or_open() -> None:
 def test_teachers_are_the_papers_own_of_each_backbone() -> None:
     """The names of the paper's table of models; both adapters carry the backbone's name without its dots."""
     for name, preset in presets().items():
+        assert preset.teacher.batch_size.keys() == preset.micro_batch_size.keys()
+        if not preset.published:
+            continue
         mntp, simcse = preset.teacher.adapters
         family = preset.backbone.name.split("/")[1].replace("Llama-3", "Meta-Llama-3").replace(".", "")
         assert mntp.name == f"McGill-NLP/LLM2Vec-{family}-mntp", name
@@ -77,7 +85,19 @@ def test_teachers_are_the_papers_own_of_each_backbone() -> None:
         teacher = preset.teacher_params(24)
         assert (teacher.name, teacher.revision) == (preset.backbone.name, preset.backbone.revision)
         assert teacher.batch_size <= preset.teacher_params(80).batch_size
-        assert preset.teacher.batch_size.keys() == preset.micro_batch_size.keys()
+
+
+def test_where_none_is_published_the_teacher_is_trained_here(params: Path) -> None:
+    trained = {name for name, preset in presets().items() if not preset.published}
+    assert trained >= {"gemma-3-1b", "smollm2-135m", "phi-4-mini", "olmo-2-7b"}
+    switch(params, "qwen3-4b", 24)
+    changes = switch(params, "smollm2-360m", 24)
+    assert "embed.teacher.kind: llm2vec -> llm2vec-trained" in changes
+    teacher = read_yaml(params)["embed"]["teacher"]
+    assert (teacher["name"], teacher["revision"], teacher["adapters"]) == (None, None, [])
+    assert validate(teacher, TeacherParams, where="") == presets()["smollm2-360m"].teacher_params(24)
+    switch(params, "llama-3.2-1b", 24)
+    assert validate(read_yaml(params)["embed"]["teacher"], TeacherParams, where="").kind == "llm2vec"
 
 
 def test_switching_sets_the_preset_and_keeps_the_rest(params: Path) -> None:
@@ -170,8 +190,9 @@ def test_there_and_back_restores_the_real_params(workspace: Path) -> None:
     path.write_text((ROOT / "params.yaml").read_text())
     switch(path, "qwen3-4b", 80)
     real = path.read_text()
-    switch(path, "qwen2.5-0.5b", 80)
-    assert "Qwen/Qwen2.5-0.5B-Instruct" in path.read_text()
+    for between, backbone in (("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B-Instruct"), ("olmo-2-1b", "allenai/OLMo-2-0425-1B")):
+        switch(path, between, 80)
+        assert backbone in path.read_text()
     switch(path, "qwen3-4b", 80)
     assert path.read_text() == real
 

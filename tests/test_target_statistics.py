@@ -1,8 +1,11 @@
 """What is counted of targets that pass by."""
 
+import numpy as np
 import pyarrow as pa
+import pytest
 
-from pipeline.target_statistics import TargetStatistics
+from pipeline.ranking import anisotropy
+from pipeline.target_statistics import BLOCK_ROWS, Anisotropy, TargetStatistics
 from pipeline.targets import store_schema
 
 
@@ -20,6 +23,7 @@ def test_statistics_over_all_tables() -> None:
     statistics = TargetStatistics()
     assert [table.num_rows for table in statistics.through(tables)] == [2, 2, 0]
     assert statistics.norms() == {"norm_mean": 3.0, "norm_std": 2.0}
+    assert statistics.anisotropy.value == pytest.approx((1 + 1 + 4 * 0.8) / 6, abs=1e-6)
     assert (statistics.rows, statistics.truncated) == (4, 1)
     assert statistics.tokens.summary() == {"0": 0, "1": 1, "2-3": 0, "4-7": 2, "8-15": 1}
 
@@ -34,3 +38,15 @@ def test_lengths_of_large_float16_targets_do_not_overflow() -> None:
 def test_nothing_counted_yet() -> None:
     assert TargetStatistics().norms() == {"norm_mean": 0.0, "norm_std": 0.0}
     assert TargetStatistics().tokens.summary() == {}
+    assert TargetStatistics().anisotropy.value is None
+
+
+def test_anisotropy_of_rows_that_pass_by_is_that_of_all_pairs() -> None:
+    vectors = np.random.default_rng(0).normal(size=(BLOCK_ROWS + 50, 4)) + 1.0
+    running = Anisotropy()
+    running.add(vectors[:10])
+    running.add(vectors[10:])
+    assert running.value == pytest.approx(anisotropy(vectors), abs=1e-6)
+    opposite = Anisotropy()
+    opposite.add(np.array([[1.0, 0.0], [-3.0, 0.0]]))
+    assert opposite.value == -1.0

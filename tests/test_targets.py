@@ -13,9 +13,11 @@ from pipeline.contracts import RESPONSES, check_table, targets_schema
 from pipeline.errors import TeacherError
 from pipeline.shards import ShardStore
 from pipeline.target_statistics import TargetStatistics
+from pipeline.target_transform import TargetTransform, TransformParams
 from pipeline.targets import (
     Embedder,
     EmbedParams,
+    Finish,
     Responses,
     Row,
     cast,
@@ -24,6 +26,7 @@ from pipeline.targets import (
     rows_per_part,
     store_key,
     store_schema,
+    target_params,
     unit_length,
 )
 from pipeline.teachers import TeacherParams
@@ -62,13 +65,18 @@ def run(tmp_path: Path) -> Run:
     """Embed texts over the same store and give the table of targets."""
 
     def run(
-        teacher: LengthTeacher, texts: Mapping[str, str] = TEXTS, normalize: bool = False, dtype: Any = "float32"
+        teacher: LengthTeacher,
+        texts: Mapping[str, str] = TEXTS,
+        normalize: bool = False,
+        dtype: Any = "float32",
+        transform: TargetTransform | None = None,
     ) -> pa.Table:
         rows = [Row(row_id, store_key(row_id, text), text) for row_id, text in sorted(texts.items())]
-        with ShardStore(tmp_path / "work", store_schema(2, dtype), {"normalize": normalize}) as store:
-            embedder = Embedder(store, teacher, normalize, dtype, chunk_rows=4)
+        finish = Finish(normalize, dtype, transform)
+        with ShardStore(tmp_path / "work", store_schema(2), {"kept": "as the teacher gave it"}) as store:
+            embedder = Embedder(store, teacher, chunk_rows=4)
             embedder.run(rows)
-            return pa.concat_tables(TargetStatistics().through(embedder.tables(rows, 3)))
+            return pa.concat_tables(TargetStatistics().through(map(finish, embedder.tables(rows, 3))))
 
     return run
 
@@ -113,10 +121,26 @@ def test_a_bad_row_is_named_and_earlier_rows_are_kept(run: Run) -> None:
 
 
 def test_overflow_of_float16_names_the_key_and_the_value(run: Run) -> None:
-    message = r"embed\.dtype: float16 holds up to 65504, the teacher gave 70000 for 1 of 4 texts: 05: set embed\.dtype"
+    message = r"embed\.dtype: float16 holds up to 65504, the largest value is 70000 for 1 of 3 texts: 05: set embed\.dt"
     with pytest.raises(TeacherError, match=message):
         run(LengthTeacher(bad=TEXTS["05"], value=-70000), dtype="float16")
-    run(LengthTeacher(bad=TEXTS["05"], value=-70000), dtype="float32")
+    again = LengthTeacher(bad=TEXTS["05"], value=-70000)
+    run(again, dtype="float32")
+    assert again.asked == []
+
+
+def test_what_is_made_of_kept_vectors_embeds_nothing_again(run: Run) -> None:
+    run(LengthTeacher())
+    again = LengthTeacher()
+    half = np.array([0.5, 0.25], np.float32)
+    transform = TargetTransform("standardize", False, np.array([3, 4], np.float32), half, 1 / half)
+    assert run(again, transform=transform)["embedding"].to_pylist() == [[1.5 * row, row] for row in range(10)]
+    narrow = np.array([[1], [0]], np.float32)
+    to_one = TargetTransform("whiten", True, np.zeros(2, np.float32), narrow, narrow.T)
+    table = run(again, normalize=True, dtype="float16", transform=to_one)
+    check_table(table, targets_schema(1, "float16"), "targets")
+    np.testing.assert_allclose(table["embedding"].to_pylist(), [[0.6]] * 10, atol=1e-3)
+    assert again.asked == []
 
 
 def test_a_zero_vector_has_no_direction() -> None:
@@ -162,13 +186,17 @@ def test_a_key_follows_the_query_and_the_text_and_sorts_like_the_id() -> None:
     assert len(store_key(first, "yes")) == 32
 
 
-def test_fingerprint_follows_what_changes_a_target() -> None:
+def test_fingerprint_follows_what_changes_a_kept_vector_and_the_manifest_what_changes_a_target() -> None:
     def of(**keys: Any) -> dict[str, Any]:
-        return fingerprint(LengthTeacher(), EmbedParams(teacher=TeacherParams(kind="hash", batch_size=7), **keys))
+        return target_params(EmbedParams(teacher=TeacherParams(kind="hash", batch_size=7), **keys))
 
-    assert of() == of(normalize=False, dtype="float16")
+    other = LengthTeacher()
+    other.identity = {"name": "other"}
+    assert fingerprint(LengthTeacher()) != fingerprint(other)
+    assert of() == of(normalize=False, dtype="float16", transform=TransformParams())
     assert of() != of(normalize=True)
     assert of() != of(dtype="float32")
+    assert of() != of(transform=TransformParams(kind="center"))
 
 
 def test_parts_are_bounded() -> None:

@@ -22,6 +22,8 @@ CHAIN = {
     "data/targets": "targets",
     "models/encoder": "encoder",
 }
+# Made by every run, but nothing depends on it unless the targets' teacher was trained here.
+TEACHER = "models/teacher"
 RESULT_FOLDERS = ("results/evaluate", "results/probe")
 
 
@@ -34,6 +36,7 @@ def audit(root: Path = Path(), *, being_written: Collection[str] = ()) -> AuditR
     """
     findings = Findings()
     names = [*CHAIN, *_result_names(root)]
+    names.insert(names.index("data/targets"), TEACHER)
     present = [name for name in names if (root / name).is_dir()]
     missing = [name for name in CHAIN if name not in present]
     for name in missing:
@@ -44,7 +47,9 @@ def audit(root: Path = Path(), *, being_written: Collection[str] = ()) -> AuditR
     tensors.check_tensors(intact, findings)
     chain.check_inputs(root, opened, findings)
     chain.check_models(root, opened, findings)
+    chain.check_trained_teacher(root, TEACHER, opened, findings)
     chain.check_width(intact, findings)
+    chain.check_transform(intact, findings)
     # A damaged artifact differs from the lock too: once is enough.
     locked = lock.check_lock(root, {*opened, *being_written} - set(intact), bool(present), findings)
     verified = {name: artifact for name, artifact in intact.items() if name not in findings.artifacts()}
@@ -68,7 +73,7 @@ def _open(root: Path, name: str, findings: Findings) -> Artifact | None:
     except ArtifactError as error:
         findings.add(name, MANIFEST, str(error))
         return None
-    expected = CHAIN.get(name)
+    expected = "teacher" if name == TEACHER else CHAIN.get(name)
     if expected and artifact.manifest.kind != expected:
         findings.add(name, MANIFEST, f"holds '{artifact.manifest.kind}', expected '{expected}'")
         return None

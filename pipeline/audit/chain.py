@@ -11,6 +11,7 @@ from pipeline.artifacts import Artifact, read_manifest
 from pipeline.audit.findings import STALE, Findings
 from pipeline.backbone import identify
 from pipeline.errors import ArtifactError, BackboneError
+from pipeline.target_transform import TRANSFORM_FILE
 
 ROLES = ("backbone", "teacher")
 ENCODER_CONFIG = "encoder_config.json"
@@ -54,6 +55,22 @@ def check_models(root: Path, artifacts: Mapping[str, Artifact], findings: Findin
                 findings.add(name, "", f"{role} is {_short(identity)}, in {first[0]} it is {_short(first[1])}")
 
 
+def check_trained_teacher(root: Path, folder: str, artifacts: Mapping[str, Artifact], findings: Findings) -> None:
+    """Targets whose teacher was trained here were made by the adapters that are there now."""
+    targets = artifacts.get("data/targets")
+    teacher = (targets.manifest.models.get("teacher") or {}) if targets else {}
+    for adapter in teacher.get("adapters", []):
+        if not str(adapter["name"]).startswith(f"{folder}/"):
+            continue
+        try:
+            found = identify(str(root / adapter["name"]), None).get("sha256")
+        except BackboneError:
+            found = None
+        if found != adapter.get("sha256"):
+            what = f"its sha256 is {found[:12]}..." if found else "it is missing"
+            findings.add("data/targets", "", f"was made by another {adapter['name']} than is there now: {what}")
+
+
 def check_width(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
     """The encoder states the width that the targets have."""
     targets, encoder = artifacts.get("data/targets"), artifacts.get("models/encoder")
@@ -64,6 +81,19 @@ def check_width(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
     kind = pq.read_schema(targets.tables()[0]).field("embedding").type
     if stated != kind.list_size:
         findings.add("models/encoder", ENCODER_CONFIG, f"width is {stated}, the targets have {kind.list_size}")
+
+
+def check_transform(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
+    """Targets that were transformed say by what, and the encoder that learnt them carries the same."""
+    targets, encoder = artifacts.get("data/targets"), artifacts.get("models/encoder")
+    if targets is None:
+        return
+    kind = (targets.manifest.params.get("transform") or {}).get("kind", "none")
+    wanted = targets.manifest.files.get(TRANSFORM_FILE)
+    if (kind != "none") != (wanted is not None):
+        findings.add("data/targets", TRANSFORM_FILE, f"is {'here' if wanted else 'not here'}, the transform is {kind}")
+    if encoder is not None and encoder.manifest.files.get(TRANSFORM_FILE) != wanted:
+        findings.add("models/encoder", TRANSFORM_FILE, "is not that of data/targets: run train again")
 
 
 def _check_local(root: Path, name: str, role: str, identity: Any, findings: Findings) -> None:

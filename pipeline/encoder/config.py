@@ -20,6 +20,7 @@ class EncoderConfig(Params):
     hidden: int
     width: int
     teacher: dict[str, Any]
+    transform: dict[str, str] | None = None
     lora: LoraParams | None = None
     origin: dict[str, str] | None = None
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -28,6 +29,7 @@ from pipeline.encoder.student import Student, new_student
 from pipeline.errors import SourceError, TrainingError
 from pipeline.prompts import join_instruction
 from pipeline.runtime import progress
+from pipeline.target_transform import TRANSFORM_FILE, Space, TargetTransform, load_transform
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +65,13 @@ class Encoder:
         config: EncoderConfig,
         identity: dict[str, Any],
         adapted: Any = None,
+        folder: Path | None = None,
     ) -> None:
         """From loaded parts; `load` reads them from a folder. `adapted` is the backbone under the adapters that embeds.
 
-        Without adapters the model itself embeds.
+        Without adapters the model itself embeds. `folder` is where the transform of the targets is, if there is one.
         """
+        self._folder = folder
         self.model, self.tokenizer, self.student, self.config = model, tokenizer, student.eval(), config
         self.width, self.max_tokens, self.identity = config.width, config.max_query_tokens, identity
         self._reader = prompt_reader(model if adapted is None else adapted)
@@ -117,7 +121,7 @@ class Encoder:
         check_sizes(config, backbone, tokenizer, other=other is not None)
         adapted = load_adapter(backbone, path / ADAPTER, config.lora) if config.lora else None
         identity = identity_of(path, config, other)
-        return cls(backbone, tokenizer, student.to(backbone.device), config, identity, adapted)
+        return cls(backbone, tokenizer, student.to(backbone.device), config, identity, adapted, path)
 
     def untrained(self, seed: int) -> "Encoder":
         """The backbone itself, without adapters, with a student that no step has trained: random projections."""
@@ -130,7 +134,7 @@ class Encoder:
         )
         backbone = self.identity.get("other_backbone", self.config.backbone)
         identity = {"name": "untrained", "seed": seed, "backbone": backbone}
-        return Encoder(self.model, self.tokenizer, student, self.config, identity)
+        return Encoder(self.model, self.tokenizer, student, self.config, identity, folder=self._folder)
 
     def encode(
         self,
@@ -139,6 +143,7 @@ class Encoder:
         instruction: str = "",
         batch_tokens: int | None = None,
         show_progress: bool = False,
+        space: Space = "trained",
     ) -> np.ndarray:
         """Embeddings float32 `[len(texts), width]`, not normalised: compare them by cosine.
 
@@ -150,12 +155,16 @@ class Encoder:
             batch_tokens: most tokens in one forward pass, new tokens included; texts of like length are put together,
                 one that is longer by itself has a pass of its own. None: `BATCH_TOKENS` of the device.
             show_progress: show a bar.
+            space: where `embed.transform` changed the targets, "teacher" leads back to the space of the teacher's own
+                vectors (`width_of` says how wide it is); elsewhere it is the one that was trained in.
 
         Raises:
             SourceError: something is not a text.
-            TrainingError: an embedding is not finite.
+            TrainingError: an embedding is not finite, or the transform is not in the encoder's folder.
         """
-        found = self.embed(texts, instruction=instruction, batch_tokens=batch_tokens, show_progress=show_progress)
+        found = self.embed(
+            texts, instruction=instruction, batch_tokens=batch_tokens, show_progress=show_progress, space=space
+        )
         self._tell(found.truncated, len(texts))
         return found.vectors
 
@@ -166,11 +175,36 @@ class Encoder:
         instruction: str = "",
         batch_tokens: int | None = None,
         show_progress: bool = False,
+        space: Space = "trained",
     ) -> Embedded:
         """As `encode`, for callers with many calls: says nothing of texts that were cut, only how many they are."""
+        self.width_of(space)  # what is missing is said before the work
         prompts, truncated = self._prompts(texts, instruction)
         vectors = self._batched(prompts, batch_tokens, self.student.embedding, (self.width,), show_progress)
-        return Embedded(vectors, truncated)
+        return Embedded(self.in_space(space, vectors), truncated)
+
+    def in_space(self, space: Space, embeddings: np.ndarray) -> np.ndarray:
+        """Embeddings of the trained space `[N, width]` in another, `[N, width_of(space)]`. See `encode`."""
+        transform = self._transform if space == "teacher" else None
+        return embeddings if transform is None else transform.invert(embeddings)
+
+    def width_of(self, space: Space) -> int:
+        """Dimensions of an embedding in a space. See `encode`."""
+        transform = self._transform if space == "teacher" else None
+        return self.width if transform is None else transform.teacher_width
+
+    @cached_property
+    def _transform(self) -> TargetTransform | None:
+        recorded = self.config.transform
+        if recorded is None:
+            return None
+        found = load_transform(self._folder) if self._folder else None
+        if found is None or found.identity != recorded:
+            raise TrainingError(
+                f"{self._folder}: {TRANSFORM_FILE} is missing or not the one this encoder was trained behind (sha256 "
+                f"{recorded['sha256'][:12]}...): without it there is no way back to the teacher's space"
+            )
+        return found
 
     def soft_prompts(
         self, texts: Sequence[str], *, instruction: str = "", batch_tokens: int | None = None

@@ -19,7 +19,7 @@ from pipeline.backbone import DType, best_device
 from pipeline.evaluation.systems import BARE, BareSystem
 from pipeline.places import Place
 from pipeline.prompts import Side, join_instruction
-from pipeline.teachers.reading import SLOT
+from pipeline.teachers.reading import SLOT, TEMPLATES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ECHO_TEMPLATE = f"Rewrite the sentence: {SLOT}, rewritten sentence: {SLOT}"
+ECHO_TEMPLATE = TEMPLATES["echo"]
 
 PooledName = Literal["backbone-mean", "echo"]
 _PROMPTING: dict[PooledName, str] = {

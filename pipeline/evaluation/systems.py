@@ -260,4 +260,4 @@ class Systems:
 
 def _identity(encoder: "Encoder | ParallelEncoder") -> dict[str, Any]:
     """The weights and how texts become prompts: both decide an embedding."""
-    return {**encoder.identity, "config": encoder.config.model_dump(exclude={"teacher", "origin"})}
+    return {**encoder.identity, "config": encoder.config.model_dump(exclude={"teacher", "origin", "transform"})}

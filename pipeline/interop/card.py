@@ -57,7 +57,7 @@ With the project that trained it: `python -m pipeline encode --model DIR --input
 |---|---|
 | backbone | {backbone_identity} |
 | teacher of the targets | {teacher} |
-| training rows | {rows:,} queries, answered by the backbone itself |
+{space}| training rows | {rows:,} queries, answered by the backbone itself |
 {sources}| input template | {template}, at most {max_query_tokens} tokens |
 | new tokens | {compression_tokens} compression tokens, {thought_tokens} thought tokens before them |
 | optimiser steps | {steps:,} |
@@ -77,6 +77,11 @@ With the project that trained it: `python -m pipeline encode --model DIR --input
 _ADAPTED = """\
 `adapter/` holds LoRA adapters of rank {rank} with {parameters:,} parameters, under which the backbone embeds; answers
 that embeddings decode to come from the backbone without them. """
+
+_SPACE = """\
+| space of the embeddings | the teacher's after the transform `{kind}` of `transform.safetensors`, which also leads \
+back: `python -m pipeline encode --space teacher` |
+"""
 
 _LOCAL = """\
 The backbone is looked for in the folder `{name}`; elsewhere, say where: `model_kwargs={{"backbone": PATH}}`, or the
@@ -136,6 +141,7 @@ def model_card(
         limit=f"Texts of more than {config.max_query_tokens} tokens, prompt and template included, lose their "
         f"{'end' if config.keep == 'start' else 'start'}.",
         teacher=_pairs(config.teacher),
+        space=_SPACE.format(**config.transform) if config.transform else "",
         rows=facts.rows,
         sources="".join(f"| training queries from {name} | {rows:,} |\n" for name, rows in facts.sources.items()),
         template=config.template,

@@ -14,15 +14,14 @@ from pipeline.artifacts import read_manifest
 from pipeline.errors import ArtifactError
 from pipeline.report.checking import Checked
 from pipeline.report.cost import Machine, StageRun, machines, stage_run
-from pipeline.report.graph import STAGES, Node, pipeline_graph
+from pipeline.report.graph import Node, chain_of, pipeline_graph
 from pipeline.report.probes import LOWER_IS_BETTER, UNINSTRUCTED
 from pipeline.report.provenance import Provenance, provenance
 from pipeline.report.published import AgainstPaper, Measured, against_paper, load_published
 from pipeline.report.samples import Sample, read_samples
 from pipeline.report.systems import SystemFacts, system_facts
 from pipeline.report.tables import Comparison, compare
-
-ARTIFACTS = tuple(STAGES.values())
+from pipeline.report.teacher import TeacherFacts, teacher_facts
 
 
 @dataclass
@@ -44,6 +43,7 @@ class Content:
     training: list[tuple[str, Any]] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
     heldout: list[dict[str, float]] = field(default_factory=list)
+    teacher: TeacherFacts | None = None
     systems: list[SystemFacts] = field(default_factory=list)
     alignment: Comparison | None = None
     suites: list[Comparison] = field(default_factory=list)
@@ -75,10 +75,10 @@ def gather(
         ParamsError: the file of published figures is damaged.
     """
     content = Content(title, checked, params)
-    for name in ARTIFACTS:
-        _add_artifact(content, root, name)
-    for stage in STAGES:
+    for stage, artifact in chain_of(root).items():
+        _add_artifact(content, root, artifact)
         _record(content, root / "results" / f"{stage}.json", stage)
+    content.teacher = teacher_facts(root, content.records.get("teach"))
     _add_training(content, content.records.get("train"))
     content.curve = _curve(content, root / "results/train/loss.csv")
     content.heldout = _curve(content, root / "results/train/heldout.csv")

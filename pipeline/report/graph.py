@@ -11,10 +11,12 @@ from pipeline.audit.chain import stale_inputs
 from pipeline.audit.findings import Finding
 from pipeline.audit.lock import LOCK
 from pipeline.errors import ArtifactError
+from pipeline.report.teacher import TRAINED, trained_here
 
 STAGES = {
     "collect": "data/queries",
     "generate": "data/responses",
+    "teach": TRAINED,
     "embed": "data/targets",
     "train": "models/encoder",
 }
@@ -72,10 +74,16 @@ def pipeline_graph(
     last = {f"evaluate {name}": f"results/evaluate/{name}" for name in suites}
     last |= {f"probe {name}": f"results/probe/{name}" for name in probes}
     known: dict[str, Node] = {}
-    for stage, artifact in (STAGES | last).items():
+    chain = chain_of(root)
+    for stage, artifact in (chain | last).items():
         known[artifact] = _node(root, stage, artifact, known, bool({stage, artifact} & set(stubs)), findings)
-    chain, results = [known[artifact] for artifact in STAGES.values()], [known[artifact] for artifact in last.values()]
-    return [[node] for node in chain] + ([results] if results else [])
+    results = [known[artifact] for artifact in last.values()]
+    return [[known[artifact]] for artifact in chain.values()] + ([results] if results else [])
+
+
+def chain_of(root: Path) -> dict[str, str]:
+    """The stages up to the encoder with their artifacts; teach only where a teacher was asked of it."""
+    return {stage: artifact for stage, artifact in STAGES.items() if stage != "teach" or trained_here(root)}
 
 
 def _node(

@@ -1,8 +1,8 @@
 """The sections of params.yaml that say which systems are compared, shared by the stages evaluate and probe."""
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from pipeline.params import Params
 from pipeline.places import worker_count
 from pipeline.runtime import work_dir
 from pipeline.teachers import TeacherParams
+from pipeline.teachers.base import Teacher
 from pipeline.teachers.parallel import open_teacher
+from pipeline.teachers.transformed import in_trained_space
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ def make_systems(inputs: SystemInputs) -> Systems:
     teacher, params = inputs.embed.teacher, inputs.evaluate
     return Systems(
         encoder_dir=ENCODER,
-        open_teacher=lambda: open_teacher(teacher, inputs.backbone, params.data_parallel, knob=DATA_PARALLEL),
+        open_teacher=partial(_open_teacher, inputs),
         teacher_prompt=teacher.prompt,
         answers=make_answers(inputs),
         models={key: _loader(key, model) for key, model in params.models.items()},
@@ -73,6 +75,14 @@ def make_systems(inputs: SystemInputs) -> Systems:
         trust_remote_code=inputs.backbone.trust_remote_code,
         wrap=partial(_with_cache, params),
     )
+
+
+@contextmanager
+def _open_teacher(inputs: SystemInputs) -> Iterator[Teacher]:
+    """The teacher in the space that the student was trained in."""
+    workers = inputs.evaluate.data_parallel
+    with open_teacher(inputs.embed.teacher, inputs.backbone, workers, knob=DATA_PARALLEL) as teacher:
+        yield in_trained_space(teacher, ENCODER)
 
 
 def _with_cache(params: EvaluateParams, system: System) -> AbstractContextManager[System]:

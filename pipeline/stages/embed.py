@@ -1,11 +1,13 @@
 """embed: data/responses -> data/targets, the teacher's embeddings of the responses
 
+`embed.transform` is fitted on those of the training queries in data/queries.
+
 python -m pipeline.stages.embed [--params params.yaml]
 """
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any
@@ -18,26 +20,32 @@ from pipeline.artifacts import Artifact
 from pipeline.backbone import BackboneParams
 from pipeline.errors import TeacherError
 from pipeline.params import PARAMS_FILE, Params, load
-from pipeline.runtime import RunRecord, record, setup_logging, user_errors, work_dir
+from pipeline.runtime import RunRecord, progress, record, setup_logging, user_errors, work_dir
 from pipeline.shards import ShardStore, lock_folder
-from pipeline.target_statistics import TargetStatistics
+from pipeline.target_fitting import Fitted, fit_transform
+from pipeline.target_statistics import Anisotropy, TargetStatistics
 from pipeline.targets import (
     CHUNK_BATCHES,
     COLUMNS,
     Embedder,
     EmbedParams,
+    Finish,
     Responses,
     fingerprint,
     rows_per_part,
     store_schema,
+    target_params,
 )
+from pipeline.teachers import TRAINED_TEACHER
 from pipeline.teachers.parallel import ParallelTeacher, open_teacher
 
 log = logging.getLogger(__name__)
 
+QUERIES_DIR = Path("data/queries")
 RESPONSES_DIR = Path("data/responses")
 TARGETS_DIR = Path("data/targets")
 BATCH_ROWS = 4096
+FIT_ROWS = 4096
 
 
 class Inputs(Params):
@@ -56,36 +64,62 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
         TeacherError: the teacher cannot be loaded or gives unusable embeddings, or there is nothing to embed.
         WorkError: the disk is full, or another process does the same work.
     """
-    artifact = artifacts.open_artifact(RESPONSES_DIR, "responses")
-    responses = Responses(lambda: artifact.batches([*COLUMNS], BATCH_ROWS))
-    check_any(responses, artifact)
+    read = {"responses": artifacts.open_artifact(RESPONSES_DIR, "responses")}
+    if inputs.embed.transform.kind != "none":
+        read["queries"] = artifacts.open_artifact(QUERIES_DIR, "queries")
+    if inputs.embed.teacher.kind == "llm2vec-trained":
+        read["teacher"] = artifacts.open_artifact(TRAINED_TEACHER, "teacher")
+    responses = Responses(lambda: read["responses"].batches([*COLUMNS], BATCH_ROWS))
+    check_any(responses, read["responses"])
     with lock_work():  # before minutes are spent on loading a teacher
-        _embed(inputs, responses, artifact, facts)
+        _embed(inputs, responses, read, facts)
 
 
-def _embed(inputs: Inputs, responses: Responses, artifact: Artifact, facts: RunRecord) -> None:
+def _embed(inputs: Inputs, responses: Responses, read: Mapping[str, Artifact], facts: RunRecord) -> None:
     params = inputs.embed
     started = monotonic()
     with open_teacher(params.teacher, inputs.backbone, params.data_parallel) as teacher:
         startup_seconds = monotonic() - started
-        content = fingerprint(teacher, params)
-        with ShardStore(work_dir("embed"), store_schema(teacher.width, params.dtype), content) as store:
+        with ShardStore(work_dir("embed"), store_schema(teacher.width), fingerprint(teacher)) as store:
             processes = teacher.processes if isinstance(teacher, ParallelTeacher) else 1
-            chunk_rows = params.teacher.batch_size * CHUNK_BATCHES * processes
-            embedder = Embedder(store, teacher, params.normalize, params.dtype, chunk_rows)
+            embedder = Embedder(store, teacher, params.teacher.batch_size * CHUNK_BATCHES * processes)
             embedder.run(responses)
-            statistics = _write(embedder, responses, content, params, artifact)
+            fitted = _fit(embedder, responses, read["queries"], params) if "queries" in read else None
+            finish = Finish(params.normalize, params.dtype, fitted.transform if fitted else None)
+            statistics = _write(embedder, responses, finish, params, read.values())
     counts = _counts(statistics, responses)
-    log.info("targets: %s, lengths %s", counts, statistics.norms())
+    log.info("targets: %s, lengths %s, anisotropy %s", counts, statistics.norms(), statistics.anisotropy.value)
     facts.update(
         teacher=teacher.identity,
         counts=counts,
         histograms={"tokens": statistics.tokens.summary()},
         startup_seconds=round(startup_seconds, 2),
         **embedder.summary(),
-        width=teacher.width,
+        width=embedder.teacher.width if fitted is None else fitted.transform.width,
         **statistics.norms(),
+        anisotropy=statistics.anisotropy.value,
+        transform=fitted.facts if fitted else {"kind": "none"},
     )
+
+
+def _fit(embedder: Embedder, responses: Responses, queries: Artifact, params: EmbedParams) -> Fitted:
+    """`embed.transform` on the kept vectors of the training queries' responses; what it does to their anisotropy."""
+    trained_on = set(queries.read("train.parquet", columns=["id"])["id"].to_pylist())
+    raw = Finish(params.normalize, params.dtype)
+    before = Anisotropy()
+
+    def blocks() -> Iterator[Any]:
+        rows = (row for row in responses if row.id in trained_on)
+        tables = embedder.tables(rows, FIT_ROWS)
+        for table in progress(tables, total=-(-len(trained_on) // FIT_ROWS), desc="fit transform", unit="block"):
+            vectors = raw.vectors(table)
+            before.add(vectors)
+            yield vectors
+
+    fitted = fit_transform(params.transform, blocks(), unit_length=params.normalize)
+    fitted.facts["anisotropy_before"] = before.value
+    log.info("embed.transform: %s", fitted.facts)
+    return fitted
 
 
 @contextlib.contextmanager
@@ -108,15 +142,20 @@ def check_any(responses: Responses, artifact: Artifact) -> None:
 
 
 def _write(
-    embedder: Embedder, responses: Responses, content: dict[str, Any], params: EmbedParams, artifact: Artifact
+    embedder: Embedder, responses: Responses, finish: Finish, params: EmbedParams, inputs_read: Iterable[Artifact]
 ) -> TargetStatistics:
-    statistics, width = TargetStatistics(), embedder.teacher.width
-    schema = contracts.targets_schema(width, params.dtype)
-    params_of_rows = {key: value for key, value in content.items() if key != "teacher"}
-    models = {"teacher": content["teacher"]}
-    parts = embedder.tables(responses, rows_per_part(width, params.dtype))
-    with artifacts.create(TARGETS_DIR, kind="targets", params=params_of_rows, models=models, inputs=[artifact]) as out:
-        out.write_parts((_checked(table, schema) for table in statistics.through(parts)), schema)
+    transform = finish.transform
+    width = embedder.teacher.width if transform is None else transform.width
+    statistics, schema = TargetStatistics(), contracts.targets_schema(width, params.dtype)
+    rows = rows_per_part(max(width, embedder.teacher.width), params.dtype)
+    parts = statistics.through(map(finish, embedder.tables(responses, rows)))
+    models = {"teacher": embedder.teacher.identity}
+    with artifacts.create(
+        TARGETS_DIR, kind="targets", params=target_params(params), models=models, inputs=inputs_read
+    ) as out:
+        out.write_parts((_checked(table, schema) for table in parts), schema)
+        if transform is not None:
+            transform.save(out.path)
         out.counts = _counts(statistics, responses)
     return statistics
 

@@ -8,6 +8,7 @@ import csv
 import io
 import logging
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from pipeline.launching import relaunch
 from pipeline.params import PARAMS_FILE, Params, load
 from pipeline.processes import is_first, launched, member, wanted
 from pipeline.runtime import RESULTS, RunRecord, record, setup_logging, user_errors, work_dir
+from pipeline.target_transform import TRANSFORM_FILE, load_transform
 from pipeline.training.params import TrainParams
 
 if TYPE_CHECKING:
@@ -148,6 +150,7 @@ def _write(
     from pipeline.encoder.export import write_encoder
 
     teacher = artifacts[2].manifest.models["teacher"]
+    transform = load_transform(artifacts[2].path)
     config = EncoderConfig(
         backbone=identity,
         chat_template_kwargs=inputs.backbone.chat_template_kwargs,
@@ -159,6 +162,7 @@ def _write(
         hidden=trainer.student.hidden,
         width=trainer.student.width,
         teacher=teacher,
+        transform=transform.identity if transform else None,
         lora=inputs.train.lora,
     )
     params = {"train": inputs.train.model_dump(), "backbone": inputs.backbone.model_dump()}
@@ -169,6 +173,8 @@ def _write(
         models={"backbone": identity, "teacher": teacher},
         inputs=artifacts,
     ) as out:
+        if transform is not None:
+            shutil.copyfile(artifacts[2].path / TRANSFORM_FILE, out.path / TRANSFORM_FILE)
         write_encoder(
             out,
             trainer.student,

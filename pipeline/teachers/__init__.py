@@ -1,26 +1,31 @@
 """The teachers by kind. Adding one = one file beside this one, one entry here, one name in `TeacherParams.kind`."""
 
-from typing import TYPE_CHECKING, Any, Literal, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.backbone import BackboneParams, DType
+from pipeline.artifacts import open_artifact
+from pipeline.backbone import BackboneParams, DType, identify
 from pipeline.errors import TeacherError
 from pipeline.params import Params
-from pipeline.teachers.reading import SLOT, Pooling
+from pipeline.teachers.reading import SLOT, TEMPLATES, Pooling, template_of
 
 if TYPE_CHECKING:
     from pipeline.teachers.base import Teacher
 
-Kind = Literal["llm2vec", "backbone", "sentence-transformers", "hash"]
+Kind = Literal["llm2vec", "llm2vec-trained", "backbone", "sentence-transformers", "hash"]
+
+# What the stage teach makes: the adapters of kind llm2vec-trained.
+TRAINED_TEACHER = Path("models/teacher")
 
 # The keys that only some kinds read; elsewhere they must keep their defaults.
 _READ_BY: dict[str, tuple[Kind, ...]] = {
     "name": ("llm2vec", "sentence-transformers"),
     "revision": ("llm2vec", "sentence-transformers"),
     "adapters": ("llm2vec",),
-    "template": ("llm2vec", "backbone"),
-    "pooling": ("llm2vec", "backbone"),
+    "template": ("llm2vec", "llm2vec-trained", "backbone"),
+    "pooling": ("llm2vec", "llm2vec-trained", "backbone"),
     "prompt": ("sentence-transformers",),
     "trust_remote_code": ("llm2vec", "sentence-transformers"),
     "options": ("hash",),
@@ -44,7 +49,9 @@ class TeacherParams(Params):
     max_tokens: int = Field(default=512, ge=1, description="longer texts lose their end")
     dtype: DType = Field(default="float32", description="of the teacher's weights")
     batch_size: int = Field(default=32, ge=1)
-    template: str = Field(default=SLOT, description="of llm2vec and backbone: pooled from its last {text} on")
+    template: Annotated[str, BeforeValidator(template_of)] = Field(
+        default=SLOT, description="of llm2vec and backbone: pooled from its last {text} on; or text, echo, one-word"
+    )
     pooling: Pooling = Field(default="mean", description="of llm2vec and backbone; mean-all: special tokens as well")
     prompt: str = Field(default="", description="put before each text; only of kind sentence-transformers")
     trust_remote_code: bool = False
@@ -63,7 +70,9 @@ class TeacherParams(Params):
         if self.kind == "llm2vec" and not self.adapters:
             raise ValueError("kind llm2vec needs adapters: the one of MNTP, then the one of SimCSE")
         if SLOT not in self.template:
-            raise ValueError(f"template {self.template!r} holds no {SLOT}")
+            raise ValueError(f"template {self.template!r} holds no {SLOT} and is none of {', '.join(TEMPLATES)}")
+        if self.template == TEMPLATES["one-word"] and self.pooling != "last":
+            raise ValueError("template one-word needs pooling last: no earlier token has read the question")
         return self
 
 
@@ -77,6 +86,8 @@ def build_teacher(params: TeacherParams, backbone: BackboneParams) -> "Teacher":
     match params.kind:
         case "llm2vec":
             return _llm2vec(params, backbone)
+        case "llm2vec-trained":
+            return _llm2vec(_trained(params, backbone), backbone)
         case "backbone":
             return _backbone(params, backbone)
         case "sentence-transformers":
@@ -97,6 +108,31 @@ def _llm2vec(params: TeacherParams, backbone: BackboneParams) -> "Teacher":
         template=params.template,
         pooling=params.pooling,
     )
+
+
+def _trained(params: TeacherParams, backbone: BackboneParams) -> TeacherParams:
+    """The same params with the adapters that the stage teach trained.
+
+    Raises:
+        ArtifactError: they are missing or damaged.
+        TeacherError: none were asked for, or they were trained on another backbone or another reading of the text.
+    """
+    found = open_artifact(TRAINED_TEACHER, "teacher").manifest
+    if not found.params.get("asked"):
+        raise TeacherError(
+            f"embed.teacher.kind: {params.kind}, but {TRAINED_TEACHER} holds no teacher: run teach again"
+        )
+    wanted: dict[str, Any] = {
+        "backbone": identify(backbone.name, backbone.revision),
+        "template": params.template,
+        "pooling": params.pooling,
+    }
+    for key, value in wanted.items():
+        made = found.models.get(key) if key == "backbone" else found.params.get(key)
+        if made != value:
+            raise TeacherError(f"{TRAINED_TEACHER} was trained with {key} {made}, params say {value}: run teach again")
+    adapters = [AdapterParams(name=str(TRAINED_TEACHER / phase)) for phase in ("mntp", "simcse")]
+    return params.model_copy(update={"adapters": adapters})
 
 
 def _backbone(params: TeacherParams, backbone: BackboneParams) -> "Teacher":

@@ -1,11 +1,14 @@
 """How a text becomes the tokens that a language model reads, and which of them are pooled.
 
-A template holds `{text}` one or more times. What is pooled begins at the last one and ends where the template ends:
+A template holds `{text}` one or more times, or is a name of `TEMPLATES`. What is pooled begins at the last one and ends
+where the template ends:
 
     "{text}"                                                   the text alone
     "<|start_header_id|>user<|end_header_id|>\\n\\n{text}<|eot_id|>"   a frame; what closes it is pooled too
     "Rewrite the sentence: {text}, rewritten sentence: {text}"  echo (Springer et al. 2024): only the second reading is
                                                                pooled, in which a causal model has seen the whole text
+    'This sentence : "{text}" means in one word:"'              one-word (PromptEOL, Jiang et al. 2023), pooled by
+                                                               `last`: the state that would name the word
 
 Special tokens that the tokenizer itself puts around are read and not pooled, except with `mean-all`.
 """
@@ -22,6 +25,17 @@ if TYPE_CHECKING:
 Pooling = Literal["mean", "mean-all", "last"]
 
 SLOT = "{text}"
+
+TEMPLATES = {
+    "text": SLOT,
+    "echo": f"Rewrite the sentence: {SLOT}, rewritten sentence: {SLOT}",
+    "one-word": f'This sentence : "{SLOT}" means in one word:"',
+}
+
+
+def template_of(value: Any) -> Any:
+    """The template that a name of `TEMPLATES` stands for; anything else as it is."""
+    return TEMPLATES.get(value, value) if isinstance(value, str) else value
 
 
 class Tokens(NamedTuple):

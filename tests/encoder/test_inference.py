@@ -20,8 +20,9 @@ from pipeline.encoder.lora import LoraParams, adapter_parameters, add_adapter
 from pipeline.encoder.passes import PlainPasses
 from pipeline.encoder.prompt_reading import PaddedReader
 from pipeline.encoder.student import new_student
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, TrainingError
 from pipeline.lens import decode, decode_soft_prompts
+from pipeline.target_transform import TargetTransform
 from tests.conftest import tiny_model, tiny_tokenizer
 
 
@@ -42,6 +43,27 @@ def make_encoder(
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     return make_encoder()
+
+
+def test_without_a_transform_both_spaces_are_one(encoder: Encoder) -> None:
+    np.testing.assert_array_equal(encoder.encode(["a"], space="teacher"), encoder.encode(["a"]))
+    assert encoder.width_of("teacher") == 5
+
+
+def test_a_transform_that_is_not_the_recorded_one(encoder: Encoder, tmp_path: Path) -> None:
+    mapped = [TargetTransform("center", flag, *[np.ones(5, np.float32)] * 3) for flag in (False, True)]
+    config = encoder.config.model_copy(update={"transform": mapped[0].identity})
+    parts = (encoder.model, encoder.tokenizer, encoder.student, config, {})
+    for folder, present in ((None, None), (tmp_path, None), (tmp_path, mapped[1])):
+        if present:
+            present.save(tmp_path)
+        behind = Encoder(*parts, folder=folder)
+        assert behind.encode(["a"]).shape == (1, 5)
+        with pytest.raises(TrainingError, match=r"transform\.safetensors is missing or not the one"):
+            behind.encode(["a"], space="teacher")
+    mapped[0].save(tmp_path)
+    behind = Encoder(*parts, folder=tmp_path).untrained(3)
+    np.testing.assert_allclose(behind.encode(["a"], space="teacher") - 1, behind.encode(["a"]), atol=1e-6)
 
 
 def test_encode_is_batch_independent_and_in_order(encoder: Encoder) -> None:

@@ -27,6 +27,7 @@ from pipeline.interop.card import NO_RESULTS
 from pipeline.interop.publishing import publish
 from pipeline.interop.st_folder import module_file, st_prompts
 from pipeline.lens import decode_soft_prompts
+from pipeline.target_transform import TargetTransform
 from tests.conftest import ROOT
 from tests.evaluation_fakes import retrieval_folder, sts_folder
 
@@ -53,6 +54,7 @@ def write(
     compression_tokens: int = 3,
     recorded: dict[str, str] | None = None,
     keep: Keep = "start",
+    transform: TargetTransform | None = None,
     **card: Any,
 ) -> Path:
     """An encoder folder with random trained tensors."""
@@ -62,6 +64,7 @@ def write(
         backbone=recorded or identify(str(backbone), None), chat_template_kwargs={}, template=template,
         max_query_tokens=max_query_tokens, keep=keep, compression_tokens=compression_tokens, thought_tokens=2,
         hidden=model.config.hidden_size, width=6, teacher={"name": "t"}, lora=lora,
+        transform=transform.identity if transform else None,
     )  # fmt: skip
     student = new_student(model, 6, compression_tokens=compression_tokens, thought_tokens=2, seed=0)
     adapter = adapter_parameters(add_adapter(model, **lora.model_dump(), seed=0)) if lora else None
@@ -69,6 +72,8 @@ def write(
         torch.nn.init.normal_(parameter, std=0.1) if "lora_B" in name else None
     with create(out, kind="encoder", params={}) as writer:
         write_encoder(writer, student, load_tokenizer(params), config, rows=7, steps=3, adapter=adapter, **card)
+        if transform is not None:
+            transform.save(writer.path)
     return out
 
 
@@ -99,6 +104,21 @@ def test_embeddings_equal_ours(
     ):
         np.testing.assert_allclose(found, encoder.encode(TEXTS, instruction=instruction), atol=1e-5)
     assert (model.get_embedding_dimension(), model.max_seq_length, model.similarity_fn_name) == (6, 96, "cosine")
+
+
+def test_behind_a_transform_the_folder_embeds_in_the_trained_space(
+    workspace: Path, tiny_backbone: Callable[..., Path]
+) -> None:
+    """As it does without; the way back goes with a folder that is given away."""
+    plain = load(write(Path("plain"), tiny_backbone("llama"))).encode(TEXTS)
+    transform = TargetTransform("center", False, *[np.ones(6, np.float32)] * 3)
+    folder = write(Path("behind"), tiny_backbone("llama"), transform=transform)
+    np.testing.assert_array_equal(load(folder).encode(TEXTS), plain)
+    publish(folder, Path("given"))
+    given = Encoder.load(Path("given"))
+    np.testing.assert_allclose(given.encode(TEXTS), plain, atol=1e-5)
+    np.testing.assert_allclose(given.encode(TEXTS, space="teacher"), plain + 1, atol=1e-5)
+    assert "transform `center`" in (Path("given") / "README.md").read_text()
 
 
 def test_adapters_embed_and_do_not_decode(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from typer.testing import CliRunner, Result
 
 from pipeline.artifacts import open_artifact
 from pipeline.contracts import check_table, targets_schema
+from pipeline.ranking import anisotropy
 from pipeline.stages.embed import app
+from pipeline.target_transform import load_transform
 from pipeline.teachers.hash_teacher import HashTeacher
 from tests.stage_runs import (
     finish,
@@ -25,6 +28,7 @@ from tests.stage_runs import (
     start,
     wait_until,
     write_params,
+    write_queries,
     write_responses,
 )
 
@@ -115,6 +119,84 @@ def test_a_changed_answer_to_the_same_query_is_embedded_anew(configure: Configur
     table = open_artifact(TARGETS_DIR, "targets").read()
     found = dict(zip(table["id"].to_pylist(), table["embedding"].to_pylist(), strict=True))[row_id(TEXTS[3])]
     assert found == HashTeacher(width=4).embed(["on second thought, no"])[0].tolist()
+
+
+def targets(texts: list[str] = TEXTS[:200]) -> np.ndarray[Any, Any]:
+    """Of these texts, in their order."""
+    table = open_artifact(TARGETS_DIR, "targets").read()
+    found = dict(zip(table["id"].to_pylist(), table["embedding"].to_pylist(), strict=True))
+    return np.array([found[row_id(text)] for text in texts if row_id(text) in found], np.float32)
+
+
+def whiten(**keys: Any) -> dict[str, Any]:
+    return {"transform": {"kind": "whiten", "shrinkage": 0.0, **keys}}
+
+
+def test_a_transform_is_fitted_on_the_training_rows_and_stored(configure: Configure) -> None:
+    write_queries(TEXTS[:200])
+    write_responses(TEXTS[:200])
+    configure(options={"width": 6})
+    assert invoke().exit_code == 0
+    raw = targets()
+    assert facts()["transform"] == {"kind": "none"}
+    configure(options={"width": 6}, embed=whiten())
+    result = invoke()
+    assert result.exit_code == 0, result.output
+    assert facts()["computed_rows"] == 0
+    trained_on = [text for index, text in enumerate(TEXTS[:200]) if index % 10]
+    np.testing.assert_allclose(np.cov(targets(trained_on).T, bias=True), np.eye(6), atol=1e-4)
+    assert abs(np.cov(targets().T, bias=True) - np.eye(6)).max() > 1e-3
+    artifact = open_artifact(TARGETS_DIR, "targets")
+    transform = load_transform(TARGETS_DIR)
+    assert transform is not None
+    assert set(artifact.manifest.files) == {"part-00000.parquet", "transform.safetensors"}
+    assert artifact.manifest.params["transform"]["kind"] == "whiten"
+    assert set(artifact.manifest.inputs) == {"data/responses", "data/queries"}
+    np.testing.assert_allclose(transform.invert(targets()), raw, atol=1e-5)
+    assert facts()["transform"]["fitted_rows"] == 180
+    assert facts()["anisotropy"] == pytest.approx(anisotropy(targets()), abs=1e-5)
+    assert facts()["transform"]["anisotropy_before"] == pytest.approx(
+        anisotropy(raw[[i for i in range(200) if i % 10]]), abs=1e-5
+    )
+
+
+def test_heldout_rows_never_influence_the_fit(configure: Configure) -> None:
+    write_queries(TEXTS[:200])
+    configure(options={"width": 6}, embed=whiten())
+    write_responses(TEXTS[:200])
+    invoke()
+    before = (TARGETS_DIR / "transform.safetensors").read_bytes()
+    write_responses(TEXTS[:200], **{text: {"response": f"quite another {text}"} for text in TEXTS[:200:10]})
+    invoke()
+    assert facts()["computed_rows"] == 20
+    assert (TARGETS_DIR / "transform.safetensors").read_bytes() == before
+    write_responses(TEXTS[:200], **{TEXTS[1]: {"response": "quite another"}})
+    invoke()
+    assert (TARGETS_DIR / "transform.safetensors").read_bytes() != before
+
+
+def test_a_transform_is_the_same_however_the_store_is_cut_into_shards(configure: Configure) -> None:
+    write_queries(TEXTS[:200])
+    configure(options={"width": 6}, embed=whiten(components=3))
+    write_responses(TEXTS[:200])
+    invoke()
+    at_once = folder_bytes(TARGETS_DIR)
+    shutil.rmtree(".work")
+    for count in (50, 51, 130):
+        write_responses(TEXTS[200 - count : 200])
+        invoke()
+    write_responses(TEXTS[:200])
+    invoke()
+    assert folder_bytes(TARGETS_DIR) == at_once
+    assert targets().shape == (200, 3)
+
+
+def test_a_transform_without_queries(configure: Configure) -> None:
+    configure(embed=whiten())
+    write_responses(TEXTS[:20])
+    fails("data/queries is not a finished artifact")
+    write_queries(TEXTS[30:60])
+    fails("embed.transform whiten is fitted on training responses, at least 2: there are 0")
 
 
 @pytest.mark.slow

@@ -12,12 +12,18 @@ import typer
 from typer.testing import CliRunner
 
 import pipeline.stages._systems as module
-from pipeline.artifacts import create
+from pipeline.artifacts import create, open_artifact
+from pipeline.errors import TeacherError
 from pipeline.params import validate
 from pipeline.stages._systems import SystemInputs, make_answers, make_systems, manifest_params, own_instructions
+from pipeline.stages.embed import app as embed_app
 from pipeline.stages.evaluate import main
+from pipeline.target_transform import TargetTransform
 from tests.conftest import tiny_model, tiny_tokenizer
 from tests.evaluation_fakes import retrieval_folder
+from tests.stage_runs import row_id, write_params, write_queries, write_responses
+
+BOTH = ["hyde", "teacher"]
 
 
 @pytest.fixture
@@ -56,6 +62,49 @@ def test_embeddings_are_kept_unless_params_say_not(inputs: Callable[..., SystemI
     with closing(make_systems(params)) as systems:
         again = [system.encode(["why?"], "Tell:") for system in systems.build(params.evaluate.systems)]
     assert (np.array(again) == np.array(embedded)).all() and not Path(".work/answers").exists()
+
+
+def test_teacher_and_hyde_embed_in_the_space_that_the_student_was_trained_in(
+    inputs: Callable[..., SystemInputs],
+) -> None:
+    params = inputs()
+    with closing(make_systems(params)) as systems:
+        plain = {system.name: (system.identity, system.encode(["why?"], "Tell:")) for system in systems.build(BOTH)}
+    width = plain["teacher"][1].shape[1]
+    forward = np.eye(width, 3, dtype=np.float32) * 2
+    transform = TargetTransform("whiten", True, np.ones(width, np.float32), forward, forward.T / 4)
+    transform.save(Path("models/encoder"))
+    with closing(make_systems(params)) as systems:  # and the cache of embeddings keeps the two apart
+        for system in systems.build(BOTH):
+            identity, vectors = plain[system.name]
+            assert system.identity != identity
+            assert transform.identity["sha256"] in json.dumps(system.identity)
+            np.testing.assert_allclose(system.encode(["why?"], "Tell:"), transform(vectors), atol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_teacher_embeds_as_the_targets_were_made(inputs: Callable[..., SystemInputs], normalize: bool) -> None:
+    answers = [f"answer number {index}" for index in range(60)]
+    write_queries(answers)
+    write_responses(answers)
+    params = inputs()
+    embed = {"teacher": {"kind": "hash"}, "normalize": normalize, "dtype": "float32", "transform": {"kind": "whiten"}}
+    write_params(backbone=params.backbone.model_dump(), embed=embed)
+    done = CliRunner().invoke(embed_app, [])
+    assert done.exit_code == 0, done.output
+    Path("models/encoder").mkdir(parents=True)
+    shutil.copy("data/targets/transform.safetensors", "models/encoder")
+    table = open_artifact(Path("data/targets"), "targets").read()
+    targets = dict(zip(table["id"].to_pylist(), table["embedding"].to_pylist(), strict=True))
+    with closing(make_systems(params)) as systems:
+        [teacher] = systems.build(["teacher"])
+        np.testing.assert_allclose(teacher.encode(answers, ""), [targets[row_id(a)] for a in answers], atol=1e-5)
+
+
+def test_a_transform_of_another_teacher(inputs: Callable[..., SystemInputs]) -> None:
+    TargetTransform("center", False, *[np.ones(3, np.float32)] * 3).save(Path("models/encoder"))
+    with closing(make_systems(inputs())) as systems, pytest.raises(TeacherError, match=r"was fitted on 3: run embed"):
+        next(systems.build(["teacher"]))
 
 
 def test_evaluate_answers_changes_how_long_answers_are(inputs: Callable[..., SystemInputs]) -> None:

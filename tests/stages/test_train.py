@@ -15,9 +15,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline import contracts
-from pipeline.artifacts import create, open_artifact
+from pipeline.artifacts import create, file_sha256, open_artifact
 from pipeline.backbone import identify
 from pipeline.encoder.inference import Encoder
+from pipeline.target_transform import TRANSFORM_FILE, TargetTransform
 from tests.conftest import ROOT
 
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -103,6 +104,29 @@ def test_trains_an_encoder_that_loads(backbone: Path) -> None:
     assert facts["heldout_last"]["step"] == 9
     assert Path("results/train/loss.csv").read_text().count("\n") == 10
     assert [line.split(",")[0] for line in Path("results/train/heldout.csv").read_text().split()] == ["step", "0", "9"]
+
+
+def test_an_encoder_behind_a_transform_embeds_in_both_spaces(backbone: Path) -> None:
+    forward = np.linspace(1, 2, 24, dtype=np.float32).reshape(4, 6) + np.eye(4, 6, dtype=np.float32)
+    transform = TargetTransform("whiten", False, np.arange(4, dtype=np.float32), forward, np.linalg.pinv(forward))
+    transform.save(Path("data/targets"))
+    add_to_manifest(Path("data/targets"), TRANSFORM_FILE)
+    write_params(backbone, epochs=1)
+    finish_stage()
+    open_artifact(Path("models/encoder"), "encoder")
+    assert Path("models/encoder", TRANSFORM_FILE).read_bytes() == transform.to_bytes()
+    encoder = Encoder.load(Path("models/encoder"))
+    assert encoder.config.transform == transform.identity
+    assert "transform `whiten`" in Path("models/encoder/README.md").read_text()
+    trained = encoder.encode(["query 0001"])
+    np.testing.assert_array_equal(encoder.encode(["query 0001"], space="teacher"), transform.invert(trained))
+    assert (encoder.width_of("trained"), encoder.width_of("teacher")) == (6, 4)
+
+
+def add_to_manifest(folder: Path, name: str) -> None:
+    content = json.loads((folder / "manifest.json").read_text())
+    content["files"][name] = file_sha256(folder / name)
+    (folder / "manifest.json").write_text(json.dumps(content))
 
 
 def test_queries_that_are_too_long_lose_the_side_that_params_say(backbone: Path) -> None:

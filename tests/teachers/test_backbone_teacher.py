@@ -10,6 +10,7 @@ import torch
 
 from pipeline.backbone import BackboneParams, identify
 from pipeline.errors import TeacherError
+from pipeline.evaluation.baselines import ECHO_TEMPLATE
 from pipeline.teachers import TeacherParams, build_teacher
 from pipeline.teachers.backbone_teacher import BackboneTeacher
 from tests.conftest import tiny_model, tiny_tokenizer
@@ -104,6 +105,29 @@ def test_an_echo_pools_its_second_reading(tiny_backbone: Callable[..., Path]) ->
     found = built.embed(["x", "hello", "a longer one than that"])
     np.testing.assert_allclose(found[1], pooled(tiny_model("qwen3"), ids, first=len(ids) - 5), atol=2e-5, rtol=1e-4)
     assert built.identity["template"] == template
+
+
+def test_one_word_pools_the_state_that_would_name_the_word(tiny_backbone: Callable[..., Path]) -> None:
+    params = TeacherParams(kind="backbone", max_tokens=64, template="one-word", pooling="last", batch_size=5)
+    built = build_teacher(params, BackboneParams(name=str(tiny_backbone("llama"))))
+    ids = tiny_tokenizer()('This sentence : "hello" means in one word:"')["input_ids"]
+    found = built.embed(["x", "hello", "a longer one than that"])
+    np.testing.assert_allclose(found[1], pooled(tiny_model(), ids, first=len(ids) - 1), atol=2e-5, rtol=1e-4)
+    # Of a text that is too long the end goes, never the question.
+    assert built.truncated(["y" * 200]) == [True]
+    fits = 64 - len(tiny_tokenizer()('This sentence : "" means in one word:"')["input_ids"])
+    np.testing.assert_allclose(built.embed(["y" * 200]), built.embed(["y" * fits]), atol=1e-5)
+
+
+def test_a_named_template_is_what_it_stands_for() -> None:
+    assert TeacherParams(kind="backbone", template="echo").template == ECHO_TEMPLATE
+    assert TeacherParams(kind="backbone", template="text") == TeacherParams(kind="backbone")
+    with pytest.raises(ValueError, match="template one-word needs pooling last"):
+        TeacherParams(kind="backbone", template="one-word")
+    with pytest.raises(ValueError, match=r"'eco' holds no \{text\} and is none of text, echo, one-word"):
+        TeacherParams(kind="backbone", template="eco")
+    with pytest.raises(ValueError, match="valid string"):
+        TeacherParams(kind="backbone", template=["echo"])
 
 
 def test_built_by_kind_it_is_pinned_like_the_backbone(tiny_backbone: Callable[..., Path]) -> None:

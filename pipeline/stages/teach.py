@@ -1,0 +1,219 @@
+"""teach: data/queries, data/responses -> models/teacher, an LLM2Vec teacher of the backbone's own
+
+Runs where embed.teacher.kind is llm2vec-trained; else it writes a manifest that says that none was asked for.
+
+python -m pipeline.stages.teach [--params params.yaml]
+"""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline import artifacts
+from pipeline.artifacts import Artifact, create, open_artifact
+from pipeline.backbone import BackboneParams, identify
+from pipeline.errors import TeacherError
+from pipeline.params import PARAMS_FILE, Params, load
+from pipeline.runtime import RunRecord, record, setup_logging, user_errors, work_dir
+from pipeline.shards import lock_folder
+from pipeline.teach.params import TeachParams
+from pipeline.teachers import TRAINED_TEACHER, TeacherParams
+
+if TYPE_CHECKING:
+    from pipeline.teach.quality import Quality
+    from pipeline.teach.recipe import Finished
+    from pipeline.teachers.base import Teacher
+
+log = logging.getLogger(__name__)
+
+KIND = "llm2vec-trained"
+
+
+class EmbedSection(Params, extra="ignore"):
+    """The section `embed`, of which only the teacher counts here."""
+
+    teacher: TeacherParams
+
+
+class Folder(Params, extra="ignore"):
+    """Where a section's local data is."""
+
+    local_dir: str
+
+
+class Inputs(Params):
+    """The sections of params.yaml that this stage reads."""
+
+    backbone: BackboneParams
+    collect: Folder
+    embed: EmbedSection
+    teach: TeachParams
+    evaluate: Folder
+
+
+def run(inputs: Inputs, facts: RunRecord) -> None:
+    """Train the teacher, or go on training it, measure it and write it.
+
+    Raises:
+        ArtifactError: the queries or responses are missing or damaged.
+        SourceError: a source of text cannot be read.
+        BackboneError: the backbone cannot be loaded, or its head is unknown.
+        TeacherError: it cannot be trained with these params, or is no better than mean pooling and must be.
+        EvaluationError: a task of teach.quality is missing.
+        WorkError: the disk is full, or another process does the same work.
+    """
+    kind = inputs.embed.teacher.kind
+    if kind != KIND:
+        log.info("no teacher is trained: embed.teacher.kind is %s", kind)
+        with create(TRAINED_TEACHER, kind="teacher", params={"asked": False, "embed.teacher.kind": kind}):
+            pass
+        facts.update(asked=False, kind=kind)
+        return
+    with _locked(work_dir("teach")) as work:
+        _teach(inputs, facts, work)
+
+
+def _teach(inputs: Inputs, facts: RunRecord, work: Path) -> None:
+    from pipeline.teach.corpus import corpus_texts, in_order
+    from pipeline.teach.quality import verdict
+    from pipeline.teach.recipe import Recipe
+
+    params, teacher = inputs.teach, inputs.embed.teacher
+    made_from = [open_artifact(Path("data") / kind, kind) for kind in ("queries", "responses")]
+    local_dir = Path(inputs.collect.local_dir)
+    texts = in_order(corpus_texts(params.corpus, made_from[0], made_from[1], params.sources, local_dir))
+    log.info("corpus %s: %d distinct texts", params.corpus, len(texts))
+    recipe = Recipe(params, inputs.backbone, texts, template=teacher.template, pooling=teacher.pooling, work=work)
+    phases = dict(zip(("mntp", "simcse"), recipe.run(), strict=True))
+    quality = _measure(inputs, {name: phase.adapter for name, phase in phases.items()}, texts, work)
+    facts.update(
+        asked=True,
+        corpus={"kind": params.corpus, "texts": len(texts)},
+        **{name: _facts(phase) for name, phase in phases.items()},
+        metrics=quality.metrics,
+        deltas=quality.deltas,
+        intrinsic=quality.intrinsic,
+    )
+    if worse := verdict(quality):
+        if params.on_worse == "fail":
+            raise TeacherError(f"{worse}. teach.on_worse: warn goes on all the same; what is trained is kept")
+        log.warning("%s", worse)
+    facts.update(worse_than_mean_pooling=worse)
+    _write(inputs, phases, quality, made_from)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[Path]:
+    """Raises WorkError if another process trains a teacher in this workspace."""
+    with artifacts.disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)
+    try:
+        yield folder
+    finally:
+        lock.release()
+
+
+def _measure(inputs: Inputs, adapters: Mapping[str, Path], texts: list[str], work: Path) -> "Quality":
+    from pipeline.teach.quality import BASELINE, MNTP, SIMCSE, measure
+
+    teacher = inputs.embed.teacher
+    mntp, simcse = str(adapters["mntp"]), str(adapters["simcse"])
+    return measure(
+        {
+            BASELINE: partial(_mean_pooling, inputs),
+            MNTP: partial(_adapted, inputs, [mntp]),
+            SIMCSE: partial(_adapted, inputs, [mntp, simcse]),
+        },
+        texts,
+        inputs.teach.quality,
+        local_dir=Path(inputs.evaluate.local_dir),
+        work=work / "quality",
+        batch_size=teacher.batch_size,
+        dtype=teacher.dtype,
+    )
+
+
+def _mean_pooling(inputs: Inputs) -> "Teacher":
+    from pipeline.teachers.backbone_teacher import BackboneTeacher
+
+    teacher = inputs.embed.teacher
+    backbone = inputs.backbone.model_copy(update={"dtype": teacher.dtype})
+    return BackboneTeacher.load(backbone, max_tokens=teacher.max_tokens, batch_size=teacher.batch_size)
+
+
+def _adapted(inputs: Inputs, adapters: list[str]) -> "Teacher":
+    from pipeline.teachers.llm2vec_teacher import Llm2VecTeacher
+
+    teacher = inputs.embed.teacher
+    return Llm2VecTeacher.load(
+        inputs.backbone.model_copy(update={"dtype": teacher.dtype}),
+        [(adapter, None) for adapter in adapters],
+        max_tokens=teacher.max_tokens,
+        batch_size=teacher.batch_size,
+        template=teacher.template,
+        pooling=teacher.pooling,
+    )
+
+
+def _facts(phase: "Finished") -> dict[str, Any]:
+    curve = phase.curve
+    tenth = max(1, len(curve) // 10)
+    return {
+        "steps": len(curve),
+        "first_loss": round(sum(curve[:tenth]) / tenth, 6),
+        "last_loss": round(sum(curve[-tenth:]) / tenth, 6),
+        **phase.facts,
+    }
+
+
+def _write(inputs: Inputs, phases: "Mapping[str, Finished]", quality: "Quality", made_from: list[Artifact]) -> None:
+    from pipeline.teach.card import model_card
+
+    teacher, backbone = inputs.embed.teacher, identify(inputs.backbone.name, inputs.backbone.revision)
+    params = inputs.teach.model_dump(mode="json", exclude={"checkpoint_every", "on_worse"})
+    reading = {"template": teacher.template, "pooling": teacher.pooling}
+    described: dict[str, Any] = {"asked": True, "teach": params, **reading}
+    with create(
+        TRAINED_TEACHER, kind="teacher", params=described, models={"backbone": backbone}, inputs=made_from
+    ) as out:
+        for name, phase in phases.items():
+            shutil.copytree(phase.adapter, out.path / name)
+        card = model_card(
+            backbone,
+            phases={name: _facts(phase) for name, phase in phases.items()},
+            params=params,
+            metrics=quality.metrics,
+            intrinsic=quality.intrinsic,
+            template=teacher.template,
+            pooled=_POOLED[teacher.pooling],
+            mask_token=inputs.teach.mntp.mask_token,
+        )
+        (out.path / "README.md").write_text(card, encoding="utf-8")
+
+
+_POOLED: dict[str, str] = {
+    "mean": "the text's own tokens (not BOS)",
+    "mean-all": "all its tokens, special ones included",
+    "last": "the last token alone",
+}
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(params: Annotated[Path, typer.Option(help="params file")] = PARAMS_FILE) -> None:
+    """Train the backbone's own teacher, where one is asked for."""
+    setup_logging()
+    with user_errors(), record("teach") as facts:
+        run(load(params, Inputs), facts)
+
+
+if __name__ == "__main__":
+    app()

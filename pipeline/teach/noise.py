@@ -1,0 +1,79 @@
+"""Dropout in a model that otherwise runs in eval mode, drawn from seeds of its own.
+
+Language models of today have no dropout modules; their attention has a rate of 0 that counts in training mode. So
+only the modules that drop are ever put into that mode, and what they draw is a function of the seed, whatever was drawn
+before.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+
+class Noise:
+    """The dropout of one adapted model, off except within `drawing`."""
+
+    def __init__(self, body: Any, rate: float) -> None:
+        """Set the rates; that of the LoRA modules stays as it is.
+
+        Args:
+            body: with its adapters, in eval mode.
+            rate: of attention, and of dropout modules where the architecture has them; 0 leaves only LoRA's.
+        """
+        from torch.nn import Dropout
+
+        lora = {id(module) for module in _lora_dropouts(body)}
+        self._body = body
+        self._lora = [module for module in _lora_dropouts(body) if isinstance(module, Dropout) and module.p > 0]
+        self._attention = [module for module in body.modules() if _attends(module)] if rate else []
+        others = [module for module in body.modules() if isinstance(module, Dropout) and id(module) not in lora]
+        self._modules = others if rate else []
+        for module in self._attention:
+            module.attention_dropout = rate
+        for module in self._modules:
+            module.p = rate
+        self.rate = rate
+
+    @property
+    def active(self) -> dict[str, int]:
+        """How many modules drop, by kind; only kinds that there are."""
+        counts = {"attention": len(self._attention), "modules": len(self._modules), "lora": len(self._lora)}
+        return {kind: count for kind, count in counts.items() if count}
+
+    @contextlib.contextmanager
+    def drawing(self, *seed: int) -> Iterator[None]:
+        """Dropout on, drawn from this seed; the state of the random generators is restored after."""
+        import numpy as np
+        import torch
+
+        device = self._body.device
+        state = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(state >> 1))
+            self._switch(on=True)
+            try:
+                yield
+            finally:
+                self._switch(on=False)
+
+    def _switch(self, *, on: bool) -> None:
+        modules: Sequence[nn.Module] = [*self._attention, *self._modules, *self._lora]
+        for module in modules:
+            module.training = on
+
+
+def _attends(module: Any) -> bool:
+    return isinstance(getattr(module, "attention_dropout", None), int | float)
+
+
+def _lora_dropouts(body: Any) -> "list[nn.Module]":
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in body.modules() if isinstance(module, LoraLayer)]
+    return [module for layer in layers for module in layer.lora_dropout.values()]

@@ -1,0 +1,102 @@
+"""Section `teach` of params.yaml; the defaults are the settings of the LLM2Vec paper."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.backbone import DType
+from pipeline.encoder.lora import LoraParams
+from pipeline.evaluation.statistics import BootstrapParams
+from pipeline.params import Params
+from pipeline.sources import Source
+
+Corpus = Literal["responses", "queries", "both", "sources"]
+PhaseName = Literal["mntp", "simcse"]
+
+
+class TeacherLoraParams(LoraParams):
+    """Keys `teach.mntp.lora` and `teach.simcse.lora`."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+
+
+class PhaseParams(Params):
+    """What both phases have."""
+
+    steps: int = Field(default=1000, ge=1, description="optimiser steps")
+    batch_size: int = Field(ge=2, description="texts of one optimiser step")
+    micro_batch_size: int = Field(ge=1, description="texts of one forward pass")
+    max_tokens: int = Field(ge=2, description="longer texts lose their end")
+    learning_rate: float = Field(gt=0)
+    lora: TeacherLoraParams = Field(default_factory=TeacherLoraParams)
+
+
+class MntpParams(PhaseParams):
+    """Masked next-token prediction."""
+
+    batch_size: int = Field(default=32, ge=1, description="texts of one optimiser step")
+    micro_batch_size: int = Field(default=8, ge=1, description="texts of one forward pass")
+    max_tokens: int = Field(default=512, ge=2, description="longer texts lose their end")
+    learning_rate: float = Field(default=5e-5, gt=0)
+    mask_fraction: float = Field(default=0.2, gt=0, lt=1, description="of a text's own tokens")
+    mask_token: str = Field(default="_", min_length=1, description="one token of the backbone's tokenizer")
+
+
+class SimcseParams(PhaseParams):
+    """Unsupervised SimCSE."""
+
+    batch_size: int = Field(default=128, ge=2, description="texts of one optimiser step, each other's negatives")
+    micro_batch_size: int = Field(
+        default=32, ge=1, description="texts of one forward pass; fewer than batch_size: every pass is run twice"
+    )
+    max_tokens: int = Field(default=128, ge=2, description="longer texts lose their end")
+    learning_rate: float = Field(default=3e-5, gt=0)
+    dropout: float = Field(default=0.3, ge=0, lt=1, description="what the two readings of a text differ in")
+    scale: float = Field(default=20.0, gt=0, description="of the cosines: one over the temperature")
+
+
+class QualityParams(Params):
+    """What the teacher is measured on before anything is learnt from it; nothing named: on no task."""
+
+    local: list[str] = Field(default_factory=list, description="folders under evaluate.local_dir")
+    tasks: list[str] = Field(default_factory=list, description="mteb task names")
+    texts: int = Field(default=512, ge=4, description="of the corpus, at most, for what needs no labels")
+    bootstrap: BootstrapParams = Field(default_factory=BootstrapParams)
+
+    @property
+    def names_tasks(self) -> bool:
+        """Whether there is anything to score."""
+        return bool(self.local or self.tasks)
+
+
+class TeachParams(Params):
+    """Section `teach`; read where embed.teacher.kind is llm2vec-trained."""
+
+    corpus: Corpus = Field(default="both", description="unlabeled text: of this run, or of `sources`")
+    sources: list[Source] = Field(default_factory=list, description="as in collect; paths start at collect.local_dir")
+    mntp: MntpParams = Field(default_factory=MntpParams)
+    simcse: SimcseParams = Field(default_factory=SimcseParams)
+    schedule: Literal["linear", "cosine"] = "linear"
+    warmup_steps: int = Field(default=0, ge=0, description="of each phase")
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    dtype: DType = Field(default="bfloat16", description="of the frozen backbone; the adapters are float32")
+    checkpoint_every: int = Field(default=100, ge=1, description="optimiser steps")
+    quality: QualityParams = Field(default_factory=QualityParams)
+    on_worse: Literal["warn", "fail"] = Field(
+        default="warn", description="where the trained teacher scores below mean pooling of the backbone"
+    )
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _sources_are_read(self) -> Self:
+        if (self.corpus == "sources") != bool(self.sources):
+            raise ValueError(f"corpus {self.corpus} with {len(self.sources)} sources: they go together")
+        return self
+
+    def steps_of(self, phase: PhaseName) -> dict[str, Any]:
+        """The params that decide each step of a phase: its checkpoints are good for these alone."""
+        shared = {"schedule", "warmup_steps", "weight_decay", "max_grad_norm", "dtype", "seed"}
+        return {phase: getattr(self, phase).model_dump(mode="json"), **self.model_dump(mode="json", include=shared)}

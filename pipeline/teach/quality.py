@@ -1,0 +1,168 @@
+"""Whether the trained teacher is worth hours of work: the backbone's mean pooling, after MNTP, after SimCSE.
+
+On tasks where params name some, through the same adapter of mteb and with the same paired intervals as the stage
+evaluate; and without labels, on texts of the corpus:
+
+- anisotropy: the mean cosine of different texts; near 1 all embeddings point the same way,
+- uniformity: log of the mean of exp(-2 |x - y|^2) over different texts of unit length, lower is more even
+  (Wang and Isola 2020),
+- alignment: the mean of |x - y|^2 between the two halves of a text, lower is closer,
+- halves: the share of first halves whose nearest second half is their own.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.evaluation.systems import BareSystem, System
+from pipeline.teach.params import QualityParams
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pipeline.teachers.base import Teacher
+
+    Array = np.ndarray[Any, Any]
+
+log = logging.getLogger(__name__)
+
+BASELINE, MNTP, SIMCSE = "backbone-mean", "mntp", "simcse"
+MEAN = "mean/tasks"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What was measured.
+
+    Attributes:
+        metrics: `<system>/<task>` and means, as the stage evaluate names them; empty without tasks.
+        deltas: of each trained system against mean pooling, with intervals.
+        intrinsic: by system, see the module; empty where the corpus gives no pairs.
+    """
+
+    metrics: dict[str, float]
+    deltas: list[dict[str, Any]]
+    intrinsic: dict[str, dict[str, float]]
+
+    @property
+    def gain(self) -> float | None:
+        """Mean score of the teacher minus that of mean pooling; None where it was not measured."""
+        ours, theirs = (self.metrics.get(f"{system}/{MEAN}") for system in (SIMCSE, BASELINE))
+        return None if ours is None or theirs is None else ours - theirs
+
+
+def measure(
+    teachers: "Mapping[str, Callable[[], Teacher]]",
+    texts: Sequence[str],
+    params: QualityParams,
+    *,
+    local_dir: Path,
+    work: Path,
+    batch_size: int,
+    dtype: str,
+) -> Quality:
+    """Load one teacher after another and measure it.
+
+    Args:
+        teachers: by system.
+        texts: of the corpus.
+        params: what is measured.
+        local_dir: folder of local tasks.
+        work: where finished tasks are kept.
+        batch_size: texts that mteb hands over at once.
+        dtype: of the teachers.
+
+    Raises:
+        EvaluationError: a task or its data is missing, or embeddings are unusable.
+    """
+    halves = split(texts, params.texts)
+    intrinsic: dict[str, dict[str, float]] = {}
+
+    def systems() -> Iterator[System]:
+        for name, load in teachers.items():
+            teacher = load()
+            if len(halves) > 1:
+                intrinsic[name] = without_labels(*(teacher.embed(side) for side in zip(*halves, strict=True)))
+                log.info("%s: %s", name, intrinsic[name])
+            yield BareSystem(name, teacher.identity, teacher)
+
+    if not params.names_tasks:
+        log.warning("teach.quality names no task: whether the teacher is better than mean pooling is not measured")
+        for _ in systems():
+            pass
+        return Quality({}, [], intrinsic)
+    metrics, deltas = _on_tasks(systems(), params, local_dir, work, batch_size, dtype)
+    return Quality(metrics, deltas, intrinsic)
+
+
+def _on_tasks(
+    systems: Iterator[System], params: QualityParams, local_dir: Path, work: Path, batch_size: int, dtype: str
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    from pipeline.evaluation.deltas import task_deltas
+    from pipeline.evaluation.instructions import load_instructions
+    from pipeline.evaluation.running import run_systems
+    from pipeline.evaluation.suites import find_tasks
+    from pipeline.evaluation.summary import flat_metrics, summary_table
+
+    tasks = find_tasks([local_dir / name for name in params.local], params.tasks)
+    runs = run_systems(systems, tasks, load_instructions(None), work=work, batch_size=batch_size, dtype=dtype)
+    by_name = {run.system: run for run in runs}
+    deltas = []
+    for name in (MNTP, SIMCSE):
+        pair = [replace(by_name[name], system="student"), by_name[BASELINE]]
+        deltas += [{**asdict(delta), "of": name} for delta in task_deltas(tasks, pair, params.bootstrap)]
+    return flat_metrics(summary_table(tasks, runs)), deltas
+
+
+def split(texts: Sequence[str], most: int) -> list[tuple[str, str]]:
+    """The halves, by words, of the first texts that have four words."""
+    halves: list[tuple[str, str]] = []
+    for text in texts:
+        words = text.split()
+        if len(words) >= 4 and len(halves) < most:
+            middle = len(words) // 2
+            halves.append((" ".join(words[:middle]), " ".join(words[middle:])))
+    return halves
+
+
+def without_labels(first: "Array", second: "Array") -> dict[str, float]:
+    """See the module.
+
+    Args:
+        first: float32 `[N, d]`, of the first halves; N at least 2.
+        second: float32 `[N, d]`, of the second halves.
+    """
+    import numpy as np
+
+    first, second = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (first, second))
+    different = ~np.eye(len(first), dtype=bool)
+    cosines, across = first @ first.T, first @ second.T
+    # |x - y|^2 = 2 - 2 cos for vectors of length 1.
+    measured = {
+        "anisotropy": cosines[different].mean(),
+        "uniformity": np.log(np.exp(4 * cosines[different] - 4).mean()),
+        "alignment": (2 - 2 * np.diagonal(across)).mean(),
+        "halves": (across.argmax(axis=1) == np.arange(len(first))).mean(),
+    }
+    return {name: round(float(value), 4) for name, value in measured.items()}
+
+
+def verdict(quality: Quality) -> str | None:
+    """What is to be said where the teacher is no better than what it was made from; None where it is, or is unknown."""
+    gain = quality.gain
+    if gain is None or gain >= 0:
+        return None
+    ours, theirs = (quality.metrics[f"{system}/{MEAN}"] for system in (SIMCSE, BASELINE))
+    interval = next((d for d in quality.deltas if d["of"] == SIMCSE and d["metric"] == MEAN), None)
+    between = (
+        f", interval {interval['low']:+.4f} to {interval['high']:+.4f}"
+        if interval and interval["low"] is not None
+        else ""
+    )
+    return (
+        f"the trained teacher scores {ours:.4f} on the tasks of teach.quality, mean pooling of the backbone it was "
+        f"trained from {theirs:.4f} ({gain:+.4f}{between}): more steps or text (teach.mntp, teach.simcse, "
+        "teach.corpus), or embed.teacher.kind: backbone, may serve better"
+    )

@@ -1,0 +1,76 @@
+"""What the pages say of the teacher."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.artifacts import create, write_json
+from pipeline.report.render import render_html, render_markdown
+from pipeline.report.teacher import teacher_facts
+from tests.report.toy_results import RECORD, content_of
+
+ADAPTERS = [{"name": f"models/teacher/{phase}", "sha256": "0" * 64} for phase in ("mntp", "simcse")]
+QUALITY = {
+    "backbone-mean/sts": 0.51, "mntp/sts": 0.2, "simcse/sts": 0.3, "simcse/type/STS": 0.3, "simcse/mean/types": 0.3,
+    "backbone-mean/mean/tasks": 0.51, "mntp/mean/tasks": 0.2, "simcse/mean/tasks": 0.3,
+}  # fmt: skip
+
+
+def of_targets(identity: dict[str, Any], **params: Any) -> None:
+    """Change what the manifest of the targets says."""
+    path = Path("data/targets/manifest.json")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "models": {"teacher": identity}, "params": params}))
+
+
+def train_a_teacher(worse: str | None) -> None:
+    of_targets({"kind": "llm2vec", "name": "b", "adapters": ADAPTERS}, transform={"kind": "whiten"})
+    with create(Path("models/teacher"), kind="teacher", params={"asked": True}):
+        pass
+    write_json(Path("results/teach.json"), {"metrics": QUALITY, "worse_than_mean_pooling": worse, **RECORD})
+
+
+@pytest.mark.parametrize(
+    ("identity", "kind"),
+    [
+        ({"kind": "llm2vec", "adapters": [{"name": "McGill-NLP/x-mntp"}]}, "llm2vec"),
+        ({"kind": "llm2vec", "adapters": ADAPTERS}, "llm2vec-trained"),
+        ({"kind": "backbone", "name": "b"}, "backbone"),
+        ({"kind": "sentence-transformers", "name": "m"}, "sentence-transformers"),
+    ],
+)
+def test_a_teacher_is_told_by_its_identity(made: Path, identity: dict[str, Any], kind: str) -> None:
+    of_targets(identity)
+    found = teacher_facts(made, {"metrics": QUALITY})
+    assert found is not None
+    assert found.kind == kind
+    assert found.meaning
+    assert found.transform == "none"
+    assert bool(found.scores) == (kind == "llm2vec-trained")  # another's record is an old one
+
+
+def test_no_targets_nothing_said(workspace: Path) -> None:
+    assert teacher_facts(workspace, None) is None
+
+
+def test_a_teacher_trained_here_is_a_stage_with_scores(made: Path) -> None:
+    train_a_teacher("it scores below mean pooling")
+    content = content_of()
+    assert [level[0].stage for level in content.graph][:4] == ["collect", "generate", "teach", "embed"]
+    assert content.teacher is not None
+    assert content.teacher.scores == {
+        "sts": {"backbone-mean": 0.51, "mntp": 0.2, "simcse": 0.3},
+        "mean/tasks": {"backbone-mean": 0.51, "mntp": 0.2, "simcse": 0.3},
+    }
+    assert not content.missing
+    for page in (render_html(content), render_markdown(content)):
+        for text in ("trained here from this run", "it scores below mean pooling", "whiten", "0.510"):
+            assert text in page
+
+
+def test_one_that_was_not_asked_for_is_no_stage(made: Path) -> None:
+    with create(Path("models/teacher"), kind="teacher", params={"asked": False}):
+        pass
+    assert "teach" not in [node.stage for level in content_of().graph for node in level]

@@ -1,0 +1,69 @@
+"""Which texts are read, and in which order."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.artifacts import create, open_artifact
+from pipeline.contracts import QUERIES, RESPONSES
+from pipeline.errors import SourceError
+from pipeline.sources import LocalSource
+from pipeline.teach.corpus import corpus_texts, in_order, read_corpus
+from pipeline.teach.mntp import maskable
+from pipeline.teach.params import Corpus
+from pipeline.teachers.reading import Reader
+from tests.conftest import tiny_tokenizer
+
+
+def write_artifacts() -> None:
+    queries = [{"id": name, "text": f"query {name}", "source": "t"} for name in "abcd"]
+    with create(Path("data/queries"), kind="queries", params={}) as out:
+        out.write_table("train.parquet", pa.Table.from_pylist(queries[:3], QUERIES))
+        out.write_table("heldout.parquet", pa.Table.from_pylist(queries[3:], QUERIES))
+    facts = {"prompt_tokens": 1, "response_tokens": 1}
+    answers = [{"id": q["id"], "response": f"answer {q['id']}", "finish_reason": "stop", **facts} for q in queries]
+    answers[1] |= {"response": "half an", "finish_reason": "error", "error": "why"}
+    with create(Path("data/responses"), kind="responses", params={}) as out:
+        out.write_parts([pa.Table.from_pylist(answers, RESPONSES)], RESPONSES)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "expected"),
+    [
+        ("queries", {"query a", "query b", "query c"}),
+        ("responses", {"answer a", "answer c"}),
+        ("both", {"query a", "query b", "query c", "answer a", "answer c"}),
+        ("sources", {"one", "two"}),
+    ],
+)
+def test_held_out_and_failed_rows_are_not_read(corpus: Corpus, expected: set[str], workspace: Path) -> None:
+    write_artifacts()
+    Path("lines.txt").write_text("one\ntwo\n")
+    artifacts = (open_artifact(Path("data/queries"), "queries"), open_artifact(Path("data/responses"), "responses"))
+    sources = [LocalSource(kind="local", path="lines.txt")]
+    assert {text.strip() for text in corpus_texts(corpus, *artifacts, sources, workspace)} == expected
+
+
+def test_a_source_that_is_missing(workspace: Path) -> None:
+    write_artifacts()
+    artifacts = (open_artifact(Path("data/queries"), "queries"), open_artifact(Path("data/responses"), "responses"))
+    with pytest.raises(SourceError, match=r"no\.txt does not exist"):
+        list(corpus_texts("sources", *artifacts, [LocalSource(kind="local", path="no.txt")], workspace))
+
+
+def test_the_order_is_the_texts_own() -> None:
+    texts = [f"text {index}" for index in range(50)]
+    ordered = in_order([*texts, " text 7\n", "", "  "])
+    assert sorted(ordered) == sorted(texts)
+    assert ordered == in_order(reversed(texts))
+    assert ordered != sorted(texts)
+    assert [text for text in ordered if text != "text 9"] == in_order(text for text in texts if text != "text 9")
+
+
+def test_no_more_is_read_than_is_wanted() -> None:
+    reader = Reader(tiny_tokenizer(), max_tokens=8)
+    texts = ["x", "same beginning one", "same beginning two", *(f"{index} text" for index in range(20))]
+    found = read_corpus(texts, reader, lambda row: bool(maskable(row)), at_most=5, batch_size=2, phase="mntp")
+    assert (len(found.rows), found.short) == (5, 1)
+    assert found.lengths == [8, 6, 6, 6, 6]

@@ -1,0 +1,130 @@
+"""Both phases on a tiny backbone: standard adapters, resume, and what is refused before any training."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.backbone import BackboneParams
+from pipeline.errors import BackboneError, TeacherError
+from pipeline.teach import loop
+from pipeline.teach import recipe as recipes
+from pipeline.teachers.llm2vec_teacher import Llm2VecTeacher
+from tests.stage_runs import folder_bytes
+from tests.teach.helpers import params, recipe, two_clusters
+
+TEXTS = two_clusters(24)
+
+
+def contents(finished: Any) -> list[dict[str, bytes]]:
+    return [folder_bytes(phase.adapter) for phase in finished]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_the_adapters_load_in_peft_and_in_the_teacher_alike(
+    architecture: str, tiny_backbone: Callable[..., Path], workspace: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = tiny_backbone(architecture)
+    mntp, simcse = recipe(folder, TEXTS, workspace, params()).run()
+    assert len(mntp.curve) == len(simcse.curve) == 6
+    base = BackboneParams(name=str(folder), dtype="float32")
+    names = [(str(phase.adapter), None) for phase in (mntp, simcse)]
+    teacher = Llm2VecTeacher.load(base, names, max_tokens=64, batch_size=4)
+    model: Any = AutoModel.from_pretrained(folder)
+    for name, _ in names:
+        wrapped: Any = PeftModel.from_pretrained(model, name)
+        model = wrapped.merge_and_unload()
+    model.eval()
+    model.config.is_causal = model.config.use_cache = False
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        plain = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in TEXTS[:4]]
+    np.testing.assert_allclose(teacher.embed(TEXTS[:4]), torch.stack(plain).numpy(), atol=1e-4, rtol=1e-3)
+
+
+def test_a_finished_phase_is_not_trained_again(
+    tiny_backbone: Callable[..., Path], workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_backbone()
+    before = contents(recipe(folder, TEXTS, workspace, params()).run())
+    monkeypatch.setattr(recipes, "load_backbone", None)
+    assert contents(recipe(folder, TEXTS, workspace, params()).run()) == before
+
+
+def test_other_params_of_simcse_keep_mntp(tiny_backbone: Callable[..., Path], workspace: Path) -> None:
+    first = recipe(tiny_backbone(), TEXTS, workspace, params()).run()
+    second = recipe(tiny_backbone(), TEXTS, workspace, params(simcse={"scale": 10.0})).run()
+    assert first[0].adapter == second[0].adapter
+    assert first[1].adapter != second[1].adapter
+    assert contents(first)[1] != contents(second)[1]
+
+
+@pytest.mark.parametrize("stop_at", [3, 9])
+def test_stopped_in_either_phase_it_goes_on_to_the_same_bytes(
+    stop_at: int, tiny_backbone: Callable[..., Path], workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = params(mntp={"lora": {"dropout": 0.2}})
+    whole = contents(recipe(tiny_backbone(), TEXTS, workspace / "whole", settings).run())
+    step, taken = loop.Loop._step, []
+
+    def interrupted(self: Any, number: int) -> None:
+        taken.append(number)
+        if len(taken) == stop_at:
+            signal.raise_signal(signal.SIGINT)
+        step(self, number)
+
+    monkeypatch.setattr(loop.Loop, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recipe(tiny_backbone(), TEXTS, workspace / "killed", settings).run()
+    torch.rand(7)  # nobody draws from the global generator
+    assert contents(recipe(tiny_backbone(), TEXTS, workspace / "killed", settings).run()) == whole
+    assert len(taken) == 12
+
+
+def test_a_damaged_checkpoint_starts_the_phase_again(
+    tiny_backbone: Callable[..., Path], workspace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = contents(recipe(tiny_backbone(), TEXTS, workspace, params()).run())
+    for finished in workspace.glob("*/finished"):
+        (finished.parent / "checkpoint").write_bytes(b"half of it")
+        finished.rename(finished.with_name("away"))
+    assert contents(recipe(tiny_backbone(), TEXTS, workspace, params()).run()) == whole
+    assert "is damaged: the phase starts again" in caplog.text
+
+
+def test_a_backbone_that_stays_causal_is_refused(
+    tiny_backbone: Callable[..., Path], workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes, "make_bidirectional", lambda body: None)
+    with pytest.raises(TeacherError, match="is causal in a text alone"):
+        recipe(tiny_backbone(), TEXTS, workspace, params()).run()
+    assert not list(workspace.rglob("checkpoint"))
+
+
+def test_mistakes_name_their_key(tiny_backbone: Callable[..., Path], workspace: Path) -> None:
+    folder = tiny_backbone()
+    with pytest.raises(TeacherError, match=r"3 of its 4 texts are usable \(1 have .*mntp\.batch_size is 4: lower it"):
+        recipe(folder, ["x", "ab", "cd", "ef"], workspace, params()).run()
+    with pytest.raises(TeacherError, match=r"0 of its 4 texts are usable \(4 have too few tokens"):
+        recipe(folder, ["x", "y", "z", "w"], workspace, params()).run()
+    alike = [f"{'a' * 48} {end}" for end in "abcdefgh"]
+    with pytest.raises(TeacherError, match=r"1 of its 8 texts are usable .* 7 read like another"):
+        recipe(folder, alike, workspace, params()).run()
+    with pytest.raises(TeacherError, match=r"teach\.mntp\.mask_token"):
+        recipe(folder, TEXTS, workspace, params(mntp={"mask_token": "no token"}))
+    with pytest.raises(BackboneError, match=r"teach\.mntp\.max_tokens \(600\) exceeds the backbone's 512 positions"):
+        recipe(folder, TEXTS, workspace, params(mntp={"max_tokens": 600})).run()
+    with pytest.raises(TeacherError, match=r"teach\.simcse\.lora\.targets \['nothing'\]"):
+        recipe(folder, TEXTS, workspace, params(simcse={"lora": {"targets": ["nothing"]}})).run()
+    with pytest.raises(TeacherError, match=r"teach\.mntp: step \d+ is not finite .* lower teach\.mntp\.learning_rate"):
+        recipe(folder, TEXTS, workspace, params(mntp={"learning_rate": 1e30})).run()
