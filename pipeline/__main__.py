@@ -154,7 +154,7 @@ def encode(
         from pipeline.encoding import check_output, encode_file
         from pipeline.text_files import open_texts
 
-        check_output(output)
+        check_output(output, source)
         wanted = _space(space)
         texts = open_texts(source, column)
         encoder = _load(model, dtype, backbone, other)
@@ -293,7 +293,8 @@ def export_merged(
 
         prompts = st_prompts(load_instructions())
         merged = run_export(model, out, prompts=prompts, dtype=chosen, backbone=backbone)
-        print(f"{out}: its embeddings are the encoder's up to {merged.difference:.1g} of their length")
+        kind = "its" if chosen == "float32" else f"with weights rounded to {chosen}, its"
+        print(f"{out}: {kind} embeddings in float32 are the encoder's up to {merged.difference:.1g} of their length")
         print("\n".join(usage(out, merged.shape)))
 
 

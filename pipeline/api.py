@@ -25,7 +25,7 @@ from pipeline.places import Count
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipeline.encoder.inference import Encoder
+    from pipeline.encoder.inference import Embedded
     from pipeline.encoder.parallel import ParallelEncoder
     from pipeline.prompts import Side
     from pipeline.target_transform import Space
@@ -66,7 +66,8 @@ def load(
         trust_remote_code: let the backbone run code that comes with it.
 
     Raises:
-        TrainingError: the folder is no encoder or damaged, or the backbone is not the one that it was trained on.
+        TrainingError: the folder is no encoder or damaged, or the backbone is another than it was trained on. Where
+            that one is recorded by a hub name, nothing tells of a plain folder: it is taken with a warning.
         BackboneError: the backbone cannot be loaded.
     """
     return Embedder(
@@ -128,15 +129,20 @@ class Embedder:
             space: "teacher" leads behind `embed.transform` back to the space of the teacher's own vectors.
 
         Raises:
-            SourceError: something is not a text.
-            TrainingError: an embedding is not finite in this dtype.
+            SourceError: something is not a text, or there is no such space.
+            TrainingError: an embedding is not finite in this dtype, or there is no way to the space.
             EvaluationError: a process died.
         """
+        from pipeline.encoder.inference import check_texts
+
         several = [texts] if isinstance(texts, str) else _listed(texts)
+        self.encoder.width_of(space)  # what is wrong is said before the work
+        check_texts(several)
         bar = sys.stderr.isatty() and len(several) >= LONG_WORK if show_progress is None else show_progress
-        source = self._source(processes)
-        vectors = source.encode(several, instruction=prompt, batch_tokens=batch_tokens, show_progress=bar)
-        vectors = self.encoder.in_space(space, vectors)
+        count = _process_count(processes)
+        found = self._embed(count, several, instruction=prompt, batch_tokens=batch_tokens, show_progress=bar)
+        self._tell(found.truncated, len(several))
+        vectors = self.encoder.in_space(space, found.vectors)
         vectors = _unit(vectors) if normalize else vectors
         return vectors[0] if isinstance(texts, str) else vectors
 
@@ -149,6 +155,7 @@ class Embedder:
         normalize: bool = False,
         batch_tokens: int | None = None,
         processes: Count = 1,
+        space: "Space" = "trained",
     ) -> "Iterator[np.ndarray[Any, Any]]":
         """Embeddings float32 `[<= chunk, width]`, in order, as they are made: no more than a chunk is held.
 
@@ -159,34 +166,53 @@ class Embedder:
             normalize: see `encode`.
             batch_tokens: see `encode`.
             processes: see `encode`.
+            space: see `encode`.
 
         Raises:
-            SourceError: something is not a text, or `chunk` is below 1.
+            SourceError: something is not a text, `chunk` is below 1, or there is no such space.
         """
         from pipeline.encoding import CHUNK_ROWS
 
         size = CHUNK_ROWS.get(self.encoder.model.device.type, CHUNK_ROWS["cuda"]) if chunk is None else chunk
         if size < 1:
             raise SourceError(f"chunk is {size}: it must be at least 1")
+        _refuse_table(texts)
         if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
             raise SourceError(f"texts is {str(texts)[:40]!r} ({type(texts).__name__}): give an iterable of strings")
-        return self._stream(iter(texts), size, normalize, processes, instruction=prompt, batch_tokens=batch_tokens)
+        self.encoder.width_of(space)
+        options = {"instruction": prompt, "batch_tokens": batch_tokens}
+        return self._stream(iter(texts), size, normalize, processes, space, **options)
 
     def _stream(
-        self, texts: Iterator[str], size: int, normalize: bool, processes: Count, **options: Any
+        self, texts: Iterator[str], size: int, normalize: bool, processes: Count, space: "Space", **options: Any
     ) -> "Iterator[np.ndarray[Any, Any]]":
         from pipeline.encoder.inference import check_texts
 
-        source, total, truncated = self._source(processes), 0, 0
+        count, total, truncated = _process_count(processes), 0, 0
         try:
             while some := list(islice(texts, size)):
                 check_texts(some, first=total)
-                found = source.embed(some, **options)
+                found = self._embed(count, some, **options)
                 total, truncated = total + len(some), truncated + found.truncated
-                yield _unit(found.vectors) if normalize else found.vectors
+                vectors = self.encoder.in_space(space, found.vectors)
+                yield _unit(vectors) if normalize else vectors
         finally:
-            if truncated:
-                log.warning("%s", self.encoder.config.cut(truncated, total))
+            self._tell(truncated, total)
+
+    def _embed(self, count: int, texts: list[str], **options: Any) -> "Embedded":
+        """By this process, or by `count` others."""
+        if count == 1:
+            return self.encoder.embed(texts, **options)
+        try:
+            return self._started(count).embed(texts, **options)
+        except Exception:
+            # One that has failed is gone, and every later call would be told why: the next one starts them anew.
+            self.close()
+            raise
+
+    def _tell(self, truncated: int, total: int) -> None:
+        if truncated:
+            log.warning("%s", self.encoder.config.cut(truncated, total))
 
     def encode_query(self, texts: str | Iterable[str], **options: Unpack[Options]) -> "np.ndarray[Any, Any]":
         """`encode` with the instruction that queries have in the evaluation of retrieval."""
@@ -230,19 +256,11 @@ class Embedder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _source(self, processes: Count) -> "Encoder | ParallelEncoder":
-        """What embeds: this process, or several others, which are kept."""
+    def _started(self, count: int) -> "ParallelEncoder":
+        """As many processes, which are kept."""
         from pipeline.encoder.parallel import ParallelEncoder, encoder_loader
-        from pipeline.errors import EvaluationError
-        from pipeline.places import places, worker_count
+        from pipeline.places import places
 
-        if processes == 1:
-            return self.encoder
-        if processes != "auto" and (not isinstance(processes, int) or processes < 1):
-            raise SourceError(f"processes is {processes!r}: it must be a number from 1, or 'auto'")
-        count = worker_count(processes, gpus_each=1, knob="processes", error=EvaluationError)
-        if count == 1:
-            return self.encoder
         if self._workers is None or self._workers[0] != count:
             self.close()
             # Each process sees its own GPU only, whatever number it has here.
@@ -250,6 +268,17 @@ class Embedder:
             loader = encoder_loader(self._path, **{**self._options, "device": device})
             self._workers = count, ParallelEncoder(loader, places(count))
         return self._workers[1]
+
+
+def _process_count(processes: Count) -> int:
+    from pipeline.errors import EvaluationError
+    from pipeline.places import worker_count
+
+    if processes == 1:
+        return 1
+    if processes != "auto" and (not isinstance(processes, int) or processes < 1):
+        raise SourceError(f"processes is {processes!r}: it must be a number from 1, or 'auto'")
+    return worker_count(processes, gpus_each=1, knob="processes", error=EvaluationError)
 
 
 def similarity(a: "np.ndarray[Any, Any]", b: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
@@ -284,11 +313,18 @@ def _listed(texts: Iterable[str]) -> list[str]:
         SourceError: it has not.
     """
     kind = type(texts).__name__
+    _refuse_table(texts)
     if isinstance(texts, Mapping | Set | bytes) or not isinstance(texts, Iterable):
         raise SourceError(f"texts is a {kind}: give a string, or a list, tuple, array or column of strings")
     if not hasattr(texts, "__len__"):
         raise SourceError(f"texts is a {kind}, whose end is not known: give a list, or use encode_stream")
     return list(texts)
+
+
+def _refuse_table(texts: object) -> None:
+    """Raises SourceError for a data frame: what it iterates over are columns, or their names."""
+    if hasattr(texts, "columns"):
+        raise SourceError(f"texts is a {type(texts).__name__}: give a column of it, which holds the texts")
 
 
 def _instruction(side: "Side") -> str:

@@ -1,14 +1,11 @@
 """A file of texts in, a file of embeddings out, of any size: `python -m pipeline encode`.
 
-The texts are embedded in chunks of a fixed number of rows, each of which lies on the disk before the next one begins. A
-part carries in its name its place, a hash of its texts and one of its own bytes: after a kill the same command goes on
-behind the last finished chunk, and since a chunk is always the same texts, the file comes out in the same bytes.
+The texts are embedded in chunks of a fixed number of rows, each of which lies on the disk before the next one begins:
+after a kill the same command goes on behind the last finished chunk, and since a chunk is always the same texts, the
+file comes out in the same bytes.
 """
 
-import contextlib
 import json
-import logging
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from io import BytesIO
@@ -16,24 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from pipeline.artifacts import ArtifactWriter, bytes_sha256, digest_of, disk_errors, fsync_path, write_bytes
+from pipeline.artifacts import ArtifactWriter
+from pipeline.encoder.config import fingerprint
 from pipeline.errors import SourceError
-from pipeline.runtime import progress, work_dir
-from pipeline.shards import lock_folder
+from pipeline.parts import Parts, open_parts, whole_file
+from pipeline.runtime import progress
 from pipeline.target_transform import Space
-from pipeline.text_files import TextFile
+from pipeline.text_files import TextFile, check_not_read
 
 if TYPE_CHECKING:
     import numpy as np
 
     from pipeline.encoder.inference import Embedded, Encoder
 
-log = logging.getLogger(__name__)
-
 OUTPUTS = (".npy", ".parquet")
 # Covers whatever changes an embedding, or how parts are kept.
-VERSION = 1
+VERSION = 2
 # Texts of a part, by device: what a kill costs at most. Long enough that texts of like length meet.
 CHUNK_ROWS = {"cpu": 256, "cuda": 8192}
 # Key of a Parquet file's metadata: which encoder, and which instruction.
@@ -56,17 +53,47 @@ class Encoded(NamedTuple):
     truncated: int
 
 
-def check_output(path: Path) -> None:
-    """Raises SourceError unless the name says a format that `encode_file` knows."""
+def check_output(path: Path, source: Path) -> None:
+    """Raises SourceError unless the name says a format that `encode_file` knows, and is not the input's."""
     if path.suffix not in OUTPUTS:
         raise SourceError(f"--output: unknown format '{path.suffix}' (known: {', '.join(OUTPUTS)})")
+    check_not_read("--output", path, "--input", source)
 
 
 def made_by(encoder: "Encoder", instruction: str, space: Space = "trained") -> dict[str, Any]:
     """What decides an embedding besides its text, however its folder is called (serialises to JSON)."""
-    weights = {key: value for key, value in encoder.identity.items() if key != "name"}
-    facts = {"encoder": weights, "backbone": encoder.config.backbone, "instruction": instruction}
+    decides = fingerprint(encoder.identity, encoder.config)
+    facts = {"encoder": {key: value for key, value in decides.items() if key != "name"}, "instruction": instruction}
     return facts if space == "trained" else {**facts, "space": space, "transform": encoder.config.transform}
+
+
+def not_made_by(encoder: "Encoder", path: Path, instruction: str | None = None) -> str | None:
+    """Why the embeddings of a Parquet file are not those that an encoder gives in the space it was trained in.
+
+    Args:
+        encoder: the one in question.
+        path: the file, readable.
+        instruction: that its texts must have been embedded with; None: any.
+
+    Returns:
+        The end of a sentence about the file; None if they are.
+    """
+    schema = pq.read_schema(path)
+    written = (schema.metadata or {}).get(EMBEDDED_BY)
+    if written is None or "embedding" not in schema.names:
+        return "holds no embeddings that encode wrote"
+    try:
+        theirs = json.loads(written)
+        another = theirs["encoder"] != made_by(encoder, "")["encoder"]
+        otherwise = instruction is not None and theirs["instruction"] != instruction
+        changed = theirs.get("transform") is not None
+    except (ValueError, TypeError, KeyError):
+        return "does not say what made its embeddings: its metadata is damaged"
+    if another:
+        return "holds embeddings by another encoder (other weights, or texts are read in another way)"
+    if changed:
+        return "holds embeddings in the teacher's space (encode --space teacher)"
+    return "holds embeddings with another instruction" if otherwise else None
 
 
 def encode_file(
@@ -91,11 +118,11 @@ def encode_file(
         space: see `Encoder.encode`.
 
     Raises:
-        SourceError: an unknown output format, or the input is damaged or changes meanwhile.
+        SourceError: an unknown output format, the output is the input, or the input is damaged or changes meanwhile.
         TrainingError: see `Encoder.encode`.
         WorkError: the disk is full, or another process is at the same work.
     """
-    check_output(output)
+    check_output(output, texts.path)
     width = encoder.width_of(space)
     device = encoder.model.device.type
     rows = chunk_rows or CHUNK_ROWS.get(device, CHUNK_ROWS["cuda"])
@@ -109,26 +136,21 @@ def encode_file(
         "input": str(texts.path.resolve()),
         "column": texts.column,
     }
-    folder = work_dir("encode") / digest_of(conditions)[:16]
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder)
-    try:
-        parts = _Parts(folder, width)
+    with open_parts("encode", conditions, ".npy") as opened:
+        parts = _Embeddings(opened, width)
         embed = partial(encoder.embed, instruction=instruction, batch_tokens=batch_tokens, space=space)
         kept, truncated = _embed(embed, texts, parts, rows)
-        with _whole(output) as unfinished:
+        with whole_file(output) as unfinished:
             if output.suffix == ".npy":
                 _write_npy(unfinished, texts, parts, rows)
             else:
                 _write_parquet(unfinished, texts, parts, rows, made_by(encoder, instruction, space))
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        lock.release()
     return Encoded(texts.rows, width, kept, truncated)
 
 
-def _embed(embed: "Callable[[list[str]], Embedded]", texts: TextFile, parts: "_Parts", rows: int) -> tuple[int, int]:
+def _embed(
+    embed: "Callable[[list[str]], Embedded]", texts: TextFile, parts: "_Embeddings", rows: int
+) -> tuple[int, int]:
     """Make the parts that are missing; how many texts were embedded before, and how many of the others were cut."""
     kept = truncated = 0
     nothing: list[str] = []
@@ -147,14 +169,11 @@ def _embed(embed: "Callable[[list[str]], Embedded]", texts: TextFile, parts: "_P
     return kept, truncated
 
 
-class _Parts:
-    """Embeddings of chunks in a folder."""
+class _Embeddings:
+    """Embeddings of chunks, in parts."""
 
-    def __init__(self, folder: Path, width: int) -> None:
-        self._folder, self.width = folder, width
-        for leftover in folder.glob(".*.npy.*"):
-            leftover.unlink()
-        self._paths = {path.stem.rpartition("-")[0]: path for path in folder.glob("*.npy")}
+    def __init__(self, parts: Parts, width: int) -> None:
+        self._parts, self.width = parts, width
 
     def put(self, place: int, chunk: list[str], embeddings: "np.ndarray[Any, Any]") -> None:
         """Write the embeddings of a chunk, once they are all there."""
@@ -162,24 +181,14 @@ class _Parts:
 
         sink = BytesIO()
         np.save(sink, np.ascontiguousarray(embeddings, dtype=np.float32))
-        content = sink.getvalue()
-        key = _key(place, chunk)
-        self._paths[key] = self._folder / f"{key}-{bytes_sha256(content)[:16]}.npy"
-        write_bytes(self._paths[key], content)
+        self._parts.put(place, chunk, sink.getvalue())
 
     def find(self, place: int, chunk: list[str]) -> "np.ndarray[Any, Any] | None":
         """The embeddings of a chunk, if they were written and are undamaged."""
         import numpy as np
 
-        key = _key(place, chunk)
-        if (path := self._paths.get(key)) is None:
-            return None
-        content = path.read_bytes()
-        if bytes_sha256(content)[:16] == path.stem.rpartition("-")[2]:
-            return np.load(BytesIO(content), allow_pickle=False)
-        log.warning("%s is damaged (torn write or changed bytes): its rows are computed again", path)
-        self._paths.pop(key).unlink()
-        return None
+        path = self._parts.find(place, chunk)
+        return None if path is None else np.load(path, allow_pickle=False)
 
     def read(self, texts: TextFile, rows: int) -> "Iterator[tuple[list[str], np.ndarray[Any, Any]]]":
         """All chunks in order, with their embeddings.
@@ -194,11 +203,7 @@ class _Parts:
             yield chunk, embeddings
 
 
-def _key(place: int, chunk: list[str]) -> str:
-    return f"{place:08d}-{digest_of(chunk)[:16]}"
-
-
-def _write_npy(path: Path, texts: TextFile, parts: _Parts, rows: int) -> None:
+def _write_npy(path: Path, texts: TextFile, parts: _Embeddings, rows: int) -> None:
     import numpy as np
 
     with path.open("wb") as file:
@@ -214,7 +219,7 @@ def _write_npy(path: Path, texts: TextFile, parts: _Parts, rows: int) -> None:
         raise SourceError(f"{texts.option}: {texts.path} changed while it was embedded: run again")
 
 
-def _write_parquet(path: Path, texts: TextFile, parts: _Parts, rows: int, origin: dict[str, Any]) -> None:
+def _write_parquet(path: Path, texts: TextFile, parts: _Embeddings, rows: int, origin: dict[str, Any]) -> None:
     width = parts.width
     fields = [pa.field("text", pa.string()), pa.field("embedding", pa.list_(pa.float32(), width))]
     schema = pa.schema(fields, {EMBEDDED_BY: json.dumps(origin, sort_keys=True).encode()})
@@ -226,18 +231,3 @@ def _write_parquet(path: Path, texts: TextFile, parts: _Parts, rows: int, origin
         for chunk, embeddings in parts.read(texts, rows)
     )
     ArtifactWriter(path.parent).write_stream(path.name, tables, schema)
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A place to write to, which becomes `path` when all is written."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield unfinished
-            fsync_path(unfinished)
-            unfinished.replace(path)
-            fsync_path(path.parent)
-        finally:
-            unfinished.unlink(missing_ok=True)

@@ -46,7 +46,7 @@ def rank_own(queries: np.ndarray, answers: np.ndarray) -> Ranked:
         answers: `[N, e]`, of any length.
     """
     blocks = []
-    for rows, cosines in _blocks(_unit(queries), _unit(answers)):
+    for rows, cosines in _blocks(unit(queries), unit(answers)):
         own = cosines[np.arange(len(rows)), rows]
         blocks.append((own, (cosines >= own[:, None]).sum(axis=1), cosines.argmax(axis=1)))
     own, ranks, nearest = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
@@ -64,11 +64,11 @@ def top_k(queries: np.ndarray, corpus: Iterable[np.ndarray], count: int) -> tupl
     Returns:
         Rows in the corpus int64 `[N, k]` and their cosines float32 `[N, k]`, best first; of equal ones the first.
     """
-    wanted = _unit(queries.astype(np.float32))
+    wanted = unit(queries.astype(np.float32))
     rows, best = np.empty((len(wanted), 0), np.int64), np.empty((len(wanted), 0), np.float32)
     seen = 0
     for chunk in corpus:
-        against = _unit(chunk.astype(np.float32))
+        against = unit(chunk.astype(np.float32))
         found = np.broadcast_to(np.arange(seen, seen + len(chunk)), (min(BLOCK, len(wanted)), len(chunk)))
         parts = [
             _best(np.hstack([rows[at], found[: len(at)]]), np.hstack([best[at], cosines]), count)
@@ -93,8 +93,8 @@ def neighbours(vectors: np.ndarray, count: int) -> np.ndarray:
         vectors: `[N, e]`, of any length; N must be larger than `count`.
         count: at least 1.
     """
-    unit, found = _unit(vectors), []
-    for rows, cosines in _blocks(unit, unit):
+    directions, found = unit(vectors), []
+    for rows, cosines in _blocks(directions, directions):
         cosines[np.arange(len(rows)), rows] = -np.inf
         nearest = np.argpartition(-cosines, count - 1, axis=1)[:, :count]
         found.append(nearest.copy())  # a view would keep the whole block
@@ -108,9 +108,9 @@ def shared(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def anisotropy(vectors: np.ndarray) -> float:
     """Mean cosine of all pairs of different rows of `[N, e]`, N at least 2: 0 = spread evenly, 1 = one direction."""
-    unit = _unit(vectors.astype(np.float64))
-    total, own = unit.sum(axis=0), (unit * unit).sum()
-    return float((total @ total - own) / (len(unit) * (len(unit) - 1)))
+    directions = unit(vectors.astype(np.float64))
+    total, own = directions.sum(axis=0), (directions * directions).sum()
+    return float((total @ total - own) / (len(directions) * (len(directions) - 1)))
 
 
 def _blocks(queries: np.ndarray, answers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -119,6 +119,7 @@ def _blocks(queries: np.ndarray, answers: np.ndarray) -> Iterator[tuple[np.ndarr
         yield np.arange(start, start + len(block)), block
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows of `[N, e]` at length 1; a zero row stays zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(norms, np.finfo(np.float32).tiny)

@@ -86,6 +86,12 @@ def open_texts(path: Path, column: str | None = None, option: str = "--input") -
     return file
 
 
+def check_not_read(option: str, output: Path, read_option: str, read: Path | None) -> None:
+    """Raises SourceError if an output, by whatever path or link, is the very file (or folder) that is read."""
+    if read is not None and output.exists() and read.exists() and output.samefile(read):
+        raise SourceError(f"{option}: {output} is {read_option} itself, which would be lost: give another name")
+
+
 def read_texts(path: Path, column: str | None = None, option: str = "--input") -> list[str]:
     """All texts of a file at once. See `open_texts`."""
     return list(open_texts(path, column, option))

@@ -10,9 +10,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.report.browser import Browser
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = Path(os.environ.get("REAL_DATA", ROOT.parent / "shared" / "data"))
@@ -111,6 +114,18 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         return made[architecture, chat]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Browser]":
+    """A headless Chromium, or a skip that says so."""
+    from tests.report.browser import find_chromium, running
+
+    chromium = find_chromium()
+    if chromium is None:
+        pytest.skip("no Chromium here: the page is not opened")
+    with running(chromium, tmp_path_factory.mktemp("profile")) as started:
+        yield started
 
 
 @pytest.fixture

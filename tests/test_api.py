@@ -52,6 +52,14 @@ def test_importing_the_package_loads_nothing_and_naming_a_thing_loads_it() -> No
     assert done.stdout.strip() == "[]"
 
 
+def test_type_checkers_of_others_read_the_hints() -> None:
+    import tomllib
+
+    assert (ROOT / "pipeline" / "py.typed").is_file()
+    described = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "py.typed" in described["tool"]["setuptools"]["package-data"]["*"]
+
+
 def test_the_surface() -> None:
     assert pipeline.__all__ == ["Embedder", "load", "similarity"]
     assert all(getattr(pipeline, name).__doc__ for name in pipeline.__all__)
@@ -91,16 +99,38 @@ def test_normalize(embedder: Embedder) -> None:
     assert np.linalg.norm(embedder.encode("one", normalize=True)) == pytest.approx(1)
 
 
-def test_the_teachers_space_is_the_encoders(folder: Path, tmp_path: Path) -> None:
+def behind_a_shift(folder: Path, tmp_path: Path) -> Path:
+    """The same encoder, trained behind a transform that took 1 from every number."""
     shifted = TargetTransform("center", False, *[np.ones(WIDTH, np.float32)] * 3)
-    shutil.copytree(folder, tmp_path / "encoder")
-    shifted.save(tmp_path / "encoder")
-    config = tmp_path / "encoder/encoder_config.json"
+    copied = Path(shutil.copytree(folder, tmp_path / "encoder"))
+    shifted.save(copied)
+    config = copied / "encoder_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "transform": shifted.identity}))
-    behind = load(tmp_path / "encoder", device="cpu")
+    return copied
+
+
+def test_the_teachers_space_is_the_encoders(folder: Path, tmp_path: Path) -> None:
+    behind = load(behind_a_shift(folder, tmp_path), device="cpu")
     np.testing.assert_allclose(behind.encode("one", space="teacher"), behind.encode("one") + 1, atol=1e-6)
     unit = behind.encode(["one"], space="teacher", normalize=True)
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, rtol=1e-6)
+
+
+def test_the_stream_gives_the_teachers_space_too(folder: Path, tmp_path: Path) -> None:
+    behind = load(behind_a_shift(folder, tmp_path), device="cpu")
+    stream = behind.encode_stream(TEXTS, chunk=3, space="teacher", normalize=True)
+    expected = behind.encode(TEXTS, space="teacher", normalize=True)
+    np.testing.assert_allclose(np.concatenate(list(stream)), expected, atol=1e-6)
+
+
+def test_an_unknown_space_is_an_error_before_the_work(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedder.encoder, "_batched", lambda *_, **__: pytest.fail("has worked"))
+    message = "space is 'techer': known are 'trained' and 'teacher'"
+    for call in (embedder.encode, embedder.encode_query, embedder.encode_stream, embedder.encoder.encode):
+        with pytest.raises(SourceError, match=message):
+            call(TEXTS, space="techer")  # type: ignore[arg-type]
+    with pytest.raises(SourceError, match=message):
+        embedder.encoder.in_space("techer", np.zeros((1, WIDTH)))  # type: ignore[arg-type]
 
 
 def test_queries_and_documents_have_the_instructions_of_retrieval(
@@ -164,6 +194,21 @@ def test_two_processes_embed_as_one_and_stay(folder: Path, caplog: pytest.LogCap
     assert embedder._workers is None
 
 
+@pytest.mark.slow
+def test_a_call_after_one_that_failed_in_its_processes(tmp_path: Path, tiny_backbone: Callable[..., Path]) -> None:
+    write(tmp_path / "encoder", tiny_backbone("llama"), None, keep="end")
+    with load(tmp_path / "encoder", device="cpu") as embedder:
+        expected = embedder.encode(TEXTS)
+        with pytest.raises(PipelineError, match="the instruction .* takes"):
+            embedder.encode(TEXTS, processes=2, prompt="p" * 100)
+        assert embedder._workers is None
+        stream = embedder.encode_stream(TEXTS, chunk=2, processes=2)
+        np.testing.assert_allclose(next(stream), expected[:2], atol=1e-5)
+        with pytest.raises(PipelineError, match="the instruction .* takes"):
+            embedder.encode(TEXTS, processes=2, prompt="p" * 100)
+        np.testing.assert_allclose(next(stream), expected[2:], atol=1e-5)
+
+
 def test_auto_is_this_process_where_there_is_no_gpu(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.places.visible_gpus", lambda: [])
     np.testing.assert_array_equal(embedder.encode(TEXTS, processes="auto"), embedder.encode(TEXTS))
@@ -217,6 +262,7 @@ MISTAKES: list[tuple[Any, str]] = [
     (b"x", "texts is a bytes: give a string"),
     (7, "texts is a int: give a string"),
     (None, "texts is a NoneType: give a string"),
+    (pl.DataFrame({"text": TEXTS}), "texts is a DataFrame: give a column of it"),
 ]
 
 
@@ -234,6 +280,8 @@ def test_mistakes_in_a_stream(embedder: Embedder) -> None:
         next(stream)
     with pytest.raises(SourceError, match="chunk is 0: it must be at least 1"):
         embedder.encode_stream(["a"], chunk=0)
+    with pytest.raises(SourceError, match="texts is a DataFrame: give a column of it"):
+        embedder.encode_stream(pl.DataFrame({"text": TEXTS}))  # type: ignore[arg-type]
     for wrong in ("a string", 7):
         with pytest.raises(SourceError, match="give an iterable of strings"):
             embedder.encode_stream(wrong)  # type: ignore[arg-type]

@@ -16,8 +16,9 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.encoder.config import EncoderConfig
 from pipeline.encoder.inference import Embedded
-from pipeline.encoding import EMBEDDED_BY, encode_file
+from pipeline.encoding import EMBEDDED_BY, encode_file, not_made_by
 from pipeline.errors import SourceError, WorkError
 from pipeline.runtime import work_dir
 from pipeline.shards import lock_folder
@@ -28,12 +29,18 @@ from tests.stage_runs import wait_until
 WIDTH = 3
 
 
+CONFIG = EncoderConfig(
+    backbone={"name": "none"}, chat_template_kwargs={}, template="raw", max_query_tokens=9,
+    compression_tokens=1, thought_tokens=0, hidden=WIDTH, width=WIDTH, teacher={},
+)  # fmt: skip
+
+
 class LengthEncoder:
     """An encoder whose embedding of a text is known: its length, its first character, and one."""
 
     width = WIDTH
     identity = {"name": "lengths", "sha256": "abc"}
-    config = SimpleNamespace(backbone={"name": "none"}, transform=None)
+    config = CONFIG
     model = SimpleNamespace(device=SimpleNamespace(type="cpu"), dtype="float32")
 
     def __init__(self, fail_at: int | None = None) -> None:
@@ -102,7 +109,8 @@ def test_parquet_holds_the_texts_too_and_says_who_made_it(workspace: Path) -> No
     assert table["text"].to_list() == texts
     np.testing.assert_array_equal(table["embedding"].to_numpy(), expected([f"I{text}" for text in texts]))
     made_by = json.loads(pq.read_schema("out.parquet").metadata[EMBEDDED_BY])
-    assert made_by == {"encoder": {"sha256": "abc"}, "backbone": {"name": "none"}, "instruction": "I"}
+    config = CONFIG.model_dump(exclude={"teacher", "origin", "transform"})
+    assert made_by == {"encoder": {"sha256": "abc", "config": config}, "instruction": "I"}
 
 
 @pytest.mark.parametrize("output", ["out.npy", "out.parquet"])
@@ -153,6 +161,69 @@ def test_other_conditions_share_no_part(workspace: Path) -> None:
     assert encode("out.npy", instruction="Say: ").kept == 0
     assert encode("out.npy", batch_tokens=7).kept == 0
     assert encode("out.npy").kept == 8
+
+
+# Two folders with the same tensors can differ in each of these.
+READING = [
+    {"max_query_tokens": 8}, {"template": "chat"}, {"chat_template_kwargs": {"enable_thinking": False}},
+    {"compression_tokens": 2, "thought_tokens": 1},
+]  # fmt: skip
+
+
+def reading(change: dict[str, Any]) -> Any:
+    """The same weights, which read texts in another way."""
+    encoder: Any = LengthEncoder()
+    encoder.config = CONFIG.model_copy(update=change)
+    return encoder
+
+
+@pytest.mark.parametrize("change", READING, ids=lambda change: next(iter(change)))
+def test_encoders_that_read_texts_otherwise_share_nothing(workspace: Path, change: dict[str, Any]) -> None:
+    write()
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy", LengthEncoder(fail_at=2))
+    assert encode("out.npy", reading(change)).kept == 0
+    assert encode("out.npy", reading({"teacher": {"name": "t"}, "origin": {"format": "f"}})).kept == 8
+    encode("out.parquet")
+    assert "another encoder" in str(not_made_by(reading(change), Path("out.parquet")))
+
+
+def test_it_is_told_what_embeddings_of_a_file_are(workspace: Path) -> None:
+    write()
+    encode("out.parquet", instruction="I")
+    out, encoder = Path("out.parquet"), LengthEncoder()
+    assert not_made_by(encoder, out) is not_made_by(encoder, out, "I") is None  # type: ignore[arg-type]
+    assert not_made_by(encoder, out, "") == "holds embeddings with another instruction"  # type: ignore[arg-type]
+    table = pq.read_table(out)
+    for metadata in (b"{", b"[]", b"7", b"{}", b'{"encoder": 1}', b"\xff", b'"text"'):
+        pq.write_table(table.replace_schema_metadata({EMBEDDED_BY: metadata}), out)
+        said = not_made_by(encoder, out, "I")  # type: ignore[arg-type]
+        assert said is not None
+        assert "metadata is damaged" in said or "another encoder" in said
+    pq.write_table(table.drop_columns(["embedding"]), out)
+    assert not_made_by(encoder, out) == "holds no embeddings that encode wrote"  # type: ignore[arg-type]
+    pq.write_table(table.replace_schema_metadata(None), out)
+    assert not_made_by(encoder, out) == "holds no embeddings that encode wrote"  # type: ignore[arg-type]
+
+
+def test_embeddings_back_in_the_teachers_space_are_others(workspace: Path) -> None:
+    write()
+    behind: Any = reading({"transform": {"kind": "center", "sha256": "x"}})
+    encode("out.parquet", behind, space="teacher")
+    assert "in the teacher's space" in str(not_made_by(behind, Path("out.parquet")))
+    encode("out.parquet", behind)
+    assert not_made_by(behind, Path("out.parquet")) is None
+
+
+@pytest.mark.parametrize("link", [None, Path.symlink_to, Path.hardlink_to])
+def test_the_input_is_not_overwritten(workspace: Path, link: Callable[..., None] | None) -> None:
+    pl.DataFrame({"text": ["a", "b"]}).write_parquet("in.parquet")
+    before, output = Path("in.parquet").read_bytes(), "./in.parquet" if link is None else "out.parquet"
+    if link is not None:
+        link(Path(output), Path("in.parquet").resolve())
+    with pytest.raises(SourceError, match="--output: .* is --input itself"):
+        encode(output, source="in.parquet")
+    assert Path("in.parquet").read_bytes() == before
 
 
 def test_texts_that_were_cut_are_counted(workspace: Path) -> None:

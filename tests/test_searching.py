@@ -1,34 +1,62 @@
 """Search: ranks in closed form, corpora in every state."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+import pipeline.searching as searching
 from pipeline.__main__ import app
-from pipeline.encoding import encode_file
+from pipeline.encoder.inference import Embedded
+from pipeline.encoding import EMBEDDED_BY, encode_file
 from pipeline.errors import SourceError
-from pipeline.searching import Hit, nearest, search, table
+from pipeline.searching import Hit, search, table
 from pipeline.text_files import open_texts
-from tests.test_encoding import LengthEncoder
+from tests.test_encoding import LengthEncoder, expected, reading
 
 
-def test_the_nearest_by_cosine_over_chunks() -> None:
-    chunks = [
-        (["far", "near"], np.array([[0.0, 1.0], [2.0, 0.1]])),
-        (["same", "against", "same again"], np.array([[5.0, 0.0], [-1.0, 0.0], [0.5, 0.0]])),
-    ]
-    found = nearest(np.array([3.0, 0.0]), chunks, 3)
-    assert [(hit.row, hit.text) for hit in found] == [(2, "same"), (4, "same again"), (1, "near")]
-    np.testing.assert_allclose([hit.score for hit in found], [1.0, 1.0, 2.0 / np.hypot(2.0, 0.1)])
-    assert len(nearest(np.array([3.0, 0.0]), chunks, 50)) == 5
+@pytest.mark.parametrize("embedded", [False, True])
+def test_the_nearest_by_cosine_over_chunks(workspace: Path, monkeypatch: pytest.MonkeyPatch, embedded: bool) -> None:
+    monkeypatch.setattr(searching, "CHUNK_ROWS", 2)
+    texts = ["bbbb", "a", "bb", "zz", "bb"]
+    Path("in.txt").write_text("".join(f"{text}\n" for text in texts))
+    if embedded:
+        encode_file(LengthEncoder(), open_texts(Path("in.txt")), Path("c.parquet"))  # type: ignore[arg-type]
+    corpus, encoder = open_texts(Path("c.parquet" if embedded else "in.txt")), LengthEncoder()
+    found = search(encoder, corpus, "bb", count=3)  # type: ignore[arg-type]
+    assert [(hit.row, hit.text) for hit in found] == [(2, "bb"), (4, "bb"), (3, "zz")]
+    first, other = expected(["bb", "zz"])
+    cosine = first @ other / np.linalg.norm(first) / np.linalg.norm(other)
+    np.testing.assert_allclose([hit.score for hit in found], [1.0, 1.0, cosine], atol=1e-6)
+    assert [len(call) for call in encoder.calls] == ([1] if embedded else [1, 2, 2, 1])
+    assert len(search(encoder, corpus, "bb", count=50)) == 5  # type: ignore[arg-type]
 
 
-def test_an_embedding_of_nothing_is_like_nothing() -> None:
-    assert nearest(np.array([1.0, 0.0]), [(["zero"], np.zeros((1, 2)))], 1) == [Hit(0, 0.0, "zero")]
+def test_an_embedding_of_nothing_is_like_nothing(workspace: Path) -> None:
+    class Nothing(LengthEncoder):
+        def embed(self, texts: Sequence[str], **options: Any) -> Embedded:
+            return Embedded(super().embed(texts, **options).vectors * (len(texts) == 1), 0)
+
+    Path("in.txt").write_text("zero\nzero\n")
+    assert search(Nothing(), open_texts(Path("in.txt")), "q", count=1) == [Hit(0, 0.0, "zero")]  # type: ignore[arg-type]
+
+
+def test_a_corpus_that_changes_meanwhile(workspace: Path) -> None:
+    class Careless(LengthEncoder):
+        def embed(self, texts: Sequence[str], **options: Any) -> Embedded:
+            if len(texts) > 1:
+                Path("in.txt").write_text("a\n")
+            return super().embed(texts, **options)
+
+    Path("in.txt").write_text("a\nbb\n")
+    with pytest.raises(SourceError, match=r"in\.txt changed while it was searched"):
+        search(Careless(), open_texts(Path("in.txt")), "bb")  # type: ignore[arg-type]
 
 
 def test_a_corpus_that_encode_wrote_is_not_embedded_again(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -43,7 +71,28 @@ def test_a_corpus_that_encode_wrote_is_not_embedded_again(workspace: Path, caplo
         search(encoder, corpus, "bb", document_instruction="other:")  # type: ignore[arg-type]
         assert encoder.calls[1:] == [["bb"], ["a", "bb", "ccc"]]
     assert "nothing is embedded again" in caplog.text
-    assert "by another backbone or instruction: its texts are embedded again" in caplog.text
+    assert "holds embeddings with another instruction: its texts are embedded now" in caplog.text
+
+
+@pytest.mark.parametrize("metadata", [b"{", b"[]", b'{"encoder": {}}'])
+def test_a_corpus_with_damaged_metadata_is_embedded(
+    workspace: Path, caplog: pytest.LogCaptureFixture, metadata: bytes
+) -> None:
+    table = pa.table({"text": ["a", "bb"], "embedding": [[1.0], [2.0]]})
+    pq.write_table(table.replace_schema_metadata({EMBEDDED_BY: metadata}), "c.parquet")
+    encoder = LengthEncoder()
+    with caplog.at_level(logging.INFO):
+        assert search(encoder, open_texts(Path("c.parquet")), "bb")[0].text == "bb"  # type: ignore[arg-type]
+    assert encoder.calls == [["bb"], ["a", "bb"]]
+    assert "does not say what made its embeddings" in caplog.text
+
+
+def test_a_corpus_of_an_encoder_that_reads_otherwise_is_embedded_again(workspace: Path) -> None:
+    Path("in.txt").write_text("a\nbb\n")
+    encode_file(reading({"max_query_tokens": 8}), open_texts(Path("in.txt")), Path("c.parquet"))
+    encoder = LengthEncoder()
+    search(encoder, open_texts(Path("c.parquet")), "bb")  # type: ignore[arg-type]
+    assert encoder.calls == [["bb"], ["a", "bb"]]
 
 
 def test_an_empty_query(workspace: Path) -> None:
@@ -63,6 +112,16 @@ def test_the_table_cuts_long_passages_and_shows_brackets() -> None:
     assert "1,234" in shown
     assert "0.5000" in shown
     assert shown.count("y") == 300
+
+
+def test_no_passage_commands_the_terminal() -> None:
+    from rich.console import Console
+
+    console = Console(width=100, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table([Hit(0, 0.5, "safe\x1b[2J\x07\u202etext")]))
+    assert "safe[2Jtext" in capture.get()
+    assert not set(capture.get()) & set("\x1b\x07\u202e")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What is written down beside the trained tensors."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.backbone import Keep, Template
@@ -31,3 +32,8 @@ class EncoderConfig(Params):
             f"{count} of {total} texts are longer than {self.max_query_tokens} tokens, prompt and template included "
             f"(train.max_query_tokens), and lose their {lost} (train.too_long: keep_{self.keep})"
         )
+
+
+def fingerprint(identity: Mapping[str, Any], config: EncoderConfig) -> dict[str, Any]:
+    """What decides an embedding besides its text: an encoder's weights (`identity`), and how texts become prompts."""
+    return {**identity, "config": config.model_dump(exclude={"teacher", "origin", "transform"})}

@@ -94,6 +94,10 @@ def identity_of(path: Path, config: EncoderConfig, other_backbone: dict[str, str
 def check_backbone(config: EncoderConfig, name: str, *, allow_other: bool = False) -> dict[str, str] | None:
     """Whether the backbone called `name` is the one that the encoder was trained on.
 
+    A backbone that is recorded as a folder is known by the sha256 of its files, wherever they lie now. One that is
+    recorded by hub name and commit is known by both, and by the commit that a folder of the hub's cache is called
+    after; nothing tells of any other folder, which is taken with a warning.
+
     Args:
         config: of the encoder.
         name: a folder or a hub name.
@@ -103,7 +107,7 @@ def check_backbone(config: EncoderConfig, name: str, *, allow_other: bool = Fals
         None if it is, or nothing tells; the identity of the other one where that is allowed.
 
     Raises:
-        TrainingError: it is not.
+        TrainingError: it is another.
         BackboneError: it is not there.
     """
     recorded = config.backbone

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, get_args
 
 import numpy as np
 import torch
@@ -105,7 +105,8 @@ class Encoder:
                 it, only the caller.
 
         Raises:
-            TrainingError: the folder is no encoder or damaged, or the backbone is not the one it was trained on.
+            TrainingError: the folder is no encoder or damaged, or the backbone is another than it was trained on (see
+                `check_backbone` for what tells).
             BackboneError: the backbone cannot be loaded.
         """
         config = read_config(path)
@@ -159,7 +160,7 @@ class Encoder:
                 vectors (`width_of` says how wide it is); elsewhere it is the one that was trained in.
 
         Raises:
-            SourceError: something is not a text.
+            SourceError: something is not a text, or there is no such space.
             TrainingError: an embedding is not finite, or the transform is not in the encoder's folder.
         """
         found = self.embed(
@@ -185,13 +186,18 @@ class Encoder:
 
     def in_space(self, space: Space, embeddings: np.ndarray) -> np.ndarray:
         """Embeddings of the trained space `[N, width]` in another, `[N, width_of(space)]`. See `encode`."""
-        transform = self._transform if space == "teacher" else None
+        transform = self._transform_to(space)
         return embeddings if transform is None else transform.invert(embeddings)
 
     def width_of(self, space: Space) -> int:
         """Dimensions of an embedding in a space. See `encode`."""
-        transform = self._transform if space == "teacher" else None
+        transform = self._transform_to(space)
         return self.width if transform is None else transform.teacher_width
+
+    def _transform_to(self, space: Space) -> TargetTransform | None:
+        if space not in get_args(Space):
+            raise SourceError(f"space is {space!r}: known are {' and '.join(map(repr, get_args(Space)))}")
+        return self._transform if space == "teacher" else None
 
     @cached_property
     def _transform(self) -> TargetTransform | None:

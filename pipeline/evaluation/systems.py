@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.artifacts import digest_of
 from pipeline.backbone import DType
+from pipeline.encoder.config import fingerprint
 from pipeline.places import places
 from pipeline.prompts import Side, join_instruction
 
@@ -210,7 +211,7 @@ class Systems:
 
     def _instructed(self, name: SystemName, untrained_seed: int | None, held: ExitStack) -> System:
         encoder = self._encoder_of(untrained_seed, held)
-        return InstructedSystem(name, _identity(encoder), encoder, self._batch_tokens)
+        return InstructedSystem(name, fingerprint(encoder.identity, encoder.config), encoder, self._batch_tokens)
 
     def _encoder_of(self, untrained_seed: int | None, held: ExitStack) -> "Encoder | ParallelEncoder":
         if self._processes == 1:
@@ -256,8 +257,3 @@ class Systems:
     @property
     def _teacher_reads(self) -> str:
         return f"own prompt {self._teacher_prompt!r}" if self._teacher_prompt else BARE
-
-
-def _identity(encoder: "Encoder | ParallelEncoder") -> dict[str, Any]:
-    """The weights and how texts become prompts: both decide an embedding."""
-    return {**encoder.identity, "config": encoder.config.model_dump(exclude={"teacher", "origin", "transform"})}

@@ -35,7 +35,13 @@ LIMIT = 1e-4
 
 
 class Merged(NamedTuple):
-    """What was written: its sizes, and the largest relative difference of an embedding before weights are rounded."""
+    """What was written.
+
+    Attributes:
+        shape: its sizes.
+        difference: the largest relative difference of an embedding from the encoder's in float32, when the written
+            weights, rounded to their dtype, compute in float32.
+    """
 
     shape: Shape
     difference: float
@@ -55,7 +61,7 @@ def export_merged(
         model: an encoder folder.
         out: the folder to write; an earlier export there is replaced, anything else is refused.
         prompts: what sentence-transformers puts before a text, as it is, by name ("query", "document").
-        dtype: of the written weights; rounding to it is the last that is done.
+        dtype: of the written weights; the embeddings are compared before they are rounded to it and measured after.
         backbone: name or folder to use in place of the recorded one.
 
     Returns:
@@ -92,7 +98,7 @@ def export_merged(
         # Which class reads a tokenizer depends on the config beside it.
         encoder.model.config.save_pretrained(writer.path)
         write_tokenizer(writer.path, encoder.tokenizer, frame, shape)
-        write_modules(writer.path, shape, weight, bias, prompts)
+        write_modules(writer.path, shape, weight, bias, prompts, dtype)
         write_readme(writer.path, shape, config, dtype, encoder.identity, prompts)
         difference = _difference(_embed(writer.path, encoder.model, probes, shape, weight, bias), expected)
         if not difference <= LIMIT:
@@ -100,6 +106,9 @@ def export_merged(
                 f"the merged checkpoint of {model} embeds differently from the encoder: by {difference:.2g}, the limit "
                 f"is {LIMIT}: nothing was written"
             )
+        if dtype != "float32":
+            _round(encoder.model, dtype)
+            difference = _difference(_embed(writer.path, encoder.model, probes, shape, weight, bias), expected)
         _save_model(encoder.model, shape, writer.path, dtype)
     return Merged(shape, difference)
 
@@ -163,6 +172,15 @@ def _merge_adapter(model: Any, adapted: Any) -> None:
             if isinstance(module, LoraLayer):
                 weight = model.get_submodule(name).weight
                 weight += module.get_delta_weight("default").to(weight.dtype)
+
+
+def _round(model: Any, dtype: DType) -> None:
+    """Round the parameters and leave them in float32; buffers (angles of rotation) are not stored and stay exact."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(getattr(torch, dtype)))
 
 
 def _save_model(model: Any, shape: Shape, folder: Path, dtype: DType) -> None:

@@ -75,7 +75,9 @@ def old_rope_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
     return keys
 
 
-def write_modules(folder: Path, shape: Shape, weight: "Tensor", bias: "Tensor", prompts: Mapping[str, str]) -> None:
+def write_modules(
+    folder: Path, shape: Shape, weight: "Tensor", bias: "Tensor", prompts: Mapping[str, str], dtype: DType
+) -> None:
     """Write the modules of sentence-transformers, which vLLM reads too.
 
     Args:
@@ -84,6 +86,7 @@ def write_modules(folder: Path, shape: Shape, weight: "Tensor", bias: "Tensor", 
         weight: of the linear layer, `[e, d]`.
         bias: of the linear layer, `[e]`.
         prompts: what is put before a text, by name.
+        dtype: of the written weights.
     """
     names = ["Transformer", "Pooling", "Dense"] if shape.compression_tokens == 1 else [
         "Transformer", "WordWeights", "Pooling", "Dense",
@@ -94,7 +97,7 @@ def write_modules(folder: Path, shape: Shape, weight: "Tensor", bias: "Tensor", 
         for index, name in enumerate(names)
     ]
     write_json(folder / "modules.json", modules)
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": shape.max_tokens, "do_lower_case": False})
+    write_json(folder / "sentence_bert_config.json", _reading(shape, dtype))
     write_json(
         folder / "config_sentence_transformers.json",
         {"prompts": dict(prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"},
@@ -103,6 +106,19 @@ def write_modules(folder: Path, shape: Shape, weight: "Tensor", bias: "Tensor", 
         write_json(folder / paths["WordWeights"] / "config.json", _token_weights(shape))
     write_json(folder / paths["Pooling"] / "config.json", _pooling(shape))
     _write_dense(folder / paths["Dense"], shape, weight, bias)
+
+
+def _reading(shape: Shape, dtype: DType) -> dict[str, Any]:
+    config: dict[str, Any] = {"max_seq_length": shape.max_tokens, "do_lower_case": False}
+    return {**config, "model_args": {"dtype": "float32"}} if _widened(shape, dtype) else config
+
+
+def _widened(shape: Shape, dtype: DType) -> bool:
+    """Whether sentence-transformers computes in float32 with weights that are stored in half precision.
+
+    `WordWeights` makes float32 of any precision, which a linear layer in half precision would not take.
+    """
+    return shape.compression_tokens > 1 and dtype != "float32"
 
 
 def _token_weights(shape: Shape) -> dict[str, Any]:
@@ -152,7 +168,7 @@ An embedding of this model encodes what `{backbone}` would answer to the input (
 This folder is for embedding: the tokenizer puts {frame}{new} new tokens (ids {first} to {last}) behind each text,
 so that a text for generation would end with them too.
 {adapted}
-Weights are {dtype}; embeddings have {width} dimensions, are not normalised, and are compared by cosine.
+Weights are {dtype}{in_float32}; embeddings have {width} dimensions, are not normalised, and are compared by cosine.
 Made from the encoder with sha256 `{sha256}`.
 
 ```python
@@ -212,6 +228,7 @@ def write_readme(
         last=shape.new_ids[-1],
         adapted=frozen if config.lora is None else "LoRA adapters are merged into the weights: this is another model.",
         dtype=dtype,
+        in_float32=", sentence-transformers computes with them in float32" if _widened(shape, dtype) else "",
         width=shape.width,
         sha256=identity.get("sha256", "unknown"),
         prompt=', prompt_name="query"' if prompts.get("query") else "",

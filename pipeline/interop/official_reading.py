@@ -84,8 +84,8 @@ def read_checkpoint(folder: Path) -> OfficialCheckpoint:
         ids=ids,
         rows=_rows(tensors, adapter, ids, folder),
         compression_tokens=_compression_tokens(mode, len(texts), folder),
-        reconstruction=_linear(folder / official.RECONSTRUCTION),
-        alignment=_linear(folder / official.ALIGNMENT),
+        reconstruction=_projection(folder, official.RECONSTRUCTION, run),
+        alignment=_projection(folder, official.ALIGNMENT, run),
         lora=_lora(adapter, tensors, folder),
         adapter={name: tensor for name, tensor in tensors.items() if ".lora_" in name},
         table=next((tensor for name, tensor in tensors.items() if name.endswith("base_layer.weight")), None),
@@ -108,10 +108,16 @@ def _token_ids(folder: Path, texts: list[str]) -> list[int]:
     described = read_json(folder / official.TOKENIZER_CONFIG)
     listed = described.get("additional_special_tokens") or described.get("extra_special_tokens") or []
     appended = [token.get("content") if isinstance(token, dict) else token for token in listed]
+    if not appended:
+        raise ArtifactError(
+            f"{folder / official.TOKENIZER_CONFIG} names no new tokens for their encode to append: export-official "
+            "writes that of an encoder with a chat template, whose frame and new tokens the tokenizer adds by itself. "
+            "Such a folder cannot be imported: take the encoder that it was made from"
+        )
     if appended != texts:
         raise ArtifactError(
             f"{folder}: its {official.RUN_CONFIG} lists {', '.join(texts)} as the new tokens, its tokenizer appends "
-            f"{', '.join(map(str, appended)) or 'none'}"
+            f"{', '.join(map(str, appended))}"
         )
     tokens = read_json(folder / official.TOKENIZER).get("added_tokens", [])
     added = {token.get("content"): token.get("id") for token in tokens}
@@ -136,9 +142,19 @@ def _rows(tensors: "Mapping[str, Tensor]", adapter: Mapping[str, Any], ids: list
     return stored[0][[indices.index(token) for token in ids]]
 
 
-def _linear(path: Path) -> Linear | None:
-    if not path.is_file():
-        return None
+def _projection(folder: Path, name: str, run: RunConfig) -> Linear | None:
+    """A linear layer; None where there is no file and the run config, which may be silent, does not ask for one."""
+    if (folder / name).is_file():
+        return _linear(folder / name)
+    if run.text(f"add_{name}").lower() == "true":
+        raise ArtifactError(
+            f"{folder / name} is missing: the checkpoint is not complete, for its {official.RUN_CONFIG} says "
+            f"add_{name}: true"
+        )
+    return None
+
+
+def _linear(path: Path) -> Linear:
     content = unpickle(path)
     if not isinstance(content, dict) or not isinstance(config := content.get("config"), dict):
         raise ArtifactError(f"{path} is no projection of the authors' package")

@@ -7,9 +7,13 @@ folder holds the trained tensors; the language model is loaded by the name and r
 
     SentenceTransformer(folder, trust_remote_code=True, model_kwargs={
         "backbone": "/models/llm",         # the language model, wherever it lies; LLM2VEC_GEN_BACKBONE says it too
-        "allow_other_backbone": True,      # also where it is not the one that the encoder was trained on
+        "allow_other_backbone": True,      # also where it is known to be another than the encoder was trained on
         "dtype": "bfloat16",               # of the language model, float32 unless said; what else
     })                                     # from_pretrained of transformers takes goes there as well
+
+A language model that is recorded as a folder is known by the sha256 of its files; one of the hub by name and commit,
+and by the commit that a folder of the hub's cache is called after. Nothing tells of any other folder: it is taken with
+a warning.
 
 Trusting this file does not trust code that comes with the language model: that is `"trust_remote_code": True` among the
 `model_kwargs`.
@@ -30,12 +34,13 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers.base.modules import InputModule
 from sentence_transformers.util import load_dir_path
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 VERSION = 1
 
 CONFIG_FILE = "encoder_config.json"
 WEIGHTS_FILE = "student.safetensors"
+TRANSFORM_FILE = "transform.safetensors"
 ADAPTER = "adapter"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -103,11 +108,15 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         head: Head,
         encoder_config: dict[str, Any],
         adapter_config: dict[str, Any] | None = None,
+        transform: bytes | None = None,
     ) -> None:
-        """From loaded parts; `load` reads them. `adapter_config` is peft's, where `backbone` holds LoRA adapters."""
+        """From loaded parts; `load` reads them. `adapter_config` is peft's, where `backbone` holds LoRA adapters.
+
+        `transform` is the content of `transform.safetensors`, the way back to the teacher's space; `save` writes it.
+        """
         super().__init__()
         self.backbone, self.tokenizer, self.head = backbone, tokenizer, head
-        self.encoder_config, self.adapter_config = encoder_config, adapter_config
+        self.encoder_config, self.adapter_config, self._transform = encoder_config, adapter_config, transform
         self.max_seq_length = encoder_config["max_query_tokens"]
         self.truncated = 0
         self._prompts()  # a limit that the template alone exceeds is an error now, not at the first text
@@ -177,16 +186,22 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
     def decode(self, soft_prompts: Tensor, max_new_tokens: int = 64) -> list[str]:
         """The answers that soft prompts `[B, n, d]` hold, written greedily by the language model without adapters."""
         embeds = soft_prompts.to(self.backbone.device, self.backbone.dtype)
+        stops = self._stop_ids()
         with self._without_adapters():
-            ids = self.backbone.generate(
+            found = self.backbone.generate(
                 inputs_embeds=embeds,
                 attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.eos_token_id,
-            )
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+                generation_config=_greedy(stops, max_new_tokens),
+            ).tolist()
+        ends = [next((at for at, token in enumerate(row) if token in stops), len(row)) for row in found]
+        kept = [row[:end] for row, end in zip(found, ends, strict=True)]
+        return [text.strip() for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
+
+    def _stop_ids(self) -> list[int]:
+        """The tokens that end an answer: the tokenizer's EOS and those of the language model's generation config."""
+        named = self.backbone.generation_config.eos_token_id
+        ids = {*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id}
+        return sorted(token for token in ids if token is not None)
 
     @contextlib.contextmanager
     def _without_adapters(self) -> Iterator[None]:
@@ -216,6 +231,8 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         _write_json(folder / CONFIG_FILE, self.get_config_dict())
         _write_tensors(folder / WEIGHTS_FILE, self.head.state_dict())
         self.save_tokenizer(output_path)
+        if self._transform is not None:
+            (folder / TRANSFORM_FILE).write_bytes(self._transform)
         if self.adapter_config is not None:
             (folder / ADAPTER).mkdir(exist_ok=True)
             _write_json(folder / ADAPTER / ADAPTER_CONFIG, self.adapter_config)
@@ -240,7 +257,7 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         """Read a folder, or a repository of the hub; the docstring of this file says what `model_kwargs` may hold.
 
         Raises:
-            ValueError: it is no encoder, or the language model is not the one that it was trained on.
+            ValueError: it is no encoder, or the language model is another than it was trained on.
             OSError: the language model cannot be loaded.
             ImportError: the encoder has LoRA adapters, and peft is not installed.
         """
@@ -261,7 +278,9 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         if config.get("lora"):
             where = load_dir_path(model_name_or_path, **{**place, "subfolder": str(Path(subfolder) / ADAPTER)})
             adapter_config = _add_adapter(backbone, where)
-        return cls(backbone, tokenizer, head, config, adapter_config)
+        transform = cls.load_file_path(model_name_or_path, TRANSFORM_FILE, **place) if config.get("transform") else None
+        content = None if transform is None else Path(transform).read_bytes()
+        return cls(backbone, tokenizer, head, config, adapter_config, content)
 
 
 class _Prompts:
@@ -354,6 +373,19 @@ class _Prompts:
         return self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **self._kwargs)
 
 
+def _greedy(stops: list[int], max_new_tokens: int) -> GenerationConfig:
+    """Every value is set: unset ones (a repetition penalty) would come from the language model's file."""
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=stops or None,
+        pad_token_id=stops[0] if stops else 0,
+    )
+
+
 def _padded_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The same rows with all padding in front, so that the new tokens follow the last token of each."""
     order = mask.ne(0).long().argsort(dim=1, stable=True)
@@ -407,7 +439,7 @@ def _load_backbone(config: dict[str, Any], options: dict[str, Any]) -> Any:
 
 
 def _check_identity(recorded: dict[str, str], name: str, revision: str | None, anyway: bool) -> None:
-    """Raises ValueError if the model called `name` is not the one recorded, OSError if it is not there."""
+    """Raises ValueError if the model called `name` is known to be another, OSError if it is not there."""
     expected = recorded.get("sha256") or f"revision {recorded.get('revision')}"
     if Path(name).is_dir():
         found = _sha256(Path(name)) if "sha256" in recorded else _snapshot(Path(name), recorded.get("revision", ""))

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from pipeline.artifacts import write_bytes
-from pipeline.encoding import made_by
+from pipeline.encoding import made_by, not_made_by
+from pipeline.errors import SourceError
 from pipeline.evaluation.statistics import BootstrapParams
 from pipeline.lens.decoding import EngineName, open_decoder
+from pipeline.lens.faithfulness import check_teacher
 from pipeline.lens.nearest import Index, open_index
 from pipeline.lens.page import render_page
-from pipeline.lens.reading import Lens, summaries
+from pipeline.lens.reading import Lens, held_by, held_in, summaries
 from pipeline.lens.sources import Source
 from pipeline.lens.writing import write_rows
 from pipeline.printable import visible
@@ -56,8 +58,6 @@ def print_answers(encoder: "Encoder", request: Request) -> None:
     Raises:
         PipelineError: the source is damaged, or the engine cannot start.
     """
-    from pipeline.lens.reading import held_by, held_in
-
     with open_decoder(request.engine, encoder, **_decoding(encoder, request)) as decoder:
         for chunk in request.source.chunks(PRINTED_ROWS):
             if chunk.soft_prompts is None:
@@ -75,9 +75,12 @@ def read_to_files(
     """Write what is read to `output`, the first rows as `page` too; what to say of it, line by line.
 
     Raises:
-        PipelineError: the source or corpus is damaged, the engine cannot start, or the teacher is another one.
+        PipelineError: the source or corpus is damaged, the corpus was embedded by another encoder, the engine cannot
+            start, or the teacher is another one.
     """
-    index = None if request.corpus is None else open_index(request.corpus)
+    index = None if request.corpus is None else _index(encoder, request.corpus)
+    if teacher is not None:
+        check_teacher(teacher.identity, encoder.config.teacher, "the encoder")
     conditions = _conditions(encoder, request, index, teacher)
     with open_decoder(request.engine, encoder, **_decoding(encoder, request)) as decoder:
         lens = Lens(encoder, decoder, request.vocabulary, index, request.count)
@@ -91,6 +94,18 @@ def read_to_files(
         )
     kept = f" ({written.kept} of them from the run before)" if written.kept else ""
     return [f"{written.rows} texts read -> {output}{kept}", *_judged(output, page, request.source.name)]
+
+
+def _index(encoder: "Encoder", corpus: Path) -> Index:
+    """The known texts, if their vectors can be compared with the encoder's; the instruction before them may differ."""
+    index = open_index(corpus)
+    problem = not_made_by(encoder, corpus) if corpus.is_file() else None
+    if problem is not None:
+        raise SourceError(
+            f"--corpus: {corpus} {problem}: cosines would mean nothing; make it with encode --output NAME.parquet by "
+            "this encoder"
+        )
+    return index
 
 
 def _judged(output: Path, page: Path | None, title: str) -> list[str]:

@@ -6,12 +6,18 @@ near any two texts are to each other, so a cosine is read against that of shuffl
 row's counterpart but its own, a mean over all of them and so the same at every run.
 """
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipeline.errors import EvaluationError
 from pipeline.evaluation.statistics import BootstrapParams, Delta, delta_of, paired_delta, sample_means
+from pipeline.ranking import unit
+
+log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
@@ -20,7 +26,10 @@ CHANCE = "chance"
 
 @dataclass(frozen=True)
 class Paired:
-    """Cosines float32 `[N]` of N pairs, and of each first with the seconds of all other pairs on average."""
+    """Cosines float32 `[N]` of N pairs, and of each first with the seconds of all other pairs on average.
+
+    The latter is NaN where there was no other pair to shuffle with.
+    """
 
     own: Array
     chance: Array
@@ -40,7 +49,7 @@ def pair(first: Array, second: Array) -> Paired:
 
     With one pair there is nothing to shuffle: its chance is NaN.
     """
-    a, b = _unit(first), _unit(second)
+    a, b = unit(first.astype(np.float64)), unit(second.astype(np.float64))
     own = (a * b).sum(axis=1)
     others = len(a) - 1
     chance = (a @ b.sum(axis=0) - own) / others if others else np.full(len(a), np.nan)
@@ -60,12 +69,44 @@ def summary(metric: str, pairs: Paired, settings: BootstrapParams) -> Summary:
 
 
 def over_chance(metric: str, pairs: Paired, settings: BootstrapParams) -> Delta | None:
-    """How far the pairs are above shuffled ones, and whether that is more than noise; None of one pair."""
-    if not np.isfinite(pairs.chance).all():
+    """How far the pairs are above shuffled ones, and whether that is more than noise.
+
+    Pairs that there was nothing to shuffle with do not count; None if that is so of all.
+    """
+    shuffled = np.isfinite(pairs.chance)
+    if not shuffled.any():
         return None
-    return paired_delta(metric, CHANCE, pairs.own, pairs.chance, settings)
+    return paired_delta(metric, CHANCE, pairs.own[shuffled], pairs.chance[shuffled], settings)
 
 
-def _unit(vectors: Array) -> Array:
-    wide = vectors.astype(np.float64)
-    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+def check_teacher(found: Mapping[str, Any], recorded: Mapping[str, Any], whose: str) -> None:
+    """Compare a teacher with the recorded one; where nothing pins that, a warning says so.
+
+    Args:
+        found: identity of the teacher that is to judge.
+        recorded: identity of the one that the targets were made by, as the encoder or its targets record it.
+        whose: "the encoder", "the targets".
+
+    Raises:
+        EvaluationError: they differ; a folder may lie elsewhere, and by which transform its vectors go on is not asked.
+    """
+    if "kind" not in recorded:
+        name = recorded.get("name", "unknown")
+        log.warning("nothing tells whether %s (embed.teacher) is the teacher of %s, %s", found.get("name"), whose, name)
+        return
+    ours, theirs = ({key: _pinned(value) for key, value in _pinned(each).items()} for each in (found, recorded))
+    for key in sorted((ours.keys() | theirs.keys()) - {"transform"}):
+        if ours.get(key) != theirs.get(key):
+            raise EvaluationError(
+                f"embed.teacher is another teacher than that of {whose}: its {key} is {found.get(key)!r}, there it is "
+                f"{recorded.get(key)!r}: cosines would mean nothing; name that teacher in the params"
+            )
+
+
+def _pinned(identity: Any) -> Any:
+    """An identity without names of folders, whose weights are pinned by their sha256."""
+    if isinstance(identity, list):
+        return [_pinned(each) for each in identity]
+    if isinstance(identity, Mapping) and "sha256" in identity:
+        return {key: value for key, value in identity.items() if key != "name"}
+    return identity

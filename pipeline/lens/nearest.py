@@ -59,11 +59,7 @@ def nearest(embeddings: np.ndarray[Any, Any], index: Index, count: int) -> list[
     Raises:
         SourceError: the index is of another width, or damaged.
     """
-    if embeddings.shape[1] != index.width:
-        raise SourceError(
-            f"{index.name} holds vectors of {index.width} dimensions, the encoder's have {embeddings.shape[1]}: "
-            "give the targets of its teacher, or what encode wrote with it"
-        )
+    check_width(index, embeddings.shape[1])
     vectors = _told(index) if index.rows > QUICK_ROWS else index.vectors()
     rows, cosines = top_k(embeddings, vectors, count)
     entries = index.entries(set(rows.reshape(-1).tolist()))
@@ -71,6 +67,15 @@ def nearest(embeddings: np.ndarray[Any, Any], index: Index, count: int) -> list[
         [_near(entries[row], cosine) for row, cosine in zip(found, near, strict=True)]
         for found, near in zip(rows.tolist(), cosines.tolist(), strict=True)
     ]
+
+
+def check_width(index: Index, width: int) -> None:
+    """Raises SourceError if an index is not of the encoder's width."""
+    if width != index.width:
+        raise SourceError(
+            f"{index.name} holds vectors of {index.width} dimensions, the encoder's have {width}: "
+            "give the targets of its teacher, or what encode wrote with it"
+        )
 
 
 def _near(entry: tuple[str, str], cosine: float) -> Near:

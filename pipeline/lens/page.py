@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.lens.faithfulness import Summary
-from pipeline.printable import visible
+from pipeline.printable import templates, visible
 
 # A page of more is slow to open; the Parquet file has them all.
 PAGE_ROWS = 500
@@ -16,15 +15,8 @@ PAGE_ROWS = 500
 
 def render_page(rows: pa.Table, total: int, summaries: Mapping[str, Summary], title: str) -> str:
     """The page of the first `PAGE_ROWS` of `total` rows (schema `reading.ROWS`)."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(visible=visible, number=number, token=token)
+    environment = templates(Path(__file__).parent)
+    environment.filters.update(number=number, token=token)
     shown = rows.slice(0, PAGE_ROWS).to_pylist()
     has = {name: _has(shown, name) for name in ("query", "response", "vocabulary", "nearest")}
     template = environment.get_template("page.html.j2")

@@ -98,7 +98,7 @@ class Lens:
         columns |= {"id": entries.ids, "query": entries.queries, "response": entries.responses}
         columns["decoded"] = self.decoder(held.soft_prompts)
         columns["vocabulary"] = self._vocabulary(held) or nothing
-        columns["nearest"] = self._nearest(held) or nothing
+        columns["nearest"] = self.near(held.embeddings) if self.searches else nothing
         return pa.table(columns, schema=ROWS)
 
     def _vocabulary(self, held: Held) -> list[Any]:
@@ -107,10 +107,17 @@ class Lens:
         found = words_of(self.encoder, held.hidden, self.vocabulary)
         return [[[word._asdict() for word in token] for token in row] for row in found]
 
-    def _nearest(self, held: Held) -> list[Any]:
-        if self.index is None or not self.count:
-            return []
-        return [[near._asdict() for near in row] for row in nearest(held.embeddings, self.index, self.count)]
+    @property
+    def searches(self) -> bool:
+        """Whether there is anything to find."""
+        return self.index is not None and self.count > 0
+
+    def near(self, embeddings: Array) -> pa.Array:
+        """The column `nearest` of embeddings `[N, e]`, from one pass through the index."""
+        if self.index is None:
+            return pa.nulls(len(embeddings), _NEAR)
+        found = nearest(embeddings, self.index, self.count)
+        return pa.array([[near._asdict() for near in row] for row in found], _NEAR)
 
 
 def measured(rows: pa.Table, embeddings: Array, embed: Callable[[Sequence[str]], Array]) -> pa.Table:
@@ -150,11 +157,9 @@ def _with(rows: pa.Table, what: str, pairs: Paired, at: Sequence[int]) -> pa.Tab
 
 def pairs_in(rows: pa.Table, what: str) -> Paired | None:
     """The cosines to `what` ("embedding" or "response") that rows hold; None if none."""
-    own, chance = (rows[f"{name}_{what}"].drop_null() for name in ("cosine", "chance"))
-    if not len(own):
-        return None
-    filled = chance.to_numpy() if len(chance) == len(own) else np.full(len(own), np.nan)
-    return Paired(own.to_numpy(), filled)
+    own, chance = (rows[f"{name}_{what}"].to_numpy() for name in ("cosine", "chance"))  # null becomes NaN
+    there = np.isfinite(own)
+    return Paired(own[there], chance[there]) if there.any() else None
 
 
 def summaries(rows: pa.Table, settings: "BootstrapParams") -> dict[str, Summary]:

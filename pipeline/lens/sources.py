@@ -13,7 +13,7 @@ from pipeline.errors import ParamsError, SourceError
 from pipeline.lens.reading import Entries
 from pipeline.lens.stored import StoredSoftPrompts, open_soft_prompts
 from pipeline.queries import normalize_text, query_id
-from pipeline.text_files import TextFile, open_texts
+from pipeline.text_files import TextFile, check_not_read, open_texts
 
 
 class Chunk(NamedTuple):
@@ -92,7 +92,7 @@ def check_options(
     corpus: Path | None,
     faithfulness: bool,
 ) -> None:
-    """Raises ParamsError unless the options of `decode` go together."""
+    """Raises ParamsError unless the options of `decode` go together, SourceError if a file to read would be lost."""
     given = {"TEXT": bool(texts), "--input": file is not None, "--soft-prompts": soft_prompts is not None}
     named = [name for name, there in given.items() if there]
     if len(named) != 1:
@@ -100,6 +100,9 @@ def check_options(
     for option, path, suffix in (("--output", output, ".parquet"), ("--html", page, ".html")):
         if path is not None and path.suffix != suffix:
             raise ParamsError(f"{option}: {path} must end in {suffix}")
+        for read_option, read in (("--input", file), ("--soft-prompts", soft_prompts), ("--corpus", corpus)):
+            if path is not None:
+                check_not_read(option, path, read_option, read)
     for option, there in (("--html", page), ("--corpus", corpus), ("--faithfulness", faithfulness)):
         if there and output is None:
             raise ParamsError(f"{option}: needs --output too, into whose rows it goes")

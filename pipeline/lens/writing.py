@@ -1,11 +1,10 @@
 """Rows that are read, written to Parquet of any size. Killed and run again, it goes on behind the last finished chunk.
 
-A part carries in its name its place, a hash of what it was read from and one of its own bytes.
+Known texts are looked for at the end, for thousands of rows at once: their index may be far larger than the input.
 """
 
-import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,27 +12,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.artifacts import (
-    ArtifactWriter,
-    bytes_sha256,
-    digest_of,
-    disk_errors,
-    fsync_path,
-    write_bytes,
-    write_parquet,
-)
+from pipeline.artifacts import ArtifactWriter, bytes_sha256, write_parquet
 from pipeline.errors import SourceError
+from pipeline.lens.nearest import check_width
 from pipeline.lens.reading import ROWS, Lens, held_by, held_in, measured
 from pipeline.lens.sources import Chunk, Source
-from pipeline.runtime import progress, work_dir
-from pipeline.shards import lock_folder
+from pipeline.parts import Parts, open_parts, whole_file
+from pipeline.runtime import progress
 
-log = logging.getLogger(__name__)
+Array = np.ndarray[Any, Any]
 
 # Covers whatever changes a row.
-VERSION = 1
+VERSION = 2
 # Rows of a part, by device: what a kill costs at most, and what shuffled pairs are drawn from.
 CHUNK_ROWS = {"cpu": 64, "cuda": 1024}
+# Rows that go through an index together; of 4,096 dimensions they take 128 MiB.
+GROUP_ROWS = 8192
+# Column of a part, beside those of its rows, where the nearest are still to be found.
+_EMBEDDING = "embedding"
 
 
 class Written(NamedTuple):
@@ -50,7 +46,7 @@ def write_rows(
     *,
     conditions: Mapping[str, Any],
     instruction: str = "",
-    embed: Callable[[Sequence[str]], np.ndarray[Any, Any]] | None = None,
+    embed: Callable[[Sequence[str]], Array] | None = None,
     chunk_rows: int | None = None,
 ) -> Written:
     """Read a source and write the rows (schema `reading.ROWS`).
@@ -65,32 +61,30 @@ def write_rows(
         chunk_rows: rows of a part; None: `CHUNK_ROWS` of the device.
 
     Raises:
-        SourceError: the source is damaged or changes meanwhile.
+        SourceError: the source is damaged or changes meanwhile, or the lens' index is of another width.
         WorkError: the disk is full, or another process is at the same work.
     """
+    if lens.index is not None:
+        check_width(lens.index, lens.encoder.width)
     device = lens.encoder.model.device.type
     rows = chunk_rows or CHUNK_ROWS.get(device, CHUNK_ROWS["cuda"])
     everything = {"version": VERSION, "chunk_rows": rows, "instruction": instruction, **conditions}
-    folder = work_dir("decode") / digest_of(everything)[:16]
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder)
-    try:
-        done, kept = _parts(lens, source, folder, rows, instruction, embed)
-        _write_whole(output, done)
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        lock.release()
+    with open_parts("decode", everything, ".parquet") as parts:
+        done, kept = _read_all(lens, source, parts, rows, instruction, embed)
+        tables = (pq.read_table(path) for path in done)
+        with whole_file(output) as unfinished:
+            found = _with_nearest(lens, tables, parts.within("nearest")) if lens.searches else tables
+            ArtifactWriter(unfinished.parent).write_stream(unfinished.name, found, ROWS)
     return Written(source.rows, kept)
 
 
-def _parts(
+def _read_all(
     lens: Lens,
     source: Source,
-    folder: Path,
+    parts: Parts,
     rows: int,
     instruction: str,
-    embed: Callable[[Sequence[str]], np.ndarray[Any, Any]] | None,
+    embed: Callable[[Sequence[str]], Array] | None,
 ) -> tuple[list[Path], int]:
     """All parts in order, those that are missing made, and how many rows were there before."""
     done: list[Path] = []
@@ -98,12 +92,13 @@ def _parts(
     nothing: list[str] = []
     with progress(nothing, total=source.rows, desc="decode", unit="text") as bar:
         for place, chunk in enumerate(source.chunks(rows)):
-            part = _find(folder, _key(place, chunk))
+            made_of = [list(chunk.entries.ids), list(chunk.entries.responses)]
+            part = parts.find(place, made_of)
             count = len(chunk.entries.ids)
             if part is not None:
                 kept += count
                 bar.initial += count
-            done.append(part or _put(folder, _key(place, chunk), _read(lens, chunk, instruction, embed)))
+            done.append(part or parts.put(place, made_of, _content(_read(lens, chunk, instruction, embed))))
             read += count
             bar.update(count)
     if read != source.rows:
@@ -111,49 +106,48 @@ def _parts(
     return done, kept
 
 
-def _read(
-    lens: Lens, chunk: Chunk, instruction: str, embed: Callable[[Sequence[str]], np.ndarray[Any, Any]] | None
-) -> pa.Table:
+def _read(lens: Lens, chunk: Chunk, instruction: str, embed: Callable[[Sequence[str]], Array] | None) -> pa.Table:
     if chunk.soft_prompts is None:
         held = held_by(lens.encoder, [query or "" for query in chunk.entries.queries], instruction)
     else:
         held = held_in(lens.encoder, chunk.soft_prompts)
-    table = lens.read(chunk.entries, held)
-    return table if embed is None else measured(table, held.embeddings, embed)
+    table = replace(lens, index=None).read(chunk.entries, held)
+    table = table if embed is None else measured(table, held.embeddings, embed)
+    return table.append_column(_EMBEDDING, _column(held.embeddings)) if lens.searches else table
 
 
-def _key(place: int, chunk: Chunk) -> str:
-    return f"{place:08d}-{digest_of([list(chunk.entries.ids), list(chunk.entries.responses)])[:16]}"
+def _with_nearest(lens: Lens, tables: Iterator[pa.Table], parts: Parts) -> Iterator[pa.Table]:
+    """The rows with their nearest in place of their embeddings; a group of them goes through the index at once."""
+    for place, group in enumerate(_groups(tables)):
+        embeddings = _matrix(group[_EMBEDDING])
+        made_of = bytes_sha256(embeddings.tobytes())
+        part = parts.find(place, made_of)
+        found = part or parts.put(place, made_of, _content(pa.table({"nearest": lens.near(embeddings)})))
+        yield group.drop_columns(["nearest", _EMBEDDING]).append_column("nearest", pq.read_table(found)["nearest"])
 
 
-def _put(folder: Path, key: str, table: pa.Table) -> Path:
+def _groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Tables put together to `GROUP_ROWS` rows or a little more, the last one shorter."""
+    group: list[pa.Table] = []
+    for table in tables:
+        group.append(table)
+        if sum(each.num_rows for each in group) >= GROUP_ROWS:
+            yield pa.concat_tables(group)
+            group = []
+    if group:
+        yield pa.concat_tables(group)
+
+
+def _column(embeddings: Array) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
+
+
+def _matrix(column: pa.ChunkedArray) -> Array:
+    flat: Array = column.combine_chunks().flatten().to_numpy()
+    return flat.reshape(len(column), -1)
+
+
+def _content(table: pa.Table) -> pa.Buffer:
     sink = pa.BufferOutputStream()
     write_parquet(table, sink)
-    content = sink.getvalue()
-    path = folder / f"{key}-{bytes_sha256(content)[:16]}.parquet"
-    write_bytes(path, content)
-    return path
-
-
-def _find(folder: Path, key: str) -> Path | None:
-    for path in folder.glob(f"{key}-*.parquet"):
-        if bytes_sha256(path.read_bytes())[:16] == path.stem.rpartition("-")[2]:
-            return path
-        log.warning("%s is damaged (torn write or changed bytes): its rows are read again", path)
-        path.unlink()
-    return None
-
-
-def _write_whole(output: Path, parts: Sequence[Path]) -> None:
-    """All parts as one file, which appears when it is whole."""
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    tables: Iterator[pa.Table] = (pq.read_table(path) for path in parts)
-    with disk_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            ArtifactWriter(output.parent).write_stream(unfinished.name, tables, ROWS)
-            fsync_path(unfinished)
-            unfinished.replace(output)
-            fsync_path(output.parent)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    return sink.getvalue()

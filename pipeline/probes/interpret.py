@@ -41,6 +41,7 @@ def run(params: InterpretParams, context: ProbeContext) -> ProbeResult:
         EvaluationError: no held-out query has a target, or the teacher is not the one of the targets.
         ArtifactError: an artifact is missing or damaged.
     """
+    from pipeline.lens.faithfulness import check_teacher
     from pipeline.lens.page import render_page
     from pipeline.lens.reading import Held, held_by, measured, summaries
 
@@ -52,6 +53,7 @@ def run(params: InterpretParams, context: ProbeContext) -> ProbeResult:
     for system in context.build(["student", "teacher"]):
         systems[system.name] = described(system)
         if system.name == "teacher":
+            check_teacher(system.identity, artifacts[2].manifest.models.get("teacher", {}), "the targets")
             rows = measured(rows, held.embeddings, partial(system.encode, instruction=""))
     metrics = _metrics(rows, context.bootstrap)
     page = render_page(rows, rows.num_rows, summaries(rows, context.bootstrap), "What the embeddings hold")

@@ -4,12 +4,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.printable import visible
+from pipeline.printable import templates, visible
 from pipeline.report.content import Content
 from pipeline.report.cost import totals
 from pipeline.report.curves import curve_svg
@@ -17,6 +16,9 @@ from pipeline.report.forest import forests
 from pipeline.report.probes import NOTES
 from pipeline.report.systems import untrained_spread
 from pipeline.report.tables import Cell, Comparison
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 LOSSES = {"align": "alignment loss", "recon": "reconstruction loss"}
 HELDOUT = {"cosine": "held-out cosine to the target", "recon": "held-out reconstruction loss"}
@@ -33,15 +35,8 @@ def render_markdown(content: Content) -> str:
     return _environment(autoescape=False).get_template("report.md.j2").render(content=content)
 
 
-def _environment(*, autoescape: bool) -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=autoescape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+def _environment(*, autoescape: bool) -> "Environment":
+    environment = templates(Path(__file__).parent, autoescape=autoescape)
     filters: dict[str, Any] = {
         "number": number,
         "signed": signed,
@@ -49,7 +44,6 @@ def _environment(*, autoescape: bool) -> Environment:
         "percent": percent,
         "label": label,
         "seconds": seconds,
-        "visible": visible,
         "cell": cell,
         "spread": untrained_spread,
         "totals": totals,

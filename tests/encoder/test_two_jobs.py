@@ -10,9 +10,11 @@ import torch
 from pipeline.backbone import BackboneParams, PromptFormatter, load_backbone, load_tokenizer
 from pipeline.encoder.config import EncoderConfig
 from pipeline.encoder.inference import Encoder
+from pipeline.encoder.lora import LoraParams, adapter_parameters, add_adapter
 from pipeline.encoder.student import new_student
 from pipeline.lens import decode
 
+LORA = LoraParams(rank=2, alpha=8.0)
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "Write a haiku about rain."]
 
 
@@ -35,7 +37,7 @@ class Writer:
         return [answer.sequences[0].tolist() for answer in found], [torch.cat(answer.logits) for answer in found]
 
 
-def check(folder: Path, new_tokens: int) -> None:
+def check(folder: Path, new_tokens: int, lora: LoraParams | None = None) -> None:
     """Write, attach, write, embed and decode, write, detach, write: bit by bit the same."""
     params = BackboneParams(name=str(folder), dtype="float32")
     model, tokenizer = load_backbone(params), load_tokenizer(params)
@@ -45,16 +47,21 @@ def check(folder: Path, new_tokens: int) -> None:
     student = new_student(model, 16, compression_tokens=4, thought_tokens=1, seed=0)
     config = EncoderConfig(
         backbone={"name": "b"}, chat_template_kwargs={}, template="chat", max_query_tokens=128, compression_tokens=4,
-        thought_tokens=1, hidden=student.hidden, width=16, teacher={"name": "t"},
+        thought_tokens=1, hidden=student.hidden, width=16, teacher={"name": "t"}, lora=lora,
     )  # fmt: skip
-    encoder = Encoder(model, tokenizer, student, config, {"name": "e"})
+    adapted = None if lora is None else trained_adapter(model, lora)
+    encoder = Encoder(model, tokenizer, student, config, {"name": "e"}, adapted)
     moments = {"attached": write()}
     embeddings = encoder.encode(QUESTIONS)
+    if lora is not None:  # the adapters do embed
+        plain = Encoder(model, tokenizer, student, config, {"name": "e"}).encode(QUESTIONS)
+        assert abs(embeddings - plain).max() > 1e-3
+        moments["between both"] = write()
     decode(encoder, QUESTIONS, max_new_tokens=2)
     moments["after embedding"] = write()
     # Between two answers, and the embeddings are not disturbed by the answers either.
     assert (encoder.encode(QUESTIONS) == embeddings).all()
-    del encoder, student
+    del encoder, student, adapted
     moments["detached"] = write()
     for moment, (ids, logits) in moments.items():
         assert ids == before[0], moment
@@ -62,11 +69,24 @@ def check(folder: Path, new_tokens: int) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+def trained_adapter(model: Any, lora: LoraParams) -> Any:
+    """The backbone once more with adapters that change what it computes."""
+    adapted = add_adapter(model, **lora.model_dump(), seed=0).requires_grad_(False)
+    for number, (name, parameter) in enumerate(sorted(adapter_parameters(adapted).items())):
+        if "lora_B" in name:
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    return adapted
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["frozen", "lora"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
-def test_a_tiny_model_writes_as_before(tiny_backbone: Callable[..., Path], architecture: str) -> None:
-    check(tiny_backbone(architecture), 12)
+def test_a_tiny_model_writes_as_before(
+    tiny_backbone: Callable[..., Path], architecture: str, lora: LoraParams | None
+) -> None:
+    check(tiny_backbone(architecture), 12, lora)
 
 
 @pytest.mark.models
-def test_a_real_model_writes_as_before(small_lm: Path) -> None:
-    check(small_lm, 16)
+@pytest.mark.parametrize("lora", [None, LORA], ids=["frozen", "lora"])
+def test_a_real_model_writes_as_before(small_lm: Path, lora: LoraParams | None) -> None:
+    check(small_lm, 16, lora)

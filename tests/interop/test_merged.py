@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.artifacts import create
-from pipeline.backbone import BackboneParams, Keep, Template, identify, load_backbone, load_tokenizer
+from pipeline.backbone import BackboneParams, DType, Keep, Template, identify, load_backbone, load_tokenizer
 from pipeline.encoder.config import EncoderConfig
 from pipeline.encoder.export import write_encoder
 from pipeline.encoder.inference import Encoder
@@ -26,7 +26,7 @@ from pipeline.encoder.student import Student, new_student
 from pipeline.errors import ArtifactError, TrainingError
 from pipeline.interop.merged import add_rows, compose, export_merged, usage
 from pipeline.interop.merged_folder import old_rope_keys
-from pipeline.interop.merged_tokenizer import Frame, find_frame
+from pipeline.interop.merged_tokenizer import PROBES, Frame, find_frame
 from tests.conftest import ROOT, tiny_model, tiny_tokenizer
 
 PROMPTS = {"query": "Say: ", "document": ""}
@@ -285,21 +285,57 @@ def test_nothing_is_left_of_an_export_that_embeds_differently(
     assert not Path("merged").exists()
 
 
+@pytest.mark.parametrize("compression", [1, 3])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_in_plain_sentence_transformers(
+    workspace: Path, tiny_backbone: Callable[..., Path], compression: int, dtype: Any
+) -> None:
+    model = write_model(tiny_backbone("llama"), compression=compression, thoughts=1)
+    export_merged(model, Path("merged"), prompts=PROMPTS, dtype=dtype)
+    found = plain("merged")
+    expected = Encoder.load(model).encode(TEXTS)
+    np.testing.assert_allclose(found.encode(TEXTS), expected, atol=0.03 * np.abs(expected).max())
+    # Token weights are float32, so that several tokens are computed in it; one stays in half precision.
+    assert found.dtype == (torch.float32 if compression > 1 else getattr(torch, dtype))
+    said = f"Weights are {dtype}{', sentence-transformers computes with them in float32;' if compression > 1 else ';'}"
+    assert said in Path("merged/README.md").read_text()
+
+
+def test_vllm_reads_the_length_of_a_folder_that_says_more(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    config = pytest.importorskip("vllm.transformers_utils.config")
+    model = write_model(tiny_backbone("llama"), compression=3)
+    export_merged(model, Path("merged"), prompts=PROMPTS, dtype="bfloat16")
+    read = config.get_sentence_transformer_tokenizer_config(str(Path("merged").resolve()))
+    assert (read["max_seq_length"], read["do_lower_case"]) == (64 + 3, False)
+
+
 def test_weights_are_rounded_last(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
     model = write_model(tiny_backbone("llama"))
     merged = export_merged(model, Path("merged"), prompts=PROMPTS, dtype="bfloat16")
-    assert merged.difference < 1e-5
     assert json.loads(Path("merged/config.json").read_text())["dtype"] == "bfloat16"
     tensors = load_file("merged/model.safetensors")
     assert {value.dtype for value in tensors.values()} == {torch.bfloat16}
     tokens = load_file("encoder/student.safetensors")["tokens"]
     assert torch.equal(tensors["model.embed_tokens.weight"][260:], tokens.bfloat16())
+    # What is said of the difference is of what was written.
+    from sentence_transformers import SentenceTransformer
+
+    written = SentenceTransformer("merged", device="cpu", model_kwargs={"dtype": "float32"}).encode(PROBES[:1])
+    expected = Encoder.load(model).encode(PROBES[:1])
+    difference = np.linalg.norm(written - expected) / np.linalg.norm(expected)
+    assert 1e-4 < 0.999 * difference <= merged.difference < 0.1
 
 
 def test_the_command(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
     model = write_model(tiny_backbone("llama"), compression=2)
+    done = CliRunner().invoke(app, ["export-merged", str(model), "merged", "--dtype", "bfloat16"])
+    assert done.exit_code == 0, done.output
+    assert (
+        "merged: with weights rounded to bfloat16, its embeddings in float32 are the encoder's up to 0.0" in done.stdout
+    )
     done = CliRunner().invoke(app, ["export-merged", str(model), "merged"])
     assert done.exit_code == 0, done.output
+    assert "merged: its embeddings in float32 are the encoder's up to " in done.stdout
     assert "the mean of the last 2, see merged/README.md" in done.stdout
     prompts = json.loads(Path("merged/config_sentence_transformers.json").read_text())["prompts"]
     assert prompts["query"] == "Generate a passage that best answers this question: "
@@ -337,13 +373,17 @@ if __name__ == "__main__":
 
 @pytest.mark.models
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "template"), [(1, "raw"), (3, "chat")])
-def test_vllm_gives_our_embedding(workspace: Path, small_lm: Path, count: int, template: Template) -> None:
+@pytest.mark.parametrize(
+    ("count", "template", "dtype"), [(1, "raw", "float32"), (3, "chat", "float32"), (3, "raw", "bfloat16")]
+)
+def test_vllm_gives_our_embedding(
+    workspace: Path, small_lm: Path, count: int, template: Template, dtype: DType
+) -> None:
     pytest.importorskip("vllm")
     model = write_model(small_lm, compression=count, template=template, max_query_tokens=64, width=24)
-    export_merged(model, Path("merged"), prompts=PROMPTS)
+    export_merged(model, Path("merged"), prompts=PROMPTS, dtype=dtype)
     texts = ["What is the capital of France?", "Why is the sky blue?", "rain", "again and " * 100]
-    expected = Encoder.load(model).encode(texts)
+    expected = Encoder.load(model).encode(texts) if dtype == "float32" else embed("merged", texts)
     Path("run.py").write_text(VLLM)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "run.py", str(Path("merged").resolve()), str(count), json.dumps(texts)]

@@ -179,6 +179,24 @@ def test_without_projections_the_mean_hidden_state_is_the_embedding(checkpoint: 
     np.testing.assert_allclose(encoder.encode(["q"]), encoder.hidden_states(["q"]).mean(axis=1), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["reconstruction_mlp", "alignment_mlp"])
+@pytest.mark.parametrize(("said", "complete"), [("True", False), ("true", False), ("False", True)])
+def test_a_projection_that_the_run_config_names_must_be_there(
+    checkpoint: Path, name: str, said: str, complete: bool
+) -> None:
+    (Path("theirs") / name).unlink()
+    file = Path("theirs/run_config.yml")
+    file.write_text(file.read_text() + f"add_{name}: {said}\n")
+    if complete:
+        assert getattr(read_checkpoint(Path("theirs")), name.removesuffix("_mlp")) is None
+        return
+    with pytest.raises(
+        ArtifactError, match=rf"theirs/{name} is missing: the checkpoint is not complete, .* add_{name}"
+    ):
+        import_official("theirs", Path("ours"))
+    assert not Path("ours").exists()
+
+
 def test_a_trained_decoder_is_named(checkpoint: Path) -> None:
     Path("theirs/encoder_decoder_config.json").write_text('{"encoding_mode": "last_3_tokens", "save_decoder": true}')
     [remark] = import_official("theirs", Path("ours"))
@@ -352,6 +370,56 @@ def test_what_was_exported_and_imported_embeds_as_before(
     assert second.config.backbone == first.config.backbone
 
 
+def by_the_format(folder: Path, texts: list[str], max_length: int) -> np.ndarray:
+    """What the description of their format says that a checkpoint embeds, read without any code of ours."""
+    from ruamel.yaml import YAML
+    from safetensors.torch import load_file
+    from transformers import LlamaModel
+
+    # Of a key that is there twice the last value counts.
+    lines = [line.split(": ", 1) for line in (folder / "run_config.yml").read_text().splitlines() if ": " in line]
+    run = {key: YAML(typ="safe").load(value) for key, value in lines}
+    adapter = json.loads((folder / "encoder/adapter_config.json").read_text())
+    tensors = load_file(folder / "encoder/adapter_model.safetensors")
+    tokenizer, new = Tokenizer.from_file(str(folder / "tokenizer.json")), run["special_tokens"]
+    backbone = LlamaModel.from_pretrained(run["model_name_or_path"], dtype=torch.float32)
+    ids = adapter.get("token_indices") or adapter["trainable_token_indices"]["embed_tokens"]
+    [rows] = [tensor for name, tensor in tensors.items() if name.endswith("trainable_tokens_delta")]
+    row_of = dict(zip(ids, rows, strict=True))
+    read = int(json.loads((folder / "encoder_decoder_config.json").read_text())["encoding_mode"].split("_")[1])
+    projections = [torch.load(folder / f"{name}_mlp", weights_only=True) for name in ("reconstruction", "alignment")]
+    with torch.no_grad():
+        for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+            update = tensors[name.replace("lora_A", "lora_B")] @ tensors[name] * adapter["lora_alpha"] / adapter["r"]
+            place = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            backbone.get_submodule(place).weight += update
+        found = []
+        for text in texts:
+            tokens = tokenizer.encode(text).ids[: max_length - len(new)] + [tokenizer.token_to_id(name) for name in new]
+            table = backbone.embed_tokens.weight
+            embeds = torch.stack([row_of[token] if token in row_of else table[token] for token in tokens])
+            hidden = backbone(inputs_embeds=embeds[None]).last_hidden_state[0, -read:]
+            for layer in (projection["state_dict"] for projection in projections):
+                hidden = hidden @ layer["projection.weight"].T + layer["projection.bias"]
+            found.append(hidden.mean(dim=0).numpy())
+    return np.stack(found)
+
+
+@pytest.mark.parametrize(("kind", "theirs"), [("rows", THEIRS_ROWS), ("lora", THEIRS_LORA)])
+def test_an_exported_checkpoint_embeds_as_in_their_package(
+    folders: Path, workspace: Path, kind: str, theirs: list[list[float]]
+) -> None:
+    """Against the numbers that their package gave for the checkpoint that it is made from, without our import."""
+    np.testing.assert_allclose(by_the_format(folders / kind, TEXTS, MAX_LENGTH), theirs, atol=1e-5)
+    import_official(str(folders / kind), Path("ours"), max_length=MAX_LENGTH)
+    export_official(Path("ours"), Path("theirs"))
+    np.testing.assert_allclose(by_the_format(Path("theirs"), TEXTS, MAX_LENGTH), theirs, atol=1e-5)
+    model = json.loads(Path("theirs/encoder_decoder_config.json").read_text())
+    assert model == {"encoding_mode": "last_3_tokens", "save_decoder": False}
+    tokenizer = json.loads(Path("theirs/tokenizer_config.json").read_text())
+    assert (tokenizer["additional_special_tokens"], tokenizer["padding_side"]) == (TOKENS, "left")
+
+
 def test_the_dtype_is_that_of_everything(folders: Path, workspace: Path) -> None:
     ours = write_ours(Path("ours"), folders / "backbone")
     export_official(ours, Path("theirs"), dtype="bfloat16")
@@ -386,7 +454,7 @@ def test_a_chat_template_is_written_into_the_tokenizer(folders: Path, workspace:
     [prompt] = PromptFormatter(tiny_tokenizer(), "chat", 61).batch(["Why?"])
     assert backend.encode("Why?").ids == [*prompt.token_ids, 259, 260, 261, 262, 263]
     assert json.loads(Path("theirs/tokenizer_config.json").read_text())["additional_special_tokens"] == []
-    with pytest.raises(ArtifactError, match="its tokenizer appends none"):
+    with pytest.raises(ArtifactError, match="names no new tokens .* export-official writes .* with a chat template"):
         import_official("theirs", Path("again"))
 
 

@@ -138,6 +138,37 @@ def test_adapters_embed_and_do_not_decode(workspace: Path, tiny_backbone: Callab
     }
 
 
+def greedy(model: Any, soft: torch.Tensor, count: int) -> list[int]:
+    """The likeliest token, `count` times, after soft prompts `[n, d]`."""
+    ids: list[int] = []
+    with torch.inference_mode():
+        for _ in range(count):
+            row = torch.cat([soft, model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long))])
+            ids.append(int(model(inputs_embeds=row[None]).logits[0, -1].argmax()))
+    return ids
+
+
+def test_decoding_heeds_every_end_and_nothing_else_of_the_backbones_own_settings(
+    workspace: Path, tiny_backbone: Callable[..., Path]
+) -> None:
+    own = Path(shutil.copytree(tiny_backbone("llama"), "own"))
+    params = BackboneParams(name=str(own), dtype="float32")
+    model, tokenizer = load_backbone(params), load_tokenizer(params)
+    soft = Encoder.load(write(Path("plain"), own)).soft_prompts(TEXTS)
+    rows = [greedy(model, row, 30) for row in torch.from_numpy(soft)]
+    assert any(len(set(row)) < len(row) for row in rows)  # some repeat themselves
+    end = rows[0][4]
+    ends = [next((at for at, token in enumerate(row) if token in (2, end)), 30) for row in rows]
+    assert ends[0] in range(1, 5)
+    kept = [row[:at] for row, at in zip(rows, ends, strict=True)]
+    expected = [text.strip() for text in tokenizer.batch_decode(kept, skip_special_tokens=True)]
+    settings = {"eos_token_id": [2, end], "repetition_penalty": 50.0, "no_repeat_ngram_size": 1}
+    (own / "generation_config.json").write_text(json.dumps(settings))
+    folder = write(Path("encoder"), own)
+    assert load(folder)[0].decode(torch.from_numpy(soft), max_new_tokens=30) == expected
+    assert decode_soft_prompts(Encoder.load(folder), soft, max_new_tokens=30) == expected
+
+
 def test_adapters_without_peft(
     workspace: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +304,23 @@ def test_a_saved_model_is_the_same_folder(
     expected = model.encode(TEXTS, prompt_name="query")
     np.testing.assert_array_equal(load(Path("saved")).encode(TEXTS, prompt_name="query"), expected)
     np.testing.assert_allclose(Encoder.load(Path("saved")).encode(TEXTS), model.encode(TEXTS), atol=1e-5)
+
+
+def test_a_saved_model_has_the_way_back_to_the_teachers_space(
+    workspace: Path, tiny_backbone: Callable[..., Path]
+) -> None:
+    transform = TargetTransform("center", False, *[np.ones(6, np.float32)] * 3)
+    folder = write(Path("behind"), tiny_backbone("llama"), transform=transform)
+    model = load(folder)
+    content = (folder / "transform.safetensors").read_bytes()
+    (folder / "transform.safetensors").unlink()
+    model.save_pretrained("saved")
+    assert Path("saved/transform.safetensors").read_bytes() == content
+    load(Path("saved")).save_pretrained("again")
+    encoder = Encoder.load(Path("again"))
+    np.testing.assert_allclose(encoder.encode(TEXTS, space="teacher"), model.encode(TEXTS) + 1, atol=1e-5)
+    load(write(Path("plain"), tiny_backbone("llama"))).save_pretrained("without")
+    assert not Path("without/transform.safetensors").exists()
 
 
 # --- the backbone ---------------------------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 import json
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -16,9 +19,12 @@ import pipeline.lens.writing as writing
 from pipeline.__main__ import app
 from pipeline.encoder.inference import Encoder
 from pipeline.lens import decode, decode_soft_prompts
+from pipeline.lens.nearest import Index, nearest, open_index
 from pipeline.lens.page import PAGE_ROWS, render_page, token
 from pipeline.lens.reading import ROWS, Entries, Lens, held_by
+from pipeline.parts import Parts
 from pipeline.printable import visible
+from pipeline.teachers.hash_teacher import HashTeacher
 from tests.encoder.test_inference import write
 from tests.lens.test_nearest import write_embedded
 
@@ -88,7 +94,7 @@ def test_all_that_can_be_read_of_a_file(encoder: Encoder) -> None:
     teacher_params()
     texts = ["one", "second text", "three", EVIL]
     pl.DataFrame({"q": texts, "r": ["1", "2", "3", EVIL]}).write_ndjson("in.jsonl")
-    write_embedded(Path("c.parquet"), ["up", EVIL], [[0, 2, 0, 0, 0], [1, 0, 0, 0, 0]])
+    write_embedded(Path("c.parquet"), ["up", EVIL], [[0, 2, 0, 0, 0], [1, 0, 0, 0, 0]], encoder)
     options = ["--input", "in.jsonl", "--column", "q", "--response-column", "r", "--corpus", "c.parquet", "-k", 1]
     more = ["--faithfulness", "--params", "p.yaml", "--vocabulary", 3, "--max-new-tokens", 4, "--html", "page.html"]
     said = works(*options, *more, "--output", "o.parquet").stdout
@@ -113,16 +119,16 @@ def test_killed_and_run_again_it_goes_on(encoder: Encoder, monkeypatch: pytest.M
     Path("in.txt").write_text("".join(f"text {row}\n" for row in range(5)))
     options = ["--input", "in.txt", "--max-new-tokens", 3]
     works(*options, "--output", "whole.parquet")
-    put, made = writing._put, []
+    put, made = Parts.put, []
 
-    def dies_after_one(folder: Path, key: str, table: object) -> Path:
+    def dies_after_one(parts: Parts, place: int, *content: Any) -> Path:
         if made:
             raise KeyboardInterrupt
-        made.append(key)
-        return put(folder, key, table)  # type: ignore[arg-type]
+        made.append(place)
+        return put(parts, place, *content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "_put", dies_after_one)
+        patch.setattr(Parts, "put", dies_after_one)
         assert call(*options, "--output", "o.parquet").exit_code != 0
     assert not Path("o.parquet").exists()
     assert (
@@ -132,20 +138,135 @@ def test_killed_and_run_again_it_goes_on(encoder: Encoder, monkeypatch: pytest.M
     assert not list(Path(".work/decode").glob("*/*.parquet"))
 
 
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_torn_part_is_read_again(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(writing.CHUNK_ROWS, "cpu", 1)
     options = ["one", "two", "--output", "o.parquet", "--max-new-tokens", 2]
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "_write_whole", killed)
+        patch.setattr(writing, "whole_file", killed)
         assert call(*options).exit_code != 0
     first, _ = sorted(Path(".work/decode").glob("*/*.parquet"))
     first.write_bytes(first.read_bytes()[:-9])
     assert "(1 of them from the run before)" in works(*options).stdout
     assert pl.read_parquet("o.parquet")["query"].to_list() == ["one", "two"]
+
+
+def test_an_encoder_that_reads_texts_otherwise_takes_over_nothing(
+    encoder: Encoder, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["a text that is long enough", "--output", "o.parquet", "--max-new-tokens", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "whole_file", killed)
+        assert call(*options).exit_code != 0
+    shutil.rmtree("enc")
+    write(Path("enc"), tiny_backbone("llama"), None, max_query_tokens=9)
+    assert Encoder.load(Path("enc")).identity == encoder.identity
+    assert "from the run before" not in works(*options).stdout
+
+
+class Counted:
+    """Counts how often an index is gone through; `stop` interrupts that."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stop: bool = False) -> None:
+        self.passes = 0
+
+        def opened(path: Path) -> Index:
+            index = open_index(path)
+
+            def vectors() -> Iterator[np.ndarray]:
+                self.passes += 1
+                if stop:
+                    raise KeyboardInterrupt
+                return index.vectors()
+
+            return replace(index, vectors=vectors)
+
+        monkeypatch.setattr("pipeline.lens.batch.open_index", opened)
+
+
+def test_a_corpus_is_gone_through_once_for_all_chunks(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    write_embedded(
+        Path("c.parquet"), [f"known {row}" for row in range(9)], random.normal(size=(9, 5)).tolist(), encoder
+    )
+    texts = [f"text {row}" for row in range(7)]
+    Path("in.txt").write_text("".join(f"{text}\n" for text in texts))
+    options = ["--input", "in.txt", "--corpus", "c.parquet", "-k", 3, "--max-new-tokens", 2, "--output"]
+    with monkeypatch.context() as patch:
+        once = Counted(patch)
+        works(*options, "once.parquet")
+    assert once.passes == 1  # seven rows are one chunk here
+    monkeypatch.setitem(writing.CHUNK_ROWS, "cpu", 1)
+    with monkeypatch.context() as patch:
+        chunked = Counted(patch)
+        works(*options, "o.parquet")
+    assert chunked.passes == 1
+    table = pq.read_table("o.parquet")
+    assert table.schema.equals(ROWS)
+    assert table.equals(pq.read_table("once.parquet"))
+    embeddings = encoder.encode(texts)
+    expected = [[near.text for near in row] for row in nearest(embeddings, open_index(Path("c.parquet")), 3)]
+    assert [[near["text"] for near in row["nearest"]] for row in table.to_pylist()] == expected
+    monkeypatch.setattr(writing, "GROUP_ROWS", 3)
+    with monkeypatch.context() as patch:
+        grouped = Counted(patch)
+        works(*options, "groups.parquet")
+    assert grouped.passes == 3  # of 3, 3 and 1 rows
+    assert Path("groups.parquet").read_bytes() == Path("o.parquet").read_bytes()
+
+
+def test_killed_in_the_search_it_goes_on_there(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(writing.CHUNK_ROWS, "cpu", 1)
+    monkeypatch.setattr(writing, "GROUP_ROWS", 2)
+    write_embedded(Path("c.parquet"), ["up", "right"], [[0, 2, 0, 0, 0], [1, 0, 0, 0, 0]], encoder)
+    options = ["one", "two", "three", "--corpus", "c.parquet", "--max-new-tokens", 2, "--output"]
+    works(*options, "whole.parquet")
+    with monkeypatch.context() as patch:
+        Counted(patch, stop=True)
+        assert call(*options, "o.parquet").exit_code != 0
+    assert not Path("o.parquet").exists()
+    put = Parts.put
+
+    def dies_after_the_first_group(parts: Parts, place: int, *content: Any) -> Path:
+        if place:
+            raise KeyboardInterrupt
+        return put(parts, place, *content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "put", dies_after_the_first_group)
+        assert call(*options, "o.parquet").exit_code != 0
+    with monkeypatch.context() as patch:
+        again = Counted(patch)
+        assert "3 of them from the run before" in works(*options, "o.parquet").stdout
+    assert again.passes == 1  # the second group's
+    assert Path("o.parquet").read_bytes() == Path("whole.parquet").read_bytes()
+
+
+def test_a_last_chunk_of_one_row_leaves_the_chance_figure(encoder: Encoder) -> None:
+    teacher_params()
+    Path("in.txt").write_text("".join(f"text {row}\n" for row in range(65)))
+    options = ["--input", "in.txt", "--faithfulness", "--params", "p.yaml", "--vocabulary", 0, "--max-new-tokens", 1]
+    said = works(*options, "--output", "o.parquet").stdout
+    assert re.search(r"to its embedding: .*, shuffled pairs -?0\.\d{3}", said)
+    chances = pl.read_parquet("o.parquet")["chance_embedding"]
+    assert (len(chances), chances.null_count(), chances[64]) == (65, 1, None)
+
+
+def test_what_is_read_is_not_overwritten(encoder: Encoder) -> None:
+    pl.DataFrame({"text": ["a"]}).write_parquet("in.parquet")
+    write_embedded(Path("c.parquet"), ["x"], [[0, 2, 0, 0, 0]], encoder)
+    pl.DataFrame({"soft_prompts": encoder.soft_prompts(["a"]).tolist()}).write_parquet("soft.parquet")
+    Path("link.parquet").symlink_to("in.parquet")
+    files = ("in.parquet", "c.parquet", "soft.parquet")
+    before = [Path(name).read_bytes() for name in files]
+    fails("--output: in.parquet is --input itself", "--input", "in.parquet", "--output", "in.parquet")
+    fails("--output: link.parquet is --input itself", "--input", "in.parquet", "--output", "link.parquet")
+    fails("is --soft-prompts itself", "--soft-prompts", "soft.parquet", "--output", "./soft.parquet")
+    fails("is --corpus itself", "x", "--corpus", "c.parquet", "--output", "c.parquet")
+    assert [Path(name).read_bytes() for name in files] == before
 
 
 def test_mistakes_come_before_the_model_is_loaded(workspace: Path) -> None:
@@ -170,13 +291,38 @@ def test_mistakes_of_a_corpus_and_a_teacher(encoder: Encoder) -> None:
     teacher_params()
     np.save("soft.npy", np.zeros((1, 2, 7), np.float32))
     fails("vectors of 7 dimensions, the backbone's have 32", "--soft-prompts", "soft.npy")
-    write_embedded(Path("c.parquet"), ["x"], [[0, 2]])
-    fails("vectors of 2 dimensions, the encoder's have 5", "x", "--output", "o.parquet", "--corpus", "c.parquet")
+    corpus = ["x", "--output", "o.parquet", "--corpus", "c.parquet"]
+    write_embedded(Path("c.parquet"), ["x"], [[0, 2]], encoder)
+    fails("vectors of 2 dimensions, the encoder's have 5", *corpus)
+    write_embedded(Path("c.parquet"), ["x"], [[0, 2, 0, 0, 0]])
+    fails("--corpus: c.parquet holds no embeddings that encode wrote", *corpus)
+    write_embedded(Path("c.parquet"), ["x"], [[0, 2, 0, 0, 0]], encoder.untrained(0))
+    fails("--corpus: c.parquet holds embeddings by another encoder", *corpus)
     Path("p.yaml").write_text(Path("p.yaml").read_text().replace('"width": 5', '"width": 4'))
     fails(
         "4 dimensions, the encoder was trained for one of 5",
         "x", "--output", "o.parquet", "--faithfulness", "--params", "p.yaml",
     )  # fmt: skip
+
+
+def test_another_teacher_than_the_recorded_one_is_refused(encoder: Encoder, caplog: pytest.LogCaptureFixture) -> None:
+    """It has the same width."""
+    teacher_params()
+    options = ["x", "--output", "o.parquet", "--faithfulness", "--params", "p.yaml", "--max-new-tokens", 1]
+    config = Path("enc/encoder_config.json")
+
+    def record(teacher: dict[str, Any]) -> None:
+        config.write_text(json.dumps({**json.loads(config.read_text()), "teacher": teacher}))
+
+    record({"name": "org/theirs"})
+    works(*options)
+    assert "nothing tells whether hash (embed.teacher) is the teacher of the encoder, org/theirs" in caplog.text
+    caplog.clear()
+    record(HashTeacher(5).identity)
+    works(*options)
+    assert "nothing tells" not in caplog.text
+    record({"kind": "sentence-transformers", "name": "org/t", "revision": "main"})
+    fails("embed.teacher is another teacher than that of the encoder: its kind is 'hash'", *options)
 
 
 class Tags(HTMLParser):

@@ -1,11 +1,15 @@
 """Cosines of pairs and of shuffled pairs, by hand."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline.errors import EvaluationError
 from pipeline.evaluation.statistics import BootstrapParams
-from pipeline.lens.faithfulness import over_chance, pair, summary
+from pipeline.lens.faithfulness import check_teacher, over_chance, pair, summary
 from pipeline.lens.reading import ROWS, measured, pairs_in, summaries
 from tests.evaluation_fakes import VectorSystem
 
@@ -57,14 +61,31 @@ def test_one_pair_has_no_chance() -> None:
     assert over_chance("m", one, SETTINGS) is None
 
 
+def test_a_pair_without_a_chance_leaves_the_others_theirs() -> None:
+    """Files are read in chunks: the last one may have a single row, which there is nothing to shuffle with."""
+    vectors = np.eye(65)
+    teacher = VectorSystem({str(row): vectors[row].tolist() for row in range(65)})
+    texts = [str(row) for row in range(65)]
+    parts = [
+        measured(rows(texts[at], texts[at]), vectors[at], lambda some: teacher.encode(some, ""))
+        for at in (slice(0, 64), slice(64, 65))
+    ]
+    together = pa.concat_tables(parts)
+    assert summaries(together, SETTINGS) == dict.fromkeys(("embedding", "response"), (1.0, 1.0, 1.0, 0.0))
+    pairs = pairs_in(together, "response")
+    assert pairs is not None
+    assert (len(pairs.own), int(np.isnan(pairs.chance).sum())) == (65, 1)
+    delta = over_chance("m", pairs, SETTINGS)
+    assert delta is not None
+    assert (delta.delta, delta.verdict, delta.units) == (1.0, "better", 64)
+
+
 def test_a_zero_vector_is_at_cosine_zero() -> None:
     found = pair(np.array([[0.0, 0.0], [1.0, 0.0]]), np.array([[1.0, 0.0], [1.0, 0.0]]))
     assert found.own.tolist() == [0, 1]
 
 
-def rows(decoded: list[str], responses: list[str | None]) -> object:
-    import pyarrow as pa
-
+def rows(decoded: Sequence[str], responses: Sequence[str | None]) -> pa.Table:
     content = {"id": [str(row) for row in range(len(decoded))], "decoded": decoded, "response": responses}
     return pa.table({name: content.get(name, [None] * len(decoded)) for name in ROWS.names}, schema=ROWS)
 
@@ -85,3 +106,41 @@ def test_a_teacher_of_another_width_is_refused() -> None:
     teacher = VectorSystem({"a": [1, 0]})
     with pytest.raises(EvaluationError, match="2 dimensions, the encoder was trained for one of 5"):
         measured(rows(["a"], ["a"]), np.ones((1, 5)), lambda texts: teacher.encode(texts, ""))
+
+
+HUB = {"name": "org/t", "revision": "a", "kind": "llm2vec", "dtype": "float32", "adapters": [{"name": "org/a"}]}
+FOLDER = {"name": "models/t", "sha256": "a", "kind": "sentence-transformers", "prompt": ""}
+
+
+@pytest.mark.parametrize(
+    ("recorded", "change", "key"),
+    [
+        (HUB, {"revision": "b"}, "revision"),
+        (HUB, {"name": "org/u"}, "name"),
+        (HUB, {"adapters": [{"name": "org/b"}]}, "adapters"),
+        (HUB, {"max_tokens": 8}, "max_tokens"),
+        (FOLDER, {"sha256": "b"}, "sha256"),
+        (FOLDER, {"prompt": "passage: "}, "prompt"),
+    ],
+)
+def test_another_teacher_of_the_same_width_is_refused(
+    recorded: dict[str, Any], change: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(EvaluationError, match=f"another teacher than that of the encoder: its {key} is"):
+        check_teacher({**recorded, **change}, recorded, "the encoder")
+
+
+def test_the_recorded_teacher_may_lie_elsewhere_and_go_on_by_a_transform(caplog: pytest.LogCaptureFixture) -> None:
+    check_teacher(HUB, HUB, "the encoder")
+    check_teacher({**FOLDER, "name": "/elsewhere", "transform": {"kind": "center"}}, FOLDER, "the encoder")
+    adapted = [{**HUB, "adapters": [{"name": name, "sha256": "a"}]} for name in ("here", "there")]
+    check_teacher(*adapted, "the encoder")
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("recorded", [{}, {"name": "org/theirs"}])
+def test_where_nothing_pins_the_teacher_a_warning_says_so(
+    recorded: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    check_teacher(HUB, recorded, "the encoder")
+    assert "nothing tells whether org/t (embed.teacher) is the teacher of the encoder" in caplog.text

@@ -1,6 +1,8 @@
 """The nearest known texts, exactly, however they are chunked."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +11,7 @@ import pytest
 import pipeline.lens.nearest as lens_nearest
 import pipeline.ranking as ranking
 from pipeline.artifacts import write_parquet
+from pipeline.encoding import EMBEDDED_BY, made_by
 from pipeline.errors import ArtifactError, SourceError
 from pipeline.lens.nearest import index_of_targets, nearest, open_index
 from pipeline.ranking import top_k
@@ -60,9 +63,11 @@ def test_only_some_responses_may_count(workspace: Path) -> None:
     assert some.version != index_of_targets(targets, responses).version
 
 
-def write_embedded(path: Path, texts: list[str], vectors: list[list[float]]) -> None:
+def write_embedded(path: Path, texts: list[str], vectors: list[list[float]], encoder: Any = None) -> None:
+    """As `encode` writes a corpus, as if by `encoder`."""
     kind = pa.list_(pa.float32(), len(vectors[0]))
-    schema = pa.schema([("text", pa.string()), ("embedding", kind)])
+    origin = None if encoder is None else {EMBEDDED_BY: json.dumps(made_by(encoder, "any"))}
+    schema = pa.schema([("text", pa.string()), ("embedding", kind)], origin)
     write_parquet(pa.table({"text": texts, "embedding": vectors}, schema=schema), path)
 
 

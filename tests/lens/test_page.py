@@ -1,6 +1,5 @@
 """The page of rows in a real browser: quiet, nothing fetched, nothing too wide, readable in both schemes."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,19 +8,10 @@ import pytest
 from pipeline.lens.faithfulness import Summary
 from pipeline.lens.page import render_page
 from pipeline.lens.reading import ROWS
-from tests.report.browser import Browser, find_chromium, running
+from tests.report.browser import Browser
 from tests.report.test_page import CONTRASTS, OVERFLOW
 
 LONG = "word" * 100
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    chromium = find_chromium()
-    if chromium is None:
-        pytest.skip("no Chromium here: the page is not opened")
-    with running(chromium, tmp_path_factory.mktemp("profile")) as started:
-        yield started
 
 
 @pytest.fixture

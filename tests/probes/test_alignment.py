@@ -50,7 +50,7 @@ def test_overlap_is_a_mean_of_shares_and_may_be_missing() -> None:
 WIDTH = 8
 
 
-def write_heldout(width: int = WIDTH, count: int = 3) -> None:
+def write_heldout(width: int = WIDTH, count: int = 3, teacher: dict[str, Any] | None = None) -> None:
     """`count` held-out rows: query and response begin with the same word; the target is that word's one-hot vector."""
     words = WORDS[:count]
     queries = [{"id": f"{i}", "text": f"{word} what?", "source": "t"} for i, word in enumerate(words)]
@@ -66,7 +66,7 @@ def write_heldout(width: int = WIDTH, count: int = 3) -> None:
         out.write_parts([pa.Table.from_pylist(responses, contracts.RESPONSES)], contracts.RESPONSES)
     schema = contracts.targets_schema(width, "float32")
     targets = [{"id": f"{i}", "embedding": np.eye(width)[i].tolist()} for i in range(count)]
-    with create(Path("data/targets"), kind="targets", params={}) as out:
+    with create(Path("data/targets"), kind="targets", params={}, models={"teacher": teacher or {}}) as out:
         out.write_parts([pa.Table.from_pylist(targets, schema)], schema)
 
 

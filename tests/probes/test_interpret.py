@@ -116,3 +116,12 @@ def test_another_teacher_is_refused(workspace: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("tests.probes.test_interpret.WIDTH", 2)
     with pytest.raises(EvaluationError, match="2 dimensions, the encoder was trained for one of 5"):
         read(queries=2)
+
+
+def test_another_teacher_of_the_same_width_is_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_heldout(width=WIDTH, teacher={"kind": "fake", "name": "org/made-them"})
+    monkeypatch.setattr(Lengths, "identity", {"kind": "fake", "name": "org/other"})
+    with pytest.raises(EvaluationError, match="another teacher than that of the targets: its name is 'org/other'"):
+        read(queries=2)
+    monkeypatch.setattr(Lengths, "identity", {"kind": "fake", "name": "org/made-them"})
+    assert read(queries=2).metrics["queries"] == 2

@@ -1,6 +1,5 @@
 """The page in a real browser: no complaints, nothing fetched, nothing too wide, readable in every scheme."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 from pipeline.artifacts import write_json
 from pipeline.report.checking import check
 from pipeline.report.render import render_html
-from tests.report.browser import Browser, find_chromium, running
+from tests.report.browser import Browser
 from tests.report.toy_results import RECORD, SUITE, SYSTEMS, content_of
 
 WIDTHS = [390, 1280]
@@ -48,15 +47,6 @@ CONTRASTS = """
   });
 })()
 """
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    chromium = find_chromium()
-    if chromium is None:
-        pytest.skip("no Chromium here: the page is not opened")
-    with running(chromium, tmp_path_factory.mktemp("profile")) as started:
-        yield started
 
 
 @pytest.fixture
