@@ -71,6 +71,23 @@ def load_tokenizer(params: BackboneParams) -> "PreTrainedTokenizerBase":
         raise _cannot_load(params, error) from None
 
 
+def load_config(backbone: BackboneParams) -> Any:
+    """The backbone's text config.
+
+    Raises:
+        BackboneError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            backbone.name, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load(backbone, error) from None
+    return config.get_text_config()
+
+
 def load_backbone(
     params: BackboneParams, device: "torch.device | str" = "cpu", quantize: Quantize | None = None
 ) -> "PreTrainedModel":

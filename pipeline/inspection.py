@@ -13,9 +13,10 @@ from rich.table import Table
 
 from pipeline.artifacts import Artifact, read_manifest
 from pipeline.errors import ArtifactError
+from pipeline.trained_teacher import TRAINED_TEACHER
 
 TABLES = {"collect": "data/queries", "generate": "data/responses", "embed": "data/targets"}
-TENSORS = {"teach": "models/teacher", "train": "models/encoder"}
+TENSORS = {"teach": TRAINED_TEACHER.as_posix(), "train": "models/encoder"}
 STAGES = (*TABLES, *TENSORS, "evaluate", "probe", "report")
 FIRST_VALUES = 6
 CELL_CHARS = 400

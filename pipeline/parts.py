@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pipeline.artifacts import bytes_sha256, digest_of, disk_errors, file_sha256, fsync_path, write_bytes
 from pipeline.runtime import work_dir
-from pipeline.shards import lock_folder
+from pipeline.shards import locked
 
 log = logging.getLogger(__name__)
 
@@ -71,15 +71,9 @@ def open_parts(stage: str, conditions: Any, suffix: str) -> Iterator[Parts]:
     Raises:
         WorkError: the disk is full, or another process is at the same work.
     """
-    folder = work_dir(stage) / digest_of(conditions)[:16]
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder)
-    try:
+    with locked(work_dir(stage) / digest_of(conditions)[:16]) as folder:
         yield Parts(folder, suffix)
         shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

@@ -16,9 +16,10 @@ from pydantic import Field
 from pipeline.artifacts import read_manifest
 from pipeline.backbone import DTYPE_BYTES, BackboneParams
 from pipeline.engines import engine_facts
-from pipeline.errors import ArtifactError, ParamsError
+from pipeline.errors import ArtifactError, EvaluationError, ParamsError
+from pipeline.evaluation.instructions import load_instructions
 from pipeline.evaluation.params import EvaluateParams
-from pipeline.evaluation.plan import EvaluationPlan
+from pipeline.evaluation.plan import EvaluationPlan, mteb_tasks
 from pipeline.evaluation.suites import SuiteParams
 from pipeline.generation import GenerateParams
 from pipeline.params import Params, read_yaml, validate
@@ -28,7 +29,9 @@ from pipeline.queries import CollectParams
 from pipeline.report import ReportParams
 from pipeline.shape import Shape, shape_from_config
 from pipeline.targets import EmbedParams
+from pipeline.teach.memory import teach_memory_line
 from pipeline.teach.params import TeachParams
+from pipeline.trained_teacher import TRAINED
 from pipeline.training.memory import kv_bytes
 from pipeline.training.params import TrainParams
 from pipeline.training.plan import memory_line, memory_remarks
@@ -36,7 +39,7 @@ from pipeline.training.schedule import planned_steps
 
 GB = 1e9
 # Teachers whose vectors are an LLM's hidden states as they are, with norms in the hundreds.
-RAW_TEACHERS = ("llm2vec", "llm2vec-trained", "backbone")
+RAW_TEACHERS = ("llm2vec", TRAINED, "backbone")
 
 # Transforms after which each dimension has variance 1, whatever the teacher: a mean over them that starts at 1.
 UNIT_VARIANCE = ("standardize", "whiten")
@@ -92,7 +95,7 @@ def make_plan(params: AllParams, root: Path = Path()) -> Plan:
     """What each stage will do with these params, as far as that can be known without running it.
 
     Raises:
-        EvaluationError: mteb does not know a task or benchmark, or a task has no instruction.
+        EvaluationError: mteb does not know a task or benchmark (of teach.quality too), or a task has no instruction.
         ParamsError: evaluate.instructions names a file that is missing or has mistakes.
     """
     shape = shape_of(params.backbone, root)
@@ -100,8 +103,9 @@ def make_plan(params: AllParams, root: Path = Path()) -> Plan:
     plan = Plan()
     plan.lines.append(("collect", _sources(params), _rows_text(rows, known)))
     plan.lines.append(("generate", _generate_text(params, rows), _generate_memory(params, shape)))
-    if params.embed.teacher.kind == "llm2vec-trained":
-        plan.lines.append(("teach", _teach_text(params.teach), f"{params.backbone.name}, {params.teach.dtype}"))
+    if params.embed.teacher.kind == TRAINED:
+        _check_quality(params.teach)
+        plan.lines.append(("teach", _teach_text(params.teach), _teach_memory(params, shape)))
     plan.lines.append(("embed", _embed_text(params, rows), _teacher_text(params)))
     plan.lines.append(("train", _train_text(params, rows), _train_memory(params, shape)))
     evaluation = EvaluationPlan(params.evaluate, params.suites, params.probes, root)
@@ -182,6 +186,18 @@ def _teach_text(teach: TeachParams) -> str:
     ]
     measured = ", ".join([*teach.quality.local, *teach.quality.tasks]) or "no task"
     return f"{'; '.join(phases)}; from {teach.corpus}; measured on {measured}"
+
+
+def _check_quality(teach: TeachParams) -> None:
+    try:
+        mteb_tasks({"tasks": teach.quality.tasks}, load_instructions(None))
+    except EvaluationError as error:
+        raise EvaluationError(f"teach.quality: {error}") from None
+
+
+def _teach_memory(params: AllParams, shape: Shape | None) -> str:
+    memory = params.teach.dtype if shape is None else teach_memory_line(params.teach, shape)
+    return f"{params.backbone.name}, {memory}"
 
 
 def _embed_text(params: AllParams, rows: int | None) -> str:
@@ -275,7 +291,7 @@ def _unpinned(params: AllParams, root: Path) -> list[tuple[str, str]]:
     pins += [
         (f"teach.sources.{index}.revision", source.name, source.revision)
         for index, source in enumerate(params.teach.sources)
-        if source.kind == "hub" and params.embed.teacher.kind == "llm2vec-trained"
+        if source.kind == "hub" and params.embed.teacher.kind == TRAINED
     ]
     pins += [
         (f"{key}.revision", str(entry["dataset"]), entry.get("revision"))

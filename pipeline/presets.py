@@ -18,7 +18,10 @@ from pipeline.backbone import BackboneParams
 from pipeline.errors import ParamsError
 from pipeline.params import Params, read_yaml, validate
 from pipeline.shape import Shape
+from pipeline.teach.memory import fitting_rows
+from pipeline.teach.params import TeachParams
 from pipeline.teachers import AdapterParams, TeacherParams
+from pipeline.trained_teacher import TRAINED
 
 # The paper's limit for queries and responses; what the released teachers were made for.
 TEACHER_TOKENS = 512
@@ -60,7 +63,7 @@ class Preset(Params):
         """
         if not self.published:
             return TeacherParams(
-                kind="llm2vec-trained",
+                kind=TRAINED,
                 max_tokens=TEACHER_TOKENS,
                 dtype=self.backbone.dtype,
                 batch_size=self.teacher.batch_size[memory],
@@ -113,7 +116,7 @@ def switch(path: Path, name: str, memory: int) -> list[str]:
     content = yaml.load(path.read_text(encoding="utf-8"))
     changes = [
         line
-        for place, values in _values(preset, memory, warm=_starts_warm(content)).items()
+        for place, values in _values(preset, memory, content).items()
         for line in _set(_section(path, content, place), place, values)
     ]
     sink = StringIO()
@@ -127,7 +130,7 @@ def _starts_warm(content: Any) -> bool:
     return bool((train.get("warm_start") or {}).get("enabled"))
 
 
-def _values(preset: Preset, memory: int, *, warm: bool) -> dict[str, dict[str, Any]]:
+def _values(preset: Preset, memory: int, content: Any) -> dict[str, dict[str, Any]]:
     """What is set, by section. The targets are raw hidden states with norms in the hundreds: the paper's mean over
     dimensions balances the losses, and they fit into float16 with more digits than bfloat16 gave them. The learning
     rates are the paper's, for its random start: behind a warm start they would undo it (docs/results-log.md).
@@ -137,13 +140,24 @@ def _values(preset: Preset, memory: int, *, warm: bool) -> dict[str, dict[str, A
         "learning_rate": preset.learning_rate,
         "micro_batch_size": preset.micro_batch_size[memory],
     }
-    if warm:
+    if _starts_warm(content):
         del train["learning_rate"]
     return {
         "backbone": preset.backbone.model_dump(include={"name", "revision", "dtype", "chat_template_kwargs"}),
         "embed.teacher": preset.teacher_params(memory).model_dump(),
         "embed": {"normalize": False, "dtype": "float16"},
         "train": train,
+        **_teach_values(preset, memory, content),
+    }
+
+
+def _teach_values(preset: Preset, memory: int, content: Any) -> dict[str, dict[str, Any]]:
+    """Texts of a forward pass of each phase that the file has, by its lengths and adapters."""
+    given = {key: value for key, value in (content.get("teach") or {}).items() if key in ("mntp", "simcse") and value}
+    teach = validate({**given, "dtype": preset.backbone.dtype}, TeachParams, where="teach")
+    return {
+        f"teach.{name}": {"micro_batch_size": fitting_rows(teach, getattr(teach, name), preset.shape, memory * 1e9)}
+        for name in given
     }
 
 

@@ -111,27 +111,31 @@ def _sigterm_interrupts() -> Iterator[None]:
 class RunRecord:
     """Facts about one run of a stage; `record` writes them when the stage succeeds."""
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: str, path: Path | None = None) -> None:
         self.facts: dict[str, Any] = {"stage": stage}
+        self._path, self._started, self._wall = path or RESULTS / f"{stage}.json", time.time(), time.monotonic()
 
     def update(self, **facts: Any) -> None:
         """Add facts that serialise to JSON."""
         self.facts.update(facts)
 
+    def write(self) -> None:
+        """Write the facts, the time so far and where it ran; for a stage that fails over what it found out."""
+        self.update(
+            seconds=round(time.monotonic() - self._wall, 2),
+            started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)),
+            peak_memory_mib=peak_memory_mib(),
+            environment=environment(),
+        )
+        write_json(self._path, self.facts)
+
 
 @contextlib.contextmanager
 def record(stage: str, path: Path | None = None) -> Iterator[RunRecord]:
     """Time a stage and write `results/<stage>.json` (or `path`) with what it reported and where it ran."""
-    started, wall = time.time(), time.monotonic()
-    run = RunRecord(stage)
+    run = RunRecord(stage, path)
     yield run
-    run.update(
-        seconds=round(time.monotonic() - wall, 2),
-        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        peak_memory_mib=peak_memory_mib(),
-        environment=environment(),
-    )
-    write_json(path or RESULTS / f"{stage}.json", run.facts)
+    run.write()
 
 
 def peak_memory_mib() -> int:

@@ -247,6 +247,22 @@ def lock_folder(folder: Path) -> FileLock:
     return lock
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[Path]:
+    """The folder, made where it is missing, with the lock on work in it held.
+
+    Raises:
+        WorkError: another live process holds it, or the disk refuses.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)
+    try:
+        yield folder
+    finally:
+        lock.release()
+
+
 def _holder(folder: Path) -> str:
     with contextlib.suppress(OSError, ValueError, KeyError):
         return f" (pid {json.loads((folder / _HOLDER).read_text())['pid']})"

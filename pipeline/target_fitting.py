@@ -28,6 +28,10 @@ from pipeline.target_transform import TargetTransform, TransformParams
 log = logging.getLogger(__name__)
 
 LEAST_ROWS = 2
+# Of the mean's squared length: what rounding leaves of the variance of equal rows.
+EQUAL = 1e-28
+# Share of the variance from which removing it takes most of what tells targets apart.
+MOST_REMOVED = 0.9
 
 
 class TargetMoments:
@@ -110,7 +114,7 @@ def fit_transform(params: TransformParams, blocks: Iterable[np.ndarray], *, unit
         unit_length: see `TargetTransform`.
 
     Raises:
-        TeacherError: too few vectors, no two of which differ, or fewer dimensions than `components` asks for.
+        TeacherError: too few vectors, no two of which differ, or too few dimensions or directions for `components`.
     """
     moments = TargetMoments()
     for block in blocks:
@@ -134,11 +138,11 @@ def _check(params: TransformParams, moments: TargetMoments) -> None:
 
 def _maps(params: TransformParams, moments: TargetMoments, facts: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Forward and inverse."""
+    covariance = moments.covariance()
+    if not np.trace(covariance) > EQUAL * float(np.square(moments.mean).sum()):
+        raise TeacherError(f"embed.transform {params.kind}: the teacher embeds all training responses alike")
     if params.kind == "center":
         return np.ones(len(moments.mean)), np.ones(len(moments.mean))
-    covariance = moments.covariance()
-    if not np.trace(covariance) > 0:
-        raise TeacherError(f"embed.transform {params.kind}: the teacher embeds all training responses alike")
     if params.kind == "standardize":
         return _inverse_roots(np.diag(covariance).clip(0), params.epsilon, facts)
     variances, directions = principal_components(covariance)
@@ -146,9 +150,27 @@ def _maps(params: TransformParams, moments: TargetMoments, facts: dict[str, Any]
         share = _shrinkage(params, moments, covariance)
         facts["shrinkage"] = round(float(share), 6)
         return _whitening(params, share, variances, directions, facts)
+    _check_rank(params, moments.rows, variances)
     removed = directions[:, : params.components]
-    facts["removed_variance"] = _part(variances, params.components)
+    share = facts["removed_variance"] = _part(variances, params.components)
+    if share > MOST_REMOVED:
+        log.warning(
+            "embed.transform.components (%s): they hold %.1f %% of the variance of the targets, which will differ in "
+            "the rest alone: fewer may serve better",
+            *(params.components, 100 * share),
+        )
     return np.eye(len(removed)) - removed @ removed.T, np.ones(len(removed))
+
+
+def _check_rank(params: TransformParams, rows: int, variances: np.ndarray) -> None:
+    """Raises TeacherError if nothing would remain: rows span at most as many directions as they are, less one."""
+    alive = variances > variances[0] * len(variances) * np.finfo(np.float64).eps
+    rank = min(int(alive.sum()), rows - 1)
+    if params.components is not None and params.components >= rank:
+        raise TeacherError(
+            f"embed.transform.components ({params.components}): the {rows} training responses differ in {rank} "
+            f"directions, without which all targets are alike: at most {rank - 1}, or more responses"
+        )
 
 
 def principal_components(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -85,13 +85,15 @@ SMALL_CONFIG: dict[str, Any] = dict(
 
 
 def tiny_model(architecture: str = "llama", seed: int = 0) -> Any:
-    """A random causal LM in fp32, frozen and in eval mode; architecture: llama, qwen3 or gemma3."""
+    """A random causal LM in fp32, frozen and in eval mode; architecture: llama, qwen3, gemma3, phi3 or olmo2."""
     import torch
-    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Olmo2Config, Phi3Config, Qwen3Config
 
     config = {
         "llama": lambda: LlamaConfig(**SMALL_CONFIG),
         "qwen3": lambda: Qwen3Config(**SMALL_CONFIG),
+        "phi3": lambda: Phi3Config(**SMALL_CONFIG),
+        "olmo2": lambda: Olmo2Config(**SMALL_CONFIG),
         "gemma3": lambda: Gemma3TextConfig(
             **SMALL_CONFIG, sliding_window=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
         ),

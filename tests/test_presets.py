@@ -100,6 +100,18 @@ def test_where_none_is_published_the_teacher_is_trained_here(params: Path) -> No
     assert validate(read_yaml(params)["embed"]["teacher"], TeacherParams, where="").kind == "llm2vec"
 
 
+def test_the_passes_of_teach_fit_the_memory(workspace: Path) -> None:
+    path = workspace / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text())
+    assert switch(path, "qwen3-4b", 80) == []
+    changes = switch(path, "qwen3-4b", 24)
+    assert {"teach.mntp.micro_batch_size: 8 -> 2", "teach.simcse.micro_batch_size: 32 -> 8"} <= set(changes)
+    assert "# texts of one forward pass" in path.read_text()
+    switch(path, "olmo-2-1b", 80)
+    teach = read_yaml(path)["teach"]
+    assert (teach["mntp"]["micro_batch_size"], teach["simcse"]["micro_batch_size"]) == (32, 64)
+
+
 def test_switching_sets_the_preset_and_keeps_the_rest(params: Path) -> None:
     changes = switch(params, "qwen3-4b", 24)
     text = params.read_text()

@@ -165,8 +165,30 @@ def test_the_fit_depends_on_the_rows_in_order_and_not_on_what_lies_beside_them()
         (np.ones((9, 3), np.float32), {"kind": "whiten"}, "embeds all training responses alike"),
         (planted(), {"kind": "whiten", "components": 13}, r"components \(13\): at most 12 of 12 dimensions"),
         (planted(), {"kind": "remove-components", "components": 12}, r"components \(12\): at most 11 of 12"),
+        (np.full((9, 3), 0.1, np.float32), {"kind": "center"}, "embeds all training responses alike"),
+        (
+            planted(5),
+            {"kind": "remove-components", "components": 4},
+            r"components \(4\): the 5 training responses differ in 4 directions, .* at most 3, or more responses",
+        ),
+        (
+            planted(50) @ np.diag([1, 1, 1, *[0] * (WIDTH - 3)]).astype(np.float32),
+            {"kind": "remove-components", "components": 3},
+            r"components \(3\): the 50 training responses differ in 3 directions",
+        ),
     ],
 )
 def test_what_cannot_be_fitted(vectors: np.ndarray, params: dict[str, Any], message: str) -> None:
     with pytest.raises(TeacherError, match=message):
         fit(vectors, **params)
+
+
+def test_removing_most_of_the_variance_warns(caplog: pytest.LogCaptureFixture) -> None:
+    vectors = planted()
+    facts = fit_transform(TransformParams(kind="remove-components", components=11), [vectors], unit_length=False).facts
+    assert facts["removed_variance"] > 0.9
+    assert "embed.transform.components (11): they hold" in caplog.text
+    caplog.clear()
+    flat = np.random.default_rng(0).standard_normal((200, WIDTH)).astype(np.float32)
+    fit(flat, kind="remove-components", components=1)
+    assert not caplog.text

@@ -12,6 +12,7 @@ from pipeline.artifacts import MANIFEST, Artifact, damaged_files, read_manifest
 from pipeline.audit import chain, lock, tables, tensors
 from pipeline.audit.findings import AuditReport, Findings
 from pipeline.errors import ArtifactError
+from pipeline.trained_teacher import TRAINED_TEACHER
 
 __all__ = ["AuditReport", "audit"]
 
@@ -23,7 +24,7 @@ CHAIN = {
     "models/encoder": "encoder",
 }
 # Made by every run, but nothing depends on it unless the targets' teacher was trained here.
-TEACHER = "models/teacher"
+TEACHER = TRAINED_TEACHER.as_posix()
 RESULT_FOLDERS = ("results/evaluate", "results/probe")
 
 

@@ -16,7 +16,7 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.artifacts import disk_errors
-from pipeline.shards import lock_folder
+from pipeline.shards import locked
 
 BUCKETS = 64  # divides the 256 values of an id's first byte
 _SCHEMA = pa.schema([("row", pa.int64()), ("text", pa.large_string())])
@@ -33,10 +33,7 @@ def scratch_folder(work: Path) -> Iterator[Path]:
     Raises:
         WorkError: another live process uses `work`, or the disk refuses.
     """
-    with disk_errors(work):
-        work.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(work)
-    try:
+    with locked(work):
         for leftover in work.glob(f"{_PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         with disk_errors(work):
@@ -45,8 +42,6 @@ def scratch_folder(work: Path) -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        lock.release()
 
 
 class Staging:

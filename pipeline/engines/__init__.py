@@ -87,7 +87,8 @@ def build_engine(
         EngineError: the engine is not installed, refuses an option or cannot start, or there are too few GPUs.
         BackboneError: the backbone cannot be loaded.
     """
-    from pipeline.engines.checks import context_length, load_config
+    from pipeline.backbone import load_config
+    from pipeline.engines.checks import context_length
     from pipeline.engines.parallel import ParallelEngine
     from pipeline.engines.vllm_choices import token_bytes
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pipeline.backbone import BackboneParams
-from pipeline.errors import BackboneError, EngineError, ParamsError
+from pipeline.errors import EngineError, ParamsError
 from pipeline.params import Params, validate
 
 M = TypeVar("M", bound=Params)
@@ -20,23 +20,6 @@ def parse_options(options: Mapping[str, Any], model: type[M]) -> M:
         return validate(dict(options), model, where="generate.options")
     except ParamsError as error:
         raise EngineError(str(error)) from None
-
-
-def load_config(backbone: BackboneParams) -> Any:
-    """The backbone's text config.
-
-    Raises:
-        BackboneError: it cannot be read.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            backbone.name, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise BackboneError(f"backbone.name: cannot read the config of '{backbone.name}': {describe(error)}") from None
-    return config.get_text_config()
 
 
 def context_length(backbone: BackboneParams, config: Any, max_prompt_tokens: int, max_new_tokens: int) -> int:

@@ -14,10 +14,10 @@ from threading import Event, Thread
 from time import monotonic
 from typing import Any
 
-from pipeline.backbone import BackboneParams, load_tokenizer
+from pipeline.backbone import BackboneParams, load_config, load_tokenizer
 from pipeline.contracts import FinishReason
 from pipeline.engines.base import Completion, Prompt, Sampling
-from pipeline.engines.checks import describe, load_config, too_long
+from pipeline.engines.checks import describe, too_long
 from pipeline.engines.ray_cluster import (
     Connection,
     Layout,

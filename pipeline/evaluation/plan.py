@@ -31,8 +31,8 @@ class EvaluationPlan:
         self._suites = {f"evaluate@{name}": suite for name, suite in suites.items()}
         self._override = root / params.instructions if params.instructions else None
         instructions = load_instructions(self._override)
-        self._tasks = {stage: _mteb_tasks(suite.model_dump(), instructions) for stage, suite in self._suites.items()}
-        self._tasks |= {stage: _mteb_tasks(entry, instructions) for stage, entry in self._entries.items()}
+        self._tasks = {stage: mteb_tasks(suite.model_dump(), instructions) for stage, suite in self._suites.items()}
+        self._tasks |= {stage: mteb_tasks(entry, instructions) for stage, entry in self._entries.items()}
 
     def lines(self, *, max_tokens: int, answer_tokens: int) -> list[tuple[str, str, str]]:
         """(stage, what, systems) of each suite and probe.
@@ -63,7 +63,12 @@ class EvaluationPlan:
         return [f"evaluate.instructions: {file} names {', '.join(unread)}, in no suite or probe"] if unread else []
 
 
-def _mteb_tasks(entry: Mapping[str, Any], instructions: Instructions) -> list[Any]:
+def mteb_tasks(entry: Mapping[str, Any], instructions: Instructions) -> list[Any]:
+    """The mteb tasks that `tasks` and `benchmark` name, each with an instruction; local ones are not looked for.
+
+    Raises:
+        EvaluationError: mteb does not know a name, or a task has no instruction.
+    """
     names, benchmark = entry.get("tasks") or [], entry.get("benchmark")
     if not (names or benchmark):
         return []

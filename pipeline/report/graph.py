@@ -11,12 +11,13 @@ from pipeline.audit.chain import stale_inputs
 from pipeline.audit.findings import Finding
 from pipeline.audit.lock import LOCK
 from pipeline.errors import ArtifactError
-from pipeline.report.teacher import TRAINED, trained_here
+from pipeline.report.teacher import trained_here
+from pipeline.trained_teacher import TRAINED_TEACHER
 
 STAGES = {
     "collect": "data/queries",
     "generate": "data/responses",
-    "teach": TRAINED,
+    "teach": TRAINED_TEACHER.as_posix(),
     "embed": "data/targets",
     "train": "models/encoder",
 }

@@ -7,12 +7,11 @@ from typing import Any
 
 from pipeline.artifacts import read_manifest
 from pipeline.errors import ArtifactError
-
-TRAINED = "models/teacher"
+from pipeline.trained_teacher import TRAINED, TRAINED_TEACHER
 
 _MEANING = {
     "llm2vec": "a published LLM2Vec, trained without labels: the paper's own teacher where the backbone is the paper's",
-    "llm2vec-trained": "trained here from this run's own unlabeled text: the paper's figures are for another teacher",
+    TRAINED: "trained here from unlabeled text: the paper's figures are for another teacher",
     "backbone": "the backbone itself, not trained for embedding: the run needs no other model",
     "sentence-transformers": "a published embedder, which may have been trained on labelled pairs: to beat it is not "
     "the paper's claim",
@@ -49,25 +48,32 @@ def teacher_facts(root: Path, trained: Mapping[str, Any] | None) -> TeacherFacts
     if not isinstance(identity, dict):
         return None
     kind = _kind(identity)
-    record = (trained or {}) if kind == "llm2vec-trained" else {}
+    record = (trained or {}) if kind == TRAINED else {}
     transform = manifest.params.get("transform") or {"kind": "none"}
-    return TeacherFacts(
-        kind, _MEANING.get(kind, ""), transform["kind"], _scores(record), record.get("worse_than_mean_pooling")
-    )
+    meaning = _MEANING.get(kind, "") + _text_of(record)
+    return TeacherFacts(kind, meaning, transform["kind"], _scores(record), record.get("worse_than_mean_pooling"))
 
 
 def trained_here(root: Path) -> bool:
     """Whether the workspace holds a teacher that the stage teach was asked for."""
     try:
-        return bool(read_manifest(root / TRAINED).manifest.params.get("asked"))
+        return bool(read_manifest(root / TRAINED_TEACHER).manifest.params.get("asked"))
     except ArtifactError:
         return False
 
 
+def _text_of(record: Mapping[str, Any]) -> str:
+    """What a teacher that was trained here read; of sources nobody looked for the held-out queries."""
+    corpus = (record.get("corpus") or {}).get("kind")
+    if corpus is None:
+        return ""
+    return "; its text is teach.sources" if corpus == "sources" else f"; its text is this run's own ({corpus})"
+
+
 def _kind(identity: Mapping[str, Any]) -> str:
     adapters = [str(adapter.get("name", "")) for adapter in identity.get("adapters", ())]
-    own = bool(adapters) and all(name.startswith(f"{TRAINED}/") for name in adapters)
-    return "llm2vec-trained" if own else str(identity.get("kind", ""))
+    own = bool(adapters) and all(name.startswith(f"{TRAINED_TEACHER.as_posix()}/") for name in adapters)
+    return TRAINED if own else str(identity.get("kind", ""))
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -5,7 +5,6 @@
 python -m pipeline.stages.embed [--params params.yaml]
 """
 
-import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from pipeline.backbone import BackboneParams
 from pipeline.errors import TeacherError
 from pipeline.params import PARAMS_FILE, Params, load
 from pipeline.runtime import RunRecord, progress, record, setup_logging, user_errors, work_dir
-from pipeline.shards import ShardStore, lock_folder
+from pipeline.shards import ShardStore, locked
 from pipeline.target_fitting import Fitted, fit_transform
 from pipeline.target_statistics import Anisotropy, TargetStatistics
 from pipeline.targets import (
@@ -36,8 +35,8 @@ from pipeline.targets import (
     store_schema,
     target_params,
 )
-from pipeline.teachers import TRAINED_TEACHER
 from pipeline.teachers.parallel import ParallelTeacher, open_teacher
+from pipeline.trained_teacher import TRAINED, TRAINED_TEACHER
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +66,11 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
     read = {"responses": artifacts.open_artifact(RESPONSES_DIR, "responses")}
     if inputs.embed.transform.kind != "none":
         read["queries"] = artifacts.open_artifact(QUERIES_DIR, "queries")
-    if inputs.embed.teacher.kind == "llm2vec-trained":
+    if inputs.embed.teacher.kind == TRAINED:
         read["teacher"] = artifacts.open_artifact(TRAINED_TEACHER, "teacher")
     responses = Responses(lambda: read["responses"].batches([*COLUMNS], BATCH_ROWS))
     check_any(responses, read["responses"])
-    with lock_work():  # before minutes are spent on loading a teacher
+    with locked(work_dir("embed")):  # before minutes are spent on loading a teacher
         _embed(inputs, responses, read, facts)
 
 
@@ -120,19 +119,6 @@ def _fit(embedder: Embedder, responses: Responses, queries: Artifact, params: Em
     fitted.facts["anisotropy_before"] = before.value
     log.info("embed.transform: %s", fitted.facts)
     return fitted
-
-
-@contextlib.contextmanager
-def lock_work() -> Iterator[None]:
-    """Raises WorkError if another process embeds in this workspace."""
-    folder = work_dir("embed")
-    with artifacts.disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def check_any(responses: Responses, artifact: Artifact) -> None:

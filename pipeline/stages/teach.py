@@ -5,25 +5,25 @@ Runs where embed.teacher.kind is llm2vec-trained; else it writes a manifest that
 python -m pipeline.stages.teach [--params params.yaml]
 """
 
-import contextlib
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline import artifacts
 from pipeline.artifacts import Artifact, create, open_artifact
-from pipeline.backbone import BackboneParams, identify
+from pipeline.backbone import BackboneParams, identify, load_config
 from pipeline.errors import TeacherError
 from pipeline.params import PARAMS_FILE, Params, load
 from pipeline.runtime import RunRecord, record, setup_logging, user_errors, work_dir
-from pipeline.shards import lock_folder
+from pipeline.shards import locked
 from pipeline.teach.params import TeachParams
-from pipeline.teachers import TRAINED_TEACHER, TeacherParams
+from pipeline.teachers import TeacherParams
+from pipeline.teachers.pooling import check_positions
+from pipeline.trained_teacher import TRAINED, TRAINED_TEACHER
 
 if TYPE_CHECKING:
     from pipeline.teach.quality import Quality
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from pipeline.teachers.base import Teacher
 
 log = logging.getLogger(__name__)
-
-KIND = "llm2vec-trained"
 
 
 class EmbedSection(Params, extra="ignore"):
@@ -69,29 +67,30 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
         WorkError: the disk is full, or another process does the same work.
     """
     kind = inputs.embed.teacher.kind
-    if kind != KIND:
+    if kind != TRAINED:
         log.info("no teacher is trained: embed.teacher.kind is %s", kind)
         with create(TRAINED_TEACHER, kind="teacher", params={"asked": False, "embed.teacher.kind": kind}):
             pass
         facts.update(asked=False, kind=kind)
         return
-    with _locked(work_dir("teach")) as work:
+    with locked(work_dir("teach")) as work:
         _teach(inputs, facts, work)
 
 
 def _teach(inputs: Inputs, facts: RunRecord, work: Path) -> None:
     from pipeline.teach.corpus import corpus_texts, in_order
-    from pipeline.teach.quality import verdict
-    from pipeline.teach.recipe import Recipe
+    from pipeline.teach.quality import find_quality_tasks, verdict
 
     params, teacher = inputs.teach, inputs.embed.teacher
     made_from = [open_artifact(Path("data") / kind, kind) for kind in ("queries", "responses")]
+    # Before hours of training, what would be missed after them.
+    tasks = find_quality_tasks(params.quality, Path(inputs.evaluate.local_dir))
+    check_positions(load_config(inputs.backbone), teacher.max_tokens, "backbone")
     local_dir = Path(inputs.collect.local_dir)
     texts = in_order(corpus_texts(params.corpus, made_from[0], made_from[1], params.sources, local_dir))
     log.info("corpus %s: %d distinct texts", params.corpus, len(texts))
-    recipe = Recipe(params, inputs.backbone, texts, template=teacher.template, pooling=teacher.pooling, work=work)
-    phases = dict(zip(("mntp", "simcse"), recipe.run(), strict=True))
-    quality = _measure(inputs, {name: phase.adapter for name, phase in phases.items()}, texts, work)
+    phases = _trained(inputs, texts, work)
+    quality = _measure(inputs, {name: phase.adapter for name, phase in phases.items()}, texts, tasks, work)
     facts.update(
         asked=True,
         corpus={"kind": params.corpus, "texts": len(texts)},
@@ -100,27 +99,26 @@ def _teach(inputs: Inputs, facts: RunRecord, work: Path) -> None:
         deltas=quality.deltas,
         intrinsic=quality.intrinsic,
     )
-    if worse := verdict(quality):
-        if params.on_worse == "fail":
-            raise TeacherError(f"{worse}. teach.on_worse: warn goes on all the same; what is trained is kept")
-        log.warning("%s", worse)
+    worse = verdict(quality)
     facts.update(worse_than_mean_pooling=worse)
-    _write(inputs, phases, quality, made_from)
+    if worse and params.on_worse == "fail":
+        facts.write()
+        raise TeacherError(f"{worse}. teach.on_worse: warn goes on all the same; what is trained is kept")
+    if worse:
+        log.warning("%s", worse)
+    _write(inputs, phases, made_from)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[Path]:
-    """Raises WorkError if another process trains a teacher in this workspace."""
-    with artifacts.disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder)
-    try:
-        yield folder
-    finally:
-        lock.release()
+def _trained(inputs: Inputs, texts: list[str], work: Path) -> "dict[str, Finished]":
+    """The phases by name; the model that they were trained on is let go."""
+    from pipeline.teach.recipe import Recipe
+
+    teacher = inputs.embed.teacher
+    recipe = Recipe(inputs.teach, inputs.backbone, texts, template=teacher.template, pooling=teacher.pooling, work=work)
+    return dict(zip(("mntp", "simcse"), recipe.run(), strict=True))
 
 
-def _measure(inputs: Inputs, adapters: Mapping[str, Path], texts: list[str], work: Path) -> "Quality":
+def _measure(inputs: Inputs, adapters: Mapping[str, Path], texts: list[str], tasks: list[Any], work: Path) -> "Quality":
     from pipeline.teach.quality import BASELINE, MNTP, SIMCSE, measure
 
     teacher = inputs.embed.teacher
@@ -132,8 +130,8 @@ def _measure(inputs: Inputs, adapters: Mapping[str, Path], texts: list[str], wor
             SIMCSE: partial(_adapted, inputs, [mntp, simcse]),
         },
         texts,
+        tasks,
         inputs.teach.quality,
-        local_dir=Path(inputs.evaluate.local_dir),
         work=work / "quality",
         batch_size=teacher.batch_size,
         dtype=teacher.dtype,
@@ -173,11 +171,12 @@ def _facts(phase: "Finished") -> dict[str, Any]:
     }
 
 
-def _write(inputs: Inputs, phases: "Mapping[str, Finished]", quality: "Quality", made_from: list[Artifact]) -> None:
+def _write(inputs: Inputs, phases: "Mapping[str, Finished]", made_from: list[Artifact]) -> None:
+    """What was trained; how good it is stays in the record, so that measuring anew changes no byte here."""
     from pipeline.teach.card import model_card
 
     teacher, backbone = inputs.embed.teacher, identify(inputs.backbone.name, inputs.backbone.revision)
-    params = inputs.teach.model_dump(mode="json", exclude={"checkpoint_every", "on_worse"})
+    params = inputs.teach.model_dump(mode="json", exclude={"checkpoint_every", "on_worse", "quality"})
     reading = {"template": teacher.template, "pooling": teacher.pooling}
     described: dict[str, Any] = {"asked": True, "teach": params, **reading}
     with create(
@@ -189,8 +188,6 @@ def _write(inputs: Inputs, phases: "Mapping[str, Finished]", quality: "Quality",
             backbone,
             phases={name: _facts(phase) for name, phase in phases.items()},
             params=params,
-            metrics=quality.metrics,
-            intrinsic=quality.intrinsic,
             template=teacher.template,
             pooled=_POOLED[teacher.pooling],
             mask_token=inputs.teach.mntp.mask_token,

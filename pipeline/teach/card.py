@@ -44,9 +44,7 @@ llm2vec-trained`, or kind `llm2vec` with these two folders as `adapters`.
 
 {phases}
 {params}
-## Quality
-
-{quality}
+How good it is, beside mean pooling of the backbone, the stage that trained it wrote to `results/teach.json`.
 
 ## Limits
 
@@ -55,16 +53,12 @@ llm2vec-trained`, or kind `llm2vec` with these two folders as `adapters`.
 - An embedding means nothing with another backbone, or beside another model's embeddings.
 """
 
-_UNMEASURED = "Not measured on tasks: `teach.quality` named none."
-
 
 def model_card(
     backbone: Mapping[str, str],
     *,
     phases: Mapping[str, Mapping[str, Any]],
     params: Mapping[str, Any],
-    metrics: Mapping[str, float],
-    intrinsic: Mapping[str, Mapping[str, float]],
     template: str,
     pooled: str,
     mask_token: str,
@@ -74,9 +68,7 @@ def model_card(
     Args:
         backbone: its identity.
         phases: facts by phase.
-        params: section `teach`.
-        metrics: `<system>/<task>`, see `quality`.
-        intrinsic: by system, see `quality`.
+        params: section `teach`, what decided the adapters.
         template: what is read of a text.
         pooled: which tokens are, in words.
         mask_token: of MNTP.
@@ -91,7 +83,6 @@ def model_card(
         mask=f"`{mask_token}`",
         phases=_table("phase", phases),
         params="\n" + "\n".join(["| param | value |", "|---|---|", *_params(params, "teach.")]) + "\n",
-        quality="\n\n".join([_scores(metrics), *([_table("system", intrinsic)] if intrinsic else [])]),
     )
 
 
@@ -100,16 +91,6 @@ def _table(first: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [f"| {first} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(_cell(row.get(key, '')) for key in columns)} |" for name, row in rows.items()]
     return "\n".join(lines)
-
-
-def _scores(metrics: Mapping[str, float]) -> str:
-    """Systems as rows, tasks and their mean as columns."""
-    table: dict[str, dict[str, float]] = {}
-    for key, score in metrics.items():
-        system, _, name = key.partition("/")
-        if not name.startswith("type/") and name != "mean/types":
-            table.setdefault(system, {})[name] = round(score, 4)
-    return _table("system", table) if table else _UNMEASURED
 
 
 def _params(values: Mapping[str, Any], above: str) -> list[str]:

@@ -5,12 +5,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from pipeline.errors import TeacherError
 from pipeline.runtime import progress
 from pipeline.teach.batches import Batches
-from pipeline.training.schedule import rate_factor
+from pipeline.training.schedule import Shape, rate_factor
 from pipeline.training.stopping import stop_requested
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Schedule:
 
     steps: int
     learning_rate: float
-    shape: Literal["linear", "cosine"]
+    shape: Shape
     warmup_steps: int
     weight_decay: float
     max_grad_norm: float

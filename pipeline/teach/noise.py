@@ -1,8 +1,9 @@
 """Dropout in a model that otherwise runs in eval mode, drawn from seeds of its own.
 
-Language models of today have no dropout modules; their attention has a rate of 0 that counts in training mode. So
-only the modules that drop are ever put into that mode, and what they draw is a function of the seed, whatever was drawn
-before.
+Language models of today have no dropout modules; their attention has a rate of 0 that counts in training mode. Older
+ones (GPT-2) have a dropout module inside attention, whose rate the attention reads when it is itself in training mode.
+So only the modules that drop are ever put into that mode, and what they draw is a function of the seed, whatever was
+drawn before.
 """
 
 import contextlib
@@ -24,21 +25,30 @@ class Noise:
 
         Args:
             body: with its adapters, in eval mode.
-            rate: of attention, and of dropout modules where the architecture has them; 0 leaves only LoRA's.
+            rate: of attention weights; of dropout modules where the architecture drops none of these; 0 leaves only
+                LoRA's.
         """
         from torch.nn import Dropout
 
         lora = {id(module) for module in _lora_dropouts(body)}
         self._body = body
         self._lora = [module for module in _lora_dropouts(body) if isinstance(module, Dropout) and module.p > 0]
-        self._attention = [module for module in body.modules() if _attends(module)] if rate else []
+        found = {module: key for module in body.modules() if (key := _attention_key(module))} if rate else {}
+        self._attention = list(found)
+        self._inner = [getattr(module, key) for module, key in found.items() if _is_dropout(getattr(module, key))]
         others = [module for module in body.modules() if isinstance(module, Dropout) and id(module) not in lora]
-        self._modules = others if rate else []
-        for module in self._attention:
-            module.attention_dropout = rate
-        for module in self._modules:
+        self._modules = others if rate and not found else []
+        for module, key in found.items():
+            if not _is_dropout(getattr(module, key)):
+                setattr(module, key, rate)
+        for module in [*self._inner, *self._modules]:
             module.p = rate
         self.rate = rate
+
+    @property
+    def architecture(self) -> bool:
+        """Whether anything but LoRA's inputs drops."""
+        return bool(self._attention or self._modules)
 
     @property
     def active(self) -> dict[str, int]:
@@ -63,13 +73,32 @@ class Noise:
                 self._switch(on=False)
 
     def _switch(self, *, on: bool) -> None:
-        modules: Sequence[nn.Module] = [*self._attention, *self._modules, *self._lora]
+        modules: Sequence[nn.Module] = [*self._attention, *self._inner, *self._modules, *self._lora]
         for module in modules:
             module.training = on
 
 
-def _attends(module: Any) -> bool:
-    return isinstance(getattr(module, "attention_dropout", None), int | float)
+# The names that architectures have for the rate of attention weights, or for a module of that rate.
+_ATTENTION_KEYS = ("attention_dropout", "attn_dropout", "attn_dropout_p")
+
+
+def _attention_key(module: Any) -> str | None:
+    """The attribute by which a module drops attention weights; None where it does not.
+
+    OPT's attention calls it `dropout`, which elsewhere may be anything's.
+    """
+    keys = (*_ATTENTION_KEYS, "dropout") if type(module).__name__.endswith("Attention") else _ATTENTION_KEYS
+    return next((key for key in keys if _is_rate(getattr(module, key, None))), None)
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) or _is_dropout(value)
+
+
+def _is_dropout(value: Any) -> bool:
+    from torch.nn import Dropout
+
+    return isinstance(value, Dropout)
 
 
 def _lora_dropouts(body: Any) -> "list[nn.Module]":

@@ -1,4 +1,9 @@
-"""Section `teach` of params.yaml; the defaults are the settings of the LLM2Vec paper."""
+"""Section `teach` of params.yaml.
+
+The defaults of steps, batch sizes, limits of tokens, learning rates, the masked share, dropout, scale and LoRA's rank
+and alpha are those of the LLM2Vec paper and its published settings. Not the paper's are the constant rate, that every
+hidden token becomes the mask token, that a row is one text (docs/teachers.md), and all that says how the work is done.
+"""
 
 from typing import Any, Literal, Self
 
@@ -9,6 +14,7 @@ from pipeline.encoder.lora import LoraParams
 from pipeline.evaluation.statistics import BootstrapParams
 from pipeline.params import Params
 from pipeline.sources import Source
+from pipeline.training.schedule import Shape
 
 Corpus = Literal["responses", "queries", "both", "sources"]
 PhaseName = Literal["mntp", "simcse"]
@@ -78,7 +84,8 @@ class TeachParams(Params):
     sources: list[Source] = Field(default_factory=list, description="as in collect; paths start at collect.local_dir")
     mntp: MntpParams = Field(default_factory=MntpParams)
     simcse: SimcseParams = Field(default_factory=SimcseParams)
-    schedule: Literal["linear", "cosine"] = "linear"
+    # The published runs decay over epochs of their corpus and are stopped at 1,000 steps: their rate hardly falls.
+    schedule: Shape = Field(default="constant", description="of the learning rate; linear and cosine end at 0")
     warmup_steps: int = Field(default=0, ge=0, description="of each phase")
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)

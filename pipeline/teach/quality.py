@@ -10,12 +10,15 @@ evaluate; and without labels, on texts of the corpus:
 - halves: the share of first halves whose nearest second half is their own.
 """
 
+import gc
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import EvaluationError
 from pipeline.evaluation.systems import BareSystem, System
 from pipeline.teach.params import QualityParams
 
@@ -53,60 +56,95 @@ class Quality:
         return None if ours is None or theirs is None else ours - theirs
 
 
+def find_quality_tasks(params: QualityParams, local_dir: Path) -> list[Any]:
+    """The mteb tasks that params name, with instructions and data: all that can be missing is missed before training.
+
+    Args:
+        params: what is measured.
+        local_dir: folder of local tasks.
+
+    Raises:
+        EvaluationError: mteb does not know a task, a local folder is unusable, a task has no instruction, or its data
+            cannot be loaded.
+    """
+    if not params.names_tasks:
+        log.warning("teach.quality names no task: whether the teacher is better than mean pooling is not measured")
+        return []
+    from pipeline.evaluation.data_check import check_data
+    from pipeline.evaluation.instructions import load_instructions
+    from pipeline.evaluation.suites import find_tasks
+
+    try:
+        tasks = find_tasks([local_dir / name for name in params.local], params.tasks)
+        load_instructions(None).check({task.metadata.name: task.metadata.type for task in tasks})
+        check_data(tasks)
+    except EvaluationError as error:
+        raise EvaluationError(f"teach.quality: {error}") from None
+    return tasks
+
+
 def measure(
     teachers: "Mapping[str, Callable[[], Teacher]]",
     texts: Sequence[str],
+    tasks: Sequence[Any],
     params: QualityParams,
     *,
-    local_dir: Path,
     work: Path,
     batch_size: int,
     dtype: str,
 ) -> Quality:
-    """Load one teacher after another and measure it.
+    """Load one teacher after another, each when the one before has gone, and measure it.
 
     Args:
         teachers: by system.
         texts: of the corpus.
+        tasks: see `find_quality_tasks`.
         params: what is measured.
-        local_dir: folder of local tasks.
         work: where finished tasks are kept.
         batch_size: texts that mteb hands over at once.
         dtype: of the teachers.
 
     Raises:
-        EvaluationError: a task or its data is missing, or embeddings are unusable.
+        EvaluationError: embeddings are unusable.
     """
     halves = split(texts, params.texts)
     intrinsic: dict[str, dict[str, float]] = {}
 
+    def measured(name: str, teacher: "Teacher") -> System:
+        if len(halves) > 1:
+            intrinsic[name] = without_labels(*(teacher.embed(side) for side in zip(*halves, strict=True)))
+            log.info("%s: %s", name, intrinsic[name])
+        return BareSystem(name, teacher.identity, teacher)
+
     def systems() -> Iterator[System]:
         for name, load in teachers.items():
-            teacher = load()
-            if len(halves) > 1:
-                intrinsic[name] = without_labels(*(teacher.embed(side) for side in zip(*halves, strict=True)))
-                log.info("%s: %s", name, intrinsic[name])
-            yield BareSystem(name, teacher.identity, teacher)
+            _free_memory()
+            yield measured(name, load())  # and no name for it: it would be kept while the next one is loaded
 
-    if not params.names_tasks:
-        log.warning("teach.quality names no task: whether the teacher is better than mean pooling is not measured")
-        for _ in systems():
-            pass
+    if not tasks:
+        deque(systems(), maxlen=0)
         return Quality({}, [], intrinsic)
-    metrics, deltas = _on_tasks(systems(), params, local_dir, work, batch_size, dtype)
+    metrics, deltas = _on_tasks(systems(), tasks, params, work, batch_size, dtype)
     return Quality(metrics, deltas, intrinsic)
 
 
+def _free_memory() -> None:
+    """Give back what models held that nobody names any more: their modules refer to each other in circles."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _on_tasks(
-    systems: Iterator[System], params: QualityParams, local_dir: Path, work: Path, batch_size: int, dtype: str
+    systems: Iterator[System], tasks: Sequence[Any], params: QualityParams, work: Path, batch_size: int, dtype: str
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     from pipeline.evaluation.deltas import task_deltas
     from pipeline.evaluation.instructions import load_instructions
     from pipeline.evaluation.running import run_systems
-    from pipeline.evaluation.suites import find_tasks
     from pipeline.evaluation.summary import flat_metrics, summary_table
 
-    tasks = find_tasks([local_dir / name for name in params.local], params.tasks)
     runs = run_systems(systems, tasks, load_instructions(None), work=work, batch_size=batch_size, dtype=dtype)
     by_name = {run.system: run for run in runs}
     deltas = []

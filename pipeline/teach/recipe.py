@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import digest_of, disk_errors, file_sha256, write_json
-from pipeline.backbone import BackboneParams, best_device, identify, load_backbone, load_tokenizer
+from pipeline.backbone import BackboneParams, best_device, identify, load_backbone, load_config, load_tokenizer
 from pipeline.encoder.lora import WEIGHTS_FILE, adapter_parameters, add_adapter, save_adapter
-from pipeline.errors import BackboneError, TeacherError, TrainingError
+from pipeline.errors import TeacherError, TrainingError
 from pipeline.teach.batches import Batches
 from pipeline.teach.corpus import Read, read_corpus
 from pipeline.teach.loop import Loop, Objective, Schedule
@@ -26,6 +26,7 @@ from pipeline.teach.params import PhaseName, PhaseParams, TeacherLoraParams, Tea
 from pipeline.teach.simcse import SimcseObjective
 from pipeline.teachers.adapters import merge_adapter
 from pipeline.teachers.bidirectional import check_bidirectional, make_bidirectional
+from pipeline.teachers.pooling import check_positions
 from pipeline.teachers.reading import Pooling, Reader, Tokens
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,9 @@ MNTP_GROUPING = 8
 _CODE = (
     *(f"teach/{name}.py" for name in ("batches", "loop", "mntp", "noise", "recipe", "simcse")),
     *(f"teachers/{name}.py" for name in ("adapters", "bidirectional", "pooling", "reading")),
-    *(f"encoder/{name}.py" for name in ("heads", "linear_cross_entropy", "lora")),
+    *(f"encoder/{name}.py" for name in ("batching", "heads", "linear_cross_entropy", "lora", "precision")),
+    "backbone.py",
+    "training/schedule.py",
 )
 
 
@@ -71,7 +74,7 @@ class Recipe:
         pooling: Pooling,
         work: Path,
     ) -> None:
-        """Load the tokenizer.
+        """Load the tokenizer and the config.
 
         Args:
             params: section `teach`.
@@ -82,14 +85,17 @@ class Recipe:
             work: folder of unfinished work.
 
         Raises:
-            BackboneError: the tokenizer cannot be loaded.
-            TeacherError: its vocabulary has no such mask token.
+            BackboneError: tokenizer or config cannot be loaded.
+            TeacherError: the vocabulary has no such mask token, or a limit of tokens exceeds the backbone's positions.
         """
         self._params, self._backbone, self._texts, self._work = params, backbone, texts, work
         self._template, self._pooling = template, pooling
         self._identity = identify(backbone.name, backbone.revision)
         self._tokenizer = load_tokenizer(backbone)
         self._mask_id = mask_token_id(self._tokenizer, params.mntp.mask_token)
+        config = load_config(backbone)
+        for phase, limit in (("mntp", params.mntp.max_tokens), ("simcse", params.simcse.max_tokens)):
+            check_positions(config, limit, "backbone", key=f"teach.{phase}.max_tokens")
 
     def run(self) -> tuple[Finished, Finished]:
         """Both phases, MNTP first.
@@ -198,10 +204,7 @@ class Recipe:
         """The backbone, with bidirectional attention that was verified."""
         params, device = self._params, best_device()
         log.info("teach %s: device %s (the best present), %s", self._backbone.name, device, params.dtype)
-        lm = load_backbone(self._backbone.model_copy(update={"dtype": params.dtype}), device)
-        for phase in ("mntp", "simcse"):
-            _check_positions(lm.config.get_text_config(), phase, getattr(params, phase).max_tokens)
-        return lm
+        return load_backbone(self._backbone.model_copy(update={"dtype": params.dtype}), device)
 
     def _mntp(self, rows: Sequence[Tokens]) -> tuple[Objective, dict[str, Any], dict[str, Any]]:
         from pipeline.encoder.heads import logit_shape
@@ -230,6 +233,12 @@ class Recipe:
         adapted, trained = self._adapted(body, "simcse", params.lora)
         noise = Noise(adapted, params.dropout)
         log.info("simcse: dropout %g in %s", params.dropout, noise.active or "nothing")
+        if params.dropout and not noise.architecture:
+            log.warning(
+                "teach.simcse.dropout (%g) finds nothing in this architecture that drops: the two readings of a text "
+                "differ by the dropout of LoRA's inputs alone (teach.simcse.lora.dropout, %g)",
+                *(params.dropout, params.lora.dropout),
+            )
         objective = SimcseObjective(
             adapted,
             noise,
@@ -264,9 +273,3 @@ def _resolved(lora: TeacherLoraParams, trained: dict[str, Any]) -> TeacherLoraPa
     if lora.targets != "all-linear":
         return lora
     return lora.model_copy(update={"targets": sorted({name.split(".")[-3] for name in trained})})
-
-
-def _check_positions(config: Any, phase: str, max_tokens: int) -> None:
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and max_tokens > positions:
-        raise BackboneError(f"teach.{phase}.max_tokens ({max_tokens}) exceeds the backbone's {positions} positions")

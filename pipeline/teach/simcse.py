@@ -9,11 +9,10 @@ to the weights (gradient caching, Gao et al. 2021b). Where one pass holds the ba
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.backbone import pad_left
 from pipeline.errors import TeacherError
 from pipeline.teach.batches import parts
 from pipeline.teach.noise import Noise
-from pipeline.teachers.pooling import hidden_states
+from pipeline.teachers.pooling import pooled_states
 from pipeline.teachers.reading import Tokens
 
 if TYPE_CHECKING:
@@ -87,15 +86,7 @@ class SimcseObjective:
 
     def vectors(self, rows: Sequence[int]) -> "torch.Tensor":
         """`[B, d]` float32: the mean over each text's own tokens, as the teacher pools them."""
-        import torch
-
-        device = self.body.device
-        texts = [self._rows[row] for row in rows]
-        ids, attended = (tensor.to(device) for tensor in pad_left([text.ids for text in texts]))
-        pooled = pad_left([text.pooled for text in texts])[0].to(device).unsqueeze(-1)
-        hidden = hidden_states(self.body, ids, attended).float()
-        # A padded position may hold NaN, whose gradient would be NaN too behind a product.
-        return torch.where(pooled.bool(), hidden, 0.0).sum(1) / pooled.sum(1)
+        return pooled_states(self.body, [self._rows[row] for row in rows])
 
     def _check_noise(self) -> None:
         import torch

@@ -1,6 +1,5 @@
 """The teachers by kind. Adding one = one file beside this one, one entry here, one name in `TeacherParams.kind`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -10,14 +9,12 @@ from pipeline.backbone import BackboneParams, DType, identify
 from pipeline.errors import TeacherError
 from pipeline.params import Params
 from pipeline.teachers.reading import SLOT, TEMPLATES, Pooling, template_of
+from pipeline.trained_teacher import TRAINED_TEACHER
 
 if TYPE_CHECKING:
     from pipeline.teachers.base import Teacher
 
 Kind = Literal["llm2vec", "llm2vec-trained", "backbone", "sentence-transformers", "hash"]
-
-# What the stage teach makes: the adapters of kind llm2vec-trained.
-TRAINED_TEACHER = Path("models/teacher")
 
 # The keys that only some kinds read; elsewhere they must keep their defaults.
 _READ_BY: dict[str, tuple[Kind, ...]] = {

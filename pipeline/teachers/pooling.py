@@ -9,6 +9,7 @@ from pipeline.teachers.reading import Reader, Tokens
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -40,14 +41,19 @@ class TextPooler:
         """Embeddings float32 [B, d] of one batch."""
         import torch
 
-        device = self.body.device
-        ids, mask = (tensor.to(device) for tensor in pad_left([row.ids for row in rows]))
-        pooled = pad_left([row.pooled for row in rows])[0].to(device).unsqueeze(-1)
         with torch.inference_mode():
-            hidden = hidden_states(self.body, ids, mask).float()
-            # Not a product: a padded position may hold NaN.
-            total = torch.where(pooled.bool(), hidden, 0.0).sum(1)
-            return (total / pooled.sum(1)).cpu().numpy()
+            return pooled_states(self.body, rows).cpu().numpy()
+
+
+def pooled_states(body: Any, rows: Sequence[Tokens]) -> "torch.Tensor":
+    """The mean over the pooled tokens of each row, float32 `[B, d]` on the body's device; a gradient flows."""
+    import torch
+
+    ids, mask = (tensor.to(body.device) for tensor in pad_left([row.ids for row in rows]))
+    pooled = pad_left([row.pooled for row in rows])[0].to(body.device).unsqueeze(-1)
+    hidden = hidden_states(body, ids, mask).float()
+    # Not a product: a padded position may hold NaN, whose gradient would be NaN too.
+    return torch.where(pooled.bool(), hidden, 0.0).sum(1) / pooled.sum(1)
 
 
 def hidden_states(body: Any, ids: Any, mask: Any) -> Any:
@@ -56,11 +62,13 @@ def hidden_states(body: Any, ids: Any, mask: Any) -> Any:
     return body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
 
 
-def check_positions(config: "PretrainedConfig", max_tokens: int, model: str) -> None:
-    """Raises TeacherError if `max_tokens` exceeds the positions of the model (named in the message)."""
+def check_positions(
+    config: "PretrainedConfig", max_tokens: int, model: str, *, key: str = "embed.teacher.max_tokens"
+) -> None:
+    """Raises TeacherError if `max_tokens` (of this key) exceeds the positions of the model (named in the message)."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_tokens > positions:
-        raise TeacherError(f"embed.teacher.max_tokens ({max_tokens}) exceeds the {model}'s {positions} positions")
+        raise TeacherError(f"{key} ({max_tokens}) exceeds the {model}'s {positions} positions")
 
 
 class PooledTeacher:

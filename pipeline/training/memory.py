@@ -231,10 +231,10 @@ def weight_bytes(shape: Shape, settings: StepSettings) -> int:
 def trained_parameters(shape: Shape, settings: StepSettings) -> int:
     """New tokens, reconstruction d -> d and alignment d -> width with their biases, and adapters."""
     projections = (shape.hidden + 1) * (shape.hidden + (settings.width or shape.hidden))
-    return settings.new_tokens * shape.hidden + projections + _adapter_parameters(shape, settings)
+    return settings.new_tokens * shape.hidden + projections + adapter_parameters(shape, settings)
 
 
-def _adapter_parameters(shape: Shape, settings: StepSettings) -> int:
+def adapter_parameters(shape: Shape, settings: StepSettings) -> int:
     if settings.lora is None:
         return 0
     widths = _linear_widths(shape)
@@ -268,6 +268,12 @@ def adapter_bytes(shape: Shape, settings: StepSettings) -> int:
     return FLOAT32 * (sum(copies.values()) + settings.lora.rank * len(targets))
 
 
+def adapter_widths(shape: Shape, settings: StepSettings) -> int:
+    """Widths of the inputs of one layer's adapters, summed."""
+    widths = _linear_widths(shape)
+    return sum(widths[name][0] for name in settings.lora.targets) if settings.lora else 0
+
+
 def prefix_bytes(shape: Shape, tokens: PassTokens, settings: StepSettings) -> int:
     """Bytes of a frozen prefix that attention keeps for the backward pass."""
     if not settings.prefix_is_frozen:
@@ -278,21 +284,21 @@ def prefix_bytes(shape: Shape, tokens: PassTokens, settings: StepSettings) -> in
 def query_bytes(shape: Shape, tokens: PassTokens, settings: StepSettings) -> int:
     """Bytes that autograd keeps of the query pass, without a frozen prefix."""
     new = tokens.rows * settings.new_tokens
-    each = shape.layers * (layer_bytes(shape, settings) + adapter_bytes(shape, settings)) + _once_bytes(shape, settings)
+    each = shape.layers * (layer_bytes(shape, settings) + adapter_bytes(shape, settings)) + once_bytes(shape, settings)
     seen = (new + tokens.query) // tokens.rows
     if settings.prefix_is_frozen:
         mask = 0 if settings.recompute_attention else shape.layers * settings.number * seen
         return new * (each + mask)
-    return (new + tokens.query) * (each + _mask_bytes(shape, seen, settings))
+    return (new + tokens.query) * (each + mask_bytes(shape, seen, settings))
 
 
 def response_bytes(shape: Shape, tokens: PassTokens, settings: StepSettings) -> int:
     """Bytes that autograd keeps of the response pass, without the logits; of checkpoints, the layers' inputs only."""
     row = _response_row(tokens, settings)
     if settings.checkpoint_responses:
-        return row * (shape.layers * settings.number * shape.hidden + _once_bytes(shape, settings))
-    mask = _mask_bytes(shape, row // tokens.rows, settings)
-    return row * (shape.layers * layer_bytes(shape, settings) + _once_bytes(shape, settings) + mask)
+        return row * (shape.layers * settings.number * shape.hidden + once_bytes(shape, settings))
+    mask = mask_bytes(shape, row // tokens.rows, settings)
+    return row * (shape.layers * layer_bytes(shape, settings) + once_bytes(shape, settings) + mask)
 
 
 def logit_bytes(shape: Shape, tokens: PassTokens, settings: StepSettings) -> int:
@@ -317,12 +323,12 @@ def _key_width(shape: Shape, settings: StepSettings) -> int:
     return shape.keys if settings.packed else shape.queries
 
 
-def _once_bytes(shape: Shape, settings: StepSettings) -> int:
+def once_bytes(shape: Shape, settings: StepSettings) -> int:
     """Of one token, kept once and not by each layer: the final norm, the rotations."""
     return FLOAT32 * (shape.hidden + 1) + 2 * settings.number * shape.head_dim
 
 
-def _mask_bytes(shape: Shape, seen: int, settings: StepSettings) -> int:
+def mask_bytes(shape: Shape, seen: int, settings: StepSettings) -> int:
     """Of one token: attention turns a padding mask into numbers, and each layer keeps its own."""
     return 0 if settings.packed else shape.layers * settings.number * seen
 

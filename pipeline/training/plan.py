@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.backbone import DType
+from pipeline.encoder.lora import LoraParams
 from pipeline.places import visible_gpus
 from pipeline.shape import Shape
 from pipeline.training.memory import (
@@ -44,9 +45,14 @@ def step_settings(train: TrainParams, dtype: DType) -> StepSettings:
         # The kernels that `auto` may choose keep more: the estimate stays an upper bound.
         recompute_attention=train.passes.packed and train.passes.attention == "segments",
         quantize=train.quantize,
-        lora=None if lora is None else Lora(lora.rank, _adapted(lora.targets)),
+        lora=None if lora is None else lora_of(lora),
         shards=_processes(train) if train.shard_backbone else 1,
     )
+
+
+def lora_of(lora: LoraParams) -> Lora:
+    """The adapters of the params, as far as memory is concerned."""
+    return Lora(lora.rank, _adapted(lora.targets))
 
 
 def _adapted(targets: Sequence[str]) -> tuple[str, ...]:

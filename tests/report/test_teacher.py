@@ -29,7 +29,8 @@ def train_a_teacher(worse: str | None) -> None:
     of_targets({"kind": "llm2vec", "name": "b", "adapters": ADAPTERS}, transform={"kind": "whiten"})
     with create(Path("models/teacher"), kind="teacher", params={"asked": True}):
         pass
-    write_json(Path("results/teach.json"), {"metrics": QUALITY, "worse_than_mean_pooling": worse, **RECORD})
+    facts = {"metrics": QUALITY, "worse_than_mean_pooling": worse, "corpus": {"kind": "both"}}
+    write_json(Path("results/teach.json"), {**facts, **RECORD})
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,14 @@ def test_a_teacher_is_told_by_its_identity(made: Path, identity: dict[str, Any],
     assert bool(found.scores) == (kind == "llm2vec-trained")  # another's record is an old one
 
 
+@pytest.mark.parametrize(("corpus", "said"), [("sources", "teach.sources"), ("queries", "this run's own (queries)")])
+def test_whose_text_it_was_trained_on(made: Path, corpus: str, said: str) -> None:
+    of_targets({"kind": "llm2vec", "adapters": ADAPTERS})
+    found = teacher_facts(made, {"corpus": {"kind": corpus}})
+    assert found is not None
+    assert found.meaning.endswith(f"its text is {said}")
+
+
 def test_no_targets_nothing_said(workspace: Path) -> None:
     assert teacher_facts(workspace, None) is None
 
@@ -66,7 +75,7 @@ def test_a_teacher_trained_here_is_a_stage_with_scores(made: Path) -> None:
     }
     assert not content.missing
     for page in (render_html(content), render_markdown(content)):
-        for text in ("trained here from this run", "it scores below mean pooling", "whiten", "0.510"):
+        for text in ("from unlabeled text", "its text is this run", "it scores below mean pooling", "whiten", "0.510"):
             assert text in page
 
 

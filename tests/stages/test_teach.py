@@ -5,21 +5,25 @@ import logging
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from pipeline import backbone as backbones
 from pipeline.artifacts import open_artifact
 from pipeline.backbone import BackboneParams, identify
-from pipeline.errors import TeacherError
+from pipeline.errors import EvaluationError, TeacherError
 from pipeline.params import load
 from pipeline.runtime import RunRecord
-from pipeline.stages.teach import Inputs, run
+from pipeline.stages.teach import Inputs, app, run
 from pipeline.teach import quality
-from pipeline.teachers import TeacherParams, build_teacher
+from pipeline.teach import recipe as recipes
+from pipeline.teachers import TeacherParams, backbone_teacher, build_teacher, llm2vec_teacher
 from tests.conftest import ROOT
 from tests.evaluation_fakes import write_folder
 from tests.stage_runs import finish, folder_bytes, start, wait_until, write_params, write_queries, write_responses
@@ -79,7 +83,6 @@ def test_a_trained_teacher_embeds(workspace: Path, tiny_backbone: Callable[..., 
         ("mntp", "backbone-mean"), ("simcse", "backbone-mean"),
     }  # fmt: skip
     assert facts["intrinsic"]["simcse"].keys() == {"anisotropy", "uniformity", "alignment", "halves"}
-    assert f"| {facts['metrics']['simcse/pairs']:.4f}".rstrip("0") in Path("models/teacher/README.md").read_text()
     finish("embed")
     targets = open_artifact(Path("data/targets"), "targets")
     teacher = build_teacher(TeacherParams(**TEACHER), BackboneParams(name=str(folder)))
@@ -94,6 +97,76 @@ def test_a_trained_teacher_embeds(workspace: Path, tiny_backbone: Callable[..., 
         build_teacher(TeacherParams(**TEACHER), BackboneParams(name=str(tiny_backbone("llama"))))
     with pytest.raises(TeacherError, match="was trained with pooling mean, params say last"):
         build_teacher(TeacherParams(**TEACHER, pooling="last"), BackboneParams(name=str(folder)))
+
+
+def teach(record: RunRecord | None = None) -> None:
+    run(load(Path("params.yaml"), Inputs), record or RunRecord("teach"))
+
+
+def test_how_it_is_measured_changes_no_byte_of_it(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    write_inputs(tiny_backbone(), quality={"texts": 8})
+    teach()
+    before = folder_bytes(Path("models/teacher"))
+    write_inputs(tiny_backbone(), quality={"local": ["pairs"], "texts": 12, "bootstrap": {"resamples": 100}})
+    facts = RunRecord("teach")
+    teach(facts)
+    assert "simcse/pairs" in facts.facts["metrics"]
+    assert folder_bytes(Path("models/teacher")) == before
+
+
+@pytest.mark.parametrize(
+    ("teacher", "quality", "error", "said"),
+    [
+        (TEACHER, {"tasks": ["STSBenchmrk"]}, EvaluationError, r"^teach\.quality: mteb has no task 'STSBenchmrk'"),
+        (TEACHER, {"local": ["pears"]}, EvaluationError, r"^teach\.quality: tasks/pears: no such folder .* pairs"),
+        (TEACHER, {"local": ["broken"]}, EvaluationError, r"^teach\.quality: .*broken"),
+        (
+            {**TEACHER, "max_tokens": 600},
+            {},
+            TeacherError,
+            r"embed\.teacher\.max_tokens \(600\) exceeds .* 512 positions",
+        ),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_a_model_is_loaded(
+    teacher: dict[str, Any],
+    quality: dict[str, Any],
+    error: type[Exception],
+    said: str,
+    workspace: Path,
+    tiny_backbone: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipeline.backbone.load_backbone", None)
+    monkeypatch.setattr("pipeline.teach.recipe.load_backbone", None)
+    write_inputs(tiny_backbone(), teacher, quality={"texts": 8, **quality})
+    write_folder(Path("tasks/broken"), {"default": {"test": [{"sentence1": "a", "sentence2": "b", "score": 1.0}]}})
+    Path("tasks/broken/default/test.jsonl").write_text("{")
+    with pytest.raises(error, match=said):
+        teach()
+    assert not list(Path(".work").rglob("mntp-*"))
+
+
+def test_one_model_at_a_time_is_in_memory(
+    workspace: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    load_one = backbones.load_backbone
+
+    def counting(*args: Any, **keys: Any) -> Any:
+        alive.append(sum(model() is not None for model in loaded))
+        model = load_one(*args, **keys)
+        loaded.append(weakref.ref(model.get_decoder().embed_tokens.weight))
+        return model
+
+    for module in (recipes, backbone_teacher, llm2vec_teacher):
+        monkeypatch.setattr(module, "load_backbone", counting)
+    for named in ([], ["pairs"]):
+        write_inputs(tiny_backbone(), quality={"local": named, "texts": 8})
+        teach()
+    # The recipe's, then three that are measured; the second time nothing is trained.
+    assert alive == [0] * 7
 
 
 @pytest.mark.slow
@@ -133,3 +206,17 @@ def test_a_teacher_that_is_worse_warns_or_fails(
         run(load(Path("params.yaml"), Inputs), RunRecord("teach"))
     assert "scores 0.4000 on the tasks of teach.quality" in caplog.text
     assert open_artifact(Path("models/teacher"), "teacher").manifest.params["asked"] is True
+
+
+def test_a_stage_that_fails_over_a_worse_teacher_leaves_its_record(
+    workspace: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worse = quality.Quality({"backbone-mean/mean/tasks": 0.5, "simcse/mean/tasks": 0.4}, [], {})
+    monkeypatch.setattr(quality, "measure", lambda *_, **__: worse)
+    write_inputs(tiny_backbone(), on_worse="fail")
+    result = CliRunner().invoke(app, [])
+    assert (result.exit_code, Path("models/teacher").exists()) == (1, False)
+    facts = json.loads(Path("results/teach.json").read_text())
+    assert facts["metrics"] == worse.metrics
+    assert facts["worse_than_mean_pooling"].startswith("the trained teacher scores 0.4000")
+    assert facts.keys() >= {"seconds", "started", "environment", "mntp", "simcse"}

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from pipeline.backbone import BackboneParams
-from pipeline.errors import BackboneError, TeacherError
-from pipeline.teach import loop
+from pipeline.errors import TeacherError
+from pipeline.teach import loop, noise
 from pipeline.teach import recipe as recipes
 from pipeline.teachers.llm2vec_teacher import Llm2VecTeacher
+from scripts.dvc_deps import closure
+from tests.conftest import ROOT
 from tests.stage_runs import folder_bytes
 from tests.teach.helpers import params, recipe, two_clusters
 
@@ -24,7 +26,7 @@ def contents(finished: Any) -> list[dict[str, bytes]]:
     return [folder_bytes(phase.adapter) for phase in finished]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3", "olmo2"])
 def test_the_adapters_load_in_peft_and_in_the_teacher_alike(
     architecture: str, tiny_backbone: Callable[..., Path], workspace: Path
 ) -> None:
@@ -67,6 +69,52 @@ def test_other_params_of_simcse_keep_mntp(tiny_backbone: Callable[..., Path], wo
     assert first[0].adapter == second[0].adapter
     assert first[1].adapter != second[1].adapter
     assert contents(first)[1] != contents(second)[1]
+
+
+def test_half_precision_trains_float32_adapters(tiny_backbone: Callable[..., Path], workspace: Path) -> None:
+    from safetensors.torch import load_file
+
+    settings = params().model_copy(update={"dtype": "bfloat16"})
+    mntp, simcse = recipe(tiny_backbone("qwen3"), TEXTS, workspace, settings).run()
+    assert np.isfinite([*mntp.curve, *simcse.curve]).all()
+    for phase in (mntp, simcse):
+        weights = load_file(phase.adapter / "adapter_model.safetensors")
+        assert {value.dtype for value in weights.values()} == {torch.float32}
+        assert all(value.isfinite().all() and value.any() for value in weights.values())
+    base = BackboneParams(name=str(tiny_backbone("qwen3")), dtype="bfloat16")
+    teacher = Llm2VecTeacher.load(base, [(str(p.adapter), None) for p in (mntp, simcse)], max_tokens=64, batch_size=4)
+    assert np.isfinite(teacher.embed(TEXTS[:4])).all()
+
+
+def test_what_computes_the_adapters_is_in_their_fingerprint() -> None:
+    """All that the recipe can import, less what only reads params and texts, names files or writes them."""
+    harmless = {
+        *("artifacts", "errors", "params", "places", "runtime", "sources", "trained_teacher"),
+        *(
+            "encoder/checkpoint",
+            "encoder/token_starts",
+            "evaluation/statistics",
+            "training/params",
+            "training/stopping",
+        ),
+        *("teach/corpus", "teach/params"),  # the rows and params themselves are in it
+    }
+    teachers = {f"teachers/{name}_teacher" for name in ("backbone", "hash", "llm2vec", "sentence_transformers")}
+    found = {name.removeprefix("pipeline/") for name in closure(ROOT, "pipeline.teach.recipe")}
+    packages = {name for name in found if name.endswith("__init__.py")}
+    assert found - packages - {f"{name}.py" for name in harmless | teachers} == set(recipes._CODE)
+
+
+def test_an_architecture_that_drops_nothing_is_told(
+    tiny_backbone: Callable[..., Path],
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(noise, "_attention_key", lambda module: None)
+    recipe(tiny_backbone(), TEXTS, workspace, params(simcse={"lora": {"dropout": 0.1}})).run()
+    assert "teach.simcse.dropout (0.3) finds nothing in this architecture that drops" in caplog.text
+    assert "alone (teach.simcse.lora.dropout, 0.1)" in caplog.text
 
 
 @pytest.mark.parametrize("stop_at", [3, 9])
@@ -122,8 +170,10 @@ def test_mistakes_name_their_key(tiny_backbone: Callable[..., Path], workspace: 
         recipe(folder, alike, workspace, params()).run()
     with pytest.raises(TeacherError, match=r"teach\.mntp\.mask_token"):
         recipe(folder, TEXTS, workspace, params(mntp={"mask_token": "no token"}))
-    with pytest.raises(BackboneError, match=r"teach\.mntp\.max_tokens \(600\) exceeds the backbone's 512 positions"):
-        recipe(folder, TEXTS, workspace, params(mntp={"max_tokens": 600})).run()
+    for phase in ("mntp", "simcse"):
+        said = rf"teach\.{phase}\.max_tokens \(600\) exceeds the backbone's 512 positions"
+        with pytest.raises(TeacherError, match=said):
+            recipe(folder, TEXTS, workspace, params(**{phase: {"max_tokens": 600}}))
     with pytest.raises(TeacherError, match=r"teach\.simcse\.lora\.targets \['nothing'\]"):
         recipe(folder, TEXTS, workspace, params(simcse={"lora": {"targets": ["nothing"]}})).run()
     with pytest.raises(TeacherError, match=r"teach\.mntp: step \d+ is not finite .* lower teach\.mntp\.learning_rate"):

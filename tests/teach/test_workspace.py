@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from pipeline.artifacts import create, read_manifest
 from pipeline.audit import audit
 from pipeline.backbone import identify
+from pipeline.errors import EvaluationError
 from pipeline.inspection import show
 from pipeline.params import read_yaml, validate
 from pipeline.plan import AllParams, make_plan
@@ -84,9 +85,21 @@ def test_the_plan_says_what_is_trained_on_what() -> None:
         "MNTP 60 steps of 8 texts, at most 64 tokens; SimCSE 40 steps of 32 texts, at most 32 tokens; from both; "
         "measured on sts, retrieval"
     )
+    assert line[2].startswith("models/SmolLM2-135M-Instruct, float32")
     source = {"kind": "hub", "name": "org/texts", "column": "text"}
     remarks = plan_with(corpus="sources", sources=[source]).remarks
     assert "teach.sources.0.revision: org/texts is not pinned: set the commit" in remarks
+
+
+def test_the_plan_estimates_memory_and_knows_the_names_of_tasks() -> None:
+    content = read_yaml(ROOT / "params.yaml")
+    content["embed"]["teacher"] = {"kind": "llm2vec-trained"}
+    (line,) = [
+        line for line in make_plan(validate(content, AllParams, where="params"), ROOT).lines if line[0] == "teach"
+    ]
+    assert line[2] == "Qwen/Qwen3-4B, bfloat16, at most MNTP 48.5 GB, SimCSE 50.9 GB"
+    with pytest.raises(EvaluationError, match=r"teach\.quality: mteb has no task 'SciFactt'"):
+        plan_with(quality={"tasks": ["SciFactt"]})
 
 
 def test_sources_go_with_the_corpus_that_reads_them() -> None:

@@ -18,6 +18,10 @@ def test_cosine_falls_slowly_first() -> None:
     assert factors == pytest.approx([0.5, 1.0, 1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0.0, 0.0])
 
 
+def test_constant_stays_after_the_warm_up() -> None:
+    assert [rate_factor(step, 2, 4, "constant") for step in range(6)] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
 def test_planned_steps() -> None:
     params = TrainParams(**{**PARAMS, "epochs": 2, "batch_size": 5})
     assert planned_steps(12, params) == 6
