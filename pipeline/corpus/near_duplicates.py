@@ -11,7 +11,7 @@ above it with less. Time is linear in rows: a row meets at most the first `REPRE
 so of a template with hundreds of variants some near duplicates remain.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -159,8 +159,7 @@ def _greedy(
     kept: dict[int, list[int]] = {}  # by bucket, places in `candidates`, so in order of the rows
     for order, (position, numbers) in enumerate(zip(candidates, buckets, strict=True)):
         numbers = numbers.tolist()
-        met = set(chain.from_iterable(kept.get(number, ()) for number in numbers))
-        earlier = candidates[np.array(sorted(met), dtype=np.int64)]
+        earlier = candidates[np.array(_met(kept, numbers), dtype=np.int64)]
         agreeing = np.count_nonzero(sketches[earlier] == sketches[position], axis=1) >= floor
         compared = ((int(other), jaccard(shingles(int(other)), shingles(int(position)))) for other in earlier[agreeing])
         found = next(((other, similarity) for other, similarity in compared if similarity >= t), None)
@@ -171,6 +170,11 @@ def _greedy(
             bucket = kept.setdefault(number, [])
             if len(bucket) < REPRESENTATIVES:
                 bucket.append(order)
+
+
+def _met(kept: Mapping[int, list[int]], numbers: Iterable[int]) -> list[int]:
+    """Places of those that stayed in one of these buckets, rising: at most `REPRESENTATIVES` a bucket."""
+    return sorted(set(chain.from_iterable(kept.get(number, ()) for number in numbers)))
 
 
 def jaccard(first: Hashes, second: Hashes) -> float:

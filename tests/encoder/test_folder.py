@@ -104,6 +104,7 @@ def test_a_copy_of_the_backbone_is_the_backbone(folder: Path, tiny_backbone: Cal
 def test_another_backbone_needs_a_word(
     folder: Path, tiny_backbone: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("WARNING")
     other = str(tiny_backbone("qwen3"))
     fails(r"has sha256 \w{12}\.\.\., the encoder was trained on .*, sha256 .* --allow-other-backbone", backbone=other)
     fails("has revision main, the encoder was trained on", backbone="org/other")
