@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from pipeline.encoder.flex_attention import flex_packed_attention
 from pipeline.encoder.group_attention import group_attention
 from pipeline.encoder.segment_attention import segment_attention
+from pipeline.encoder.twin import twin
 from pipeline.encoder.varlen_attention import varlen_attention
 from pipeline.errors import BackboneError
 
@@ -32,6 +33,9 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _VARLEN_HEAD_DIM = 256
 _HALF = (torch.bfloat16, torch.float16)
 _seen_windows: set[int | None] = set()
+# Keywords that change nothing, in eval mode. Any other one is part of the attention, such as the sinks of GPT-OSS.
+_WITHOUT_EFFECT = {"cache_position", "dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
+_COMPUTED = {"packed", "scaling", "softcap"}
 
 
 def _registered(name: str) -> str:
@@ -42,9 +46,22 @@ def _no_mask(*_args: Any, **_kwargs: Any) -> None:
     return None
 
 
-def _watched(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> Any:
+def _watched(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    *,
+    sliding_window: int | None = None,
+    **told: Any,
+) -> Any:
     _seen_windows.add(sliding_window)
-    return segment_attention(*args, sliding_window=sliding_window, **kwargs)
+    unknown = {name for name, value in told.items() if value is not None} - _COMPUTED - _WITHOUT_EFFECT
+    unknown |= set() if attention_mask is None else {"attention_mask"}
+    if unknown:
+        raise ValueError(f"its attention depends on {', '.join(sorted(unknown))}")
+    return segment_attention(module, query, key, value, None, sliding_window=sliding_window, **told)
 
 
 _REGISTERED: dict[str, Callable[..., Any]] = {**_FUNCTIONS, GROUPS: group_attention, "watched": _watched}
@@ -55,7 +72,7 @@ for _name, _function in _REGISTERED.items():
 
 @contextlib.contextmanager
 def use_attention(backbone: Any, implementation: str) -> Iterator[None]:
-    """Inside the block the backbone attends to packed rows; outside it generates as before."""
+    """Inside the block the backbone attends to packed rows; outside it generates as before. One thread at a time."""
     config = backbone.get_decoder().config
     before = config._attn_implementation
     config._attn_implementation = _registered(implementation)
@@ -63,6 +80,16 @@ def use_attention(backbone: Any, implementation: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+def packed_twin(backbone: Any, implementation: str) -> Any:
+    """The backbone once more, over the same tensors, that attends to packed rows always.
+
+    Nothing of it is switched to and fro, so threads may share it, and the backbone itself may generate meanwhile.
+    """
+    packed = twin(backbone)
+    packed.get_decoder().config._attn_implementation = _registered(implementation)
+    return packed
 
 
 def choose_attention(backbone: Any, requested: Attention) -> tuple[Implementation, str]:
@@ -132,7 +159,8 @@ def check_layers(backbone: Any, run: Callable[[str], object]) -> None:
         run: runs a packed row through it with the attention of this name.
 
     Raises:
-        BackboneError: there are layers of an unknown kind, or the window of sliding ones does not reach the function.
+        BackboneError: there are layers of an unknown kind, the window of sliding ones does not reach the function, or
+            something does that the functions do not compute.
     """
     config = backbone.get_decoder().config
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -142,5 +170,6 @@ def check_layers(backbone: Any, run: Callable[[str], object]) -> None:
     run("watched")
     if not _seen_windows:
         raise BackboneError(f"{type(backbone).__name__} does not use transformers' attention interface")
-    if "sliding_attention" in kinds and config.sliding_window not in _seen_windows:
+    window = getattr(config, "sliding_window", None)
+    if window and (not kinds or "sliding_attention" in kinds) and window not in _seen_windows:
         raise BackboneError(f"{type(backbone).__name__} does not tell its attention of its sliding window")

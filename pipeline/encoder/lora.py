@@ -7,8 +7,6 @@ gradients through the whole query (no frozen prefix), and the embedding is no lo
 """
 
 import contextlib
-import copy
-import itertools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from pipeline.artifacts import write_json
+from pipeline.encoder.twin import twin
 from pipeline.errors import TrainingError
 from pipeline.params import Params
 
@@ -63,7 +62,7 @@ def add_adapter(
     import torch
     from peft import LoraConfig, get_peft_model
 
-    adapted = _over_the_same_tensors(backbone)
+    adapted = twin(backbone)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type=None)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -72,13 +71,6 @@ def add_adapter(
         except ValueError as error:
             raise TrainingError(f"train.lora.targets {targets}: {' '.join(str(error).split())[:300]}") from None
     return adapted.eval()
-
-
-def _over_the_same_tensors(model: Any) -> Any:
-    """A copy of the modules that shares every parameter and buffer, and what bitsandbytes keeps beside them."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    beside = (getattr(module, name, None) for module in model.modules() for name in ("state", "quant_state"))
-    return copy.deepcopy(model, {id(kept): kept for kept in itertools.chain(tensors, beside) if kept is not None})
 
 
 def adapter_parameters(adapted: Any) -> "dict[str, nn.Parameter]":

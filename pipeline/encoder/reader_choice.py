@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.encoder.attention import GROUPS
+from pipeline.encoder.attention import GROUPS, packed_twin
 from pipeline.encoder.packing import PackedBackbone
 from pipeline.encoder.passes import PlainPasses
 from pipeline.encoder.prompt_reading import PackedReader, PaddedReader, PromptReader
@@ -39,7 +39,8 @@ def _candidates(backbone: Any) -> Iterator[tuple[str, PromptReader]]:
     # The attention of training that keeps what a backward pass needs gives way to the one that does not.
     attentions = dict.fromkeys(GROUPS if attention == "segments" else attention for attention in trained)
     for attention in attentions:
-        yield f"packed reading with {attention} attention", PackedReader(PackedBackbone(backbone, attention))
+        rows = PackedBackbone(packed_twin(backbone, attention), attention)
+        yield f"packed reading with {attention} attention", PackedReader(rows)
 
 
 class _Check:

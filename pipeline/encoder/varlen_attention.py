@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.encoder.segments import SHARED, Segments
+from pipeline.encoder.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class VarlenLayout:
     @classmethod
     def of(cls, segments: Segments, device: torch.device) -> "VarlenLayout":
         """The layout of a packed row: each sequence reads the shared tokens, its own cached ones, and its new ones."""
-        owner, _ = segments.keys(torch.device("cpu"))
-        reads = [((owner == number) | (owner == SHARED)).nonzero()[:, 0] for number in range(len(segments.new))]
+        reads = [torch.arange(piece.start, piece.stop) for _, pieces in segments.slices() for piece in pieces]
         return cls(
             torch.cat(reads).to(device) if segments.cached else None,
             _ends(segments.new, device),

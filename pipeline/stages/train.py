@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 ENCODER = Path("models/encoder")
 CURVE = RESULTS / "train" / "loss.csv"
 HELDOUT = RESULTS / "train" / "heldout.csv"
+# For processes that wait while the first one reads a large backbone from a slow disk; NCCL gives up after 10 minutes.
+PATIENCE = timedelta(hours=2)
 _LOSSES = ("step", "loss", "align", "recon", "learning_rate")
 _SCORES = ("step", "cosine", "top1", "mrr", "recon")
 
@@ -55,7 +58,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
         BackboneError: the backbone cannot be loaded or cannot do what the params ask.
         ArtifactError: an input is missing or damaged.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     from pipeline.backbone import load_tokenizer
     from pipeline.training.assembly import assemble
@@ -72,7 +75,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
         tokenizer,
         rows,
         heldout,
-        accelerator=Accelerator(),
+        accelerator=Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]),
         checkpoint=_checkpoint_path(inputs, identity, artifacts),
         frame_ids=formatter("").token_ids,
     )

@@ -1,6 +1,6 @@
 """From gradients to an update: AdamW over the few trained tensors, gradients summed over processes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,13 @@ def set_rate(optimizer: Optimizer, factor: float) -> None:
     """Every group's rate as this share of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak"]
+
+
+def unscale(parameters: Iterable[Parameter], scale: int) -> None:
+    """Divide the gradients of a loss that was scaled, in place."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.div_(scale)
 
 
 def sum_and_clip(parameters: Sequence[Parameter], accelerator: Any, max_norm: float) -> float:

@@ -72,6 +72,8 @@ class Trainer:
             weight_decay=params.weight_decay,
         )
         self.total = planned_steps(len(self.rows), params)
+        # Decides the order of rows, so a resumed run keeps it whatever its own passes are.
+        self.grouping = params.length_grouping or (PADDED_GROUPING if self.passes.padded else 1)
         self.lengths = self.rows.lengths(params.new_tokens + params.compression_tokens)
         self.throughput = Throughput(
             self.shape,
@@ -85,7 +87,7 @@ class Trainer:
         """Restore the last checkpoint, if there is an intact one.
 
         Raises:
-            TrainingError: it was made with other params.
+            TrainingError: it was made with other params, or is further on than these params go.
         """
         from pipeline.encoder.checkpoint import read_checkpoint
 
@@ -97,9 +99,12 @@ class Trainer:
         self._check_params(found.progress["params"])
         done = len(found.progress["curve"])
         if done > self.total:
-            log.warning("the checkpoint is %d steps on, the params ask for %d: training starts again", done, self.total)
-            return False
+            raise TrainingError(
+                f"{self.checkpoint} is {done} steps on, the params (train.stop_after_steps, train.epochs) ask for "
+                f"{self.total}: set them back, or delete the checkpoint to start again"
+            )
         found.restore(self.trained, self.optimizer)
+        self.grouping = found.progress["grouping"]
         self.curve, self.facts = found.progress["curve"], found.progress["facts"]
         if self.validation is not None and found.progress["validation"] is not None:
             self.validation.restore(found.progress["validation"], found.kept)
@@ -145,6 +150,7 @@ class Trainer:
         state = {
             "params": self.params.fixed(),
             "facts": self.facts,
+            "grouping": self.grouping,
             "curve": self.curve,
             "validation": validation.state() if validation else None,
         }
@@ -173,9 +179,8 @@ class Trainer:
         from pipeline.encoder.batching import steps
 
         params = self.params
-        grouping = params.length_grouping or (PADDED_GROUPING if self.passes.padded else 1)
         return steps(
-            self.lengths, params.batch_size, params.epochs, most=self.total, seed=params.seed, grouping=grouping
+            self.lengths, params.batch_size, params.epochs, most=self.total, seed=params.seed, grouping=self.grouping
         )
 
     def _step(self, step: int, batch: list[int]) -> None:
@@ -213,13 +218,16 @@ class Trainer:
         """Gradients of the whole batch's mean losses; returns those means over all processes."""
         import torch
 
-        params, tokens = self.params, self.rows.batch(batch).response_tokens
+        from pipeline.training.gradients import unscale
+
+        params, tokens, scale = self.params, self.rows.batch(batch).response_tokens, _loss_scale(len(batch))
         totals = torch.zeros(2, dtype=torch.float64)
         for rows, weight in self._micro_batches(batch):
             align, recon = self._losses(rows)
             align, recon = weight * align / len(batch), weight * recon / max(1, tokens)
-            (params.align_weight * align + params.recon_weight * recon).backward()
+            (scale * (params.align_weight * align + params.recon_weight * recon)).backward()
             totals += torch.tensor([align.item(), recon.item()], dtype=torch.float64)
+        unscale(self.trained.values(), scale)
         totals = self.accelerator.reduce(totals.to(self.accelerator.device), "sum")
         return float(totals[0]), float(totals[1])
 
@@ -273,3 +281,11 @@ class Trainer:
     def _score(self) -> None:
         if self.validation is not None:
             self.validation.score(len(self.curve), self.student, self.passes, self.trained)
+
+
+def _loss_scale(rows: int) -> int:
+    """A power of two, which changes no bit but where numbers underflow: in float16 those of a large batch's mean do.
+
+    Scaled by about the number of rows, gradients in the backbone are as large as those of one row alone.
+    """
+    return 1 << (rows - 1).bit_length()

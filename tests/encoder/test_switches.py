@@ -13,6 +13,7 @@ from pipeline.encoder.passes import Passes, PlainPasses
 from pipeline.encoder.student import Student, new_student
 from pipeline.encoder.switches import make_passes
 from tests.conftest import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+from tests.encoder.exact_models import configured
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3"]
 SWITCHES = ("packed", "frozen_prefix", "fused_cross_entropy", "checkpoint_responses")
@@ -140,6 +141,25 @@ def test_an_architecture_outside_the_attention_interface_is_padded(caplog: pytes
     assert passes.padded
     assert "batches are padded" in caplog.text
     assert_equal_steps(model, passes, CASES["mixed lengths"], 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "reason"),
+    [
+        ("phimoe", {"sliding_window": 40, "num_local_experts": 4}, "does not tell its attention of its sliding window"),
+        ("gpt_oss", {"num_local_experts": 4}, "its attention depends on s_aux"),
+    ],
+    ids=["a window that only the mask knows", "attention sinks"],
+)
+def test_an_attention_that_does_more_is_padded(
+    architecture: str, settings: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A probe of a few tokens sees neither a long window nor, in half precision, small sinks."""
+    model = configured(architecture, **settings)
+    passes = make_passes(model)
+    assert passes.padded
+    assert reason in caplog.text
+    assert_equal_steps(model, passes, ([[5] * 9, list(range(10, 80))], [[4, 5], list(range(60, 125))]), 1e-4)
 
 
 def test_a_backbone_that_is_trained_freezes_no_prefix(caplog: pytest.LogCaptureFixture) -> None:

@@ -90,3 +90,37 @@ def test_a_tiny_model_writes_as_before(
 @pytest.mark.parametrize("lora", [None, LORA], ids=["frozen", "lora"])
 def test_a_real_model_writes_as_before(small_lm: Path, lora: LoraParams | None) -> None:
     check(small_lm, 16, lora)
+
+
+def test_it_writes_and_embeds_in_the_midst_of_embedding(
+    tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As threads of a server would: nothing that another caller uses is switched meanwhile."""
+    from pipeline.encoder import group_attention
+
+    params = BackboneParams(name=str(tiny_backbone("llama")), dtype="float32")
+    model, tokenizer = load_backbone(params), load_tokenizer(params)
+    write = Writer(model, tokenizer, 4)
+    config = EncoderConfig(
+        backbone={"name": "b"}, chat_template_kwargs={}, template="chat", max_query_tokens=128, compression_tokens=4,
+        thought_tokens=1, hidden=32, width=16, teacher={"name": "t"}, lora=None,
+    )  # fmt: skip
+    student = new_student(model, 16, compression_tokens=4, thought_tokens=1, seed=0)
+    encoder = Encoder(model, tokenizer, student, config, {"name": "e"})
+    expected, before = encoder.encode(QUESTIONS), write()
+    attend, calls = group_attention.attend_at_end, 0
+    within: list[Any] = []
+
+    def interrupted(*states: Any, **rules: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            within.extend([encoder.encode(QUESTIONS), write()])
+        return attend(*states, **rules)
+
+    monkeypatch.setattr(group_attention, "attend_at_end", interrupted)
+    assert (encoder.encode(QUESTIONS) == expected).all()
+    assert (within[0] == expected).all()
+    for after in (within[1], write()):
+        assert after[0] == before[0]
+        assert all(torch.equal(now, then) for now, then in zip(after[1], before[1], strict=True))
