@@ -16,7 +16,7 @@ check: env
 	@$(PY) -m mypy
 
 env:
-	@scripts/make_env.sh cpu
+	@scripts/make_env.sh
 
 gpu-env:
 	@scripts/make_env.sh gpu

@@ -11,17 +11,19 @@ LONGEST_PIECE = 500
 _KEY_CHARS = 16
 
 
-def strip_thinking(text: str, opened: bool = False) -> str:
+def strip_thinking(text: str, *, opened: bool = False, cut: bool = False) -> str:
     """`text` without the `<think>` block that it begins with, and the space around that.
 
-    A block without an end is the whole text. Tags further on belong to the answer: it may be about them.
+    A block without an end is the whole text; where the prompt opened it, only the cut tells. Tags further on belong to
+    the answer: it may be about them.
 
     Args:
         text: an answer.
         opened: the prompt opened the block already, as some templates do.
+        cut: the answer ended at the limit of tokens, not by itself.
     """
     begins = text.lstrip().startswith(_START)
-    if not begins and not (opened and _END in text):
+    if not begins and not (opened and (cut or _END in text)):
         return text
     return text.partition(_END)[2].strip()
 

@@ -229,7 +229,7 @@ class Generator:
             return
         text = completion.text
         if self.strip_thinking:
-            text = strip_thinking(text, self._opens_thinking)
+            text = strip_thinking(text, opened=self._opens_thinking, cut=completion.finish_reason == "length")
         row = _row(asked, text, completion.finish_reason)
         row |= {"response_tokens": completion.response_tokens, "thinking": text != completion.text}
         self.store.add(row)

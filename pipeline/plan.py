@@ -7,6 +7,7 @@ context, the kernels and the allocator take 1 to 2 GB more.
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,12 +135,13 @@ def _shape_from_cache(backbone: BackboneParams) -> Shape | None:
 
 def expected_rows(params: AllParams, root: Path = Path()) -> tuple[int | None, bool]:
     """How many queries there will be, at most, and whether they are there already; None if nothing bounds them."""
-    try:
-        return read_manifest(root / "data/queries").manifest.rows, True
-    except ArtifactError:
-        limits = [source.limit for source in params.collect.sources]
-        bounds = [params.collect.sample, None if None in limits else sum(limit for limit in limits if limit)]
-        return min((bound for bound in bounds if bound is not None), default=None), False
+    with suppress(ArtifactError):
+        made = read_manifest(root / "data/queries").manifest
+        if made.params == params.collect.model_dump(mode="json"):
+            return made.rows, True
+    limits = [source.limit for source in params.collect.sources]
+    bounds = [params.collect.sample, None if None in limits else sum(limit for limit in limits if limit)]
+    return min((bound for bound in bounds if bound is not None), default=None), False
 
 
 def _sources(params: AllParams) -> str:

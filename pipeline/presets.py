@@ -172,9 +172,9 @@ def _section(path: Path, content: Any, place: str) -> CommentedMap:
 
 def _set(section: CommentedMap, place: str, values: dict[str, Any]) -> list[str]:
     defaults = {key: field.get_default(call_default_factory=True) for key, field in TeacherParams.model_fields.items()}
-    changes = []
-    for key, wanted in values.items():
-        value = _keeping_pins(section.get(key), wanted)
+    changes, before = [], dict(section)
+    for key in values:
+        value = _keeping_pins(before, values, key)
         # What a file leaves to the default need not be written into it.
         unset = place == "embed.teacher" and key not in section and value == defaults[key]
         if unset or (key in section and section[key] == value):
@@ -187,11 +187,14 @@ def _set(section: CommentedMap, place: str, values: dict[str, Any]) -> list[str]
     return changes
 
 
-def _keeping_pins(before: Any, value: Any) -> Any:
-    """A list of models; one that the preset leaves unpinned keeps the commit that the file has for it."""
-    if not (isinstance(value, list) and isinstance(before, list)):
+def _keeping_pins(before: dict[str, Any], values: dict[str, Any], key: str) -> Any:
+    """The preset's value of a key; a model that it leaves unpinned keeps the commit that the file has for it."""
+    value, had = values[key], before.get(key)
+    if key == "revision" and value is None and values.get("name") and values["name"] == before.get("name"):
+        return had
+    if not (isinstance(value, list) and isinstance(had, list)):
         return value
-    pins = {item["name"]: item.get("revision") for item in before if isinstance(item, dict) and "name" in item}
+    pins = {item["name"]: item.get("revision") for item in had if isinstance(item, dict) and "name" in item}
     return [item | {"revision": item["revision"] or pins.get(item["name"])} for item in value]
 
 

@@ -85,8 +85,8 @@ def progress(
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Print a PipelineError as one message and exit with 1; on Ctrl-C or SIGTERM say what is kept and exit with 130."""
+def user_errors(kept: str = "finished work is kept, run the same command again to go on") -> Iterator[None]:
+    """Print a PipelineError as one message and exit with 1; say what is `kept` and exit with 130 on Ctrl-C, SIGTERM."""
     try:
         with _sigterm_interrupts():
             yield
@@ -94,7 +94,7 @@ def user_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted: finished work is kept, run the same command again to go on", file=sys.stderr)
+        print(f"interrupted: {kept}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -4,7 +4,8 @@
     python scripts/dvc_deps.py --write     # update dvc.yaml in place
 
 DVC does not follow imports. The closure is read from the syntax trees: imports at any depth, packages' __init__ files,
-and modules named in strings ("pipeline.engines.x:Class"); imports for type checkers alone do not count.
+modules named in strings ("pipeline.engines.x:Class"), and YAML files beside a module that it names; imports for type
+checkers alone do not count.
 """
 
 import argparse
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "pipeline"
 KEYED = f"{PACKAGE}/probes/${{key}}.py"
 _MODULE = re.compile(rf"{PACKAGE}(\.\w+)+")
-_CODE_DEP = re.compile(rf"{PACKAGE}/.*\.py")
+_CODE_DEP = re.compile(rf"{PACKAGE}/.*\.(py|yaml)")
 
 
 def module_file(root: Path, module: str) -> Path | None:
@@ -52,8 +53,16 @@ def _imported(node: ast.AST) -> Iterator[str]:
         yield from _imported(child)
 
 
+def data_files(path: Path) -> Iterator[Path]:
+    """The YAML files beside a module that a string in it names."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Constant(value=str(text)) if text.endswith(".yaml") and (found := path.with_name(text)).is_file():
+                yield found
+
+
 def closure(root: Path, module: str) -> set[str]:
-    """Files (relative to `root`) that running `module` can import, its own included; empty files hold nothing."""
+    """Files (relative to `root`) that running `module` imports or reads, its own included; empty ones hold nothing."""
     found: set[str] = set()
     waiting = [module]
     while waiting:
@@ -61,6 +70,7 @@ def closure(root: Path, module: str) -> set[str]:
             name = path.relative_to(root).as_posix()
             if name not in found and path.stat().st_size:
                 found.add(name)
+                found.update(data.relative_to(root).as_posix() for data in data_files(path))
                 waiting += [other for other in imported_modules(path) if other.split(".")[0] == PACKAGE]
     return found
 

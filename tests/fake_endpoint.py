@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Fault = tuple[int, dict[str, str], dict[str, Any]]
+Fault = tuple[int, dict[str, str], dict[str, Any] | bytes]
 
 
 @dataclass
@@ -106,11 +106,11 @@ class _Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self._send(*self.endpoint.answer(self.path, request))
 
-    def _send(self, status: int, headers: dict[str, str], body: dict[str, Any]) -> None:
+    def _send(self, status: int, headers: dict[str, str], body: dict[str, Any] | bytes) -> None:
         if self.endpoint.gone:
             self.close_connection = True
             return
-        content = json.dumps(body).encode()
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
         try:
             self.send_response(status)
             for name, value in {"Content-Type": "application/json", "Content-Length": len(content), **headers}.items():

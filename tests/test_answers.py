@@ -32,6 +32,12 @@ def test_strip_thinking_that_the_prompt_opened(text: str, left: str) -> None:
     assert strip_thinking(text, opened=True) == left
 
 
+def test_thinking_that_the_prompt_opened_and_the_limit_cut_is_no_answer() -> None:
+    assert strip_thinking("Okay, the user asks", opened=True, cut=True) == ""
+    assert strip_thinking("hm</think> Four and", opened=True, cut=True) == "Four and"
+    assert strip_thinking("Four and", cut=True) == "Four and"
+
+
 @pytest.mark.parametrize(
     "text",
     [

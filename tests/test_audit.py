@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.artifacts import file_sha256
+from pipeline.artifacts import file_sha256, read_manifest
 from pipeline.audit import audit
 from pipeline.audit.findings import SHOWN_PER_CHECK, Finding, Findings
 from pipeline.audit.lock import dvc_md5
@@ -260,6 +260,24 @@ def test_a_transform_of_the_targets_goes_with_the_encoder(made: Path) -> None:
     other = TargetTransform("center", True, *(np.ones(3, np.float32) for _ in range(3)))
     transformed("models/encoder", other.to_bytes())
     assert lines() == ["models/encoder transform.safetensors: is not that of data/targets: run train again"]
+
+
+def test_a_teacher_measured_in_the_space_of_the_targets_is_the_same_teacher(made: Path) -> None:
+    transformed("data/targets")
+    transformed("models/encoder")
+    transform = TargetTransform("center", False, *(np.ones(3, np.float32) for _ in range(3)))
+    teacher = read_manifest(made / "data/targets").manifest.models["teacher"]
+    name = "results/evaluate/demo"
+    edit_manifest(made, name, models={"teacher": teacher | {"transform": transform.identity}})
+    assert lines() == []
+    for other in (None, {"kind": "whiten", "sha256": "d" * 64}):
+        edit_manifest(made, name, models={"teacher": teacher | ({"transform": other} if other else {})})
+        (line,) = lines()
+        behind = "whiten (dddddddddddd)" if other else "no transform"
+        assert line.startswith(f"{name}: measured the teacher behind {behind}, data/targets were made behind center (")
+    edit_manifest(made, name, models={"teacher": teacher | {"name": "org/other", "transform": transform.identity}})
+    (line,) = lines()
+    assert line.startswith(f"{name}: teacher is org/other")
 
 
 def test_a_transform_that_the_params_do_not_name(made: Path) -> None:

@@ -46,6 +46,7 @@ def test_an_edit_reaches_only_the_stages_that_use_it() -> None:
     assert not stages_with("pipeline/probes/safety.py")
     assert stages_with("pipeline/stages/report.py") == {"report"}
     assert stages_with("pipeline/audit/__init__.py") == {"report"}
+    assert stages_with("pipeline/evaluation/suites.yaml") >= {"collect", "evaluate"}
 
 
 def test_no_stage_persists_its_outs() -> None:
@@ -60,11 +61,13 @@ def package(tmp_path: Path) -> Path:
         "pipeline/stages/go.py": "from pipeline.a import f\n\ndef run():\n    from pipeline.deep import late\n",
         "pipeline/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pipeline import typed\n",
         "pipeline/deep/__init__.py": 'WHERE = {"x": "pipeline.named:Class"}\n',
-        "pipeline/deep/late.py": "from pipeline import b\n",
+        "pipeline/deep/late.py": "from pipeline import b\nX = path.with_name('table.yaml'), 'no.yaml'\n",
         "pipeline/b.py": "import pipeline.a\n",
         "pipeline/named.py": "X = 1\n",
         "pipeline/typed.py": "X = 1\n",
         "pipeline/unused.py": "X = 1\n",
+        "pipeline/deep/table.yaml": "x: 1\n",
+        "pipeline/deep/other.yaml": "x: 1\n",
         "pipeline/probes/one.py": "import pipeline.b\nPARAMS = 1\n",
         "pipeline/probes/two.py": "PARAMS = 1\n",
         "pipeline/probes/shared.py": "X = 1\n",
@@ -85,6 +88,7 @@ def test_closure_follows_late_imports_packages_and_names_in_strings(package: Pat
         "pipeline/b.py",
         "pipeline/deep/__init__.py",
         "pipeline/deep/late.py",
+        "pipeline/deep/table.yaml",
         "pipeline/named.py",
     }
 

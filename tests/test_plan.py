@@ -102,9 +102,11 @@ def test_the_real_plan(workspace: Path) -> None:
 
 def test_rows_that_are_there_count_instead_of_the_sample(workspace: Path) -> None:
     assert expected_rows(real(), workspace) == (160_000, False)
-    with create(Path("data/queries"), kind="queries", params={}):
+    with create(Path("data/queries"), kind="queries", params=real().collect.model_dump()):
         pass
     assert expected_rows(real(), workspace) == (0, True)
+    smaller = real().collect.model_copy(update={"sample": 500})
+    assert expected_rows(real().model_copy(update={"collect": smaller}), workspace) == (500, False)
     Path("data/queries/manifest.json").unlink()
     unbounded = real().collect.model_copy(update={"sample": None})
     assert expected_rows(real().model_copy(update={"collect": unbounded}), workspace) == (None, False)

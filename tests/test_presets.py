@@ -180,6 +180,20 @@ def test_a_pin_set_by_hand_is_kept_for_the_same_adapter(params: Path) -> None:
     assert read_yaml(params)["embed"]["teacher"]["adapters"][0]["revision"] is None
 
 
+def test_a_pin_of_the_backbone_is_kept_where_the_preset_has_none(params: Path) -> None:
+    switch(params, "gemma-3-1b", 24)
+    assert read_yaml(params)["backbone"]["revision"] is None
+    text = params.read_text()
+    params.write_text(
+        text.replace("revision: null", f"revision: {'b' * 40}", 1).replace("revision:\n", f"revision: {'b' * 40}\n", 1)
+    )
+    assert read_yaml(params)["backbone"]["revision"] == "b" * 40
+    assert not [change for change in switch(params, "gemma-3-1b", 24) if "backbone.revision" in change]
+    assert read_yaml(params)["backbone"]["revision"] == "b" * 40
+    switch(params, "smollm2-135m", 24)
+    assert read_yaml(params)["backbone"]["revision"] is None
+
+
 def test_the_real_params_stay_valid_with_every_preset(workspace: Path) -> None:
     path = workspace / "params.yaml"
     for source in ("params.yaml", "params.demo.yaml"):

@@ -11,7 +11,7 @@ from pipeline.artifacts import Artifact, read_manifest
 from pipeline.audit.findings import STALE, Findings
 from pipeline.backbone import identify
 from pipeline.errors import ArtifactError, BackboneError
-from pipeline.target_transform import TRANSFORM_FILE
+from pipeline.target_transform import TRANSFORM_FILE, load_transform
 
 ROLES = ("backbone", "teacher")
 ENCODER_CONFIG = "encoder_config.json"
@@ -41,11 +41,14 @@ def stale_inputs(root: Path, artifact: Artifact) -> dict[str, str]:
 
 
 def check_models(root: Path, artifacts: Mapping[str, Artifact], findings: Findings) -> None:
-    """Each role is filled by the same model in every artifact, and a local model's files are unchanged."""
+    """Each role is filled by the same model in every artifact, and a local model's files are unchanged.
+
+    What evaluated a teacher in the space of the targets is held against their transform too, see `check_transform`.
+    """
     for role in ROLES:
         first: tuple[str, Any] | None = None
         for name, artifact in artifacts.items():
-            identity = artifact.manifest.models.get(role)
+            identity, _ = _apart(artifact.manifest.models.get(role))
             if identity is None:
                 continue
             if first is None:
@@ -84,7 +87,7 @@ def check_width(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
 
 
 def check_transform(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
-    """Targets that were transformed say by what, and the encoder that learnt them carries the same."""
+    """Targets that were transformed say by what; the encoder carries the same, and so did the teacher when measured."""
     targets, encoder = artifacts.get("data/targets"), artifacts.get("models/encoder")
     if targets is None:
         return
@@ -94,6 +97,24 @@ def check_transform(artifacts: Mapping[str, Artifact], findings: Findings) -> No
         findings.add("data/targets", TRANSFORM_FILE, f"is {'here' if wanted else 'not here'}, the transform is {kind}")
     if encoder is not None and encoder.manifest.files.get(TRANSFORM_FILE) != wanted:
         findings.add("models/encoder", TRANSFORM_FILE, "is not that of data/targets: run train again")
+    found = load_transform(targets.path) if wanted else None
+    made = found.identity if found else None
+    for name, artifact in artifacts.items():
+        _, measured = _apart(artifact.manifest.models.get("teacher"))
+        if name.startswith("results/") and "teacher" in artifact.manifest.models and measured != made:
+            what = f"measured the teacher behind {_short_transform(measured)}, data/targets were made behind"
+            findings.add(name, "", f"{what} {_short_transform(made)}: run it again")
+
+
+def _apart(identity: Any) -> tuple[Any, Any]:
+    """A model's identity without the transform behind it, and that transform's."""
+    if not isinstance(identity, dict):
+        return identity, None
+    return {key: value for key, value in identity.items() if key != "transform"}, identity.get("transform")
+
+
+def _short_transform(identity: Any) -> str:
+    return f"{identity['kind']} ({identity['sha256'][:12]})" if identity else "no transform"
 
 
 def _check_local(root: Path, name: str, role: str, identity: Any, findings: Findings) -> None:

@@ -4,6 +4,7 @@ The key comes from an environment variable and goes nowhere but into the request
 is cleared of it before it is logged, raised or stored.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -138,6 +139,8 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
     import openai
 
+    if isinstance(error, json.JSONDecodeError):  # a reply that was cut on its way, which the client passes on as it is
+        return True
     if isinstance(error, openai.APIStatusError):
         return error.status_code in TRANSIENT_STATUSES or error.status_code >= 500
     return isinstance(error, openai.APIConnectionError)
@@ -167,6 +170,11 @@ def retry_after(error: BaseException | None) -> float | None:
         return max(0.0, parsedate_to_datetime(header).timestamp() - time())
     except ValueError:
         return None
+
+
+def valid_text(text: str) -> str:
+    """Text that UTF-8 can hold: halves of surrogate pairs, left by servers that cut within an emoji, become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def reason_of(error: Exception) -> str:

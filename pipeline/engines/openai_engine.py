@@ -3,6 +3,7 @@
 An event loop in a thread of its own sends the requests; prompts are taken and answers given in the caller's thread.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -23,6 +24,7 @@ from pipeline.engines.endpoint import (
     make_client,
     read_secret,
     reason_of,
+    valid_text,
     wait_seconds,
 )
 from pipeline.errors import EngineError
@@ -143,7 +145,7 @@ class OpenAIEngine:
 
         try:
             response = await self._request(Prompt("check", [1], 0, "Hello"), Sampling(max_new_tokens=1))
-        except openai.APIError as error:
+        except (openai.APIError, json.JSONDecodeError) as error:
             raise self._broken(error) from None
         if not getattr(response, "choices", None):
             raise EngineError(
@@ -157,7 +159,7 @@ class OpenAIEngine:
 
         try:
             response = await self._with_retries(prompt, sampling)
-        except openai.APIError as error:
+        except (openai.APIError, json.JSONDecodeError) as error:
             return self._failed(prompt, error)
         self._failed_in_a_row = 0
         return self._completion(prompt, response)
@@ -194,7 +196,7 @@ class OpenAIEngine:
         choices = getattr(response, "choices", None)
         if not choices:
             return Completion(prompt.id, "", "error", 0, "no answer in the server's response")
-        text = (choices[0].text if self._options.api == "completions" else choices[0].message.content) or ""
+        text = valid_text((choices[0].text if self._options.api == "completions" else choices[0].message.content) or "")
         reason = FINISH_REASONS.get(choices[0].finish_reason)
         if reason is None:
             return Completion(prompt.id, "", "error", 0, f"the server finished it with '{choices[0].finish_reason}'")
@@ -234,7 +236,7 @@ class OpenAIEngine:
                 ) from None
         elif getattr(error, "status_code", None) not in ROW_STATUSES:
             raise self._broken(error) from None
-        return Completion(prompt.id, "", "error", 0, self._secret.cleared(reason_of(error)))
+        return Completion(prompt.id, "", "error", 0, valid_text(self._secret.cleared(reason_of(error))))
 
     def _broken(self, error: Exception, what: str = "") -> EngineError:
         hints = {

@@ -10,7 +10,7 @@
 Files are read directly: no hub, no cache of another library, and equal files mean an equal revision.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +133,16 @@ def _as_list(value: Any) -> list[str]:
 def _read(path: Path) -> pa.Table:
     import polars as pl
 
-    readers: dict[str, Any] = {".parquet": pl.read_parquet, ".jsonl": pl.read_ndjson, ".csv": pl.read_csv}
+    # Types by all rows: by the first hundred, a column that begins later is lost and one that begins empty refused.
+    readers: dict[str, Callable[[], Any]] = {
+        ".parquet": lambda: pl.read_parquet(path),
+        ".jsonl": lambda: pl.read_ndjson(path, infer_schema_length=None),
+        ".csv": lambda: pl.read_csv(path, infer_schema_length=None),
+    }
     if path.suffix not in readers:
         raise EvaluationError(f"{path}: cannot read '{path.suffix}' (readable: {', '.join(_SUFFIXES)})")
     try:
-        return readers[path.suffix](path).to_arrow()
+        return readers[path.suffix]().to_arrow()
     except (pl.exceptions.PolarsError, OSError) as error:
         raise EvaluationError(f"{path}: {str(error).splitlines()[0]}") from None
 

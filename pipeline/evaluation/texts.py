@@ -106,14 +106,25 @@ def _folder(name: str, data: LocalData) -> TextSource:
 def _file_batches(path: Path) -> Iterator[list[str]]:
     import polars as pl
 
-    readers: dict[str, Any] = {".parquet": pl.scan_parquet, ".jsonl": pl.scan_ndjson, ".csv": pl.scan_csv}
     try:
-        frame = readers[path.suffix](path)
+        frame = _scanned(path)
         columns = [name for name in frame.collect_schema().names() if name not in _NO_TEXT]
         for batch in frame.select(columns).collect_batches(chunk_size=BATCH) if columns else ():
             yield [text for name in columns for text in _strings(batch[name].to_list())]
     except (pl.exceptions.PolarsError, OSError, KeyError) as error:
         raise EvaluationError(f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+
+
+def _scanned(path: Path) -> Any:
+    import polars as pl
+
+    # Types by all rows: by the first hundred, a column that begins later is lost and one that begins empty refused.
+    readers: dict[str, Callable[[], Any]] = {
+        ".parquet": lambda: pl.scan_parquet(path),
+        ".jsonl": lambda: pl.scan_ndjson(path, infer_schema_length=None),
+        ".csv": lambda: pl.scan_csv(path, infer_schema_length=None),
+    }
+    return readers[path.suffix]()
 
 
 # --- mteb and the hub -----------------------------------------------------------------------------------------------

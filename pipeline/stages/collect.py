@@ -226,7 +226,7 @@ app = typer.Typer(add_completion=False)
 def main(params: Annotated[Path, typer.Option(help="params file")] = PARAMS_FILE) -> None:
     """Collect the queries of all sources."""
     setup_logging()
-    with user_errors(), record("collect") as facts:
+    with user_errors("collect keeps nothing, run it again from the start"), record("collect") as facts:
         run(load(params, Inputs), facts)
 
 

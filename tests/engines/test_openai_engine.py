@@ -244,6 +244,26 @@ def test_a_row_fails_alone_with_its_reason(server: FakeEndpoint) -> None:
     assert kinds == {"HTTP 400": 1, "HTTP 400 content_filter": 1, "HTTP 500": 1}
 
 
+def test_a_reply_that_breaks_off_is_tried_again_and_then_fails_alone(server: FakeEndpoint) -> None:
+    broken: Fault = (200, {}, b'{"id": "x", "choices": [{"ind')
+    server.fault = lambda text, count: broken if text == "question 1" or (text == "question 2" and count == 1) else None
+    found = answers(server, 3, attempts=3)
+    assert [found[f"q{i}"].finish_reason for i in range(3)] == ["stop", "error", "stop"]
+    assert "JSONDecodeError" in (found["q1"].error or "")
+    assert [server.times[f"question {i}"] for i in range(3)] == [1, 3, 2]
+
+
+def test_half_an_emoji_does_not_reach_the_store(server: FakeEndpoint) -> None:
+    def fault(text: str, count: int) -> Fault | None:
+        status, headers, body = 200, {}, server._body("/v1/chat/completions", "cut \ud83d")
+        return (status, headers, body) if text == "question 1" else None
+
+    server.fault = fault
+    found = answers(server, 2)
+    assert found["q1"].text == "cut \N{REPLACEMENT CHARACTER}"
+    assert found["q0"].text == "answer: question 0"
+
+
 def test_a_row_that_takes_too_long_fails_alone(server: FakeEndpoint) -> None:
     def slow(text: str, count: int) -> Fault | None:
         if text == "question 1":

@@ -29,6 +29,19 @@ def test_other_formats_read_alike(tmp_path: Path, suffix: str) -> None:
     assert LocalData(folder).read("default", "test", required=["score"]).equals(expected)
 
 
+def test_a_column_that_begins_after_many_rows_is_read(tmp_path: Path) -> None:
+    """Types are not guessed from the first hundred rows."""
+    folder = tmp_path / "late"
+    rows = [{"_id": str(row), "text": str(row)} for row in range(150)]
+    titled = [{"_id": "a", "text": "some words", "title": "a title"}]
+    nulls = [row | {"title": None} for row in rows]
+    for early in (rows, nulls):
+        write_folder(folder, {"corpus": {"test": [*early, *titled]}})
+        table = LocalData(folder).read("corpus", "test", required=["text"])
+        assert table["title"].to_pylist()[-1] == "a title"
+        assert table["text"].to_pylist()[-1] == "some words"
+
+
 @pytest.mark.parametrize(
     ("readme", "message"),
     [

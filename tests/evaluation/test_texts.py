@@ -49,6 +49,21 @@ def test_other_formats_and_many_rows(tmp_path: Path, suffix: str) -> None:
     assert sorted(text for batch in batches for text in batch) == sorted(row["text"] for row in rows)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_texts_that_begin_after_many_rows_count(tmp_path: Path, suffix: str) -> None:
+    """Types are not guessed from the first hundred rows."""
+    import polars as pl
+
+    rows = [{"text": str(row), "title": None} for row in range(150)] + [{"text": "words", "title": "a title"}]
+    folder = write_folder(tmp_path / "c", {"default": {"train": rows}})
+    if suffix == "csv":
+        pl.DataFrame(rows, infer_schema_length=None).write_csv(folder / "default" / "train.csv")
+        readme = folder / "README.md"
+        readme.write_text(readme.read_text().replace(".jsonl", ".csv"))
+    (source,) = find_texts({}, {"probe": {"local": "c"}}, tmp_path)
+    assert {"words", "a title"} <= {text for batch in source.batches() for text in batch}
+
+
 @pytest.mark.parametrize("data", [{}, [{"text": "in a list"}], {"test": {"queries": {"q1": "in a dict"}}}])
 def test_data_without_a_text_that_is_understood_is_an_error(data: object) -> None:
     with pytest.raises(EvaluationError, match="SomeTask: no text was found in its data"):

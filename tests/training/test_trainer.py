@@ -212,7 +212,7 @@ def test_a_checkpoint_goes_on_in_the_same_order_through_other_passes(tmp_path: P
 
 
 def test_gradients_of_a_large_batch_survive_float16() -> None:
-    """The mean over 20,000 tokens makes each one's share smaller than float16 can hold (cosine .997 without a scale)."""
+    """The mean over 20,000 tokens makes each share smaller than float16 can hold (cosine .997 without a scale)."""
     generator = np.random.default_rng(0)
     responses = generator.integers(3, 250, (512, 40)).tolist()
     rows = TrainingRows([str(row) for row in range(512)], [[5, 6, 7]] * 512, responses, np.zeros((512, 5), np.float32))
