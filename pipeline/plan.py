@@ -56,8 +56,8 @@ class AllParams(Params):
     embed: EmbedParams
     train: TrainParams
     evaluate: EvaluateParams
-    suites: dict[str, SuiteParams]
-    probes: dict[str, dict[str, Any]]
+    suites: dict[str, SuiteParams] = Field(min_length=1)
+    probes: dict[str, dict[str, Any]] = Field(min_length=1)
     report: ReportParams
 
 

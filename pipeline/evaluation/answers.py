@@ -78,8 +78,8 @@ class Answers:
         """The backbone and all that decides an answer to a prompt; serialises to JSON."""
         return dict(self._identity())
 
-    def __call__(self, prompts: Sequence[str]) -> list[str]:
-        """An answer to each prompt, "" where the engine failed on it; such a prompt is asked again by the next call.
+    def __call__(self, prompts: Sequence[str]) -> list[str | None]:
+        """An answer to each prompt, None where the engine failed on it; such a prompt is asked again by the next call.
 
         Raises:
             BackboneError: the backbone cannot be used.
@@ -93,7 +93,7 @@ class Answers:
                 self._generate(store, texts)
             rows = store.take([row_id for row_id in texts if row_id in store])
         found = dict(zip(rows["id"].to_pylist(), rows["response"].to_pylist(), strict=True))
-        return [found.get(row_id, "") for row_id in ids]
+        return [found.get(row_id) for row_id in ids]
 
     def close(self) -> None:
         """Stop the engine, if one runs, and free its memory."""

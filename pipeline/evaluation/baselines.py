@@ -112,6 +112,8 @@ class HydeSystem:
         answers: asks the backbone; another owns and closes it.
         teacher: embeds answers and documents.
         fallbacks: queries so far whose answer was blank or failed, and that were embedded themselves.
+        failed: of these, the ones that the engine failed on. Another time it may not, so nothing that they are part of
+            is kept.
     """
 
     answers: "Answers"
@@ -119,6 +121,7 @@ class HydeSystem:
     prompting: str
     name: str = "hyde"
     fallbacks: int = 0
+    failed: int = 0
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -134,7 +137,9 @@ class HydeSystem:
         return self.teacher.embed(texts if side == "document" else self._answered(texts, instruction))
 
     def _answered(self, texts: Sequence[str], instruction: str) -> list[str]:
-        answers = self.answers([join_instruction(instruction, text) for text in texts])
+        given = self.answers([join_instruction(instruction, text) for text in texts])
+        self.failed += given.count(None)
+        answers = [answer or "" for answer in given]
         if blank := sum(not answer.strip() for answer in answers):
             self.fallbacks += blank
             log.warning("hyde: %d of %d answers are blank or failed: the text itself is embedded", blank, len(texts))

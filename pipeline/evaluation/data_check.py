@@ -55,7 +55,8 @@ def _missing(task: Any) -> MissingData | None:
     try:
         copy.deepcopy(task).load_data()
         cached = set(_cached_revisions(path))
-        if not cached or revision in cached:
+        # Some tasks of mteb name their revision by its first digits.
+        if not cached or any(commit.startswith(revision) for commit in cached):
             return None
         reason = f"the cache has revision {', '.join(sorted(cached))} of it instead"
     except PipelineError as error:

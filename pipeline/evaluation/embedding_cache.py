@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pipeline.artifacts import bytes_sha256, digest_of
 from pipeline.errors import EvaluationError, WorkError
-from pipeline.evaluation.systems import VERSION, System
+from pipeline.evaluation.systems import VERSION, System, failures
 from pipeline.prompts import Side
 from pipeline.runtime import progress
 from pipeline.shards import ShardStore
@@ -114,9 +114,12 @@ class CachedSystem:
         missing = {content: text for content, text in distinct.items() if content not in kept}
         for some, vectors in kept.take([content for content in distinct if content not in missing]):
             rows.put(some, vectors)
+        failed = failures(self.system)
         for some, vectors in self._embedded(missing, instruction, side):
             rows.put(some, vectors)
-            kept.add(digest_of([instruction, side])[:_PLACE], some, vectors)
+            if failed == failures(self.system):
+                kept.add(digest_of([instruction, side])[:_PLACE], some, vectors)
+            failed = failures(self.system)
         self.reused += len(distinct) - len(missing)
         self.computed += len(missing)
         return rows.of(contents)

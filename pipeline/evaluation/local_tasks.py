@@ -126,7 +126,13 @@ def load_retrieval(data: LocalData) -> RetrievalData:
     _check_known(data, relevant, "queries", queries)
     _check_known(data, (passage for scores in relevant.values() for passage in scores), "corpus", passages)
     kept = {query: text for query, text in queries.items() if query in relevant}
-    return RetrievalData(kept, corpus, relevant, _top_ranked(data))
+    top_ranked = _top_ranked(data)
+    if top_ranked is not None:
+        _check_known(
+            data, (passage for names in top_ranked.values() for passage in names), "corpus", passages, "top_ranked"
+        )
+        _check_known(data, kept, "top_ranked", top_ranked)
+    return RetrievalData(kept, corpus, relevant, top_ranked)
 
 
 def _judgements_config(data: LocalData) -> str:
@@ -161,11 +167,11 @@ def _identified(data: LocalData, config: str, columns: Sequence[str]) -> pa.Tabl
     return pa.table(texts)
 
 
-def _check_known(data: LocalData, used: Any, config: str, known: Any) -> None:
+def _check_known(data: LocalData, used: Any, config: str, known: Any, by: str = "judgements") -> None:
     unknown = sorted({name for name in used if name not in known})
     if unknown:
         raise EvaluationError(
-            f"{data.folder}: judgements name {len(unknown)} ids that config '{config}' lacks, first: '{unknown[0]}'"
+            f"{data.folder}: {by} name {len(unknown)} ids that config '{config}' lacks, first: '{unknown[0]}'"
         )
 
 
@@ -173,7 +179,8 @@ def _top_ranked(data: LocalData) -> dict[str, list[str]] | None:
     if "top_ranked" not in data.files:
         return None
     table = data.read("top_ranked", data.split_of("top_ranked", "test"), required=["query-id", "corpus-ids"])
-    return dict(zip(table["query-id"].to_pylist(), table["corpus-ids"].to_pylist(), strict=True))
+    pairs = zip(table["query-id"].to_pylist(), table["corpus-ids"].to_pylist(), strict=True)
+    return {str(query): [str(passage) for passage in passages] for query, passages in pairs}
 
 
 def load_choices(data: LocalData) -> tuple[RetrievalData, list[list[str]]]:

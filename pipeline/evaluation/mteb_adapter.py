@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.artifacts import digest_of
-from pipeline.errors import EvaluationError
 from pipeline.evaluation.instructions import Instructions
-from pipeline.evaluation.systems import BARE, System, revision_of
+from pipeline.evaluation.systems import BARE, System, check_finite, revision_of
 from pipeline.prompts import Side
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class MtebEncoder:
         instruction = self._instructions.choose(task_metadata.name, task_metadata.type, side)
         texts = [text for batch in inputs for text in batch["text"]]
         embeddings = np.asarray(self.system.encode(texts, instruction, side), dtype=np.float32)
-        _check_finite(embeddings, texts, f"{self.system.name}, task '{task_metadata.name}', split '{hf_split}'")
+        check_finite(embeddings, texts, f"{self.system.name}, task '{task_metadata.name}', split '{hf_split}'")
         return embeddings
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
@@ -76,9 +75,9 @@ def published_meta(system: System, model_name: str | None = None) -> Any:
     """mteb's ModelMeta under which a system's results can be submitted; what is not known of it stays None.
 
     Names: the student `model_name` or `llm2vec-gen/<backbone>-llm2vec-gen`; other systems made of the backbone
-    `llm2vec-gen/<backbone>-<system>`; models of the hub their own; local folders `local/<folder>`. The revision is the
-    commit on the hub or the start of the weights' sha256, for systems without weights of their own a hash of what they
-    are made of.
+    `llm2vec-gen/<backbone>-<system>`, and so do teachers that a model of the hub is only a part of (adapters, a reading
+    of the backbone, a transform); other models of the hub their own; local folders `local/<folder>`. The revision is
+    the commit on the hub or the start of the weights' sha256, for systems made of several things a hash over these.
     """
     identity = system.identity
     backbone = _backbone(identity)
@@ -93,7 +92,11 @@ def published_meta(system: System, model_name: str | None = None) -> Any:
         max_tokens=config.get("max_query_tokens") or identity.get("max_tokens"),
         framework=_FRAMEWORKS.get(str(identity.get("kind")), ["PyTorch", "Transformers"] if backbone else []),
         use_instructions=system.prompting != BARE,
-        adapted_from=backbone["name"] if "revision" in backbone else None,
+        adapted_from=backbone["name"]
+        if "revision" in backbone
+        else identity.get("name")
+        if _made_of(identity)
+        else None,
     )
 
 
@@ -119,12 +122,19 @@ def _published_name(system: System, model_name: str | None) -> str:
     name = str(identity.get("name", ""))
     if not name:
         return f"{ORGANISATION}/{system.name}"
+    if _made_of(identity):
+        return f"{ORGANISATION}/{PurePath(name).name}-{system.name}"
     return name if "sha256" not in identity and name.count("/") == 1 else f"{LOCAL}/{PurePath(name).name}"
 
 
 def _published_revision(identity: dict[str, Any]) -> str:
-    weights = identity.get("sha256") or identity.get("revision") or digest_of(identity)
-    return str(weights)[:40]
+    weights = None if _made_of(identity) else identity.get("sha256") or identity.get("revision")
+    return str(weights or digest_of(identity))[:40]
+
+
+def _made_of(identity: dict[str, Any]) -> bool:
+    """Whether the model that an identity names is a part only of what embeds."""
+    return bool(identity.get("adapters") or identity.get("transform") or identity.get("kind") == "backbone")
 
 
 def _parameters(encoder: Any) -> int | None:
@@ -132,11 +142,3 @@ def _parameters(encoder: Any) -> int | None:
     if encoder is None:
         return None
     return sum(tensor.numel() for part in (encoder.model, encoder.student) for tensor in part.parameters())
-
-
-def _check_finite(embeddings: np.ndarray, texts: list[str], where: str) -> None:
-    bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
-    if len(bad):
-        raise EvaluationError(
-            f"{where}: {len(bad)} of {len(texts)} embeddings are not finite, first: {texts[bad[0]][:80]!r}"
-        )

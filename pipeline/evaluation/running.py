@@ -27,7 +27,7 @@ from pipeline.evaluation.findings import Findings, load, save
 from pipeline.evaluation.instructions import Instructions
 from pipeline.evaluation.mteb_adapter import MtebEncoder, published_meta
 from pipeline.evaluation.predictions import Observer
-from pipeline.evaluation.systems import System
+from pipeline.evaluation.systems import System, failures
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class _Finished:
         return self.path.with_suffix(".findings.npz")
 
     def run(self, encoder: MtebEncoder, batch_size: int) -> None:
-        """Run it and keep what it gives.
+        """Run it and keep what it gives, unless the system failed on some texts: then the next run runs it again.
 
         Raises:
             EvaluationError: mteb gives no result.
@@ -169,6 +169,7 @@ class _Finished:
         task = copy.deepcopy(self.task)  # a task's random state moves as it runs
         task.load_data()
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        failed = failures(encoder.system)
         with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".predictions-") as folder:
             observer = Observer(task, Path(folder))
             result = _evaluate(encoder, task, batch_size, observer.prediction_folder)
@@ -177,6 +178,8 @@ class _Finished:
         self.cache.save_to_cache(result, self.meta)
         # As the next run will read it: mteb rounds scores when it writes them.
         self.result = self.cache.load_task_result(task.metadata.name, self.meta)
+        if failed != failures(encoder.system):
+            self.path.unlink()
 
 
 def _evaluate(encoder: MtebEncoder, task: Any, batch_size: int, prediction_folder: Path | None) -> Any:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipeline.artifacts import digest_of
 from pipeline.backbone import DType
 from pipeline.encoder.config import fingerprint
+from pipeline.errors import EvaluationError
 from pipeline.places import places
 from pipeline.prompts import Side, join_instruction
 
@@ -66,6 +67,22 @@ def revision_of(system: System, **conditions: Any) -> str:
     return digest_of({"version": VERSION, "identity": system.identity, "prompting": system.prompting, **conditions})[
         :40
     ]
+
+
+def failures(system: System) -> int:
+    """Texts so far that a system embedded for want of something better, which another time it may have."""
+    return int(getattr(getattr(system, "system", system), "failed", 0))  # an embedding cache wraps the system
+
+
+def check_finite(embeddings: "np.ndarray[Any, Any]", texts: Sequence[str], where: str) -> None:
+    """Raises EvaluationError if one of the embeddings [len(texts), d] is not finite."""
+    import numpy as np
+
+    bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+    if len(bad):
+        raise EvaluationError(
+            f"{where}: {len(bad)} of {len(texts)} embeddings are not finite, first: {texts[bad[0]][:80]!r}"
+        )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pipeline.errors import ArtifactError
 from pipeline.interop.card import CARD_FILE, with_results
 from pipeline.interop.new_folder import check_new
 from pipeline.interop.st_folder import write_st_files
+from pipeline.report.probes import LOWER_IS_BETTER
 from pipeline.report.tables import Comparison, compare
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ def _comparisons(encoder: Artifact, results: Path) -> Iterator[Comparison]:
                 log.warning("%s is no evaluation of %s as it is now: not in the card", path, encoder.path)
                 continue
             try:
-                comparison = compare(path.stem, json.loads(path.read_text(encoding="utf-8")))
+                record = json.loads(path.read_text(encoding="utf-8"))
+                comparison = compare(path.stem, record, LOWER_IS_BETTER.get(path.stem, ()))
             except ValueError as error:
                 raise ArtifactError(f"{path} is damaged ({error}): run its stage again") from None
             if "student" in comparison.systems:
@@ -85,13 +87,14 @@ def _is_of(encoder: Artifact, evaluation: Path) -> bool:
 
 
 def _table(comparison: Comparison) -> str:
-    """One evaluation as a Markdown table: a row for each score, a column for each system."""
+    """One evaluation as a Markdown table: a row for each score (↓: lower is better), a column for each system."""
     at = [index for index, system in enumerate(comparison.systems) if system in SHOWN]
     names = [comparison.systems[index] for index in at]
     lines = [f"### {comparison.name}", "", f"| | {' | '.join(names)} |", "|---" * (len(at) + 1) + "|"]
     for row in comparison.rows:
         scores = [row.cells[index].score for index in at]
-        lines.append(f"| {row.metric} | {' | '.join(_number(score) for score in scores)} |")
+        lower = " ↓" if row.lower_is_better else ""
+        lines.append(f"| {row.metric}{lower} | {' | '.join(_number(score) for score in scores)} |")
     return "\n".join(lines)
 
 

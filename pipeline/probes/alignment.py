@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import EvaluationError
-from pipeline.evaluation.systems import System
+from pipeline.evaluation.systems import System, check_finite
 from pipeline.heldout import heldout_rows
 from pipeline.params import Params
 from pipeline.probes.base import ProbeContext, ProbeResult, described, in_teacher_space, space_of, unit_deltas
@@ -52,7 +52,7 @@ def run(params: AlignmentParams, context: ProbeContext) -> ProbeResult:
     """Measure every system on the held-out rows.
 
     Raises:
-        EvaluationError: no held-out query has a target, or widths differ.
+        EvaluationError: no held-out query has a target, widths differ, or an embedding is not finite.
         ArtifactError: an artifact is missing or damaged.
     """
     from pipeline.encoder.data import embeddings_matrix
@@ -77,9 +77,13 @@ def run(params: AlignmentParams, context: ProbeContext) -> ProbeResult:
 
 
 def _embed(system: System, rows: pa.Table, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    queries = system.encode(rows["text"].to_pylist(), "")
+    texts, responses = rows["text"].to_pylist(), rows["response"].to_pylist()
+    queries = system.encode(texts, "")
+    check_finite(queries, texts, f"{system.name}, held-out queries")
     if not in_teacher_space(system):
-        return queries, system.encode(rows["response"].to_pylist(), "", "document")
+        answers = system.encode(responses, "", "document")
+        check_finite(answers, responses, f"{system.name}, held-out responses")
+        return queries, answers
     if queries.shape[1] != targets.shape[1]:
         raise EvaluationError(
             f"{system.name} embeds in {queries.shape[1]} dimensions, data/targets has {targets.shape[1]}: "

@@ -32,8 +32,8 @@ _NO_PROBES = ("base", "passages", "refusal_texts", "sources")
 # Every other system embeds references and answers itself: a mean of hidden states has no place in the teacher's space.
 _TEACHER_SPACE = frozenset({"student", "teacher", "untrained", "hyde"})
 
-# Texts in, the backbone's own answers out, "" where it gave none.
-Answering = Callable[[Sequence[str]], list[str]]
+# Texts in, the backbone's own answers out, None where the engine failed.
+Answering = Callable[[Sequence[str]], list[str | None]]
 
 
 def _no_answers() -> Answering:

@@ -56,19 +56,22 @@ def run(params: ReasoningParams, context: ProbeContext) -> ProbeResult:
         dtype=context.dtype,
     )
     rows = summary_table(tasks, runs, METRIC)
-    choices = summary_table(tasks, runs, CHOICE_ACCURACY)
-    metrics: dict[str, Any] = flat_metrics(rows) | choice_metrics(choices)
+    metrics: dict[str, Any] = flat_metrics(rows) | choice_metrics(rows)
     teacher, student = metrics.get("teacher/mean/tasks"), metrics.get("student/mean/tasks")
     if teacher and student is not None:
         metrics["gain_percent"] = round(100 * (student - teacher) / teacher, 2)
     systems = {run.system: {"identity": run.identity, "prompting": run.prompting} for run in runs}
     deltas = task_deltas(tasks, runs, context.bootstrap, METRIC)
-    return ProbeResult(metrics, pa.concat_tables([rows, choices]), systems, deltas=deltas)
+    return ProbeResult(metrics, rows, systems, deltas=deltas)
 
 
 def choice_metrics(rows: pa.Table) -> dict[str, float]:
-    """`<system>/choice_accuracy/<task>` of the tasks with choices; `rows` hold that score."""
-    return {f"{row['system']}/{CHOICE_ACCURACY}/{row['task']}": round(row["score"], 6) for row in rows.to_pylist()}
+    """`<system>/choice_accuracy/<task>` of the tasks with choices, which alone have that score among their `rows`."""
+    return {
+        f"{row['system']}/{CHOICE_ACCURACY}/{row['task']}": round(row["score"], 6)
+        for row in rows.to_pylist()
+        if row["metric"] == CHOICE_ACCURACY
+    }
 
 
 def _check_retrieval(tasks: list[Any]) -> None:

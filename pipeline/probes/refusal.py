@@ -138,7 +138,7 @@ def _prompts(rows: pa.Table) -> pa.Table:
 
 def answered(table: pa.Table, texts: RefusalTexts, context: ProbeContext) -> Prompts:
     """The prompts with the backbone's answers and their classes."""
-    answers = context.answers()(table["prompt"].to_pylist())
+    answers = [answer or "" for answer in context.answers()(table["prompt"].to_pylist())]
     classes = [texts.classify(answer) for answer in answers]
     return Prompts(table.append_column("answer", [answers]).append_column("answer_class", [classes]))
 

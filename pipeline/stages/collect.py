@@ -44,8 +44,9 @@ class Inputs(Params):
     backbone: BackboneParams
     collect: CollectParams
     evaluate: EvaluateFolder | None = None
-    suites: dict[str, SuiteParams] = Field(default_factory=dict)
-    probes: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    # Without a suite or a probe the report, hours later, would miss their folders.
+    suites: dict[str, SuiteParams] = Field(default_factory=dict, min_length=1)
+    probes: dict[str, dict[str, Any]] = Field(default_factory=dict, min_length=1)
 
 
 class Phases:

@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 def test_a_failed_prompt_has_no_answer_and_is_asked_again(tmp_path: Path) -> None:
     failing = Shouting(refused={"b"})
-    assert answers(tmp_path, failing)(["a", "b", "c"]) == ["A", "", "C"]
+    assert answers(tmp_path, failing)(["a", "b", "c"]) == ["A", None, "C"]
     again = Shouting()
     assert answers(tmp_path, again)(["a", "b", "c"]) == ["A", "B", "C"]
     assert again.asked == ["b"]

@@ -96,13 +96,13 @@ def test_echo_on_a_real_backbone_pools_the_second_reading_by_hand(small_lm: Path
 
 @dataclass
 class Known:
-    """Answers that are given, and "" to all else."""
+    """Answers that are given, and none to all else."""
 
     given: dict[str, str]
     identity: dict[str, Any] = field(default_factory=lambda: {"backbone": "lm"})
 
-    def __call__(self, prompts: Sequence[str]) -> list[str]:
-        return [self.given.get(prompt, "") for prompt in prompts]
+    def __call__(self, prompts: Sequence[str]) -> list[str | None]:
+        return [self.given.get(prompt) for prompt in prompts]
 
 
 @dataclass
@@ -137,7 +137,7 @@ def test_hyde_embeds_a_query_itself_where_no_answer_came(caplog: pytest.LogCaptu
     system = hyde(Known({"a": "  \n", "b": "fine"}), teacher)
     system.encode(["a", "b", "c"], "")
     assert teacher.read == ["a", "fine", "c"]
-    assert system.fallbacks == 2
+    assert (system.fallbacks, system.failed) == (2, 1)
     assert "hyde: 2 of 3 answers are blank or failed: the text itself is embedded" in caplog.text
 
 

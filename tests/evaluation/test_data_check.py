@@ -5,9 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from pipeline.errors import EvaluationError
+from pipeline.evaluation.data_check import check_data
 from tests.conftest import ROOT
 
 CHECK = """
@@ -84,6 +88,20 @@ def test_without_a_network_the_reason_is_the_librarys(tmp_path: Path) -> None:
 def test_a_cache_that_has_the_data_is_enough(tmp_path: Path) -> None:
     fill_cache(tmp_path, REVISION)
     assert check(["STS12"], tmp_path) == ""
+
+
+def test_a_revision_may_be_given_by_its_first_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def task(revision: str) -> Any:
+        metadata = SimpleNamespace(name="Some", dataset={"path": "mteb/sts12-sts", "revision": revision}, tasks=None)
+        return SimpleNamespace(metadata=metadata, load_data=lambda: None)
+
+    fill_cache(tmp_path, REVISION)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    check_data([task(REVISION[:7])])
+    with pytest.raises(EvaluationError, match=f"mteb/sts12-sts at bbbbbbb: the cache has revision {REVISION}"):
+        check_data([task("b" * 7)])
 
 
 def test_another_revision_in_the_cache_is_not_taken_for_the_tasks(tmp_path: Path) -> None:

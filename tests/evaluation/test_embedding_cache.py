@@ -115,6 +115,19 @@ def test_what_is_not_finite_is_given_and_not_kept(tmp_path: Path) -> None:
     assert encode(tmp_path, LengthSystem(), ["!", "a"]) == ["!"]
 
 
+def test_what_a_system_failed_on_is_given_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(LengthSystem):
+        failed = 0
+
+        def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
+            self.failed += "a" in texts
+            return super().encode(texts, instruction, side)
+
+    monkeypatch.setattr(embedding_cache, "CHUNK_TEXTS", 1)
+    assert len(encode(tmp_path, Failing(), TEXTS)) == 3
+    assert encode(tmp_path, LengthSystem(), TEXTS) == ["a"]
+
+
 def test_chunks_are_of_like_lengths_the_longest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding_cache, "CHUNK_TEXTS", 3)
     monkeypatch.setattr(embedding_cache, "CHUNK_CHARACTERS", 100)

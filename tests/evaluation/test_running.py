@@ -76,6 +76,44 @@ def test_passages_outside_top_ranked_are_not_found(tmp_path: Path) -> None:
     assert scores["student"]["excluded"] == pytest.approx(1.0)
 
 
+def test_ids_of_top_ranked_may_be_numbers_and_must_be_known(tmp_path: Path) -> None:
+    rows: dict[str, Any] = {
+        "corpus": {"corpus": [{"_id": 0, "text": "far"}, {"_id": 1, "text": "near"}]},
+        "queries": {"queries": [{"_id": 7, "text": "ask"}]},
+        "default": {"test": [{"query-id": 7, "corpus-id": 0, "score": 1}]},
+        "top_ranked": {"test": [{"query-id": 7, "corpus-ids": [0]}]},
+    }
+    system = VectorSystem({"ask": [1, 0], "near": [9, 1], "far": [1, 1]})
+    _, scores = run([system], [write_folder(tmp_path / "numbers", rows)], tmp_path / "work")
+    assert scores["student"]["numbers"] == pytest.approx(1.0)
+    rows["top_ranked"]["test"] = [{"query-id": 7, "corpus-ids": [0, 5]}]
+    with pytest.raises(EvaluationError, match="top_ranked name 1 ids that config 'corpus' lacks, first: '5'"):
+        run([system], [write_folder(tmp_path / "strange", rows)], tmp_path / "work")
+    rows["top_ranked"]["test"] = [{"query-id": 8, "corpus-ids": [0]}]
+    with pytest.raises(EvaluationError, match="judgements name 1 ids that config 'top_ranked' lacks, first: '7'"):
+        run([system], [write_folder(tmp_path / "lacking", rows)], tmp_path / "work")
+
+
+def test_what_a_system_failed_on_is_run_again(tmp_path: Path) -> None:
+    """HyDE without an answer embeds the text itself: that score is given, and not kept."""
+
+    class Failing(WordSystem):
+        failed = 0
+
+        def encode(self, texts: Any, instruction: str, side: Any = "query") -> np.ndarray:
+            self.failed += self.version == 0
+            return super().encode(texts, instruction, side)
+
+        @property
+        def identity(self) -> dict[str, Any]:
+            return {"fake": "hyde"}
+
+    folder = [sts_folder(tmp_path / "pairs")]
+    for version, computed in ((0, 1), (1, 1), (1, 0)):
+        (found,), scores = run([Failing("hyde", version=version)], folder, tmp_path / "work")
+        assert (found.computed, scores["hyde"]["pairs"]) == (computed, pytest.approx(1.0))
+
+
 def test_metrics_are_flat_with_deltas_and_both_means(tmp_path: Path, folders: list[Path]) -> None:
     second = retrieval_folder(tmp_path / "find2", extra=["apple"])
     tasks = find_tasks([*folders, second])
@@ -215,6 +253,9 @@ def test_systems_are_published_under_real_names_and_never_over_one_another(tmp_p
         Named("mini", minilm, "query prompt 'q: '"),
         Named("untrained", {"name": "untrained", "seed": 0, "backbone": BACKBONE, "config": CONFIG}),
         Named("untrained-1", {"name": "untrained", "seed": 1, "backbone": BACKBONE, "config": CONFIG}),
+        Named("mapped", minilm | {"transform": {"kind": "center", "sha256": "d" * 64}}),
+        Named("llm2vec", {"name": "Qwen/Q", "revision": "e" * 40, "kind": "llm2vec", "adapters": [{"name": "a/b"}]}),
+        Named("mean", {"name": "Qwen/Q", "revision": "e" * 40, "kind": "backbone"}),
         Named("bge", {"name": "BAAI/bge-small-en-v1.5", "revision": "5c38ec7c405ec4b44b94cc5a9bb96e735b38267a"}),
     ]
     tasks = find_tasks(folders[:1])
@@ -229,8 +270,13 @@ def test_systems_are_published_under_real_names_and_never_over_one_another(tmp_p
         "local/all-MiniLM-L6-v2-mini": "aaaaaa",
         "llm2vec-gen/tiny-lm-untrained": runs[3].meta.revision[:6],
         "llm2vec-gen/tiny-lm-untrained-1": runs[4].meta.revision[:6],
+        "llm2vec-gen/all-MiniLM-L6-v2-mapped": runs[5].meta.revision[:6],
+        "llm2vec-gen/Q-llm2vec": runs[6].meta.revision[:6],
+        "llm2vec-gen/Q-mean": runs[7].meta.revision[:6],
         "BAAI/bge-small-en-v1.5": "5c38ec",
     }
+    assert [run.meta.adapted_from for run in runs[5:]] == [minilm["name"], "Qwen/Q", "Qwen/Q", None]
+    assert not {run.meta.revision[:6] for run in runs[5:8]} & {"aaaaaa", "eeeeee"}
     student = runs[0].meta
     assert (student.embed_dim, student.max_tokens, student.use_instructions) == (8, 64, True)
     assert student.n_parameters is None and student.open_weights is None

@@ -577,12 +577,13 @@ def test_the_examples_of_the_card_run(
 # --- publishing -----------------------------------------------------------------------------------------------------
 
 
-def evaluation(name: str, encoder: Path, score: float) -> None:
-    """A record of a suite, and its artifact."""
-    folder = Path("results/evaluate")
+def evaluation(name: str, encoder: Path, score: float, kind: str = "evaluate") -> None:
+    """A record of a suite or a probe, and its artifact."""
+    folder = Path("results") / kind
     with create(folder / name, kind="evaluation", params={}, inputs=[open_artifact(encoder, "encoder")]):
         pass
-    metrics = {"student/mean/all": score, "teacher/mean/all": 0.5, "hyde/mean/all": 0.4}
+    metric = "mean/all" if kind == "evaluate" else "accuracy@1"
+    metrics = {f"student/{metric}": score, f"teacher/{metric}": 0.5, f"hyde/{metric}": 0.4}
     record = {"metrics": metrics, "systems": {name: {} for name in ("student", "teacher", "hyde")}}
     (folder / f"{name}.json").write_text(json.dumps(record))
 
@@ -594,9 +595,11 @@ def test_a_published_folder_shows_the_scores_of_this_encoder_only(
     other = write(Path("other"), tiny_backbone("llama"), compression_tokens=1)
     evaluation("mteb-lite", folder, 0.61239)
     evaluation("stale", other, 0.99)
-    assert publish(folder, Path("out/mine"), Path("results")) == ["mteb-lite"]
+    evaluation("safety", folder, 0.3, "probe")
+    assert publish(folder, Path("out/mine"), Path("results")) == ["mteb-lite", "safety"]
     card = Path("out/mine/README.md").read_text()
     assert "### mteb-lite\n\n| | student | teacher |\n|---|---|---|\n| mean/all | 0.6124 | 0.5 |" in card
+    assert "| accuracy@1 ↓ | 0.3 | 0.5 |" in card
     assert NO_RESULTS not in card and "0.99" not in card
     assert 'SentenceTransformer("mine"' in card
     assert "results/evaluate/stale.json is no evaluation of encoder as it is now" in caplog.text

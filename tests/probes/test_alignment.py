@@ -104,6 +104,19 @@ def test_run_measures_each_system_in_its_space(workspace: Path) -> None:
     assert result.metrics["teacher/overlap@10"] == 1.0  # two neighbours, and there are only two others
 
 
+def test_an_embedding_that_is_not_finite_is_named(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_heldout()
+    system = WordSystem("student")
+    encode = WordSystem.encode
+
+    def broken(self: Any, texts: Sequence[str], *rest: Any) -> np.ndarray:
+        return np.where([[text.startswith("bread")] for text in texts], np.nan, encode(self, texts, *rest))
+
+    monkeypatch.setattr(WordSystem, "encode", broken)
+    with pytest.raises(EvaluationError, match=r"student, held-out queries: 1 of 3 embeddings .* first: 'bread what\?'"):
+        run(AlignmentParams(), context(system))
+
+
 def test_deltas_are_paired_over_queries_and_cosines_stay_in_one_space(workspace: Path) -> None:
     write_heldout(count=8)
     result = run(AlignmentParams(), context(*[WordSystem(name, shift) for name, shift in SHIFTS.items()]))

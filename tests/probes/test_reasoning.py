@@ -33,6 +33,10 @@ def test_scores_are_ndcg_at_10_of_each_system(tmp_path: Path) -> None:
     main = result.rows.filter(result.rows["main"])
     assert set(main["metric"].to_pylist()) == {"ndcg_at_10"}
     assert set(result.systems) == {"student", "teacher"}
+    # Nobody chose between choices here, and every score stands once.
+    assert not [key for key in result.metrics if "choice" in key]
+    names = result.rows.select(["system", "task", "metric"]).to_pylist()
+    assert len(names) == len({tuple(name.values()) for name in names})
 
 
 def test_only_retrieval_is_taken(tmp_path: Path) -> None:

@@ -324,6 +324,14 @@ def test_decontamination_without_an_evaluation(collect: Collect) -> None:
     assert message == "collect.decontaminate: suites and probes name no data to hold the queries against"
 
 
+@pytest.mark.parametrize("section", ["suites", "probes"])
+def test_an_evaluation_of_nothing_is_refused_before_any_work(collect: Collect, section: str) -> None:
+    """The report's dependencies would be missing at the end of the run."""
+    write(questions(3))
+    message = failure(collect(sections={section: {}}))
+    assert message.startswith(f"params.yaml: {section}: ") and "at least 1 item" in message
+
+
 @pytest.mark.parametrize("suite", [{"local": ["gone"]}, {"tasks": ["STS13"]}])
 def test_evaluation_texts_that_cannot_be_read(
     collect: Collect, suite: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
