@@ -92,11 +92,7 @@ def published_meta(system: System, model_name: str | None = None) -> Any:
         max_tokens=config.get("max_query_tokens") or identity.get("max_tokens"),
         framework=_FRAMEWORKS.get(str(identity.get("kind")), ["PyTorch", "Transformers"] if backbone else []),
         use_instructions=system.prompting != BARE,
-        adapted_from=backbone["name"]
-        if "revision" in backbone
-        else identity.get("name")
-        if _made_of(identity)
-        else None,
+        adapted_from=_adapted_from(identity),
     )
 
 
@@ -110,6 +106,14 @@ def _backbone(identity: dict[str, Any]) -> dict[str, Any]:
     """The backbone behind a system; empty for one that is a model of its own."""
     found = identity.get("config", {}).get("backbone") or identity.get("backbone") or {}
     return found if "name" in found else {}
+
+
+def _adapted_from(identity: dict[str, Any]) -> str | None:
+    """The model of the hub, or the folder, that a system was made from, where it is not that model itself."""
+    backbone = _backbone(identity)
+    if "revision" in backbone:
+        return str(backbone["name"])
+    return str(identity["name"]) if _made_of(identity) else None
 
 
 def _published_name(system: System, model_name: str | None) -> str:
