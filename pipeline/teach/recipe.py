@@ -40,7 +40,7 @@ MNTP_GROUPING = 8
 _CODE = (
     *(f"teach/{name}.py" for name in ("batches", "loop", "mntp", "noise", "recipe", "simcse")),
     *(f"teachers/{name}.py" for name in ("adapters", "bidirectional", "pooling", "reading")),
-    *(f"encoder/{name}.py" for name in ("batching", "heads", "linear_cross_entropy", "lora", "precision")),
+    *(f"encoder/{name}.py" for name in ("batching", "heads", "linear_cross_entropy", "lora", "precision", "twin")),
     "backbone.py",
     "training/schedule.py",
 )
