@@ -23,9 +23,10 @@ RUNS = {"same order, 64 at once": (0, 64), "again": (0, 64), "other order": (1, 
 
 def answers(dtype: str, prompts: int, new_tokens: int, order: int, sequences: int) -> dict[str, str]:
     """Text by number of the prompt."""
-    from pipeline.backbone import BackboneParams, PromptFormatter, load_tokenizer
-    from pipeline.engines import build_engine, prepare_environment
-    from pipeline.engines.base import Prompt, Sampling
+    from pipeline.backbone.loading import BackboneParams, load_tokenizer
+    from pipeline.backbone.prompting import PromptFormatter
+    from pipeline.generate.engines import build_engine, prepare_environment
+    from pipeline.generate.engines.base import Prompt, Sampling
 
     prepare_environment("vllm")
     backbone = BackboneParams(name=str(BACKBONE))

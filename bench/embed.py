@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     prepare_models()
-    from pipeline.targets import CHUNK_BATCHES
-    from pipeline.teachers.sentence_transformers_teacher import SentenceTransformersTeacher
+    from pipeline.embed.targets import CHUNK_BATCHES
+    from pipeline.embed.teachers.sentence_transformers import SentenceTransformersTeacher
 
     teacher = SentenceTransformersTeacher(
         str(TEACHER), revision=None, max_tokens=256, dtype="float32", batch_size=BATCH

@@ -27,7 +27,8 @@ REFERENCE_BATCH = 8
 
 def prompts(count: int) -> list[list[int]]:
     """Token ids of the demo's queries in the chat template."""
-    from pipeline.backbone import BackboneParams, PromptFormatter, load_tokenizer
+    from pipeline.backbone.loading import BackboneParams, load_tokenizer
+    from pipeline.backbone.prompting import PromptFormatter
 
     formatter = PromptFormatter(load_tokenizer(BackboneParams(name=str(BACKBONE))), "chat", MAX_PROMPT_TOKENS)
     return [prompt.token_ids for prompt in formatter.batch(demo_queries(count))]
@@ -35,9 +36,9 @@ def prompts(count: int) -> list[list[int]]:
 
 def ours(arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens and seconds of the project's engine, with its own automatic choices."""
-    from pipeline.backbone import BackboneParams
-    from pipeline.engines import build_engine, prepare_environment
-    from pipeline.engines.base import Prompt, Sampling
+    from pipeline.backbone.loading import BackboneParams
+    from pipeline.generate.engines import build_engine, prepare_environment
+    from pipeline.generate.engines.base import Prompt, Sampling
 
     prepare_environment("vllm")
     rows = prompts(arguments.prompts)
@@ -67,7 +68,8 @@ def reference(arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens and seconds of `generate` in left-padded batches of 8."""
     import torch
 
-    from pipeline.backbone import BackboneParams, load_backbone, load_tokenizer, pad_left
+    from pipeline.backbone.loading import BackboneParams, load_backbone, load_tokenizer
+    from pipeline.backbone.prompting import pad_left
 
     backbone = BackboneParams(name=str(BACKBONE), dtype=arguments.dtype)
     rows, end = prompts(arguments.prompts), load_tokenizer(backbone).eos_token_id

@@ -73,7 +73,7 @@ def run_stage(stage: str, folder: Path) -> tuple[float, int]:
     """
     started = time.monotonic()
     with (folder / f"{stage}.log").open("w") as log_file:
-        command = [sys.executable, "-m", f"pipeline.stages.{stage}"]
+        command = [sys.executable, "-m", f"pipeline.{stage}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(command, cwd=folder, env=environment, stderr=log_file)
         _, status, usage = os.wait4(process.pid, 0)

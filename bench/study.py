@@ -166,7 +166,7 @@ class Study:
 
     def fit(self, setting: Setting, hidden: np.ndarray, targets: np.ndarray) -> tuple[Any, float]:
         """A student with the closed form of these rows, and the strength it took."""
-        from pipeline.encoder.warm_start import Statistics, frame_rows, warm_start
+        from pipeline.train.warm_start import Statistics, frame_rows, warm_start
 
         student = self.student(setting, targets.shape[1])
         statistics = Statistics(student.compression_tokens, student.hidden)
@@ -244,7 +244,7 @@ def target_kinds(study: Study) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
 
 def backbone_targets(study: Study, name: str, texts: list[str]) -> np.ndarray:
     """Mean-pooled last hidden states of texts."""
-    from pipeline.teachers.backbone_teacher import BackboneTeacher
+    from pipeline.embed.teachers.backbone import BackboneTeacher
 
     def compute() -> np.ndarray:
         teacher = BackboneTeacher(

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.params import PARAMS_FILE
-from pipeline.runtime import user_errors
+from pipeline.core.config import PARAMS_FILE
+from pipeline.core.run import user_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pipeline.audit import AuditReport
-    from pipeline.backbone import DType
+    from pipeline.backbone.loading import DType
+    from pipeline.core.target_transform import Space
+    from pipeline.embed.teachers.base import Teacher
     from pipeline.encoder.inference import Encoder
     from pipeline.lens.decoding import EngineName as DecodingEngine
-    from pipeline.target_transform import Space
-    from pipeline.teachers.base import Teacher
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="LLM2Vec-Gen: look at a run, and use what it made.")
 
@@ -78,7 +78,7 @@ def inspect(
     """Show what a stage counted, made and failed at, or one row through all stages."""
     from rich.console import Console
 
-    from pipeline.inspection import check_stage, counts, failures, show, trace
+    from pipeline.audit.inspect import check_stage, counts, failures, show, trace
 
     with user_errors():
         check_stage(stage)
@@ -95,7 +95,7 @@ def params(path: ParamsOption = PARAMS_FILE) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from pipeline.plan import load_all, make_plan
+    from pipeline.cli.plan import load_all, make_plan
 
     with user_errors():
         plan = make_plan(load_all(path))
@@ -103,7 +103,7 @@ def params(path: ParamsOption = PARAMS_FILE) -> None:
         for line in plan.lines:
             table.add_row(*map(escape, line))
         Console().print(table)
-        print("Estimates are upper bounds for rows of full length; their formulas: pipeline/training/memory.py.")
+        print("Estimates are upper bounds for rows of full length; their formulas: pipeline/optim/memory.py.")
         for remark in plan.remarks:
             print(f"note: {remark}")
 
@@ -115,7 +115,7 @@ def backbone(
     path: ParamsOption = PARAMS_FILE,
 ) -> None:
     """Switch the params file to a backbone and its teacher. Comments and all else stay as they are."""
-    from pipeline.presets import presets, switch
+    from pipeline.cli.presets import presets, switch
 
     with user_errors():
         if name is not None:
@@ -151,8 +151,8 @@ def encode(
 ) -> None:
     """Embed the texts of a file, of any size. Killed and run again, it goes on where it was."""
     with user_errors():
-        from pipeline.encoding import check_output, encode_file
-        from pipeline.text_files import open_texts
+        from pipeline.core.text_files import open_texts
+        from pipeline.encoder.encode_file import check_output, encode_file
 
         check_output(output, source)
         wanted = _space(space)
@@ -188,11 +188,10 @@ def search(
 ) -> None:
     """Show the passages nearest to a query, and the answer that the query's embedding holds."""
     with user_errors():
-        from pipeline.printable import visible
-        from pipeline.queries import normalize_text
-        from pipeline.searching import search as run_search
-        from pipeline.searching import table
-        from pipeline.text_files import open_texts
+        from pipeline.cli.search import search as run_search
+        from pipeline.cli.search import table
+        from pipeline.core.text import normalize_text, visible
+        from pipeline.core.text_files import open_texts
 
         passages = open_texts(corpus, column, "--corpus")
         wanted = normalize_text(query)
@@ -217,7 +216,7 @@ def search(
 
 def _retrieval_prompts(query: str | None, document: str | None) -> dict[str, str]:
     """Instructions by name; None: that of the evaluation of retrieval."""
-    from pipeline.evaluation.instructions import load_instructions
+    from pipeline.tasks.instructions import load_instructions
 
     known = load_instructions()
     return {
@@ -238,7 +237,7 @@ def import_official(
 ) -> None:
     """Make an encoder of a checkpoint of the paper's authors. Nothing in it is run."""
     with user_errors():
-        from pipeline.interop.official_import import import_official as run_import
+        from pipeline.export.official.import_ import import_official as run_import
 
         remarks = run_import(source, out, backbone=backbone, revision=revision, max_length=max_length)
         print("\n".join([f"{source} -> {out}", *(f"note: {remark}" for remark in remarks)]))
@@ -256,7 +255,7 @@ def export_official(
     """Write an encoder as a checkpoint that the package of the paper's authors reads."""
     with user_errors():
         chosen = _dtype(dtype)
-        from pipeline.interop.official_export import export_official as run_export
+        from pipeline.export.official.export import export_official as run_export
 
         remarks = run_export(model, out, backbone=backbone, dtype=chosen)
         print("\n".join([f"{model} -> {out}", *(f"note: {remark}" for remark in remarks)]))
@@ -270,7 +269,7 @@ def export_st(
 ) -> None:
     """Write an encoder as a sentence-transformers folder to give away, with its scores in the model card."""
     with user_errors():
-        from pipeline.interop.publishing import publish
+        from pipeline.export.publish import publish
 
         shown = publish(model, out, results)
         print("\n".join([f"{model} -> {out}", *(f"scores of {name}" for name in shown)]))
@@ -286,10 +285,10 @@ def export_merged(
     """Write a standard checkpoint for engines that run no code of ours: vLLM, plain sentence-transformers."""
     with user_errors():
         chosen = _dtype(dtype)
-        from pipeline.evaluation.instructions import load_instructions
-        from pipeline.interop.merged import export_merged as run_export
-        from pipeline.interop.merged import usage
-        from pipeline.interop.st_folder import st_prompts
+        from pipeline.encoder.folder.st_files import st_prompts
+        from pipeline.export.merged.export import export_merged as run_export
+        from pipeline.export.merged.export import usage
+        from pipeline.tasks.instructions import load_instructions
 
         prompts = st_prompts(load_instructions())
         merged = run_export(model, out, prompts=prompts, dtype=chosen, backbone=backbone)
@@ -355,8 +354,8 @@ def decode(
 def _decoding_engine(name: str) -> "DecodingEngine":
     from typing import cast, get_args
 
-    from pipeline.engines import prepare_environment
-    from pipeline.errors import ParamsError
+    from pipeline.core.errors import ParamsError
+    from pipeline.generate.engines import prepare_environment
     from pipeline.lens.decoding import EngineName
 
     if name not in get_args(EngineName):
@@ -367,7 +366,7 @@ def _decoding_engine(name: str) -> "DecodingEngine":
 
 
 def _hidden(model: Path) -> int:
-    from pipeline.encoder.folder import read_config
+    from pipeline.encoder.folder.read import read_config
 
     return read_config(model).hidden
 
@@ -375,10 +374,10 @@ def _hidden(model: Path) -> int:
 @contextmanager
 def _teacher(params: Path, model: Path) -> "Iterator[Teacher]":
     """The teacher as it made the targets of the encoder `model`, by the params file."""
-    from pipeline.params import load
-    from pipeline.stages._systems import TeacherInputs
-    from pipeline.teachers.parallel import open_teacher
-    from pipeline.teachers.transformed import in_trained_space
+    from pipeline.core.config import load
+    from pipeline.embed.teachers.pool import open_teacher
+    from pipeline.embed.teachers.transformed import in_trained_space
+    from pipeline.evaluate.build import TeacherInputs
 
     inputs = load(params, TeacherInputs)
     with open_teacher(inputs.embed.teacher, inputs.backbone, 1) as teacher:
@@ -387,7 +386,7 @@ def _teacher(params: Path, model: Path) -> "Iterator[Teacher]":
 
 def _load(model: Path, dtype: str, backbone: str | None = None, other: bool = False) -> "Encoder":
     chosen = _dtype(dtype)
-    from pipeline.backbone import best_device
+    from pipeline.backbone.loading import best_device
     from pipeline.encoder.inference import Encoder
 
     return Encoder.load(model, device=best_device(), dtype=chosen, backbone=backbone, allow_other_backbone=other)
@@ -396,8 +395,8 @@ def _load(model: Path, dtype: str, backbone: str | None = None, other: bool = Fa
 def _space(name: str) -> "Space":
     from typing import cast, get_args
 
-    from pipeline.errors import ParamsError
-    from pipeline.target_transform import Space
+    from pipeline.core.errors import ParamsError
+    from pipeline.core.target_transform import Space
 
     if name not in get_args(Space):
         raise ParamsError(f"--space {name}: known are {', '.join(get_args(Space))}")
@@ -407,8 +406,8 @@ def _space(name: str) -> "Space":
 def _dtype(name: str) -> "DType":
     from typing import cast, get_args
 
-    from pipeline.backbone import DType
-    from pipeline.errors import ParamsError
+    from pipeline.backbone.loading import DType
+    from pipeline.core.errors import ParamsError
 
     if name not in get_args(DType):
         raise ParamsError(f"--dtype {name}: known are {', '.join(get_args(DType))}")

@@ -6,7 +6,7 @@
     similarity(query, passages)  # [1, 2]
     embedder.decode("Why is the sky blue?")
 
-What goes wrong by a mistake of the caller is a `pipeline.errors.PipelineError` with one line that says what to change.
+A mistake of the caller raises a `pipeline.core.errors.PipelineError` whose message says what to change.
 Several processes (`processes=`) are started anew by `spawn`: a script that asks for them guards itself with
 `if __name__ == "__main__":`.
 """
@@ -18,17 +18,17 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
 
-from pipeline.backbone import DType, best_device
-from pipeline.errors import SourceError
-from pipeline.places import Count
+from pipeline.backbone.loading import DType, best_device
+from pipeline.core.errors import SourceError
+from pipeline.parallel.devices import Count
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from pipeline.core.target_transform import Space
     from pipeline.encoder.inference import Embedded
-    from pipeline.encoder.parallel import ParallelEncoder
-    from pipeline.prompts import Side
-    from pipeline.target_transform import Space
+    from pipeline.encoder.pool import ParallelEncoder
+    from pipeline.tasks.instructions import Side
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class Embedder:
         Raises:
             SourceError: something is not a text, `chunk` is below 1, or there is no such space.
         """
-        from pipeline.encoding import CHUNK_ROWS
+        from pipeline.encoder.encode_file import CHUNK_ROWS
 
         size = CHUNK_ROWS.get(self.encoder.model.device.type, CHUNK_ROWS["cuda"]) if chunk is None else chunk
         if size < 1:
@@ -258,8 +258,8 @@ class Embedder:
 
     def _started(self, count: int) -> "ParallelEncoder":
         """As many processes, which are kept."""
-        from pipeline.encoder.parallel import ParallelEncoder, encoder_loader
-        from pipeline.places import places
+        from pipeline.encoder.pool import ParallelEncoder, encoder_loader
+        from pipeline.parallel.devices import places
 
         if self._workers is None or self._workers[0] != count:
             self.close()
@@ -271,8 +271,8 @@ class Embedder:
 
 
 def _process_count(processes: Count) -> int:
-    from pipeline.errors import EvaluationError
-    from pipeline.places import worker_count
+    from pipeline.core.errors import EvaluationError
+    from pipeline.parallel.devices import worker_count
 
     if processes == 1:
         return 1
@@ -328,6 +328,6 @@ def _refuse_table(texts: object) -> None:
 
 
 def _instruction(side: "Side") -> str:
-    from pipeline.evaluation.instructions import load_instructions
+    from pipeline.tasks.instructions import load_instructions
 
     return load_instructions().choose("", "Retrieval", side)

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ruamel.yaml import YAML
 
-from pipeline.artifacts import bytes_sha256, create
-from pipeline.contracts import QUERIES, RESPONSES
+from pipeline.core.artifacts import bytes_sha256, create
+from pipeline.core.schemas import QUERIES, RESPONSES
 from tests.conftest import ROOT
 
 RESPONSE = {"finish_reason": "stop", "prompt_tokens": 3, "response_tokens": 3, "error": None}
@@ -49,7 +49,7 @@ def write_params(**sections: Any) -> None:
 def start(stage: str) -> "subprocess.Popen[str]":
     """The stage in the current folder, as a user starts it."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"pipeline.stages.{stage}"]
+    command = [sys.executable, "-m", f"pipeline.{stage}"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

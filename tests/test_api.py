@@ -15,10 +15,10 @@ import pytest
 
 import pipeline
 from pipeline import Embedder, load, similarity
-from pipeline.errors import PipelineError, SourceError, TrainingError
-from pipeline.evaluation.instructions import load_instructions
+from pipeline.core.errors import PipelineError, SourceError, TrainingError
+from pipeline.core.target_transform import TargetTransform
 from pipeline.lens import decode
-from pipeline.target_transform import TargetTransform
+from pipeline.tasks.instructions import load_instructions
 from tests.conftest import ROOT
 from tests.encoder.test_inference import write
 
@@ -210,7 +210,7 @@ def test_a_call_after_one_that_failed_in_its_processes(tmp_path: Path, tiny_back
 
 
 def test_auto_is_this_process_where_there_is_no_gpu(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.places.visible_gpus", lambda: [])
+    monkeypatch.setattr("pipeline.parallel.devices.visible_gpus", lambda: [])
     np.testing.assert_array_equal(embedder.encode(TEXTS, processes="auto"), embedder.encode(TEXTS))
     assert embedder._workers is None
 

@@ -1,131 +1,70 @@
-"""dvc.yaml lists exactly the code that each stage imports, and an edit reruns what depends on it and nothing else."""
+"""dvc.yaml lists all code that a stage imports, and an edit reruns what depends on it and nothing else."""
 
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pipeline.params import read_yaml
-from scripts.dvc_deps import closure, differences, stage_deps, updated
+from pipeline.core.code_digest import import_closure
+from pipeline.core.config import read_yaml
+from pipeline.probe.base import probe_names
 from tests.conftest import ROOT
 
-
-def test_code_deps_of_every_stage_equal_its_imports() -> None:
-    text = (ROOT / "dvc.yaml").read_text()
-    assert differences(text, updated(ROOT, text)) == [], "run: python scripts/dvc_deps.py --write"
+STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 
 
-@pytest.mark.parametrize("file", ["params.yaml", "params.demo.yaml"])
-def test_dvc_accepts_both_params_files_and_finds_every_key(workspace: Path, file: str) -> None:
-    lay_out(workspace, file)
-    listed = dvc(workspace, "stage", "list", "--name-only").split()
-    params = read_yaml(workspace / "params.yaml")
-    entries = [f"evaluate@{key}" for key in params["suites"]] + [f"probe@{key}" for key in params["probes"]]
-    assert listed == ["collect", "generate", "teach", "embed", "train", *entries, "report"]
-    dry = dvc(
-        workspace, "repro", "--dry", "--force"
-    )  # without --force DVC 3.67 wants to hash deps that are not made yet
-    chain = ("collect", "generate", "teach", "embed", "train", "report")
-    positions = [dry.index(f"pipeline.stages.{stage}") for stage in chain]
-    assert positions == sorted(positions)
-    assert dry.index("pipeline.stages.evaluate") < positions[-1]
+def code_deps(stage: str, key: str = "") -> list[Path]:
+    deps = STAGES[stage].get("do", STAGES[stage])["deps"]
+    return [Path(dep.replace("${key}", key)) for dep in deps if dep.startswith("pipeline/")]
 
 
-def stages_with(dep: str) -> set[str]:
-    stages = read_yaml(ROOT / "dvc.yaml")["stages"]
-    return {name for name, stage in stages.items() if dep in stage.get("do", stage)["deps"]}
+def modules() -> Iterator[tuple[str, str, list[str]]]:
+    """Stage, key and the modules that it runs; the stage `probe` imports the probe that its key names."""
+    for stage in STAGES:
+        for key in probe_names() if stage == "probe" else [""]:
+            yield stage, key, [f"pipeline.{stage}.__main__", *([f"pipeline.probe.{key}"] if key else [])]
 
 
-def test_an_edit_reaches_only_the_stages_that_use_it() -> None:
-    assert stages_with("pipeline/training/trainer.py") == {"train"}
-    assert stages_with("pipeline/queries.py") == {"collect", "report"}
-    assert stages_with("pipeline/probes/${key}.py") == {"probe"}
-    assert not stages_with("pipeline/probes/safety.py")
-    assert stages_with("pipeline/stages/report.py") == {"report"}
-    assert stages_with("pipeline/audit/__init__.py") == {"report"}
-    assert stages_with("pipeline/evaluation/suites.yaml") >= {"collect", "evaluate"}
+def closure(names: list[str]) -> set[Path]:
+    return {path for path in import_closure(names, ROOT) if (ROOT / path).stat().st_size}
 
 
-def test_no_stage_persists_its_outs() -> None:
-    assert "persist" not in (ROOT / "dvc.yaml").read_text()
+def covers(dep: Path, path: Path) -> bool:
+    return path == dep or dep in path.parents
 
 
-@pytest.fixture
-def package(tmp_path: Path) -> Path:
-    files = {
-        "pipeline/__init__.py": '"""A package."""\n',
-        "pipeline/stages/__init__.py": "",
-        "pipeline/stages/go.py": "from pipeline.a import f\n\ndef run():\n    from pipeline.deep import late\n",
-        "pipeline/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pipeline import typed\n",
-        "pipeline/deep/__init__.py": 'WHERE = {"x": "pipeline.named:Class"}\n',
-        "pipeline/deep/late.py": "from pipeline import b\nX = path.with_name('table.yaml'), 'no.yaml'\n",
-        "pipeline/b.py": "import pipeline.a\n",
-        "pipeline/named.py": "X = 1\n",
-        "pipeline/typed.py": "X = 1\n",
-        "pipeline/unused.py": "X = 1\n",
-        "pipeline/deep/table.yaml": "x: 1\n",
-        "pipeline/deep/other.yaml": "x: 1\n",
-        "pipeline/probes/one.py": "import pipeline.b\nPARAMS = 1\n",
-        "pipeline/probes/two.py": "PARAMS = 1\n",
-        "pipeline/probes/shared.py": "X = 1\n",
-        "pipeline/stages/probe.py": "X = 1\n",
-    }
-    for name, text in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return tmp_path
+@pytest.mark.parametrize(("stage", "key", "names"), list(modules()))
+def test_the_import_closure_of_a_stage_lies_in_its_code_deps(stage: str, key: str, names: list[str]) -> None:
+    deps = code_deps(stage, key)
+    assert not [path.as_posix() for path in closure(names) if not any(covers(dep, path) for dep in deps)]
 
 
-def test_closure_follows_late_imports_packages_and_names_in_strings(package: Path) -> None:
-    assert closure(package, "pipeline.stages.go") == {
-        "pipeline/__init__.py",
-        "pipeline/stages/go.py",
-        "pipeline/a.py",
-        "pipeline/b.py",
-        "pipeline/deep/__init__.py",
-        "pipeline/deep/late.py",
-        "pipeline/deep/table.yaml",
-        "pipeline/named.py",
-    }
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_code_dep_of_a_stage_is_used(stage: str) -> None:
+    ways = [(key, closure(names)) for other, key, names in modules() if other == stage]
+    used = {dep for key, files in ways for dep in code_deps(stage, key) if any(covers(dep, path) for path in files)}
+    listed = {dep for key, _ in ways for dep in code_deps(stage, key) if dep.suffix != ".yaml"}
+    assert used >= listed
 
 
-def test_probes_are_keyed_and_what_they_import_is_common(package: Path) -> None:
-    assert stage_deps(package, "python -m pipeline.stages.probe ${key}") == [
-        "pipeline/__init__.py",
-        "pipeline/a.py",
-        "pipeline/b.py",
-        "pipeline/probes/${key}.py",
-        "pipeline/stages/probe.py",
-    ]
-
-
-def test_update_keeps_comments_and_other_deps(package: Path) -> None:
-    text = (
-        "# top\nstages:\n  go:\n    cmd: python -m pipeline.stages.go   # runs\n    deps:\n      - data/in   # mine\n"
-        "      - pipeline/gone.py\n\n    outs:\n      - data/out\n"
-    )
-    after = updated(package, text)
-    for kept in ("# top", "# runs", "- data/in", "- data/out", "- pipeline/named.py"):
-        assert kept in after
-    assert "gone" not in after
-    assert updated(package, after) == after
-
-
-def lay_out(workspace: Path, params: str) -> None:
+@pytest.fixture(scope="module", params=["params.yaml", "params.demo.yaml"])
+def laid_out(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A workspace as the user's, with every file that dvc.yaml names."""
+    workspace = tmp_path_factory.mktemp("dvc")
     shutil.copytree(ROOT / "pipeline", workspace / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "dvc.yaml", workspace / "dvc.yaml")
-    shutil.copy(ROOT / params, workspace / "params.yaml")
+    for source, target in (("dvc.yaml", "dvc.yaml"), (request.param, "params.yaml"), (".dvcignore", ".dvcignore")):
+        shutil.copy(ROOT / source, workspace / target)
     content = read_yaml(workspace / "params.yaml")
     for section in ("collect", "evaluate"):
         folder = workspace / content[section]["local_dir"]
         folder.mkdir(parents=True)
         (folder / "README.md").write_text("x")
     dvc(workspace, "init", "--no-scm")
+    return workspace
 
 
 def dvc(workspace: Path, *arguments: str) -> str:
@@ -139,3 +78,91 @@ def dvc(workspace: Path, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_dvc_accepts_both_params_files_and_finds_every_key(laid_out: Path) -> None:
+    listed = dvc(laid_out, "stage", "list", "--name-only").split()
+    params = read_yaml(laid_out / "params.yaml")
+    entries = [f"evaluate@{key}" for key in params["suites"]] + [f"probe@{key}" for key in params["probes"]]
+    assert listed == ["collect", "generate", "teach", "embed", "train", *entries, "report"]
+    dry = dvc(
+        laid_out, "repro", "--dry", "--force"
+    )  # without --force DVC 3.67 wants to hash deps that are not made yet
+    positions = [dry.index(f"pipeline.{stage}") for stage in STAGES]
+    assert positions == sorted(positions)
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace of the demo's stages whose outs are placeholders and are all up to date."""
+    workspace = tmp_path_factory.mktemp("committed")
+    shutil.copytree(ROOT / "pipeline", workspace / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    for source, target in (("dvc.yaml", "dvc.yaml"), ("params.demo.yaml", "params.yaml"), (".dvcignore", ".dvcignore")):
+        shutil.copy(ROOT / source, workspace / target)
+    params = read_yaml(workspace / "params.yaml")
+    keys = {"suites": params["suites"], "probes": params["probes"]}
+    for stage in STAGES.values():
+        body = stage.get("do", stage)
+        names = [name for kind in ("outs", "metrics", "plots") for name in body.get(kind, [])]
+        for key in keys[stage["foreach"][2:-1]] if "do" in stage else [""]:
+            for name in names:
+                path = workspace / (name if isinstance(name, str) else next(iter(name))).replace("${key}", key)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.suffix:
+                    path.write_text("{}")
+                else:
+                    path.mkdir()
+                    (path / "manifest.json").write_text("{}")
+    for section in ("collect", "evaluate"):
+        (workspace / params[section]["local_dir"]).mkdir(parents=True, exist_ok=True)
+        (workspace / params[section]["local_dir"] / "README.md").write_text("x")
+    dvc(workspace, "init", "--no-scm")
+    dvc(workspace, "commit", "--force")
+    assert changed(workspace) == set()
+    return workspace
+
+
+def changed(workspace: Path) -> set[str]:
+    """Stages that `dvc status` calls changed by their own code, without what follows from it."""
+    import json
+
+    return set(json.loads(dvc(workspace, "status", "--json")))
+
+
+DEMO = read_yaml(ROOT / "params.demo.yaml")
+EVALUATED = {f"evaluate@{key}" for key in DEMO["suites"]}
+PROBED = {f"probe@{key}" for key in DEMO["probes"]}
+
+
+@pytest.mark.parametrize(
+    ("file", "stages"),
+    [
+        ("train/trainer.py", {"train"}),
+        ("train/losses.py", {"train", *PROBED}),
+        ("probe/safety.py", {"probe@safety"} & PROBED),
+        ("probe/alignment.py", {"probe@alignment"} & PROBED),
+        ("probe/passages.py", PROBED),
+        ("report/render.py", {"report"}),
+        ("report/report.html.j2", {"report"}),
+        ("audit/chain.py", {"report"}),
+        ("collect/rows.py", {"collect"}),
+        ("generate/engines/vllm.py", {"generate", *EVALUATED, *PROBED}),
+        ("lens/vocabulary.py", PROBED),
+        ("export/publish.py", set()),
+        ("cli/plan.py", set()),
+        ("api.py", set()),
+        ("core/artifacts.py", {"collect", "generate", "teach", "embed", "train", "report", *EVALUATED, *PROBED}),
+    ],
+)
+def test_an_edit_reruns_only_the_stages_that_use_it(committed: Path, file: str, stages: set[str]) -> None:
+    path = committed / "pipeline" / file
+    before = path.read_bytes()
+    path.write_bytes(before + b"\n")
+    try:
+        assert changed(committed) == stages
+    finally:
+        path.write_bytes(before)
+
+
+def test_no_stage_persists_its_outs() -> None:
+    assert "persist" not in (ROOT / "dvc.yaml").read_text()

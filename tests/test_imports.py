@@ -1,7 +1,6 @@
-"""The import arrows: stages -> domain -> foundation, and heavy packages only where they are used.
+"""Who may import whom (docs/architecture.md has the table), and heavy packages only where they are used.
 
-Reads the source without running it. "On import" means what loading a module executes: function bodies and
-`if TYPE_CHECKING:` blocks do not count there, but they do for the arrows between our own modules.
+Reads the source without running it. Imports inside functions count; imports for type checkers alone do not.
 """
 
 import ast
@@ -10,11 +9,45 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from pipeline.core.code_digest import imported_modules
+from tests.conftest import ROOT
+
 PACKAGE = "pipeline"
-FOUNDATION = {f"{PACKAGE}.{name}" for name in ("errors", "params", "contracts", "artifacts", "shards", "runtime")}
+LIBRARIES = {
+    "core": set(),
+    "parallel": {"core"},
+    "backbone": {"core"},
+    "tasks": {"core"},
+    "optim": {"core", "backbone"},
+    "encoder": {"core", "parallel", "backbone", "tasks", "optim"},
+}
+# Each imports the libraries and what stands before it; `teach` scores its teacher with `evaluate`, `probe` uses `lens`.
+ORDERED = (
+    "collect",
+    "generate",
+    "embed",
+    "train",
+    "evaluate",
+    "teach",
+    "lens",
+    "probe",
+    "audit",
+    "report",
+    "export",
+    "cli",
+)
+STAGES = ("collect", "generate", "teach", "embed", "train", "evaluate", "probe", "report")
+LOOSE = {"__init__", "__main__", "api"}
 HEAVY = {"torch", "transformers", "vllm", "sentence_transformers", "mteb", "datasets", "matplotlib"}
-NOT_IN_FOUNDATION = {"torch", "vllm", "transformers", "dvc"}
+NOT_IN_CORE = {"torch", "vllm", "transformers", "dvc"}
+FOLDERS = {*LIBRARIES, *ORDERED}
+
+
+def allowed(folder: str) -> set[str]:
+    """The folders that modules of a folder may import."""
+    if folder in LIBRARIES:
+        return {folder} | LIBRARIES[folder]
+    return {*LIBRARIES, *ORDERED[: ORDERED.index(folder) + 1]}
 
 
 def name_of(path: Path) -> str:
@@ -25,127 +58,159 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
 
 
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+def ours(module: str, *, on_import: bool = False) -> set[str]:
+    """Modules of ours that a module imports; with `on_import` only those that loading it executes."""
+    return known(imported(MODULES[module].read_text(encoding="utf-8"), on_import=on_import))
 
 
-def walk(node: ast.AST, *, on_import: bool) -> Iterator[ast.AST]:
-    """Every node below; with `on_import` only those that run when the module is loaded."""
+def known(names: set[str]) -> set[str]:
+    """The modules among dotted names that may end in an attribute."""
+    return {name if name in MODULES else name.rpartition(".")[0] for name in names} & MODULES.keys()
+
+
+def imported(source: str, *, on_import: bool) -> set[str]:
+    tree = ast.parse(source)
+    return set(_loaded(tree)) if on_import else set(imported_modules(tree))
+
+
+def _loaded(node: ast.AST) -> Iterator[str]:
     for child in ast.iter_child_nodes(node):
-        yield child
-        deferred = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or is_type_checking(child)
-        if not (on_import and deferred):
-            yield from walk(child, on_import=on_import)
+        match child:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda() | ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                continue
+            case ast.Import() | ast.ImportFrom():
+                yield from imported_modules(child)
+        yield from _loaded(child)
 
 
-def imports_of(source: str, module: str, is_package: bool, *, on_import: bool) -> set[str]:
-    """Full dotted names that a module imports; `from a import b` gives `a` and `a.b`."""
+def packages(module: str, *, on_import: bool = False) -> set[str]:
+    """Top-level packages that a module imports."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    nodes = _statements(tree) if on_import else ast.walk(tree)
     found: set[str] = set()
-    for node in walk(ast.parse(source), on_import=on_import):
+    for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = module.split(".")[: None if is_package and node.level == 1 else -node.level + is_package]
-                base = ".".join([*above, base] if base else above)
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
     return found
 
 
-def imports(module: str, *, on_import: bool = False) -> set[str]:
-    path = MODULES[module]
-    return imports_of(path.read_text(encoding="utf-8"), module, path.name == "__init__.py", on_import=on_import)
-
-
-def ours(module: str, *, on_import: bool = False) -> set[str]:
-    return imports(module, on_import=on_import) & MODULES.keys()
-
-
-def packages(names: set[str]) -> set[str]:
-    return {name.split(".")[0] for name in names}
-
-
-def is_entry_point(module: str) -> bool:
-    return module.startswith(f"{PACKAGE}.stages") or module == f"{PACKAGE}.__main__"
-
-
-# Loaded when a run begins, by nothing that has to answer at once.
-TRAINING = {f"{PACKAGE}.training.{name}" for name in ("assembly", "gradients", "starting")}
-# Copied into encoder folders; nothing here imports it.
-STANDALONE = f"{PACKAGE}.interop.st_module"
-
-
-def may_be_heavy(module: str) -> set[str]:
-    if module.startswith(f"{PACKAGE}.encoder") or module in TRAINING or module == STANDALONE:
-        return HEAVY
-    return {"torch"} if module == f"{PACKAGE}.lens" else set()
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not (
+            isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        ):
+            yield child
+            yield from _statements(child)
 
 
 # --- the reader of imports itself -----------------------------------------------------------------------------------
 
 EXAMPLE = """
-import a.b, c as d
-from e import f
-from . import g
-from .h import i
-from ..j import k
+from pipeline.a import b
+import pipeline.c as d, json
 if TYPE_CHECKING:
-    import l
-try:
-    import m
-except ImportError:
-    pass
+    from pipeline.typed import x
 class N:
-    import o
+    from pipeline.e import f
     def method(self):
-        import p
-async def q():
-    from r import s
+        import pipeline.late
+WHERE = "pipeline.named:Class"
 """
 
 
-def test_the_reader_tells_what_loading_executes() -> None:
-    loaded = imports_of(EXAMPLE, "x.y.z", is_package=False, on_import=True)
-    at_load = {"a.b", "c", "e", "e.f", "x.y", "x.y.g", "x.y.h", "x.y.h.i", "x.j", "x.j.k", "m", "o"}
-    assert loaded == at_load
-    assert imports_of(EXAMPLE, "x.y.z", is_package=False, on_import=False) == at_load | {"l", "p", "r", "r.s"}
-    assert imports_of("from .a import b", "x.y", is_package=True, on_import=True) == {"x.y.a", "x.y.a.b"}
-    assert imports_of("from ..a import b", "x.y", is_package=True, on_import=True) == {"x.a", "x.a.b"}
+def test_the_reader_of_imports() -> None:
+    at_load = {"pipeline.a.b", "pipeline.c", "pipeline.e.f"}
+    assert imported(EXAMPLE, on_import=True) == at_load
+    assert imported(EXAMPLE, on_import=False) == at_load | {"pipeline.late", "pipeline.named"}
 
 
 def test_the_modules_are_found() -> None:
-    assert MODULES.keys() >= FOUNDATION
-    assert f"{PACKAGE}.stages.collect" in MODULES
-    assert ours(f"{PACKAGE}.stages.collect") >= {f"{PACKAGE}.queries", f"{PACKAGE}.artifacts", f"{PACKAGE}.errors"}
+    assert {path.parent.name for path in (ROOT / PACKAGE).glob("*/__init__.py")} == FOLDERS
+    assert {path.stem for path in (ROOT / PACKAGE).glob("*.py")} == LOOSE
+    assert f"{PACKAGE}.core.artifacts" in ours(f"{PACKAGE}.collect.__main__")
 
 
-# --- the arrows -----------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", sorted(FOUNDATION))
-def test_the_foundation_stands_on_nothing_of_ours_and_nothing_heavy(module: str) -> None:
-    assert ours(module) <= FOUNDATION | {PACKAGE}
-    assert not packages(imports(module)) & NOT_IN_FOUNDATION
+@pytest.mark.parametrize("folder", sorted(FOLDERS))
+def test_a_folder_imports_only_what_the_table_allows(folder: str) -> None:
+    wrong = [
+        f"{module} -> {other}"
+        for module in MODULES
+        if module.split(".")[1:2] == [folder]
+        for other in ours(module)
+        if other != PACKAGE and other.split(".")[1] not in allowed(folder)
+    ]
+    assert not wrong
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_only_entry_points_import_stages(module: str) -> None:
-    if not is_entry_point(module):
-        assert not {name for name in ours(module) if is_entry_point(name)}
+def test_nothing_imports_an_entry_point(module: str) -> None:
+    assert not {name for name in ours(module) if name.endswith("__main__") and name != module}
+
+
+def test_no_module_imports_relatively() -> None:
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level], module
+
+
+def test_no_circle() -> None:
+    """No cycle among the modules, imports inside functions included."""
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for name in sorted(ours(module) - {PACKAGE, module}):
+                visit(name, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        if module != PACKAGE:
+            visit(module, ())
+
+
+# --- heavy packages -------------------------------------------------------------------------------------------------
+
+
+# Loaded when a run begins, by nothing that has to answer at once.
+LOADED_LATE = (
+    "encoder.",
+    "backbone.attention.",
+    "backbone.output_head",
+    "backbone.sharding",
+    "optim.checkpoint",
+    "optim.gradients",
+    "train.data",
+    "train.losses",
+    "train.warm_start",
+)
+
+
+def may_be_heavy(module: str) -> set[str]:
+    return HEAVY if module.startswith(tuple(f"{PACKAGE}.{name}" for name in LOADED_LATE)) else set()
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_module_imports_dvc(module: str) -> None:
-    assert "dvc" not in packages(imports(module))
+    assert "dvc" not in packages(module)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith(f"{PACKAGE}.core")])
+def test_core_imports_no_heavy_package(module: str) -> None:
+    assert not packages(module) & NOT_IN_CORE
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_heavy_packages_are_imported_where_they_are_used(module: str) -> None:
-    assert not packages(imports(module, on_import=True)) & HEAVY - may_be_heavy(module)
+    assert not packages(module, on_import=True) & HEAVY - may_be_heavy(module)
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if is_entry_point(module)])
+@pytest.mark.parametrize("module", [name for name in MODULES if name.endswith("__main__")])
 def test_a_command_shows_its_help_without_loading_a_heavy_package(module: str) -> None:
     reached, todo = set(), [module]
     while todo:
@@ -153,19 +218,4 @@ def test_a_command_shows_its_help_without_loading_a_heavy_package(module: str) -
         if current not in reached:
             reached.add(current)
             todo += ours(current, on_import=True)
-    assert not {name: heavy for name in reached if (heavy := packages(imports(name, on_import=True)) & HEAVY)}
-
-
-def test_no_module_waits_for_itself() -> None:
-    """No cycle among the imports that loading executes."""
-    done: set[str] = set()
-
-    def visit(module: str, path: tuple[str, ...]) -> None:
-        assert module not in path, " -> ".join([*path[path.index(module) :], module])
-        if module not in done:
-            for name in sorted(ours(module, on_import=True) - {PACKAGE, module}):
-                visit(name, (*path, module))
-            done.add(module)
-
-    for module in MODULES:
-        visit(module, ())
+    assert not {name: heavy for name in reached if (heavy := packages(name, on_import=True) & HEAVY)}

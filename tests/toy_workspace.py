@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.artifacts import MANIFEST, bytes_sha256, create, file_sha256, read_manifest, write_parquet
-from pipeline.contracts import QUERIES, RESPONSES, targets_schema
-from pipeline.queries import query_id
+from pipeline.core.artifacts import MANIFEST, bytes_sha256, create, file_sha256, read_manifest, write_parquet
+from pipeline.core.schemas import QUERIES, RESPONSES, targets_schema
+from pipeline.core.text import query_id
 
 BACKBONE = {"name": "org/backbone", "revision": "a" * 40}
 TEACHER = {"name": "org/teacher", "revision": "b" * 40}

@@ -23,10 +23,10 @@ def write_encoder_folder(student_file: Path, folder: Path) -> None:
     """An encoder folder with a student's tensors that reads the text itself, as the reference does."""
     from safetensors.torch import load_file
 
-    from pipeline.artifacts import create
-    from pipeline.backbone import BackboneParams, identify, load_tokenizer
-    from pipeline.encoder.config import EncoderConfig
-    from pipeline.encoder.export import write_encoder
+    from pipeline.backbone.loading import BackboneParams, identify, load_tokenizer
+    from pipeline.core.artifacts import create
+    from pipeline.encoder.folder.config import EncoderConfig
+    from pipeline.encoder.folder.write import write_encoder
     from pipeline.encoder.student import Student
 
     weights = load_file(student_file)

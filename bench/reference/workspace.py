@@ -15,7 +15,7 @@ def write_student(path: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    from pipeline.backbone import BackboneParams, load_backbone
+    from pipeline.backbone.loading import BackboneParams, load_backbone
     from pipeline.encoder.student import new_student
 
     backbone = load_backbone(BackboneParams(name=str(BACKBONE)))

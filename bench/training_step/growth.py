@@ -22,10 +22,10 @@ from bench.common import BACKBONE
 from bench.reference.meter import Meter
 from bench.reference.serving import DTYPES
 from bench.training_step.workload import Rows, load
-from pipeline.backbone import BackboneParams, load_backbone
-from pipeline.encoder.losses import Batch, loss_sums
+from pipeline.backbone.loading import BackboneParams, load_backbone
+from pipeline.encoder.passes.select import make_passes
 from pipeline.encoder.student import new_student
-from pipeline.encoder.switches import make_passes
+from pipeline.train.losses import Batch, loss_sums
 
 BUDGETS = (512, 1024, 2048, 4096)
 VOCABULARIES = (8_192, 32_768, 65_536, 151_936)

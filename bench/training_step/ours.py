@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from bench.common import BACKBONE
 from bench.training_step.child import Arrays, serve
 from bench.training_step.workload import Rows
-from pipeline.backbone import BackboneParams, load_backbone
-from pipeline.encoder.losses import Batch, loss_sums
+from pipeline.backbone.loading import BackboneParams, load_backbone
+from pipeline.encoder.passes.select import make_passes
 from pipeline.encoder.student import Student
-from pipeline.encoder.switches import make_passes
+from pipeline.train.losses import Batch, loss_sums
 
 VARIANTS: dict[str, dict[str, Any]] = {"fast": {}, "lean": {"checkpoint_responses": True}}
 # The backbone's precisions; float64 is for the comparison alone and starts from float32.

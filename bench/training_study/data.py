@@ -31,8 +31,9 @@ class Part:
 
 def read_part(workspace: Path, name: str) -> Part:
     """The rows of `train` or `heldout` of a workspace whose data stages ran."""
-    from pipeline.artifacts import open_artifact
-    from pipeline.encoder.data import embeddings_matrix, join
+    from pipeline.core.artifacts import open_artifact
+    from pipeline.core.vectors import embeddings_matrix
+    from pipeline.train.data import join
 
     queries, responses, targets = (
         open_artifact(workspace / "data" / kind, kind) for kind in ("queries", "responses", "targets")
@@ -73,7 +74,7 @@ class HiddenStates:
 
     def __init__(self, backbone: Any, tokenizer: Any, cache: Path) -> None:
         """Files go to `cache`, which belongs to one set of data and one backbone."""
-        from pipeline.encoder.switches import fast_passes
+        from pipeline.encoder.passes.select import fast_passes
 
         self.backbone, self.tokenizer, self._cache = backbone, tokenizer, cache
         self.passes = fast_passes(backbone)
@@ -81,14 +82,14 @@ class HiddenStates:
 
     def rows(self, start: str, count: int, seed: int) -> Any:
         """The token rows `[count, d]` of a start."""
-        from pipeline.encoder.token_starts import token_start
+        from pipeline.encoder.token_init import token_start
 
         words = WORDS if start == "words" else None
         return token_start(start, words, self.tokenizer)(self.backbone.get_input_embeddings(), count, seed)  # type: ignore[arg-type]
 
     def prompts(self, template: str, texts: Sequence[str]) -> list[list[int]]:
         """Prompt token ids."""
-        from pipeline.backbone import PromptFormatter
+        from pipeline.backbone.prompting import PromptFormatter
 
         formatter = PromptFormatter(self.tokenizer, template, MAX_QUERY_TOKENS)  # type: ignore[arg-type]
         return [prompt.token_ids for prompt in formatter.batch(list(texts))]
@@ -108,7 +109,7 @@ class HiddenStates:
         """Of prompts with these token rows, read at all of them."""
         import torch
 
-        from pipeline.runtime import progress
+        from pipeline.core.run import progress
 
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         result = np.empty((len(prompts), *tokens.shape), dtype=np.float32)
@@ -186,7 +187,7 @@ def cached(cache: Path, name: str, compute: Callable[[], np.ndarray]) -> np.ndar
 
 def load_backbone_and_tokenizer() -> tuple[Any, Any]:
     """SmolLM2-135M in fp32."""
-    from pipeline.backbone import BackboneParams, load_backbone, load_tokenizer
+    from pipeline.backbone.loading import BackboneParams, load_backbone, load_tokenizer
 
     params = BackboneParams(name=str(BACKBONE), dtype="float32")
     return load_backbone(params), load_tokenizer(params)

@@ -50,7 +50,7 @@ def descend(
     """
     import torch
 
-    from pipeline.runtime import progress
+    from pipeline.core.run import progress
 
     projections = [*student.reconstruction.parameters(), *student.alignment.parameters()]
     student.tokens.requires_grad_(rates.tokens > 0)

@@ -25,7 +25,7 @@ def prepare_workspace(folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for stage in STAGES:
         print(f"preparing {folder}: {stage}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", f"pipeline.stages.{stage}"], cwd=folder, env=environment, check=True)
+        subprocess.run([sys.executable, "-m", f"pipeline.{stage}"], cwd=folder, env=environment, check=True)
 
 
 def _write_params(path: Path, source: str) -> None:

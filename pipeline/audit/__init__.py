@@ -8,11 +8,12 @@ file; a damaged file is one finding, its content is not looked at further.
 from collections.abc import Collection
 from pathlib import Path
 
-from pipeline.artifacts import MANIFEST, Artifact, damaged_files, read_manifest
-from pipeline.audit import chain, lock, tables, tensors
+from pipeline.audit import chain, lock, tables
+from pipeline.audit import tables as tensors
 from pipeline.audit.findings import AuditReport, Findings
-from pipeline.errors import ArtifactError
-from pipeline.trained_teacher import TRAINED_TEACHER
+from pipeline.core.artifacts import MANIFEST, Artifact, damaged_files, read_manifest
+from pipeline.core.errors import ArtifactError
+from pipeline.core.paths import TRAINED_TEACHER
 
 __all__ = ["AuditReport", "audit"]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.artifacts import Artifact, read_manifest
 from pipeline.audit.findings import STALE, Findings
-from pipeline.backbone import identify
-from pipeline.errors import ArtifactError, BackboneError
-from pipeline.target_transform import TRANSFORM_FILE, load_transform
+from pipeline.backbone.loading import identify
+from pipeline.core.artifacts import Artifact, read_manifest
+from pipeline.core.errors import ArtifactError, BackboneError
+from pipeline.core.target_transform import TRANSFORM_FILE, load_transform
 
 ROLES = ("backbone", "teacher")
 ENCODER_CONFIG = "encoder_config.json"

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from pipeline.artifacts import Artifact
+from pipeline.core.artifacts import Artifact
 
 SHOWN_PER_CHECK = 20
 STALE = "is stale"

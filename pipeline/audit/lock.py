@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.audit.findings import Findings
-from pipeline.errors import ParamsError
-from pipeline.params import read_yaml
+from pipeline.core.config import read_yaml
+from pipeline.core.errors import ParamsError
 
 LOCK = "dvc.lock"
 

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.artifacts import Artifact
 from pipeline.audit.findings import Findings
-from pipeline.contracts import FINISH_REASONS, QUERIES, RESPONSES, check_ids, targets_schema
-from pipeline.errors import ContractError
-from pipeline.queries import query_id
+from pipeline.core.artifacts import Artifact
+from pipeline.core.errors import ContractError
+from pipeline.core.schemas import FINISH_REASONS, QUERIES, RESPONSES, check_ids, targets_schema
+from pipeline.core.text import query_id
 
 BATCH_ROWS = 16_384
 _NO_IDS = pa.array([], pa.string())
@@ -145,3 +145,27 @@ def _ids(name: str, paths: list[Path], findings: Findings) -> pa.Array:
 def _batches(path: Path) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(path) as file:
         yield from file.iter_batches(batch_size=BATCH_ROWS)
+
+
+# Safetensors files: readable, and finite in every value.
+
+
+def check_tensors(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
+    """Check every safetensors file among `artifacts`, one tensor in memory at a time."""
+    for name, artifact in artifacts.items():
+        for file in sorted(artifact.manifest.files):
+            if file.endswith(".safetensors"):
+                _check_file(name, file, artifact.path / file, findings)
+
+
+def _check_file(name: str, file: str, path: Path, findings: Findings) -> None:
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a mapping
+                if not torch.isfinite(tensors.get_tensor(key)).all():
+                    findings.add(name, file, f"tensor '{key}' holds NaN or infinite values")
+    except (SafetensorError, OSError) as error:
+        findings.add(name, file, f"is not readable: {error}")

@@ -10,10 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.backbone import BackboneParams, DType, PromptFormatter, Quantize, eos_token_id, load_tokenizer
-from pipeline.encoder.batching import micro_batches
-from pipeline.encoder.config import EncoderConfig
-from pipeline.encoder.folder import (
+from pipeline.backbone.attention.segments import shared_prefix
+from pipeline.backbone.loading import BackboneParams, DType, Quantize, load_tokenizer
+from pipeline.backbone.lora import load_adapter
+from pipeline.backbone.prompting import PromptFormatter, eos_token_id, join_instruction
+from pipeline.core.errors import SourceError, TrainingError
+from pipeline.core.run import progress
+from pipeline.core.target_transform import TRANSFORM_FILE, Space, TargetTransform, load_transform
+from pipeline.encoder.folder.config import EncoderConfig
+from pipeline.encoder.folder.read import (
     ADAPTER,
     check_backbone,
     check_sizes,
@@ -22,14 +27,9 @@ from pipeline.encoder.folder import (
     read_config,
     read_student,
 )
-from pipeline.encoder.lora import load_adapter
-from pipeline.encoder.reader_choice import prompt_reader
-from pipeline.encoder.segments import shared_prefix
+from pipeline.encoder.passes.prompt_reader import prompt_reader
 from pipeline.encoder.student import Student, new_student
-from pipeline.errors import SourceError, TrainingError
-from pipeline.prompts import join_instruction
-from pipeline.runtime import progress
-from pipeline.target_transform import TRANSFORM_FILE, Space, TargetTransform, load_transform
+from pipeline.optim.batching import micro_batches
 
 log = logging.getLogger(__name__)
 

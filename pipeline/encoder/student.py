@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.encoder.precision import at_least_float32
-from pipeline.encoder.token_starts import TokenStart, vocabulary_rows
+from pipeline.backbone.output_head import at_least_float32
+from pipeline.encoder.token_init import TokenStart, vocabulary_rows
 
 
 class Student(nn.Module):

@@ -1,20 +1,24 @@
 """Soft prompts to text, greedily, by the frozen backbone: adapters embed, they never decode."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.backbone import BackboneParams
-from pipeline.engines.transformers_engine import stop_token_ids
-from pipeline.runtime import progress
+from pipeline.backbone.loading import BackboneParams
+from pipeline.core.errors import EngineError
+from pipeline.core.run import progress
+from pipeline.generate.engines.base import Completion, Sampling, SoftPrompt
+from pipeline.generate.engines.transformers import stop_token_ids
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import GenerationConfig
 
     from pipeline.encoder.inference import Encoder
+    from pipeline.generate.engines.vllm import VllmEngine
+
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +104,7 @@ def open_decoder(
         log.info("decode: %d rows at once (%s)", rows, encoder.model.device.type)
         yield partial(decode_soft_prompts, encoder, max_new_tokens=max_new_tokens, batch_size=rows)
         return
-    from pipeline.lens.vllm_decoding import vllm_decoder
+    pass  # MOVED
 
     recorded = encoder.config.backbone
     name = place or recorded["name"]
@@ -147,3 +151,80 @@ def _decode_batch(
     ends = [next((at for at, token in enumerate(row) if token in stops), len(row)) for row in found]
     kept = [row[:end] for row, end in zip(found, ends, strict=True)]
     return [text.strip() for text in encoder.tokenizer.batch_decode(kept, skip_special_tokens=True)]
+
+
+# Soft prompts to text by vLLM, for many of them: they go in as prompt embeddings, continuously batched.
+#
+# vLLM has the backbone of its own beside the one that embeds, in a process of its own on a GPU.
+
+# vLLM gives vectors the placeholder token 0; with prefixes shared, one row must never be taken for another.
+_OPTIONS = {"enable_prompt_embeds": True, "enable_prefix_caching": False}
+
+
+@contextmanager
+def vllm_decoder(
+    backbone: BackboneParams,
+    *,
+    compression_tokens: int,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    options: dict[str, Any] | None = None,
+    show_progress: bool = False,
+) -> Iterator[Decoder]:
+    """A decoder by vLLM, stopped on leaving. As `decode_soft_prompts`, it is greedy and ends at the backbone's EOS.
+
+    Args:
+        backbone: the encoder's, in the dtype to decode in.
+        compression_tokens: n of the soft prompts `[B, n, d]`.
+        max_new_tokens: of an answer at most.
+        options: arguments of vLLM's `EngineArgs`, over the automatic choices.
+        show_progress: show a bar.
+
+    Raises:
+        EngineError: vLLM is not installed, cannot start, or refuses a row.
+    """
+    from pipeline.generate.engines.vllm import VllmEngine
+    from pipeline.generate.engines.vllm_defaults import token_bytes
+
+    engine = VllmEngine(
+        backbone,
+        max_model_len=compression_tokens + max_new_tokens,
+        options={**_OPTIONS, **(options or {})},
+        per_token=token_bytes(_text_config(backbone), backbone.dtype),
+    )
+    with closing(engine):
+        yield lambda soft_prompts: _decode(engine, backbone, soft_prompts, max_new_tokens, show_progress)
+
+
+def _text_config(backbone: BackboneParams) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        backbone.name, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
+    )
+    return config.get_text_config()
+
+
+def _decode(
+    engine: "VllmEngine",
+    backbone: BackboneParams,
+    soft_prompts: "np.ndarray[Any, Any]",
+    max_new_tokens: int,
+    show_progress: bool,
+) -> list[str]:
+    import torch
+
+    dtype = getattr(torch, backbone.dtype)
+    prompts = (SoftPrompt(str(row), torch.tensor(each).to(dtype)) for row, each in enumerate(soft_prompts))
+    answers = engine.generate(prompts, Sampling(max_new_tokens))
+    if show_progress:
+        answers = iter(progress(answers, total=len(soft_prompts), desc="decode"))
+    return _in_order(answers, len(soft_prompts))
+
+
+def _in_order(completions: Iterable[Completion], count: int) -> list[str]:
+    found = [""] * count
+    for completion in completions:
+        if completion.finish_reason == "error":
+            raise EngineError(f"vLLM cannot decode soft prompt {completion.id}: {completion.error}")
+        found[int(completion.id)] = completion.text.strip()
+    return found

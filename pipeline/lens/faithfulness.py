@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.errors import EvaluationError
-from pipeline.evaluation.statistics import BootstrapParams, Delta, delta_of, paired_delta, sample_means
-from pipeline.ranking import unit
+from pipeline.core.bootstrap import BootstrapParams, Delta, delta_of, paired_delta, sample_means
+from pipeline.core.errors import EvaluationError
+from pipeline.core.vectors import unit
 
 log = logging.getLogger(__name__)
 

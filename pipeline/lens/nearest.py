@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.artifacts import Artifact, digest_of, open_artifact
-from pipeline.errors import SourceError
-from pipeline.ranking import top_k
-from pipeline.runtime import progress
+from pipeline.core.artifacts import Artifact, digest_of, open_artifact
+from pipeline.core.errors import SourceError
+from pipeline.core.run import progress
+from pipeline.core.vectors import top_k
 
 CHUNK_ROWS = 8192
 # Fewer are gone through before a bar is read.

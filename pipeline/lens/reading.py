@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import EvaluationError
+from pipeline.core.errors import EvaluationError
 from pipeline.lens.decoding import Decoder
 from pipeline.lens.faithfulness import Paired, Summary, pair, summary
 from pipeline.lens.nearest import Index, nearest
 from pipeline.lens.vocabulary import words_of
 
 if TYPE_CHECKING:
+    from pipeline.core.bootstrap import BootstrapParams
     from pipeline.encoder.inference import Encoder
-    from pipeline.evaluation.statistics import BootstrapParams
 
 Array = np.ndarray[Any, Any]
 

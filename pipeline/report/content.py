@@ -10,18 +10,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import read_manifest
-from pipeline.errors import ArtifactError
-from pipeline.report.checking import Checked
+from pipeline.core.artifacts import read_manifest
+from pipeline.core.errors import ArtifactError
+from pipeline.evaluate.comparison import Comparison, compare
+from pipeline.probe.descriptions import LOWER_IS_BETTER, UNINSTRUCTED
 from pipeline.report.cost import Machine, StageRun, machines, stage_run
 from pipeline.report.graph import Node, chain_of, pipeline_graph
-from pipeline.report.probes import LOWER_IS_BETTER, UNINSTRUCTED
-from pipeline.report.provenance import Provenance, provenance
 from pipeline.report.published import AgainstPaper, Measured, against_paper, load_published
-from pipeline.report.samples import Sample, read_samples
-from pipeline.report.systems import SystemFacts, system_facts
-from pipeline.report.tables import Comparison, compare
-from pipeline.report.teacher import TeacherFacts, teacher_facts
+from pipeline.report.sections import (
+    Checked,
+    Provenance,
+    Sample,
+    SystemFacts,
+    TeacherFacts,
+    provenance,
+    read_samples,
+    system_facts,
+    teacher_facts,
+)
 
 
 @dataclass

@@ -6,13 +6,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import MANIFEST, read_manifest
 from pipeline.audit.chain import stale_inputs
 from pipeline.audit.findings import Finding
 from pipeline.audit.lock import LOCK
-from pipeline.errors import ArtifactError
-from pipeline.report.teacher import trained_here
-from pipeline.trained_teacher import TRAINED_TEACHER
+from pipeline.core.artifacts import MANIFEST, read_manifest
+from pipeline.core.errors import ArtifactError
+from pipeline.core.paths import TRAINED_TEACHER
+from pipeline.report.sections import trained_here
 
 STAGES = {
     "collect": "data/queries",

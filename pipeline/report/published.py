@@ -7,8 +7,8 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.params import Params, load
-from pipeline.report.tables import Comparison
+from pipeline.core.config import Params, load
+from pipeline.evaluate.comparison import Comparison
 
 PUBLISHED_FILE = Path(__file__).with_name("published.yaml")
 

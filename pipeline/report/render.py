@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from pipeline.printable import templates, visible
+from pipeline.core.text import templates, visible
+from pipeline.evaluate.comparison import Cell, Comparison
+from pipeline.probe.descriptions import NOTES
+from pipeline.report.charts import curve_svg, forests
 from pipeline.report.content import Content
 from pipeline.report.cost import totals
-from pipeline.report.curves import curve_svg
-from pipeline.report.forest import forests
-from pipeline.report.probes import NOTES
-from pipeline.report.systems import untrained_spread
-from pipeline.report.tables import Cell, Comparison
+from pipeline.report.sections import untrained_spread
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.artifacts import Artifact, bytes_sha256
-from pipeline.errors import TeacherError
-from pipeline.runtime import progress
-from pipeline.sources import HubSource, LocalSource, read_texts
+from pipeline.core.artifacts import Artifact, bytes_sha256
+from pipeline.core.errors import TeacherError
+from pipeline.core.readers import HubSource, LocalSource, read_texts
+from pipeline.core.run import progress
+from pipeline.embed.teachers.template import Reader, Tokens
 from pipeline.teach.params import Corpus
-from pipeline.teachers.reading import Reader, Tokens
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.errors import TeacherError
-from pipeline.runtime import progress
-from pipeline.teach.batches import Batches
-from pipeline.training.schedule import Shape, rate_factor
-from pipeline.training.stopping import stop_requested
+from pipeline.core.errors import TeacherError
+from pipeline.core.run import progress
+from pipeline.optim.batching import Batches
+from pipeline.optim.schedule import Shape, rate_factor, stop_requested
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ class Loop:
                     raise KeyboardInterrupt
 
     def _resume(self) -> None:
-        from pipeline.encoder.checkpoint import read_checkpoint
+        from pipeline.optim.checkpoint import read_checkpoint
 
         found = read_checkpoint(self.checkpoint)
         if found is None:
@@ -100,7 +99,7 @@ class Loop:
         log.info("%s: resuming after step %d of %d", self.name, len(self.curve), self.schedule.steps)
 
     def _save(self) -> None:
-        from pipeline.encoder.checkpoint import save_checkpoint
+        from pipeline.optim.checkpoint import save_checkpoint
 
         save_checkpoint(self.checkpoint, self.trained, self._optimizer, {"curve": self.curve})
 

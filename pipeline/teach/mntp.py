@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.backbone import pad_left
-from pipeline.errors import TeacherError
-from pipeline.teach.batches import parts
-from pipeline.teach.noise import Noise
-from pipeline.teachers.pooling import hidden_states
-from pipeline.teachers.reading import Tokens
+from pipeline.backbone.prompting import pad_left
+from pipeline.core.errors import TeacherError
+from pipeline.embed.teachers.pooling import hidden_states
+from pipeline.embed.teachers.template import Tokens
+from pipeline.optim.batching import parts
+from pipeline.teach.dropout import Noise
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from pipeline.encoder.linear_cross_entropy import LogitShape
+    from pipeline.backbone.output_head import LogitShape
 
 
 def mask_token_id(tokenizer: "PreTrainedTokenizerBase", mask_token: str) -> int:
@@ -124,7 +124,7 @@ class MntpObjective:
         """Sum of the cross-entropy over the hidden tokens of some rows, a scalar."""
         import torch
 
-        from pipeline.encoder.linear_cross_entropy import linear_cross_entropy
+        from pipeline.backbone.output_head import linear_cross_entropy
 
         device = self.body.device
         ids, attended = (tensor.to(device) for tensor in pad_left([row.ids for row in masked]))

@@ -9,12 +9,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.backbone import DType
-from pipeline.encoder.lora import LoraParams
-from pipeline.evaluation.statistics import BootstrapParams
-from pipeline.params import Params
-from pipeline.sources import Source
-from pipeline.training.schedule import Shape
+from pipeline.backbone.loading import DType
+from pipeline.backbone.lora import LoraParams
+from pipeline.core.bootstrap import BootstrapParams
+from pipeline.core.config import Params
+from pipeline.core.readers import Source
+from pipeline.optim.schedule import Shape
 
 Corpus = Literal["responses", "queries", "both", "sources"]
 PhaseName = Literal["mntp", "simcse"]

@@ -18,14 +18,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import EvaluationError
-from pipeline.evaluation.systems import BareSystem, System
+from pipeline.core.errors import EvaluationError
+from pipeline.evaluate.system import BareSystem, System
 from pipeline.teach.params import QualityParams
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipeline.teachers.base import Teacher
+    from pipeline.embed.teachers.base import Teacher
 
     Array = np.ndarray[Any, Any]
 
@@ -70,9 +70,9 @@ def find_quality_tasks(params: QualityParams, local_dir: Path) -> list[Any]:
     if not params.names_tasks:
         log.warning("teach.quality names no task: whether the teacher is better than mean pooling is not measured")
         return []
-    from pipeline.evaluation.data_check import check_data
-    from pipeline.evaluation.instructions import load_instructions
-    from pipeline.evaluation.suites import find_tasks
+    from pipeline.tasks.availability import check_data
+    from pipeline.tasks.instructions import load_instructions
+    from pipeline.tasks.suites import find_tasks
 
     try:
         tasks = find_tasks([local_dir / name for name in params.local], params.tasks)
@@ -140,10 +140,10 @@ def _free_memory() -> None:
 def _on_tasks(
     systems: Iterator[System], tasks: Sequence[Any], params: QualityParams, work: Path, batch_size: int, dtype: str
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    from pipeline.evaluation.deltas import task_deltas
-    from pipeline.evaluation.instructions import load_instructions
-    from pipeline.evaluation.running import run_systems
-    from pipeline.evaluation.summary import flat_metrics, summary_table
+    from pipeline.evaluate.deltas import task_deltas
+    from pipeline.evaluate.run import run_systems
+    from pipeline.evaluate.summary import flat_metrics, summary_table
+    from pipeline.tasks.instructions import load_instructions
 
     runs = run_systems(systems, tasks, load_instructions(None), work=work, batch_size=batch_size, dtype=dtype)
     by_name = {run.system: run for run in runs}

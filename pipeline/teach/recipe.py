@@ -13,21 +13,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import digest_of, disk_errors, file_sha256, write_json
-from pipeline.backbone import BackboneParams, best_device, identify, load_backbone, load_config, load_tokenizer
-from pipeline.encoder.lora import WEIGHTS_FILE, adapter_parameters, add_adapter, save_adapter
-from pipeline.errors import TeacherError, TrainingError
-from pipeline.teach.batches import Batches
+from pipeline.backbone.loading import BackboneParams, best_device, identify, load_backbone, load_config, load_tokenizer
+from pipeline.backbone.lora import WEIGHTS_FILE, adapter_parameters, add_adapter, save_adapter
+from pipeline.core.artifacts import digest_of, disk_errors, file_sha256, write_json
+from pipeline.core.code_digest import code_digest
+from pipeline.core.errors import TeacherError, TrainingError
+from pipeline.embed.teachers.adapters import merge_adapter
+from pipeline.embed.teachers.bidirectional import check_bidirectional, make_bidirectional
+from pipeline.embed.teachers.pooling import check_positions
+from pipeline.embed.teachers.template import Pooling, Reader, Tokens
+from pipeline.optim.batching import Batches
 from pipeline.teach.corpus import Read, read_corpus
+from pipeline.teach.dropout import Noise
 from pipeline.teach.loop import Loop, Objective, Schedule
 from pipeline.teach.mntp import MntpObjective, mask_token_id, maskable
-from pipeline.teach.noise import Noise
 from pipeline.teach.params import PhaseName, PhaseParams, TeacherLoraParams, TeachParams
 from pipeline.teach.simcse import SimcseObjective
-from pipeline.teachers.adapters import merge_adapter
-from pipeline.teachers.bidirectional import check_bidirectional, make_bidirectional
-from pipeline.teachers.pooling import check_positions
-from pipeline.teachers.reading import Pooling, Reader, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +37,6 @@ ADAPTER, CURVE, CHECKPOINT, FINISHED = "adapter", "curve.json", "checkpoint", "f
 # Batches of MNTP whose texts are sorted by length together; its loss is one of tokens, so they may differ in length.
 # A batch of SimCSE stays random, for its texts are each other's negatives, and is sorted within.
 MNTP_GROUPING = 8
-# Files whose change makes a checkpoint another's.
-_CODE = (
-    *(f"teach/{name}.py" for name in ("batches", "loop", "mntp", "noise", "recipe", "simcse")),
-    *(f"teachers/{name}.py" for name in ("adapters", "bidirectional", "pooling", "reading")),
-    *(f"encoder/{name}.py" for name in ("batching", "heads", "linear_cross_entropy", "lora", "precision", "twin")),
-    "backbone.py",
-    "training/schedule.py",
-)
 
 
 @dataclass(frozen=True)
@@ -163,11 +156,10 @@ class Recipe:
         return Finished(done / ADAPTER, {**counted, **kept["facts"]}, kept["curve"])
 
     def _folder(self, name: PhaseName, read: Read, before: dict[str, Any]) -> Path:
-        package = Path(__file__).resolve().parent.parent
         fingerprint = digest_of(
             {
                 "version": VERSION,
-                "code": {file: file_sha256(package / file) for file in _CODE},
+                "code": code_digest([__name__]),
                 "params": self._params.steps_of(name),
                 "mask": self._mask_id if name == "mntp" else None,
                 "backbone": self._identity,
@@ -207,7 +199,7 @@ class Recipe:
         return load_backbone(self._backbone.model_copy(update={"dtype": params.dtype}), device)
 
     def _mntp(self, rows: Sequence[Tokens]) -> tuple[Objective, dict[str, Any], dict[str, Any]]:
-        from pipeline.encoder.heads import logit_shape
+        from pipeline.backbone.output_head import logit_shape
 
         params, lm = self._params.mntp, self._lm
         shape = logit_shape(lm)  # as the causal model that its config describes

@@ -9,11 +9,11 @@ to the weights (gradient caching, Gao et al. 2021b). Where one pass holds the ba
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import TeacherError
-from pipeline.teach.batches import parts
-from pipeline.teach.noise import Noise
-from pipeline.teachers.pooling import pooled_states
-from pipeline.teachers.reading import Tokens
+from pipeline.core.errors import TeacherError
+from pipeline.embed.teachers.pooling import pooled_states
+from pipeline.embed.teachers.template import Tokens
+from pipeline.optim.batching import parts
+from pipeline.teach.dropout import Noise
 
 if TYPE_CHECKING:
     import torch

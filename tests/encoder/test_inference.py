@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.artifacts import create
-from pipeline.backbone import BackboneParams, Keep, Template, identify, load_backbone, load_tokenizer
-from pipeline.encoder.config import EncoderConfig
-from pipeline.encoder.export import write_encoder
+from pipeline.backbone.loading import BackboneParams, Keep, Template, identify, load_backbone, load_tokenizer
+from pipeline.backbone.lora import LoraParams, adapter_parameters, add_adapter
+from pipeline.core.artifacts import create
+from pipeline.core.errors import BackboneError, TrainingError
+from pipeline.core.target_transform import TargetTransform
+from pipeline.encoder.folder.config import EncoderConfig
+from pipeline.encoder.folder.write import write_encoder
 from pipeline.encoder.inference import Encoder
-from pipeline.encoder.lora import LoraParams, adapter_parameters, add_adapter
-from pipeline.encoder.passes import PlainPasses
-from pipeline.encoder.prompt_reading import PaddedReader
+from pipeline.encoder.passes.plain import PlainPasses
+from pipeline.encoder.passes.prompt_reader import PaddedReader
 from pipeline.encoder.student import new_student
-from pipeline.errors import BackboneError, TrainingError
 from pipeline.lens import decode, decode_soft_prompts
-from pipeline.target_transform import TargetTransform
 from tests.conftest import tiny_model, tiny_tokenizer
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from pipeline.encoder.losses import alignment_sum
 from pipeline.encoder.student import Student, new_student
+from pipeline.train.losses import alignment_sum
 from tests.conftest import tiny_model
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.backbone import BackboneParams, PromptFormatter, load_backbone, load_tokenizer
-from pipeline.encoder.config import EncoderConfig
+from pipeline.backbone.loading import BackboneParams, load_backbone, load_tokenizer
+from pipeline.backbone.lora import LoraParams, adapter_parameters, add_adapter
+from pipeline.backbone.prompting import PromptFormatter
+from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.encoder.inference import Encoder
-from pipeline.encoder.lora import LoraParams, adapter_parameters, add_adapter
 from pipeline.encoder.student import new_student
 from pipeline.lens import decode
 
@@ -96,7 +97,7 @@ def test_it_writes_and_embeds_in_the_midst_of_embedding(
     tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As threads of a server would: nothing that another caller uses is switched meanwhile."""
-    from pipeline.encoder import group_attention
+    from pipeline.backbone.attention import grouped as group_attention
 
     params = BackboneParams(name=str(tiny_backbone("llama")), dtype="float32")
     model, tokenizer = load_backbone(params), load_tokenizer(params)

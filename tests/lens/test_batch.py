@@ -15,16 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner, Result
 
-import pipeline.lens.writing as writing
+import pipeline.lens.batch as writing
 from pipeline.__main__ import app
+from pipeline.core.part_store import Parts
+from pipeline.core.text import visible
+from pipeline.embed.teachers.stub import HashTeacher
 from pipeline.encoder.inference import Encoder
 from pipeline.lens import decode, decode_soft_prompts
+from pipeline.lens.batch import PAGE_ROWS, render_page, token
 from pipeline.lens.nearest import Index, nearest, open_index
-from pipeline.lens.page import PAGE_ROWS, render_page, token
 from pipeline.lens.reading import ROWS, Entries, Lens, held_by
-from pipeline.parts import Parts
-from pipeline.printable import visible
-from pipeline.teachers.hash_teacher import HashTeacher
 from tests.encoder.test_inference import write
 from tests.lens.test_nearest import write_embedded
 

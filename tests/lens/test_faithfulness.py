@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.errors import EvaluationError
-from pipeline.evaluation.statistics import BootstrapParams
+from pipeline.core.bootstrap import BootstrapParams
+from pipeline.core.errors import EvaluationError
 from pipeline.lens.faithfulness import check_teacher, over_chance, pair, summary
 from pipeline.lens.reading import ROWS, measured, pairs_in, summaries
-from tests.evaluation_fakes import VectorSystem
+from tests.evaluate.fakes import VectorSystem
 
 SETTINGS = BootstrapParams(resamples=500)
 

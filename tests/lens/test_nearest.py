@@ -8,14 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import pipeline.core.vectors as ranking
 import pipeline.lens.nearest as lens_nearest
-import pipeline.ranking as ranking
-from pipeline.artifacts import write_parquet
-from pipeline.encoding import EMBEDDED_BY, made_by
-from pipeline.errors import ArtifactError, SourceError
+from pipeline.core.artifacts import write_parquet
+from pipeline.core.errors import ArtifactError, SourceError
+from pipeline.core.vectors import top_k
+from pipeline.encoder.encode_file import EMBEDDED_BY, made_by
 from pipeline.lens.nearest import index_of_targets, nearest, open_index
-from pipeline.ranking import top_k
-from tests.probes.test_alignment import write_heldout
+from tests.probe.test_alignment import write_heldout
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
@@ -52,7 +52,7 @@ def test_targets_are_an_index_of_responses(workspace: Path, monkeypatch: pytest.
 
 
 def test_only_some_responses_may_count(workspace: Path) -> None:
-    from pipeline.artifacts import open_artifact
+    from pipeline.core.artifacts import open_artifact
 
     write_heldout(width=4)
     targets, responses = (open_artifact(Path("data") / kind, kind) for kind in ("targets", "responses"))

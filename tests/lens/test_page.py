@@ -5,8 +5,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from pipeline.lens.batch import render_page
 from pipeline.lens.faithfulness import Summary
-from pipeline.lens.page import render_page
 from pipeline.lens.reading import ROWS
 from tests.report.browser import Browser
 from tests.report.test_page import CONTRASTS, OVERFLOW

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 from safetensors.numpy import save_file
 
-from pipeline.artifacts import write_parquet
-from pipeline.errors import SourceError
-from pipeline.lens.stored import open_soft_prompts
+from pipeline.core.artifacts import write_parquet
+from pipeline.core.errors import SourceError
+from pipeline.lens.sources import open_soft_prompts
 
 SOFT = np.random.default_rng(0).normal(size=(5, 2, 3)).astype(np.float32)
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.backbone import BackboneParams, load_backbone, load_tokenizer
-from pipeline.encoder.config import EncoderConfig
+from pipeline.backbone.loading import BackboneParams, load_backbone, load_tokenizer
+from pipeline.core.errors import EngineError
+from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.encoder.inference import Encoder
 from pipeline.encoder.student import new_student
-from pipeline.engines.base import Completion
-from pipeline.errors import EngineError
+from pipeline.generate.engines.base import Completion
 from pipeline.lens import decode_soft_prompts
-from pipeline.lens.vllm_decoding import _in_order, vllm_decoder
+from pipeline.lens.decoding import _in_order, vllm_decoder
 
 TOKENS = 4
 QUESTIONS = [

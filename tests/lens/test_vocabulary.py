@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.encoder.config import EncoderConfig
+from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.encoder.inference import Encoder
 from pipeline.encoder.student import new_student
 from pipeline.lens import nearest_vocabulary

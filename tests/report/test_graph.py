@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.audit.findings import Finding
-from pipeline.report.checking import check
 from pipeline.report.graph import Node, State, pipeline_graph
 from pipeline.report.render import render_html, render_markdown
+from pipeline.report.sections import check
 from tests.report.toy_results import content_of
 from tests.toy_workspace import flip_byte, make_workspace
 

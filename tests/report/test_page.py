@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts import write_json
-from pipeline.report.checking import check
+from pipeline.core.artifacts import write_json
 from pipeline.report.render import render_html
+from pipeline.report.sections import check
 from tests.report.browser import Browser
 from tests.report.toy_results import RECORD, SUITE, SYSTEMS, content_of
 

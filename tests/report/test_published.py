@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts import write_json
-from pipeline.errors import ParamsError
-from pipeline.evaluation.suites import named_suites
-from pipeline.presets import presets
+from pipeline.cli.presets import presets
+from pipeline.core.artifacts import write_json
+from pipeline.core.errors import ParamsError
+from pipeline.evaluate.comparison import compare
 from pipeline.report.content import gather
 from pipeline.report.published import AgainstPaper, Measured, against_paper, load_published
 from pipeline.report.render import render_html, render_markdown
-from pipeline.report.tables import compare
+from pipeline.tasks.suites import named_suites
 from tests.toy_workspace import edit_manifest, make_workspace
 
 QWEN = "Qwen/Qwen3-8B"

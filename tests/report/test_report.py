@@ -10,13 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.artifacts import create, write_json
-from pipeline.report.checking import check
+from pipeline.core.artifacts import create, write_json
+from pipeline.evaluate.comparison import Cell
+from pipeline.report.__main__ import PAGES, Inputs, run
+from pipeline.report.charts import curve_svg, running_mean
 from pipeline.report.content import gather
-from pipeline.report.curves import curve_svg, running_mean
 from pipeline.report.render import cell, interval, label, number, percent, render_html, render_markdown, seconds, signed
-from pipeline.report.tables import Cell
-from pipeline.stages.report import PAGES, Inputs, run
+from pipeline.report.sections import check
 from tests.report.toy_results import EVIL, RECORD, SAFETY, SYSTEMS, content_of
 from tests.toy_workspace import edit_manifest, flip_byte
 

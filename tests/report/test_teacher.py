@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts import create, write_json
+from pipeline.core.artifacts import create, write_json
 from pipeline.report.render import render_html, render_markdown
-from pipeline.report.teacher import teacher_facts
+from pipeline.report.sections import teacher_facts
 from tests.report.toy_results import RECORD, content_of
 
 ADAPTERS = [{"name": f"models/teacher/{phase}", "sha256": "0" * 64} for phase in ("mntp", "simcse")]

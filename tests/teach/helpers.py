@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.backbone import BackboneParams
-from pipeline.encoder.lora import adapter_parameters, add_adapter
+from pipeline.backbone.loading import BackboneParams
+from pipeline.backbone.lora import adapter_parameters, add_adapter
+from pipeline.embed.teachers.bidirectional import make_bidirectional
+from pipeline.embed.teachers.template import SLOT, Reader, Tokens
 from pipeline.teach.params import TeachParams
 from pipeline.teach.recipe import Recipe
-from pipeline.teachers.bidirectional import make_bidirectional
-from pipeline.teachers.reading import SLOT, Reader, Tokens
 from tests.conftest import tiny_model, tiny_tokenizer
 
 FAST: dict[str, Any] = {

@@ -5,14 +5,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.artifacts import create, open_artifact
-from pipeline.contracts import QUERIES, RESPONSES
-from pipeline.errors import SourceError
-from pipeline.sources import LocalSource
+from pipeline.core.artifacts import create, open_artifact
+from pipeline.core.errors import SourceError
+from pipeline.core.readers import LocalSource
+from pipeline.core.schemas import QUERIES, RESPONSES
+from pipeline.embed.teachers.template import Reader
 from pipeline.teach.corpus import corpus_texts, in_order, read_corpus
 from pipeline.teach.mntp import maskable
 from pipeline.teach.params import Corpus
-from pipeline.teachers.reading import Reader
 from tests.conftest import tiny_tokenizer
 
 

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.encoder.heads import logit_shape
-from pipeline.encoder.linear_cross_entropy import LogitShape
-from pipeline.errors import TeacherError
-from pipeline.teach.batches import Batches
+from pipeline.backbone.output_head import LogitShape, logit_shape
+from pipeline.core.errors import TeacherError
+from pipeline.embed.teachers.template import Tokens
+from pipeline.optim.batching import Batches
+from pipeline.teach.dropout import Noise
 from pipeline.teach.mntp import Masked, MntpObjective, mask, mask_token_id, maskable, predicting
-from pipeline.teach.noise import Noise
-from pipeline.teachers.reading import Tokens
 from tests.conftest import tiny_tokenizer
 from tests.teach.helpers import adapted, read
 

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.backbone import BackboneParams
-from pipeline.errors import TeacherError
-from pipeline.teach import loop, noise
+from pipeline.backbone.loading import BackboneParams
+from pipeline.core.errors import TeacherError
+from pipeline.embed.teachers.llm2vec import Llm2VecTeacher
+from pipeline.teach import dropout as noise
+from pipeline.teach import loop
 from pipeline.teach import recipe as recipes
-from pipeline.teachers.llm2vec_teacher import Llm2VecTeacher
-from scripts.dvc_deps import closure
-from tests.conftest import ROOT
 from tests.stage_runs import folder_bytes
 from tests.teach.helpers import params, recipe, two_clusters
 
@@ -84,25 +83,6 @@ def test_half_precision_trains_float32_adapters(tiny_backbone: Callable[..., Pat
     base = BackboneParams(name=str(tiny_backbone("qwen3")), dtype="bfloat16")
     teacher = Llm2VecTeacher.load(base, [(str(p.adapter), None) for p in (mntp, simcse)], max_tokens=64, batch_size=4)
     assert np.isfinite(teacher.embed(TEXTS[:4])).all()
-
-
-def test_what_computes_the_adapters_is_in_their_fingerprint() -> None:
-    """All that the recipe can import, less what only reads params and texts, names files or writes them."""
-    harmless = {
-        *("artifacts", "errors", "params", "places", "runtime", "sources", "trained_teacher"),
-        *(
-            "encoder/checkpoint",
-            "encoder/token_starts",
-            "evaluation/statistics",
-            "training/params",
-            "training/stopping",
-        ),
-        *("teach/corpus", "teach/params"),  # the rows and params themselves are in it
-    }
-    teachers = {f"teachers/{name}_teacher" for name in ("backbone", "hash", "llm2vec", "sentence_transformers")}
-    found = {name.removeprefix("pipeline/") for name in closure(ROOT, "pipeline.teach.recipe")}
-    packages = {name for name in found if name.endswith("__init__.py")}
-    assert found - packages - {f"{name}.py" for name in harmless | teachers} == set(recipes._CODE)
 
 
 def test_an_architecture_that_drops_nothing_is_told(

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import TeacherError
-from pipeline.teach.batches import Batches
-from pipeline.teach.noise import Noise
+from pipeline.core.errors import TeacherError
+from pipeline.embed.teachers.pooling import TextPooler
+from pipeline.embed.teachers.template import Reader
+from pipeline.optim.batching import Batches
+from pipeline.teach.dropout import Noise
 from pipeline.teach.simcse import SimcseObjective, contrastive_loss
-from pipeline.teachers.pooling import TextPooler
-from pipeline.teachers.reading import Reader
 from tests.conftest import tiny_tokenizer
 from tests.teach.helpers import adapted, read, two_clusters
 

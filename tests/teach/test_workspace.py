@@ -8,13 +8,13 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from pipeline.artifacts import create, read_manifest
 from pipeline.audit import audit
-from pipeline.backbone import identify
-from pipeline.errors import EvaluationError
-from pipeline.inspection import show
-from pipeline.params import read_yaml, validate
-from pipeline.plan import AllParams, make_plan
+from pipeline.audit.inspect import show
+from pipeline.backbone.loading import identify
+from pipeline.cli.plan import AllParams, make_plan
+from pipeline.core.artifacts import create, read_manifest
+from pipeline.core.config import read_yaml, validate
+from pipeline.core.errors import EvaluationError
 from tests.conftest import ROOT
 from tests.toy_workspace import TEACHER, edit_manifest, flip_byte, make_workspace, restamp
 

@@ -1,0 +1,1 @@
+"""The frozen language model: loading, prompting, sizes, LoRA, output head, sharding."""

@@ -1,0 +1,1 @@
+"""Attention of packed rows, one implementation a module."""

@@ -1,0 +1,63 @@
+"""Attention of a packed row without autograd: sequences of one length that stand together attend in one call.
+
+Rows that are sorted by length fall into few such groups, and nothing is padded. What all sequences begin with lies at
+the start of the keys; nothing else is cached.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.backbone.attention.per_segment import attend_at_end
+from pipeline.backbone.attention.segments import Segments
+
+
+def group_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed: Segments,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As `segment_attention`, for sequences that have nothing of their own in the cache.
+
+    Raises:
+        ValueError: they have.
+    """
+    if any(packed.prefix):
+        raise ValueError("sequences attend in groups only where the cache holds nothing but what all begin with")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    parts = []
+    for own, count in runs(packed.new):
+        states = (_split(query, own, count), *(_keys(rows, own, count, packed.shared) for rows in (key, value)))
+        parts.append(attend_at_end(*states, scale=scale, window=sliding_window, softcap=softcap))
+    return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])[None], None
+
+
+def runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """The tokens of each run of neighbours of one length, and how many sequences it is of."""
+    start = 0
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        yield slice(start, start + count * length), count
+        start += count * length
+
+
+def _split(states: Tensor, own: slice, count: int) -> Tensor:
+    """`[count, heads, length, head_dim]` of the tokens `own` of `[1, heads, T, head_dim]`."""
+    heads, _, width = states.shape[1:]
+    return states[0, :, own].reshape(heads, count, -1, width).transpose(0, 1)
+
+
+def _keys(states: Tensor, own: slice, count: int, shared: int) -> Tensor:
+    mine = _split(states, slice(own.start + shared, own.stop + shared), count)
+    return torch.cat([states[:, :, :shared].expand(count, -1, -1, -1), mine], dim=2) if shared else mine

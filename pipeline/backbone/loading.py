@@ -1,0 +1,170 @@
+"""The frozen language model and its tokenizer: identity, loading, and the one way a text becomes prompt tokens."""
+
+import copy
+import itertools
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from pipeline.core.artifacts import digest_of, file_sha256
+from pipeline.core.config import Params
+from pipeline.core.errors import BackboneError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Template = Literal["raw", "chat"]
+DType = Literal["bfloat16", "float16", "float32"]
+Quantize = Literal["8bit", "4bit"]
+DTYPE_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+Keep = Literal["start", "end"]
+
+# All that decides what a model folder computes: weights, configs, tokenizer, modules, its own code.
+_IDENTITY_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
+
+
+class BackboneParams(Params):
+    """The language model whose answers are encoded."""
+
+    name: str = Field(description="hub name or local folder")
+    revision: str | None = Field(default=None, description="commit on the hub; pin it")
+    dtype: DType = "bfloat16"
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="e.g. {enable_thinking: false}")
+    trust_remote_code: bool = False
+
+
+def identify(name: str, revision: str | None) -> dict[str, str]:
+    """What pins a model: hub name and commit, or the sha256 over a local folder's weights and tokenizer.
+
+    Raises:
+        BackboneError: a local path that is not a folder with a config.json or modules.json.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or (name.count("/") != 1 and "/" in name):
+            raise BackboneError(f"model folder {name} does not exist")
+        return {"name": name, "revision": revision or "main"}
+    files = sorted({path for pattern in _IDENTITY_FILES for path in folder.rglob(pattern)})
+    if not files:
+        raise BackboneError(f"{name} is a folder without model weights")
+    hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    return {"name": name, "sha256": digest_of(hashes)}
+
+
+def load_tokenizer(params: BackboneParams) -> "PreTrainedTokenizerBase":
+    """The backbone's tokenizer.
+
+    Raises:
+        BackboneError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            params.name, revision=params.revision, trust_remote_code=params.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load(params, error) from None
+
+
+def load_config(backbone: BackboneParams) -> Any:
+    """The backbone's text config.
+
+    Raises:
+        BackboneError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            backbone.name, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load(backbone, error) from None
+    return config.get_text_config()
+
+
+def load_backbone(
+    params: BackboneParams, device: "torch.device | str" = "cpu", quantize: Quantize | None = None
+) -> "PreTrainedModel":
+    """The causal LM in eval mode with every parameter frozen.
+
+    Quantised, its linear layers hold 8-bit integers (LLM.int8) or 4-bit normal floats in blocks (NF4, the scales
+    quantised again); embeddings, norms and the output head stay in `params.dtype`, in which 4-bit layers compute.
+
+    Raises:
+        BackboneError: it cannot be loaded, or not quantised.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # bitsandbytes packs the weights where they come to lie, so a quantised model is not moved afterwards.
+    options = {} if quantize is None else _quantized(quantize, params, device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            params.name,
+            revision=params.revision,
+            dtype=getattr(torch, params.dtype),
+            trust_remote_code=params.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
+        raise _cannot_load(params, error) from None
+    model = _differentiable(model) if options else model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _quantized(quantize: Quantize, params: BackboneParams, device: "torch.device | str") -> dict[str, Any]:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise BackboneError(
+            f"train.quantize: {quantize} needs bitsandbytes, which is not installed: "
+            "pip install 'llm2vec-gen-pipeline[quantize]', or set train.quantize: null"
+        )
+    config = BitsAndBytesConfig(
+        load_in_8bit=quantize == "8bit",
+        load_in_4bit=quantize == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, params.dtype),
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _differentiable(model: "PreTrainedModel") -> "PreTrainedModel":
+    # On a CPU with bfloat16 instructions a 4-bit layer repacks itself at its first forward without autograd (the prefix
+    # of a query), and from then on it lets no gradient through, without an error.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _cannot_load(params: BackboneParams, error: Exception) -> BackboneError:
+    revision = f" at revision {params.revision}" if params.revision else ""
+    reason = str(error).strip().splitlines()[0]
+    return BackboneError(f"backbone.name: cannot load '{params.name}'{revision}: {reason}")
+
+
+def best_device() -> str:
+    """`cuda` where there is one, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# A model once more: modules and config of its own over the very tensors of the first.
+
+
+def twin(model: Any) -> Any:
+    """A copy of the modules that shares every parameter and buffer, and what bitsandbytes keeps beside them."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    beside = (getattr(module, name, None) for module in model.modules() for name in ("state", "quant_state"))
+    return copy.deepcopy(model, {id(kept): kept for kept in itertools.chain(tensors, beside) if kept is not None})

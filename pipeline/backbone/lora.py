@@ -1,0 +1,148 @@
+"""LoRA on the student: the query pass runs on an adapted backbone, the response pass on the frozen one.
+
+The adapted backbone is a second tree of modules over the very tensors of the first, so there is one copy of the weights
+and no switch to forget: what answers and what decodes never holds an adapter, also when a checkpointed response pass
+runs again within backward. With an adapter the prefix of a query depends on what is trained, so the query pass needs
+gradients through the whole query (no frozen prefix), and the embedding is no longer one of the unchanged backbone.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from pipeline.backbone.loading import twin
+from pipeline.core.artifacts import write_json
+from pipeline.core.config import Params
+from pipeline.core.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+# How peft names what it wraps; files with other names do not load there.
+_PREFIX = "base_model.model."
+
+
+class LoraParams(Params):
+    """Key `train.lora`; null trains no adapter. The paper's ablation has rank 8."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"] = Field(
+        default="all-linear", description="ends of module names; all-linear spares the output head"
+    )
+
+
+def add_adapter(
+    backbone: Any, *, rank: int, alpha: float, dropout: float, targets: list[str] | Literal["all-linear"], seed: int
+) -> Any:
+    """The backbone once more, over the same tensors, with trainable adapters in float32; `backbone` stays as it is.
+
+    At first it computes just what `backbone` computes: the second matrix of each adapter starts at zero.
+
+    Args:
+        backbone: a frozen causal LM of transformers in eval mode.
+        rank: of the update.
+        alpha: the update is scaled by alpha / rank.
+        dropout: of the adapters' inputs; `AdaptedPasses` switches it on where it trains.
+        targets: ends of names of linear layers.
+        seed: of the adapters' first matrices.
+
+    Raises:
+        TrainingError: no layer has such a name, or one cannot be adapted.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    adapted = twin(backbone)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type=None)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            get_peft_model(adapted, config)
+        except ValueError as error:
+            raise TrainingError(f"train.lora.targets {targets}: {' '.join(str(error).split())[:300]}") from None
+    return adapted.eval()
+
+
+def adapter_parameters(adapted: Any) -> "dict[str, nn.Parameter]":
+    """The adapters' parameters under the names that peft gives them in files, in a fixed order."""
+    return {
+        _PREFIX + name.replace(".default.", "."): parameter
+        for name, parameter in adapted.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+
+
+def save_adapter(parameters: "Mapping[str, Tensor]", folder: Path, params: LoraParams, backbone: str) -> None:
+    """Write the adapters as peft does, without a version, a path or a date: equal adapters give equal bytes.
+
+    Args:
+        parameters: see `adapter_parameters`.
+        folder: made if need be.
+        params: with which they were made.
+        backbone: name of the backbone.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in parameters.items()}
+    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+    config = {
+        "base_model_name_or_path": backbone,
+        "bias": "none",
+        "inference_mode": True,
+        "lora_alpha": params.alpha,
+        "lora_dropout": params.dropout,
+        "peft_type": "LORA",
+        "r": params.rank,
+        "target_modules": params.targets,
+        "task_type": None,
+    }
+    write_json(folder / CONFIG_FILE, config)
+
+
+def load_adapter(backbone: Any, folder: Path, params: LoraParams) -> Any:
+    """As `add_adapter`, with the weights of a folder and nothing to train.
+
+    Raises:
+        TrainingError: the folder does not hold the adapter of these params on this backbone.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    adapted = add_adapter(backbone, **params.model_dump(), seed=0)
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{folder / WEIGHTS_FILE} cannot be read: {error}") from None
+    set_adapter(adapted, tensors, where=str(folder / WEIGHTS_FILE))
+    return adapted.requires_grad_(False)
+
+
+def set_adapter(adapted: Any, tensors: "Mapping[str, Tensor]", *, where: str) -> None:
+    """Copy weights into the adapters, name by name and shape by shape.
+
+    Raises:
+        TrainingError: a name is missing or unknown, or a shape differs.
+    """
+    import torch
+
+    parameters = adapter_parameters(adapted)
+    wrong = sorted(
+        {name for name in parameters.keys() & tensors.keys() if parameters[name].shape != tensors[name].shape}
+        | (parameters.keys() ^ tensors.keys())
+    )
+    if wrong:
+        raise TrainingError(
+            f"{where}: its {len(tensors)} tensors are not the {len(parameters)} of the adapter on this backbone: "
+            f"{len(wrong)} differ, the first is {wrong[0]}"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])

@@ -1,0 +1,172 @@
+"""Cross-entropy through a frozen output head without ever holding all logits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.core.errors import BackboneError
+
+# Bytes of the float32 logits of one chunk; at its peak a chunk takes twice that.
+_CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}
+# Rows of the head multiplied at a time: CPU libraries copy what they multiply into a layout of their own.
+_CPU_BLOCK = 8192
+
+
+@dataclass(frozen=True)
+class LogitShape:
+    """What a head does to its projection: `logits = cap(scale * projection)`, `cap(x) = softcap * tanh(x / softcap)`.
+
+    Attributes:
+        scale: 1 leaves it as it is (Granite, Cohere and others do not).
+        softcap: None does not cap (Gemma does).
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply_(self, projection: Tensor) -> Tensor | None:
+        """Turn a projection into logits, in place; the tanh of capped ones is returned for `slope`."""
+        if self.scale != 1.0:
+            projection.mul_(self.scale)
+        if self.softcap is None:
+            return None
+        tanh = torch.tanh(projection / self.softcap)
+        torch.mul(tanh, self.softcap, out=projection)
+        return tanh
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows whose logits fit the memory that a chunk may take on this device."""
+    return max(16, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+
+
+def _blocks(weight: Tensor) -> list[slice]:
+    rows = _CPU_BLOCK if weight.device.type == "cpu" else len(weight)
+    return [slice(start, start + rows) for start in range(0, len(weight), rows)]
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """`[rows, V]` at the start of `out`: the head's projection of `[rows, d]`, piece by piece of the vocabulary."""
+    logits = out[: len(hidden)]
+    for block in _blocks(weight):
+        logits[:, block] = F.linear(hidden, weight[block], None if bias is None else bias[block])
+    return logits
+
+
+def _project_back(gradient: Tensor, weight: Tensor) -> Tensor:
+    """`[rows, d]`: the gradient of `[rows, V]` logits brought to the hidden states, its pieces summed in float32."""
+    first, *others = _blocks(weight)
+    total = at_least_float32(gradient[:, first].to(weight.dtype) @ weight[first])
+    for block in others:
+        total += gradient[:, block].to(weight.dtype) @ weight[block]
+    return total
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and the gradient to the hidden states in one sweep over chunks; the head gets no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, shape: LogitShape, chunk: int
+    ) -> Tensor:
+        total = at_least_float32(hidden.new_zeros(()))
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        buffer = total.new_empty(min(chunk, len(labels)), len(weight))
+        for start in range(0, len(labels), chunk):
+            rows = slice(start, start + chunk)
+            logits = _project(hidden[rows], weight, bias, buffer)
+            tanh = shape.apply_(logits)
+            picked = labels[rows, None]
+            at_labels = logits.gather(1, picked)
+            # In place, one buffer from logits to softmax to gradient.
+            top = logits.amax(-1, keepdim=True)
+            mass = logits.sub_(top).exp_().sum(-1, keepdim=True)
+            total += (mass.log() + top - at_labels).sum()
+            if gradient is not None:
+                logits.div_(mass).scatter_add_(1, picked, torch.full_like(at_labels, -1.0))
+                if tanh is not None:
+                    logits.mul_(tanh.square_().neg_().add_(1.0))
+                gradient[rows] = _project_back(logits, weight)
+        ctx.save_for_backward(gradient)
+        ctx.scale = shape.scale
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (upstream * ctx.scale).to(gradient.dtype), None, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    shape: LogitShape = LogitShape(),  # frozen
+    chunk: int | None = None,
+) -> Tensor:
+    """Sum over rows of the cross-entropy of a head's logits against `labels`, in float32 or better.
+
+    Args:
+        hidden: `[M, d]`, gets a gradient.
+        weight: `[V, d]` of the frozen head, gets none.
+        labels: `[M]` token ids.
+        bias: `[V]` of the frozen head, gets none.
+        shape: from the projection to the logits.
+        chunk: rows whose `[chunk, V]` logits exist at a time; None chooses by the vocabulary.
+    """
+    rows = chunk or chunk_rows(len(weight), hidden.device)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, shape, rows)  # type: ignore[no-untyped-call]
+
+
+# Where sums must not be taken in half precision.
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """`values` in float32, or as they are where that is more."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def logit_shape(backbone: Any) -> LogitShape:
+    """What the head of a causal LM does, read from its config and verified on a few tokens.
+
+    Raises:
+        BackboneError: it cannot be described.
+    """
+    name, head = type(backbone).__name__, backbone.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        raise BackboneError(f"the head of {name} is a {type(head).__name__}, not a plain projection")
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        raise BackboneError(f"the head of {name} is trained")
+    shape = _configured(backbone.config.get_text_config())
+    difference = _difference(backbone, head, shape)
+    tolerance = 0.02 if backbone.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    if not difference <= tolerance:
+        raise BackboneError(
+            f"the head of {name} does more than this code knows: its logits differ from {shape} "
+            f"by {difference:.2g} of the largest (limit {tolerance})"
+        )
+    return shape
+
+
+def _configured(config: Any) -> LogitShape:
+    # Granite divides, Cohere and Falcon-H1 multiply.
+    scale = (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "lm_head_multiplier", None) or 1.0)
+    return LogitShape(
+        scale / (getattr(config, "logits_scaling", None) or 1.0), getattr(config, "final_logit_softcapping", None)
+    )
+
+
+@torch.no_grad()
+def _difference(backbone: Any, head: nn.Linear, shape: LogitShape) -> float:
+    """Largest difference between the described logits and the model's own, relative to its largest logit."""
+    ids = torch.arange(1, 9, device=head.weight.device)[None] % len(head.weight)
+    own = at_least_float32(backbone(input_ids=ids, use_cache=False).logits)
+    hidden = backbone.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    described = at_least_float32(F.linear(hidden, head.weight, head.bias))
+    shape.apply_(described)
+    return float((described - own).abs().max() / own.abs().max())

@@ -1,0 +1,315 @@
+"""Check the whole params file and say what each stage will do: `python -m pipeline params`.
+
+Estimates (GB = 1e9 bytes): weights and KV cache of `generate` from the backbone's sizes, the memory of a training step
+by `pipeline.optim.memory`, whose docstring has the formulas. They are upper bounds for rows of full length; the CUDA
+context, the kernels and the allocator take 1 to 2 GB more.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.backbone.loading import DTYPE_BYTES, BackboneParams
+from pipeline.backbone.sizes import Shape, shape_from_config
+from pipeline.cli.presets import preset_of
+from pipeline.collect.params import CollectParams
+from pipeline.core.artifacts import read_manifest
+from pipeline.core.config import Params, read_yaml, validate
+from pipeline.core.errors import ArtifactError, EvaluationError, ParamsError
+from pipeline.core.paths import TRAINED
+from pipeline.embed.params import EmbedParams
+from pipeline.evaluate.params import EvaluateParams
+from pipeline.evaluate.plan import EvaluationPlan, mteb_tasks
+from pipeline.generate.engines import engine_facts
+from pipeline.generate.params import GenerateParams
+from pipeline.optim.memory import kv_bytes
+from pipeline.probe.base import all_probe_params
+from pipeline.report import ReportParams
+from pipeline.tasks.instructions import load_instructions
+from pipeline.tasks.suites import SuiteParams
+from pipeline.teach.params import TeachParams
+from pipeline.teach.plan import teach_memory_line
+from pipeline.train.params import TrainParams, planned_steps
+from pipeline.train.plan import memory_line, memory_remarks
+
+GB = 1e9
+# Teachers whose vectors are an LLM's hidden states as they are, with norms in the hundreds.
+RAW_TEACHERS = ("llm2vec", TRAINED, "backbone")
+
+# Transforms after which each dimension has variance 1, whatever the teacher: a mean over them that starts at 1.
+UNIT_VARIANCE = ("standardize", "whiten")
+
+
+class AllParams(Params):
+    """Every section of params.yaml."""
+
+    backbone: BackboneParams
+    collect: CollectParams
+    generate: GenerateParams
+    teach: TeachParams = Field(default_factory=TeachParams)
+    embed: EmbedParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    suites: dict[str, SuiteParams] = Field(min_length=1)
+    probes: dict[str, dict[str, Any]] = Field(min_length=1)
+    report: ReportParams
+
+
+@dataclass
+class Plan:
+    """What will run: (stage, what, on what) lines, and remarks that the user should see."""
+
+    lines: list[tuple[str, str, str]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def load_all(path: Path) -> AllParams:
+    """The whole file, every section of it checked, the probes by their own models too.
+
+    Raises:
+        ParamsError: with one line for each mistake in the file.
+    """
+    content = read_yaml(path)
+    mistakes: list[str] = []
+    params: AllParams | None = None
+    try:
+        params = validate(content, AllParams, where=str(path))
+    except ParamsError as error:
+        mistakes.append(str(error))
+    try:
+        if isinstance(content.get("probes"), Mapping):
+            all_probe_params(content["probes"], str(path))
+    except ParamsError as error:
+        mistakes.append(str(error))
+    if mistakes or params is None:
+        raise ParamsError("\n".join(mistakes))
+    return params
+
+
+def make_plan(params: AllParams, root: Path = Path()) -> Plan:
+    """What each stage will do with these params, as far as that can be known without running it.
+
+    Raises:
+        EvaluationError: mteb does not know a task or benchmark (of teach.quality too), or a task has no instruction.
+        ParamsError: evaluate.instructions names a file that is missing or has mistakes.
+    """
+    shape = shape_of(params.backbone, root)
+    rows, known = expected_rows(params, root)
+    plan = Plan()
+    plan.lines.append(("collect", _sources(params), _rows_text(rows, known)))
+    plan.lines.append(("generate", _generate_text(params, rows), _generate_memory(params, shape)))
+    if params.embed.teacher.kind == TRAINED:
+        _check_quality(params.teach)
+        plan.lines.append(("teach", _teach_text(params.teach), _teach_memory(params, shape)))
+    plan.lines.append(("embed", _embed_text(params, rows), _teacher_text(params)))
+    plan.lines.append(("train", _train_text(params, rows), _train_memory(params, shape)))
+    evaluation = EvaluationPlan(params.evaluate, params.suites, params.probes, root)
+    answer_tokens = params.evaluate.answers.max_new_tokens or params.generate.max_new_tokens
+    plan.lines += evaluation.lines(max_tokens=params.train.max_query_tokens, answer_tokens=answer_tokens)
+    plan.lines.append(("report", params.report.title, "results/report.html"))
+    plan.remarks = _remarks(params, shape, root) + evaluation.remarks()
+    return plan
+
+
+def shape_of(backbone: BackboneParams, root: Path = Path()) -> Shape | None:
+    """The backbone's sizes from its config where it is at hand, else from the presets, else None."""
+    config = root / backbone.name / "config.json"
+    if config.is_file():
+        return shape_from_config(json.loads(config.read_text(encoding="utf-8")))
+    preset = preset_of(backbone.name)
+    return preset.shape if preset else _shape_from_cache(backbone)
+
+
+def _shape_from_cache(backbone: BackboneParams) -> Shape | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(backbone.name, "config.json", revision=backbone.revision)
+    return shape_from_config(json.loads(Path(found).read_text(encoding="utf-8"))) if isinstance(found, str) else None
+
+
+def expected_rows(params: AllParams, root: Path = Path()) -> tuple[int | None, bool]:
+    """How many queries there will be, at most, and whether they are there already; None if nothing bounds them."""
+    with suppress(ArtifactError):
+        made = read_manifest(root / "data/queries").manifest
+        if made.params == params.collect.model_dump(mode="json"):
+            return made.rows, True
+    limits = [source.limit for source in params.collect.sources]
+    bounds = [params.collect.sample, None if None in limits else sum(limit for limit in limits if limit)]
+    return min((bound for bound in bounds if bound is not None), default=None), False
+
+
+def _sources(params: AllParams) -> str:
+    collect = params.collect
+    filters = {
+        "near duplicates": collect.near_duplicates,
+        "texts of the evaluation": collect.decontaminate,
+        f"other languages than {', '.join(collect.languages or [])}": collect.languages,
+    }
+    without = ", ".join(name for name, setting in filters.items() if setting)
+    sources = f"{', '.join(source.label for source in collect.sources)} (local files: {collect.local_dir})"
+    return f"{sources}, without {without}" if without else sources
+
+
+def _rows_text(rows: int | None, known: bool) -> str:
+    if rows is None:
+        return "all queries of the sources"
+    return f"{rows:,} queries, made already" if known else f"at most {rows:,} queries"
+
+
+def _tokens(rows: int | None, each: int) -> str:
+    return f"at most {rows * each:,} tokens" if rows is not None else f"at most {each:,} tokens a row"
+
+
+def _generate_text(params: AllParams, rows: int | None) -> str:
+    generate = params.generate
+    how = "greedy" if generate.temperature == 0 else f"temperature {generate.temperature}"
+    return f"{generate.engine}, {how}; {_tokens(rows, generate.max_new_tokens)} written"
+
+
+def _generate_memory(params: AllParams, shape: Shape | None) -> str:
+    if shape is None:
+        return f"{params.backbone.name}, {params.generate.dtype}"
+    weights = shape.parameters() * DTYPE_BYTES[params.generate.dtype]
+    longest = params.generate.max_prompt_tokens + params.generate.max_new_tokens
+    row = longest * kv_bytes(shape, params.generate.dtype)
+    return f"{params.backbone.name}, weights {weights / GB:.1f} GB, KV cache {row / GB:.2f} GB a row of full length"
+
+
+def _teach_text(teach: TeachParams) -> str:
+    phases = [
+        f"{name} {phase.steps:,} steps of {phase.batch_size} texts, at most {phase.max_tokens} tokens"
+        for name, phase in (("MNTP", teach.mntp), ("SimCSE", teach.simcse))
+    ]
+    measured = ", ".join([*teach.quality.local, *teach.quality.tasks]) or "no task"
+    return f"{'; '.join(phases)}; from {teach.corpus}; measured on {measured}"
+
+
+def _check_quality(teach: TeachParams) -> None:
+    try:
+        mteb_tasks({"tasks": teach.quality.tasks}, load_instructions(None))
+    except EvaluationError as error:
+        raise EvaluationError(f"teach.quality: {error}") from None
+
+
+def _teach_memory(params: AllParams, shape: Shape | None) -> str:
+    memory = params.teach.dtype if shape is None else teach_memory_line(params.teach, shape)
+    return f"{params.backbone.name}, {memory}"
+
+
+def _embed_text(params: AllParams, rows: int | None) -> str:
+    embed = params.embed
+    scaled = ", scaled to length 1" if embed.normalize else ""
+    if embed.transform.kind != "none":
+        scaled += f", transform {embed.transform.kind}"
+    return f"{embed.teacher.kind}{scaled}; {_tokens(rows, embed.teacher.max_tokens)} read"
+
+
+def _teacher_text(params: AllParams) -> str:
+    teacher = params.embed.teacher
+    own = params.backbone.name if teacher.kind in RAW_TEACHERS else teacher.kind
+    return " + ".join([teacher.name or own, *(adapter.name for adapter in teacher.adapters)])
+
+
+def _train_text(params: AllParams, rows: int | None) -> str:
+    train = params.train
+    if rows is not None:
+        steps = planned_steps(round(rows * (1 - params.collect.heldout_fraction)), train)
+        count = f"about {steps:,} steps of {train.batch_size} rows"
+    else:
+        most = f", at most {train.stop_after_steps:,} steps" if train.stop_after_steps else ""
+        count = f"{train.epochs} epochs in steps of {train.batch_size} rows{most}"
+    return f"{count}; {train.compression_tokens} compression + {train.thought_tokens} thought tokens, {train.template}"
+
+
+def _train_memory(params: AllParams, shape: Shape | None) -> str:
+    backbone = params.backbone
+    memory = backbone.dtype if shape is None else memory_line(params.train, backbone.dtype, shape)
+    return f"{backbone.name}, {memory}"
+
+
+def _remarks(params: AllParams, shape: Shape | None, root: Path) -> list[str]:
+    found = [f"{key}: {name} is not pinned: set the commit" for key, name in _unpinned(params, root)]
+    if engine_facts(params.generate.engine).stub:
+        found.append(f"generate.engine: {params.generate.engine} is a stub, its answers mean nothing")
+    if params.embed.teacher.kind == "hash":
+        found.append("embed.teacher.kind: hash is a stub, its targets mean nothing")
+    found += _scale_remark(params)
+    for key, folder in {"collect": params.collect.local_dir, "evaluate": params.evaluate.local_dir}.items():
+        if not (root / folder).is_dir():
+            found.append(f"{key}.local_dir: {folder} does not exist, `dvc repro` needs it")
+    if params.generate.max_new_tokens > params.train.max_response_tokens:
+        limits = (
+            f"{params.generate.max_new_tokens} tokens are written, {params.train.max_response_tokens} are learnt from"
+        )
+        found.append(f"train.max_response_tokens: {limits}")
+    if shape is None:
+        found.append(f"backbone.name: no sizes known of {params.backbone.name}, so no memory estimate")
+    else:
+        found += memory_remarks(params.train, params.backbone.dtype, shape)
+    return found
+
+
+def _scale_remark(params: AllParams) -> list[str]:
+    kind, reduction = params.embed.teacher.kind, params.train.align_reduction
+    raw = kind in RAW_TEACHERS and not params.embed.normalize
+    if params.embed.transform.kind in UNIT_VARIANCE:
+        found = (
+            "train.align_reduction: sum over dimensions of variance 1 each (embed.transform "
+            f"{params.embed.transform.kind}) is as large as they are many and drowns the reconstruction: mean"
+        )
+        return [found] if reduction == "sum" else []
+    if raw and reduction == "sum":
+        return [
+            f"train.align_reduction: sum over the dimensions of {kind} targets, with norms in the hundreds, drowns the "
+            "reconstruction: mean is the paper's"
+        ]
+    if not raw and reduction == "mean":
+        return [
+            f"train.align_reduction: mean over the dimensions of {kind} targets, if they have length 1, leaves the "
+            "alignment next to no gradient, and the reconstruction undoes a warm start: sum"
+        ]
+    return []
+
+
+def _unpinned(params: AllParams, root: Path) -> list[tuple[str, str]]:
+    teacher = params.embed.teacher
+    pins = [("backbone.revision", params.backbone.name, params.backbone.revision)]
+    pins += [("embed.teacher.revision", teacher.name or "", teacher.revision)]
+    pins += [
+        (f"embed.teacher.adapters.{index}.revision", adapter.name, adapter.revision)
+        for index, adapter in enumerate(teacher.adapters)
+    ]
+    pins += [
+        (f"collect.sources.{index}.revision", source.name, source.revision)
+        for index, source in enumerate(params.collect.sources)
+        if source.kind == "hub"
+    ]
+    pins += [
+        (f"teach.sources.{index}.revision", source.name, source.revision)
+        for index, source in enumerate(params.teach.sources)
+        if source.kind == "hub" and params.embed.teacher.kind == TRAINED
+    ]
+    pins += [
+        (f"{key}.revision", str(entry["dataset"]), entry.get("revision"))
+        for name, probe in params.probes.items()
+        for key, entry in _levels(f"probes.{name}", probe)
+        if entry.get("dataset")
+    ]
+    pins += [
+        (f"evaluate.models.{key}.revision", model.name, model.revision)
+        for key, model in params.evaluate.models.items()
+        if key in params.evaluate.systems
+    ]
+    return [(key, name) for key, name, revision in pins if name and revision is None and not (root / name).is_dir()]
+
+
+def _levels(key: str, entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield key, entry
+    for name, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from _levels(f"{key}.{name}", value)

@@ -1,0 +1,268 @@
+"""Presets of backbones, and switching params.yaml to one: `python -m pipeline backbone NAME`.
+
+The file keeps its comments, its order and everything that a preset does not name.
+"""
+
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+from pipeline.backbone.loading import BackboneParams
+from pipeline.backbone.sizes import Shape
+from pipeline.core.artifacts import write_bytes
+from pipeline.core.config import Params, read_yaml, validate
+from pipeline.core.errors import ParamsError
+from pipeline.core.paths import TRAINED
+from pipeline.embed.teachers import AdapterParams, TeacherParams
+from pipeline.teach.params import TeachParams
+from pipeline.teach.plan import fitting_rows
+
+PRESETS_FILE = Path(__file__).with_name("presets.yaml")
+# The paper's limit for queries and responses; what the released teachers were made for.
+TEACHER_TOKENS = 512
+
+
+class PresetTeacher(Params):
+    """The backbone as its own LLM2Vec teacher, and texts of a forward pass by GPU memory in GB.
+
+    With the published adapters that make it one; without any, the stage teach trains them.
+    """
+
+    adapters: list[AdapterParams] = Field(default_factory=list)
+    batch_size: dict[int, int]
+
+
+class Preset(Params):
+    """A backbone, its teacher and how it is trained.
+
+    The learning rate of a backbone with a published teacher is the paper's. The paper trains no other: there it is a
+    guess after a model of like size.
+    """
+
+    backbone: BackboneParams
+    teacher: PresetTeacher
+    learning_rate: float
+    micro_batch_size: dict[int, int]
+    shape: Shape
+
+    @property
+    def published(self) -> bool:
+        """Whether the teacher is the paper's; else it is trained here."""
+        return bool(self.teacher.adapters)
+
+    def teacher_params(self, memory: int) -> TeacherParams:
+        """The teacher for a GPU of `memory` GB.
+
+        A published one names its base, so that it stays when the backbone is changed; one that is trained here is of
+        whatever the backbone is.
+        """
+        if not self.published:
+            return TeacherParams(
+                kind=TRAINED,
+                max_tokens=TEACHER_TOKENS,
+                dtype=self.backbone.dtype,
+                batch_size=self.teacher.batch_size[memory],
+            )
+        return TeacherParams(
+            kind="llm2vec",
+            name=self.backbone.name,
+            revision=self.backbone.revision,
+            adapters=self.teacher.adapters,
+            max_tokens=TEACHER_TOKENS,
+            dtype=self.backbone.dtype,
+            batch_size=self.teacher.batch_size[memory],
+        )
+
+
+@cache
+def presets() -> dict[str, Preset]:
+    """All presets by name."""
+    content = read_yaml(PRESETS_FILE)
+    return {name: validate(entry, Preset, where=f"presets.yaml: {name}") for name, entry in content.items()}
+
+
+def preset_of(backbone: str) -> Preset | None:
+    """The preset whose backbone has this hub name."""
+    return next((preset for preset in presets().values() if preset.backbone.name == backbone), None)
+
+
+def switch(path: Path, name: str, memory: int) -> list[str]:
+    """Set the params of a preset in a params file: backbone, teacher, and what else follows from them.
+
+    Args:
+        path: the params file.
+        name: the preset.
+        memory: GPU memory in GB that the batches are sized for.
+
+    Returns:
+        The changes, one line each.
+
+    Raises:
+        ParamsError: unknown preset or memory, or the file lacks a section that the preset sets.
+    """
+    if name not in presets():
+        raise ParamsError(f"unknown backbone '{name}' (known: {', '.join(presets())})")
+    preset = presets()[name]
+    if memory not in preset.micro_batch_size:
+        raise ParamsError(f"--memory {memory}: known are {', '.join(map(str, preset.micro_batch_size))}")
+    read_yaml(path)  # says what is wrong with the file, if anything is
+    yaml = _round_trip()
+    content = yaml.load(path.read_text(encoding="utf-8"))
+    changes = [
+        line
+        for place, values in _values(preset, memory, content).items()
+        for line in _set(_section(path, content, place), place, values)
+    ]
+    sink = StringIO()
+    yaml.dump(content, sink)
+    write_bytes(path, sink.getvalue().encode())
+    return changes
+
+
+def _starts_warm(content: Any) -> bool:
+    train = content.get("train") or {}
+    return bool((train.get("warm_start") or {}).get("enabled"))
+
+
+def _values(preset: Preset, memory: int, content: Any) -> dict[str, dict[str, Any]]:
+    """What is set, by section. The targets are raw hidden states with norms in the hundreds: the paper's mean over
+    dimensions balances the losses, and they fit into float16 with more digits than bfloat16 gave them. The learning
+    rates are the paper's, for its random start: behind a warm start they would undo it (docs/results-log.md).
+    """
+    train: dict[str, Any] = {
+        "align_reduction": "mean",
+        "learning_rate": preset.learning_rate,
+        "micro_batch_size": preset.micro_batch_size[memory],
+    }
+    if _starts_warm(content):
+        del train["learning_rate"]
+    return {
+        "backbone": preset.backbone.model_dump(include={"name", "revision", "dtype", "chat_template_kwargs"}),
+        "embed.teacher": preset.teacher_params(memory).model_dump(),
+        "embed": {"normalize": False, "dtype": "float16"},
+        "train": train,
+        **_teach_values(preset, memory, content),
+    }
+
+
+def _teach_values(preset: Preset, memory: int, content: Any) -> dict[str, dict[str, Any]]:
+    """Texts of a forward pass of each phase that the file has, by its lengths and adapters."""
+    given = {key: value for key, value in (content.get("teach") or {}).items() if key in ("mntp", "simcse") and value}
+    teach = validate({**given, "dtype": preset.backbone.dtype}, TeachParams, where="teach")
+    return {
+        f"teach.{name}": {"micro_batch_size": fitting_rows(teach, getattr(teach, name), preset.shape, memory * 1e9)}
+        for name in given
+    }
+
+
+def _section(path: Path, content: Any, place: str) -> CommentedMap:
+    section = content
+    for key in place.split("."):
+        section = section.get(key)
+        if not isinstance(section, CommentedMap):
+            raise ParamsError(f"{path}: {place}: missing")
+    return section
+
+
+def _set(section: CommentedMap, place: str, values: dict[str, Any]) -> list[str]:
+    defaults = {key: field.get_default(call_default_factory=True) for key, field in TeacherParams.model_fields.items()}
+    changes, before = [], dict(section)
+    for key in values:
+        value = _keeping_pins(before, values, key)
+        # What a file leaves to the default need not be written into it.
+        unset = place == "embed.teacher" and key not in section and value == defaults[key]
+        if unset or (key in section and section[key] == value):
+            continue
+        changes.append(f"{place}.{key}: {_shown(section.get(key))} -> {_shown(value)}")
+        if key in section:
+            section[key] = _replaced(section[key], value)
+        else:
+            section.insert(_position(section, key, list(values)), key, _node(value))
+    return changes
+
+
+def _keeping_pins(before: dict[str, Any], values: dict[str, Any], key: str) -> Any:
+    """The preset's value of a key; a model that it leaves unpinned keeps the commit that the file has for it."""
+    value, had = values[key], before.get(key)
+    if key == "revision" and value is None and values.get("name") and values["name"] == before.get("name"):
+        return had
+    if not (isinstance(value, list) and isinstance(had, list)):
+        return value
+    pins = {item["name"]: item.get("revision") for item in had if isinstance(item, dict) and "name" in item}
+    return [item | {"revision": item["revision"] or pins.get(item["name"])} for item in value]
+
+
+def _position(section: CommentedMap, key: str, order: list[str]) -> int:
+    """After the keys that come before it, but never last: a comment on the next section hangs on the last key."""
+    earlier = order[: order.index(key)]
+    place = 1 + max((index for index, known in enumerate(section) if known in earlier), default=-1)
+    return min(place, max(len(section) - 1, 0))
+
+
+def _replaced(before: Any, value: Any) -> Any:
+    """The new value in the old one's clothes, where there are any: comments inside a list, flow style of a mapping."""
+    if isinstance(before, CommentedMap) and isinstance(value, dict):
+        before.clear()
+        before.update(value)
+        before.fa.set_flow_style()
+        return before
+    if before and value and isinstance(before, CommentedSeq) and isinstance(value, list):
+        del before[len(value) :]
+        for index, new in enumerate(value):
+            if index >= len(before):
+                before.append(_node(new))
+            elif isinstance(before[index], CommentedMap) and isinstance(new, dict):
+                _overwrite(before[index], new)
+            else:
+                before[index] = _node(new)
+        return before
+    return _node(value)
+
+
+def _overwrite(before: CommentedMap, value: dict[str, Any]) -> None:
+    for key in [key for key in before if key not in value]:
+        del before[key]
+    before.update(value)
+
+
+def _node(value: Any) -> Any:
+    match value:
+        case float():
+            return _scientific(value)
+        case list():
+            return CommentedSeq(map(_node, value))
+        case dict():
+            flow = CommentedMap(value)
+            flow.fa.set_flow_style()
+            return flow
+        case _:
+            return value
+
+
+def _shown(value: Any) -> str:
+    """A value as a change is told; models by name and the start of their commit."""
+    if not isinstance(value, list):
+        return str(dict(value) if isinstance(value, dict) else value)
+    pins = [(item.get("name"), item.get("revision")) for item in value if isinstance(item, dict)]
+    return " + ".join(f"{name} ({revision[:12] if revision else 'not pinned'})" for name, revision in pins) or "none"
+
+
+def _scientific(value: float) -> Any:
+    """The number as `3.0e-4`, which YAML 1.1 and 1.2 both read as a number."""
+    return _round_trip().load(f"{value:.1e}".replace("e-0", "e-"))
+
+
+def _round_trip() -> YAML:
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(
+        type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    return yaml

@@ -1,0 +1,126 @@
+"""The passages of a corpus nearest to a query: `python -m pipeline search --model DIR --corpus FILE "query"`.
+
+A corpus that `encode` has written as Parquet, by the same encoder and with the same instruction, is not embedded again.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.errors import SourceError
+from pipeline.core.run import progress
+from pipeline.core.text import visible
+from pipeline.core.text_files import TextFile
+from pipeline.core.vectors import top_k
+from pipeline.encoder.encode_file import not_made_by
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+
+    from pipeline.encoder.inference import Encoder
+
+log = logging.getLogger(__name__)
+
+# Passages embedded and compared at once.
+CHUNK_ROWS = 512
+CELL_CHARS = 300
+
+
+class Hit(NamedTuple):
+    """A passage found: its row in the corpus, its cosine to the query, its text."""
+
+    row: int
+    score: float
+    text: str
+
+
+def search(
+    encoder: "Encoder",
+    corpus: TextFile,
+    query: str,
+    *,
+    count: int = 5,
+    instruction: str = "",
+    document_instruction: str = "",
+) -> list[Hit]:
+    """The `count` passages of largest cosine to the query, best first; of equal ones the first in the corpus.
+
+    Args:
+        encoder: embeds both sides.
+        corpus: the passages; in memory are a few hundred at a time.
+        query: not empty.
+        count: at least 1.
+        instruction: of the query.
+        document_instruction: of the passages.
+
+    Raises:
+        SourceError: the query is empty, or the corpus is damaged or changes meanwhile.
+    """
+    if not query.strip():
+        raise SourceError("the query is empty: give some text to search for")
+    wanted = encoder.encode([query], instruction=instruction)
+    if _is_embedded(encoder, corpus, document_instruction):
+        log.info("%s holds embeddings by this encoder: nothing is embedded again", corpus.path)
+        vectors = _stored(corpus)
+    else:
+        vectors = _embedded(encoder, corpus, document_instruction)
+    rows, cosines = top_k(wanted, vectors, count)
+    texts = _texts(corpus, set(rows[0].tolist()))
+    return [Hit(row, score, texts[row]) for row, score in zip(rows[0].tolist(), cosines[0].tolist(), strict=True)]
+
+
+def _texts(corpus: TextFile, rows: set[int]) -> dict[int, str]:
+    """The texts at these rows."""
+    found = {row: text for row, text in enumerate(corpus) if row in rows}
+    if found.keys() != rows:
+        raise SourceError(f"{corpus.option}: {corpus.path} changed while it was searched: run again")
+    return found
+
+
+def _embedded(encoder: "Encoder", corpus: TextFile, instruction: str) -> "Iterator[np.ndarray[Any, Any]]":
+    nothing: list[str] = []
+    truncated = 0
+    with progress(nothing, total=corpus.rows, desc="embed the corpus", unit="text") as bar:
+        for chunk in corpus.chunks(CHUNK_ROWS):
+            found = encoder.embed(chunk, instruction=instruction)
+            yield found.vectors
+            truncated += found.truncated
+            bar.update(len(chunk))
+    if truncated:
+        log.warning("%s", encoder.config.cut(truncated, corpus.rows))
+
+
+def _is_embedded(encoder: "Encoder", corpus: TextFile, instruction: str) -> bool:
+    """Whether `encode` wrote the corpus, with this encoder and instruction."""
+    if corpus.path.suffix != ".parquet" or corpus.column != "text":
+        return False
+    reason = not_made_by(encoder, corpus.path, instruction)
+    if reason is not None:
+        log.info("%s %s: its texts are embedded now", corpus.path, reason)
+    return reason is None
+
+
+def _stored(corpus: TextFile) -> "Iterator[np.ndarray[Any, Any]]":
+    try:
+        with pq.ParquetFile(corpus.path) as file:
+            for batch in file.iter_batches(CHUNK_ROWS, columns=["embedding"]):
+                yield batch.column("embedding").flatten().to_numpy().reshape(batch.num_rows, -1)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise SourceError(f"{corpus.option}: {corpus.path} is damaged: {error}") from None
+
+
+def table(hits: Sequence[Hit]) -> "Table":
+    """The hits as a table for the terminal."""
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    found = Table("rank", "cosine", "row", Column("passage", overflow="fold"), show_lines=True)
+    for rank, hit in enumerate(hits, start=1):
+        shown = visible(hit.text)
+        text = shown if len(shown) <= CELL_CHARS else shown[:CELL_CHARS] + "…"
+        found.add_row(str(rank), f"{hit.score:.4f}", f"{hit.row:,}", escape(text))
+    return found

@@ -1,0 +1,1 @@
+"""Stage collect: sources -> data/queries."""

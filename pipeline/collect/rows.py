@@ -1,0 +1,146 @@
+"""From raw texts to the fate of each: normalise, filter, de-duplicate, sample, split.
+
+A query's id is a hash of its normalised text. Whether it is sampled and which split it is in follow from its id and
+the seed alone, never from its position: a corpus that grows moves no query from one split to the other.
+
+The frames here have one row a text, in the order of reading, without the text itself: `source` (its number), `id`,
+and `fate`, null as long as a row is in.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+import polars as pl
+
+from pipeline.collect.spill import Mask, Rows
+from pipeline.core.text import normalize_text, query_id
+
+SPLITS = ("train", "heldout")
+FATES = (
+    "empty",
+    "too_short",
+    "too_long",
+    "too_many_tokens",
+    "duplicate",
+    "other_language",
+    "contaminated",
+    "near_duplicate",
+    "sampled_out",
+    *SPLITS,
+)
+FATE = pl.Enum(FATES)
+
+
+def to_frame(source: int, texts: Sequence[str]) -> pl.DataFrame:
+    """Raw texts of a source as a frame with their normalised `text`."""
+    normal = [normalize_text(text) for text in texts]
+    return pl.DataFrame(
+        {"source": pl.repeat(source, len(normal), dtype=pl.UInt16, eager=True)},
+    ).with_columns(
+        pl.Series("text", normal, dtype=pl.String),
+        pl.Series("id", [query_id(text) for text in normal], dtype=pl.String),
+        pl.lit(None, FATE).alias("fate"),
+    )
+
+
+def drop_lengths(frame: pl.DataFrame, *, min_chars: int, max_chars: int) -> pl.DataFrame:
+    """Leave out rows by the characters of their `text`."""
+    chars = pl.col("text").str.len_chars()
+    reason = (
+        pl.when(chars == 0)
+        .then(pl.lit("empty"))
+        .when(chars < min_chars)
+        .then(pl.lit("too_short"))
+        .when(chars > max_chars)
+        .then(pl.lit("too_long"))
+    )
+    return frame.with_columns(fate=pl.coalesce("fate", reason.cast(FATE)))
+
+
+def drop_duplicates(frame: pl.DataFrame) -> pl.DataFrame:
+    """Leave out repetitions of an earlier text."""
+    repeated = pl.when(~pl.col("id").is_first_distinct()).then(pl.lit("duplicate", FATE))
+    return frame.with_columns(fate=pl.coalesce("fate", repeated))
+
+
+def undecided(frame: pl.DataFrame) -> Mask:
+    """Which rows are still in: bool [rows]."""
+    return frame["fate"].is_null().to_numpy()
+
+
+def set_fate(frame: pl.DataFrame, rows: Sequence[int] | Rows, fate: str) -> pl.DataFrame:
+    """Give rows, by number, their fate; those that have one keep it."""
+    chosen = np.zeros(frame.height, bool)
+    chosen[rows] = True
+    return frame.with_columns(fate=pl.coalesce("fate", pl.when(pl.Series(chosen)).then(pl.lit(fate, FATE))))
+
+
+def sample(frame: pl.DataFrame, *, rows: int, seed: int, weights: Sequence[float] | None = None) -> pl.DataFrame:
+    """Leave out all but the `rows` rows whose keyed hashes are smallest.
+
+    With a weight for each source, its share of `rows` is proportional to it; a source that has too few rows gives what
+    it cannot fill to the others.
+    """
+    ranked = _keyed(frame, seed, "sample").sort("key", "id")
+    if weights is None:
+        return set_fate(frame, ranked["row"].to_numpy()[rows:], "sampled_out")
+    sources = ranked["source"].to_numpy()
+    shares = allot(rows, weights, np.bincount(sources, minlength=len(weights)).tolist())
+    rest = [ranked["row"].to_numpy()[sources == source][share:] for source, share in enumerate(shares)]
+    return set_fate(frame, np.concatenate(rest), "sampled_out")
+
+
+def allot(rows: int, weights: Sequence[float], available: Sequence[int]) -> list[int]:
+    """How many of `rows` each source gives: in proportion to the weights, at most what is available.
+
+    The fractions of rows that remain go to the largest ones, of equal ones to the first.
+    """
+    open_ = {source for source, count in enumerate(available) if count}
+    shares = {source: Fraction(0) for source in range(len(available))}
+    left = Fraction(rows)
+    while open_:
+        unit = left / sum(Fraction(weights[source]) for source in open_)
+        full = {source for source in open_ if available[source] <= unit * Fraction(weights[source])}
+        if not full:
+            shares |= {source: unit * Fraction(weights[source]) for source in open_}
+            break
+        shares |= {source: Fraction(available[source]) for source in full}
+        left -= sum(available[source] for source in full)
+        open_ -= full
+    counts = [int(shares[source]) for source in range(len(available))]
+    missing = min(rows, sum(available)) - sum(counts)
+    by_fraction = sorted(range(len(counts)), key=lambda source: (counts[source] - shares[source], source))
+    for source in by_fraction[:missing]:
+        counts[source] += 1
+    return counts
+
+
+def split(frame: pl.DataFrame, *, heldout_fraction: float, seed: int) -> pl.DataFrame:
+    """Give each row that is left its split."""
+    keyed = _keyed(frame, seed, "split")
+    heldout = keyed.filter(pl.col("key") < heldout_fraction)["row"].to_numpy()
+    return set_fate(frame, heldout, "heldout").with_columns(pl.col("fate").fill_null(pl.lit("train", FATE)))
+
+
+def _keyed(frame: pl.DataFrame, seed: int, purpose: str) -> pl.DataFrame:
+    """The rows that are in, with their number `row` and a `key`: in [0, 1), from id, seed and purpose only."""
+    left = frame.with_row_index("row").filter(pl.col("fate").is_null())
+    keys = np.fromiter((_unit_hash(f"{seed}:{purpose}:{row_id}") for row_id in left["id"]), float, left.height)
+    return left.with_columns(pl.Series("key", keys))
+
+
+def _unit_hash(text: str) -> float:
+    # 53 bits: every such integer is exact as a float, and the quotient stays below 1.
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) // 2**11 / 2**53
+
+
+def count_fates(frame: pl.DataFrame, labels: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Rows of each fate, in all and per source, beside the number of rows `read`; `labels` name the sources."""
+    counts = {name: {"read": 0} | dict.fromkeys(FATES, 0) for name in ("all", *labels)}
+    for source, fate, rows in frame.group_by("source", "fate").len().iter_rows():
+        for name in ("all", labels[source]):
+            counts[name][fate] += rows
+            counts[name]["read"] += rows
+    return counts

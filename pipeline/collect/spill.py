@@ -1,0 +1,100 @@
+"""Texts of a corpus on disk while their fate is decided, so that memory holds numbers and ids only.
+
+Rows are numbered in the order in which they were read. Their texts lie in buckets by the first bits of their id: ids
+are hashes, so buckets are equally large, and buckets in order, each sorted, are the whole corpus sorted by id.
+"""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from pipeline.core.artifacts import disk_errors
+from pipeline.core.row_store import locked
+
+BUCKETS = 64  # divides the 256 values of an id's first byte
+_SCHEMA = pa.schema([("row", pa.int64()), ("text", pa.large_string())])
+_PREFIX = "scratch-"
+
+Rows = np.ndarray[Any, np.dtype[np.int64]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+@contextlib.contextmanager
+def scratch_folder(work: Path) -> Iterator[Path]:
+    """A folder below `work` that goes at the end; leftovers of killed processes go at the start.
+
+    Raises:
+        WorkError: another live process uses `work`, or the disk refuses.
+    """
+    with locked(work):
+        for leftover in work.glob(f"{_PREFIX}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with disk_errors(work):
+            folder = Path(tempfile.mkdtemp(dir=work, prefix=_PREFIX))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Staging:
+    """Numbered texts: added in order, then read bucket by bucket."""
+
+    def __init__(self, folder: Path) -> None:
+        """Start empty in `folder`, which exists."""
+        self._paths = [folder / f"{bucket:02d}.arrow" for bucket in range(BUCKETS)]
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        with disk_errors(folder):
+            self._writers = [pa.ipc.new_stream(str(path), _SCHEMA, options=options) for path in self._paths]
+
+    def add(self, rows: Rows, ids: pl.Series, texts: pl.Series) -> None:
+        """Add texts with their row numbers and ids.
+
+        Raises:
+            WorkError: the disk is full.
+        """
+        buckets = ids.str.slice(0, 2).str.to_integer(base=16).to_numpy() * BUCKETS // 256
+        order = np.argsort(buckets, kind="stable")
+        ends = np.searchsorted(buckets[order], np.arange(BUCKETS + 1))
+        columns = [pa.array(rows[order], pa.int64()), texts.gather(order).to_arrow().cast(pa.large_string())]
+        batch = pa.record_batch(columns, schema=_SCHEMA)
+        with disk_errors(self._paths[0].parent):
+            for bucket in np.flatnonzero(np.diff(ends)):
+                self._writers[bucket].write_batch(batch.slice(ends[bucket], ends[bucket + 1] - ends[bucket]))
+
+    def finish(self) -> None:
+        """No more rows come.
+
+        Raises:
+            WorkError: the disk is full.
+        """
+        with disk_errors(self._paths[0].parent):
+            for writer in self._writers:
+                writer.close()
+
+    def buckets(self, wanted: Mask) -> Iterator[tuple[Rows, pl.Series]]:
+        """Row numbers and texts of the wanted rows, one bucket at a time, the buckets in order of the ids.
+
+        Args:
+            wanted: bool [rows], by row number.
+        """
+        for path in self._paths:
+            with path.open("rb") as file:
+                table = pa.ipc.open_stream(file).read_all()
+            rows = table.column("row").to_numpy()
+            chosen = np.flatnonzero(wanted[rows])
+            if len(chosen):
+                yield rows[chosen], pl.Series("text", table.column("text")).gather(chosen)
+
+    def batches(self, wanted: Mask, size: int) -> Iterator[tuple[Rows, pl.Series]]:
+        """As `buckets`, in pieces of at most `size` rows."""
+        for rows, texts in self.buckets(wanted):
+            for start in range(0, len(rows), size):
+                yield rows[start : start + size], texts.slice(start, size)

@@ -1,0 +1,86 @@
+"""The tables of the splits and the list of removed rows, sorted by id, one bucket of texts in memory at a time."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from pipeline.collect.decontamination import Contaminated, shared_words
+from pipeline.collect.near_duplicates import NearDuplicates
+from pipeline.collect.spill import Mask, Staging
+from pipeline.core.artifacts import disk_errors
+from pipeline.core.schemas import QUERIES, check_table
+
+REMOVED = "removed.jsonl"
+
+
+def split_tables(frame: pl.DataFrame, staging: Staging, labels: list[str], split: str) -> Iterator[pa.Table]:
+    """The rows of one split under the QUERIES contract, sorted by id across the tables.
+
+    Args:
+        frame: of `pipeline.collect.rows`, every fate decided.
+        staging: the texts.
+        labels: names of the sources.
+        split: "train" or "heldout".
+
+    Raises:
+        ContractError: a table breaks it.
+    """
+    for rows in _sorted_rows(frame, staging, (frame["fate"] == split).to_numpy()):
+        sources = pl.Series(labels, dtype=pl.String).gather(rows["source"])
+        columns = [rows["id"], rows["text"], sources]
+        table = pa.Table.from_arrays([column.to_arrow().cast(pa.string()) for column in columns], schema=QUERIES)
+        check_table(table, QUERIES, f"the {split} split")
+        yield table
+
+
+def _sorted_rows(frame: pl.DataFrame, staging: Staging, wanted: Mask) -> Iterator[pl.DataFrame]:
+    for numbers, texts in staging.buckets(wanted):
+        yield frame[numbers].with_columns(texts, pl.Series("row", numbers)).sort("id")
+
+
+class Removals:
+    """Why rows were removed, by row number."""
+
+    def __init__(self) -> None:
+        """Nothing is removed yet."""
+        self._contaminated: dict[int, tuple[str, int]] = {}
+        self._near: dict[int, tuple[str, float]] = {}
+        self._ngram = 0
+
+    def add_contaminated(self, found: Contaminated, ngram: int) -> None:
+        """Rows that share `ngram` words with the evaluation."""
+        self._ngram = ngram
+        tasks = [found.names[task] for task in found.tasks]
+        self._contaminated.update(zip(found.rows.tolist(), zip(tasks, found.places.tolist(), strict=True), strict=True))
+
+    def add_near_duplicates(self, found: NearDuplicates, ids: pl.Series) -> None:
+        """Rows that nearly repeat another; `ids` are those of all rows."""
+        pairs = zip(ids.gather(found.kept), found.similarity.tolist(), strict=True)
+        self._near.update(zip(found.rows.tolist(), pairs, strict=True))
+
+    def write(self, path: Path, frame: pl.DataFrame, staging: Staging, labels: list[str]) -> None:
+        """One JSON object a row, sorted by id: `id`, `source`, `text`, `reason`, and what it was held against.
+
+        Raises:
+            WorkError: the disk is full.
+        """
+        wanted = np.zeros(frame.height, bool)
+        wanted[[*self._contaminated, *self._near]] = True
+        with disk_errors(path), path.open("w", encoding="utf-8") as file:
+            for rows in _sorted_rows(frame, staging, wanted):
+                for row in rows.iter_rows(named=True):
+                    facts = {"id": row["id"], "source": labels[row["source"]], "text": row["text"]}
+                    line = facts | self._reason(row["row"], row["text"])
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _reason(self, row: int, text: str) -> dict[str, Any]:
+        if row in self._contaminated:
+            task, place = self._contaminated[row]
+            return {"reason": "contaminated", "task": task, "ngram": shared_words(text, place, self._ngram)}
+        kept, similarity = self._near[row]
+        return {"reason": "near_duplicate", "kept": kept, "similarity": round(similarity, 4)}

@@ -1,0 +1,333 @@
+"""Artifact folders: written whole or not at all, described by a deterministic manifest, verified when read.
+
+An artifact appears under its name in one rename, after every file of it and its manifest reached the disk. The
+manifest holds what determines the content (params, model identities, digests of the inputs) and the content's
+hashes; nothing volatile, so equal work gives equal bytes.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.errors import ArtifactError, WorkError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PART_BYTES = 128 * 2**20
+_PARQUET_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "version": "2.6",
+    "use_dictionary": False,
+    "row_group_size": 4096,
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is, what it was made from, and the sha256 of each of its files."""
+
+    kind: str
+    rows: int
+    files: dict[str, str]
+    schemas: dict[str, str] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def to_json(value: Any) -> str:
+    """Canonical JSON for files: sorted keys, two spaces, one newline at the end."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def digest_of(value: Any) -> str:
+    """sha256 (hex) of a JSON-serialisable value, independent of key order."""
+    return bytes_sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+
+
+def bytes_sha256(content: bytes | pa.Buffer) -> str:
+    """sha256 (hex) of bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Force a file or a directory entry to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into a WorkError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        raise WorkError(
+            f"cannot write {where}: {os.strerror(error.errno)}. Finished work is kept; free space or choose another "
+            "place (PIPELINE_WORK_DIR moves work in progress) and run again"
+        ) from error
+
+
+def write_bytes(path: Path, content: bytes | pa.Buffer) -> None:
+    """Write a file atomically: temporary name in the same folder, fsync, rename."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        fsync_path(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write canonical JSON atomically."""
+    write_bytes(path, to_json(value).encode())
+
+
+def write_parquet(table: pa.Table, path: Path | pa.NativeFile) -> None:
+    """Write one Parquet file with options that make equal tables equal bytes."""
+    pq.write_table(table, path, **_PARQUET_OPTIONS)
+
+
+class ArtifactWriter:
+    """Collects the files of one artifact; `create` commits them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.counts: dict[str, Any] = {}
+        self._rows = 0
+        self._schemas: dict[str, str] = {}
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Add a table as the Parquet file `name`."""
+        write_parquet(table, self.path / name)
+        self._rows += table.num_rows
+        self._schemas[name] = str(table.schema)
+
+    def write_stream(self, name: str, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+        """Add tables that follow one another as one Parquet file, the same bytes as of one table."""
+        options = {key: value for key, value in _PARQUET_OPTIONS.items() if key != "row_group_size"}
+        group, pending = _PARQUET_OPTIONS["row_group_size"], schema.empty_table()
+        with pq.ParquetWriter(self.path / name, schema, **options) as file:
+            for table in tables:
+                pending = pa.concat_tables([pending, table])
+                while pending.num_rows >= group:
+                    file.write_table(pending.slice(0, group).combine_chunks())
+                    pending = pending.slice(group)
+                self._rows += table.num_rows
+            if pending.num_rows:
+                file.write_table(pending.combine_chunks())
+        self._schemas[name] = str(schema)
+
+    def write_parts(self, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+        """Add tables as `part-00000.parquet`, ...; no table at all gives one empty part."""
+        count = 0
+        for count, table in enumerate(tables, start=1):
+            self.write_table(f"part-{count - 1:05d}.parquet", table)
+        if not count:
+            self.write_table("part-00000.parquet", schema.empty_table())
+
+    def finish(self, description: Mapping[str, Any]) -> None:
+        """Flush every file, then write the manifest."""
+        files = sorted(path for path in self.path.rglob("*") if path.is_file())
+        for file in files:
+            file.chmod(0o644)
+            fsync_path(file)
+        manifest = Manifest(
+            rows=self._rows,
+            files={file.relative_to(self.path).as_posix(): file_sha256(file) for file in files},
+            schemas=self._schemas,
+            counts=self.counts,
+            **description,
+        )
+        write_json(self.path / MANIFEST, asdict(manifest))
+
+
+@contextlib.contextmanager
+def create(
+    target: Path,
+    *,
+    kind: str,
+    params: Mapping[str, Any],
+    models: Mapping[str, Any] | None = None,
+    inputs: Iterable["Artifact"] = (),
+) -> Iterator[ArtifactWriter]:
+    """Write the artifact folder `target`: it exists complete after the block, or stays as it was.
+
+    Args:
+        target: folder that the artifact replaces.
+        kind: what the artifact is ("queries", "responses", "targets", "encoder").
+        params: resolved params that determine its content.
+        models: identities of the models that made it, by role.
+        inputs: the artifacts it was made from.
+
+    Raises:
+        WorkError: the disk is full or not writable.
+    """
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_leftovers(target)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.tmp-"))
+        try:
+            writer = ArtifactWriter(scratch)
+            yield writer
+            writer.finish(
+                {
+                    "kind": kind,
+                    "params": dict(params),
+                    "models": dict(models or {}),
+                    "inputs": {artifact.path.as_posix(): artifact.digest for artifact in inputs},
+                }
+            )
+            scratch.chmod(0o755)
+            _replace_folder(target, scratch)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _replace_folder(target: Path, new: Path) -> None:
+    # Two renames, not a removal and a rename: deleting a large artifact takes long enough to be killed in.
+    replaced = Path(f"{new}.old")
+    if target.exists():
+        target.rename(replaced)
+    new.rename(target)
+    fsync_path(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sweep_leftovers(target: Path) -> None:
+    for leftover in target.parent.glob(f".{target.name}.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact on disk whose manifest was read; its files are verified by `open_artifact`."""
+
+    path: Path
+    manifest: Manifest
+    digest: str
+
+    def tables(self) -> list[Path]:
+        """Its Parquet files in order."""
+        return [self.path / name for name in sorted(self.manifest.files) if name.endswith(".parquet")]
+
+    def read(self, name: str | None = None, columns: list[str] | None = None) -> pa.Table:
+        """One table by file name, or all parts in order as one table.
+
+        Raises:
+            ArtifactError: a file is not readable Parquet.
+        """
+        paths = [self.path / name] if name else self.tables()
+        try:
+            return pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ArtifactError(f"{self.path}: {error}") from None
+
+    def batches(self, columns: list[str], rows: int) -> Iterator[pa.Table]:
+        """All parts in order as tables of at most `rows` rows; one row group in memory at a time.
+
+        Raises:
+            ArtifactError: a file is not readable Parquet.
+        """
+        for path in self.tables():
+            try:
+                with pq.ParquetFile(path) as file:
+                    for group in range(file.num_row_groups):
+                        table = file.read_row_group(group, columns=columns)
+                        yield from (table.slice(start, rows) for start in range(0, table.num_rows, rows))
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ArtifactError(f"{path}: {error}") from None
+
+
+def read_manifest(path: Path) -> Artifact:
+    """The artifact in `path`, its files unverified.
+
+    Raises:
+        ArtifactError: there is none, its manifest is damaged, or it has another format version.
+    """
+    manifest_path = path / MANIFEST
+    try:
+        raw = manifest_path.read_bytes()
+        content = json.loads(raw)
+        found = content.get("format_version")
+        if found != FORMAT_VERSION:
+            raise ArtifactError(f"{manifest_path}: format version {found}, this code reads {FORMAT_VERSION}: rerun it")
+        return Artifact(path, Manifest(**content), bytes_sha256(raw))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is not a finished artifact (no {MANIFEST}): run the stage that makes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{manifest_path} is damaged ({error}): run the stage again") from None
+
+
+def open_artifact(path: Path, kind: str) -> Artifact:
+    """The artifact in `path` after verifying the sha256 of all its files.
+
+    Raises:
+        ArtifactError: missing, of another kind, or a file differs from its manifest.
+    """
+    artifact = read_manifest(path)
+    if artifact.manifest.kind != kind:
+        raise ArtifactError(f"{path} holds '{artifact.manifest.kind}', expected '{kind}'")
+    problems = damaged_files(artifact)
+    if problems:
+        raise ArtifactError("\n".join(problems))
+    return artifact
+
+
+def damaged_files(artifact: Artifact) -> list[str]:
+    """One line for each file that is missing, changed or not in the manifest."""
+    problems = []
+    for name, expected in sorted(artifact.manifest.files.items()):
+        file = artifact.path / name
+        if not file.is_file():
+            problems.append(f"{file}: missing, though the manifest lists it")
+        elif (found := file_sha256(file)) != expected:
+            problems.append(f"{file}: sha256 is {found[:12]}..., the manifest says {expected[:12]}...")
+    present = {file.relative_to(artifact.path).as_posix() for file in artifact.path.rglob("*") if file.is_file()}
+    strangers = present - {MANIFEST} - set(artifact.manifest.files)
+    return problems + [f"{artifact.path / name}: not in the manifest" for name in sorted(strangers)]
+
+
+# Where an export may write.
+
+
+def check_new(out: Path) -> None:
+    """Refuse a place where something is already.
+
+    Raises:
+        ArtifactError: `out` exists and is not an empty folder.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ArtifactError(f"{out} exists already: name a new folder, or remove it")

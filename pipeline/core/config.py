@@ -1,0 +1,107 @@
+"""Read params.yaml into strict pydantic models and report every mistake of it at once.
+
+A stage asks for the sections it uses and nothing else, so that DVC's narrow params and the code agree:
+
+    class Inputs(Params):
+        backbone: BackboneParams
+        generate: GenerateParams
+
+    inputs = load(Path("params.yaml"), Inputs)
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline.core.errors import ParamsError
+
+PARAMS_FILE = Path("params.yaml")
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Params(BaseModel):
+    """A section of params.yaml: unknown keys are errors, types are exact, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML 1.2 file (there `1e-05` is a number, as `dvc exp run -S` writes it).
+
+    Raises:
+        ParamsError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError(f"{path} does not exist: run from the project's root") from None
+    except OSError as error:
+        raise ParamsError(f"{path} cannot be read: {error.strerror}") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ParamsError(f"{path} must be a mapping of sections, not {type(content).__name__}")
+    return content
+
+
+def load(path: Path, model: type[M], *, whole_file: bool = False) -> M:
+    """The sections of a params file that are fields of `model`.
+
+    Args:
+        path: the params file.
+        model: one field a section.
+        whole_file: sections of the file that `model` does not name are errors too.
+
+    Raises:
+        ParamsError: with one line for each unknown, missing or mistyped key.
+    """
+    content = read_yaml(path)
+    wanted = content if whole_file else {key: value for key, value in content.items() if key in model.model_fields}
+    return validate(wanted, model, where=str(path))
+
+
+def validate(content: dict[str, Any], model: type[M], *, where: str) -> M:
+    """`content` as `model`; `where` names its origin in the messages.
+
+    Raises:
+        ParamsError: with one line for each mistake.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        lines = [f"{where}: {_explain(problem, model)}" for problem in error.errors()]
+        raise ParamsError("\n".join(lines)) from None
+
+
+def _explain(problem: Any, model: type[BaseModel]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{key}: unknown key{_suggestion(location, model)}"
+        case "missing":
+            return f"{key}: missing"
+        case _:
+            return f"{key}: {problem['msg']} (got {problem['input']!r})"
+
+
+def _suggestion(location: list[str], model: type[BaseModel]) -> str:
+    known = _fields_at(model, location[:-1])
+    close = difflib.get_close_matches(location[-1], known, n=1)
+    if close:
+        return f" (did you mean '{close[0]}'?)"
+    return f" (known: {', '.join(known)})" if known else ""
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

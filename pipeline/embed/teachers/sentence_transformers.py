@@ -1,0 +1,150 @@
+"""Any model that sentence-transformers loads, as a teacher."""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.backbone.loading import DType, best_device, identify
+from pipeline.core.errors import BackboneError, TeacherError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+PARAMS_KEY = "embed.teacher"  # of a teacher, for messages
+
+
+class SentenceTransformersTeacher:
+    """Embeds with `SentenceTransformer.encode`, which sorts by length; normalised only if the model's modules do so."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        revision: str | None,
+        max_tokens: int,
+        dtype: DType,
+        batch_size: int,
+        prompt: str = "",
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Load the model onto the best device.
+
+        Args:
+            name: hub name or local folder.
+            revision: commit on the hub.
+            max_tokens: longer texts lose their end; never more than the model itself takes.
+            dtype: of the weights.
+            batch_size: texts of one forward pass.
+            prompt: put before each text; "" also switches off a default prompt of the model.
+            trust_remote_code: run code that the model ships.
+
+        Raises:
+            TeacherError: it cannot be loaded.
+        """
+        device = best_device()
+        log.info("teacher %s: device %s (the best present), %s", name, device, dtype)
+        self._model = load_model(name, revision, dtype, device, trust_remote_code)
+        self._limit = limit_tokens(self._model, name, max_tokens)
+        self._batch_size, self._prompt = batch_size, prompt
+        self._counted: tuple[list[str], list[int]] = [], []
+        self.width = int(self._model.get_embedding_dimension())
+        self.identity = {
+            **identify_model(name, revision),
+            "kind": "sentence-transformers",
+            "version": VERSION,
+            "max_tokens": self._limit,
+            "dtype": dtype,
+            "prompt": prompt,
+        }
+
+    def embed(self, texts: Sequence[str]) -> "np.ndarray[Any, Any]":
+        """See `Teacher.embed`."""
+        import numpy as np
+
+        if not texts:
+            return np.zeros((0, self.width), np.float32)
+        vectors = self._model.encode(
+            list(texts),
+            batch_size=self._batch_size,
+            prompt=self._prompt,
+            show_progress_bar=False,
+            convert_to_numpy=True,
+        )
+        return np.asarray(vectors, dtype=np.float32)
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """See `Teacher.token_counts`."""
+        return [length if self._limit is None else min(length, self._limit) for length in self._lengths(texts)]
+
+    def truncated(self, texts: Sequence[str]) -> list[bool]:
+        """See `Teacher.truncated`; the prompt and the special tokens count."""
+        return [self._limit is not None and length > self._limit for length in self._lengths(texts)]
+
+    def _lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of the whole of each text; those asked for last are remembered, as one is asked for several facts."""
+        prompted = [self._prompt + text for text in texts]
+        if prompted != self._counted[0]:
+            self._counted = prompted, _token_lengths(self._model.tokenizer, prompted)
+        return self._counted[1]
+
+
+def _token_lengths(tokenizer: Any, texts: list[str]) -> list[int]:
+    if hasattr(tokenizer, "encode_batch"):  # static word vectors come with a bare `tokenizers.Tokenizer`
+        return [len(row.ids) for row in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    return [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]] if texts else []
+
+
+def limit_tokens(model: Any, name: str, max_tokens: int, where: str = PARAMS_KEY) -> int | None:
+    """Tokens that the model reads, set in the model: `max_tokens`, or its own limit where that is lower.
+
+    None stands for all, however many. `where` is the params key of the model.
+    """
+    own = model.max_seq_length
+    if own == math.inf:
+        log.info("%s: reads the whole of every text (static word vectors), whatever %s.max_tokens", name, where)
+        return None
+    if own is not None and own < max_tokens:
+        log.info("%s: %d tokens a text (its own limit, below %s.max_tokens)", name, own, where)
+    model.max_seq_length = min(max_tokens, own or max_tokens)
+    return int(model.max_seq_length)
+
+
+def identify_model(name: str, revision: str | None, where: str = PARAMS_KEY) -> dict[str, Any]:
+    """What pins a sentence-transformers model.
+
+    Raises:
+        TeacherError: it is a folder that does not exist.
+    """
+    try:
+        return dict(identify(name, revision))
+    except BackboneError as error:
+        raise TeacherError(f"{where}.name: {error}") from None
+
+
+def load_model(
+    name: str, revision: str | None, dtype: DType, device: str, trust_remote_code: bool, where: str = PARAMS_KEY
+) -> Any:
+    """The SentenceTransformer; `where` is its params key.
+
+    Raises:
+        TeacherError: it cannot be loaded.
+    """
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    identify_model(name, revision, where)  # a folder that does not exist is said here, before it is a hub name
+    try:
+        return SentenceTransformer(
+            name,
+            revision=revision,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            model_kwargs={"dtype": getattr(torch, dtype)},
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TeacherError(f"{where}.name: cannot load '{name}': {reason}") from None

@@ -1,0 +1,218 @@
+"""Fit `embed.transform` on targets that stream by, in memory that depends on their width and never on their number.
+
+Everything is float64. Second moments are taken around the mean of the first block, so that a mean that is large beside
+the spread, as hidden states have it, costs no digits. The fit depends on the rows and their order alone: the stage
+gives them sorted by id.
+
+Kinds (mu and C: mean and covariance of the training targets, C = V diag(lambda) V', variances descending):
+
+- center: x - mu
+- standardize: each dimension of x - mu over its standard deviation
+- whiten: V' (x - mu) over the square roots of the variances: dimension i of the result is principal component i. With
+  `components` the leading ones are kept, and targets have as many dimensions. The covariance is shrunk first,
+  C' = (1 - s) C + s tr(C)/d I, by default with the intensity of Ledoit and Wolf (2004), which is near 0 where there are
+  many more rows than dimensions and lets fewer rows than dimensions work.
+- remove-components: x - mu without its part along the leading components (Mu and Viswanath 2018)
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.errors import TeacherError
+from pipeline.core.target_transform import TargetTransform, TransformParams
+
+log = logging.getLogger(__name__)
+
+LEAST_ROWS = 2
+# Of the mean's squared length: what rounding leaves of the variance of equal rows.
+EQUAL = 1e-28
+# Share of the variance from which removing it takes most of what tells targets apart.
+MOST_REMOVED = 0.9
+
+
+class TargetMoments:
+    """Running sums over vectors `[N, d]` that say mean, covariance, and how sure the covariance is."""
+
+    def __init__(self) -> None:
+        """No row yet."""
+        self.rows = 0
+        self._origin = self._sum = self._scatter = self._weighted = np.empty(0)
+        self._fourth = 0.0
+
+    def add(self, vectors: np.ndarray) -> None:
+        """Take in a block `[B, d]`."""
+        block = vectors.astype(np.float64)
+        if not len(block):
+            return
+        if not self.rows:
+            width = block.shape[1]
+            self._origin = block.mean(0)
+            self._sum, self._weighted, self._scatter = np.zeros(width), np.zeros(width), np.zeros((width, width))
+        moved = block - self._origin
+        squares = np.einsum("ij,ij->i", moved, moved)
+        self.rows += len(moved)
+        self._sum += moved.sum(0)
+        self._scatter += moved.T @ moved
+        self._weighted += squares @ moved
+        self._fourth += float(squares @ squares)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """`[d]`."""
+        return self._origin + self._offset
+
+    def covariance(self) -> np.ndarray:
+        """`[d, d]`, over N."""
+        return self._scatter / self.rows - np.outer(self._offset, self._offset)
+
+    def shrinkage(self, covariance: np.ndarray) -> float:
+        """The intensity of Ledoit and Wolf, 0 to 1, of the covariance `[d, d]` of these rows."""
+        width, level = len(covariance), np.trace(covariance) / len(covariance)
+        squared = float(np.square(covariance).sum())
+        away = squared - width * level**2
+        noise = (self._centred_fourth() - squared) / self.rows
+        return float(np.clip(noise / away, 0.0, 1.0)) if away > 0 else 0.0
+
+    def _centred_fourth(self) -> float:
+        """Mean of the fourth powers of the distances from the mean."""
+        offset, mean_square = self._offset, np.trace(self._scatter) / self.rows
+        length = float(offset @ offset)
+        # |z - o|^4 = (|z|^2 - 2 o.z + |o|^2)^2, summed term by term.
+        along = float(offset @ self._scatter @ offset) / self.rows
+        return (
+            self._fourth / self.rows
+            + 4 * along
+            + length**2
+            - 4 * float(offset @ self._weighted) / self.rows
+            + 2 * length * mean_square
+            - 4 * length * length
+        )
+
+    @property
+    def _offset(self) -> np.ndarray:
+        return self._sum / self.rows
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A transform, and what is told of its fit (goes to results/)."""
+
+    transform: TargetTransform
+    facts: dict[str, Any]
+
+
+def fit_transform(params: TransformParams, blocks: Iterable[np.ndarray], *, unit_length: bool) -> Fitted:
+    """The transform of the params, fitted on the vectors of the training responses.
+
+    Args:
+        params: of any kind but none.
+        blocks: vectors `[B, d]` in a fixed order, of length 1 already if `unit_length`.
+        unit_length: see `TargetTransform`.
+
+    Raises:
+        TeacherError: too few vectors, no two of which differ, or too few dimensions or directions for `components`.
+    """
+    moments = TargetMoments()
+    for block in blocks:
+        moments.add(block)
+    _check(params, moments)
+    facts: dict[str, Any] = {"kind": params.kind, "fitted_rows": moments.rows}
+    forward, inverse = _maps(params, moments, facts)
+    mean, forward, inverse = (value.astype(np.float32) for value in (moments.mean, forward, inverse))
+    return Fitted(TargetTransform(params.kind, unit_length, mean, forward, inverse), facts)
+
+
+def _check(params: TransformParams, moments: TargetMoments) -> None:
+    where = f"embed.transform {params.kind}"
+    if moments.rows < LEAST_ROWS:
+        raise TeacherError(f"{where} is fitted on training responses, at least {LEAST_ROWS}: there are {moments.rows}")
+    width = len(moments.mean)
+    most = width - 1 if params.kind == "remove-components" else width
+    if params.components is not None and params.components > most:
+        raise TeacherError(f"embed.transform.components ({params.components}): at most {most} of {width} dimensions")
+
+
+def _maps(params: TransformParams, moments: TargetMoments, facts: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Forward and inverse."""
+    covariance = moments.covariance()
+    if not np.trace(covariance) > EQUAL * float(np.square(moments.mean).sum()):
+        raise TeacherError(f"embed.transform {params.kind}: the teacher embeds all training responses alike")
+    if params.kind == "center":
+        return np.ones(len(moments.mean)), np.ones(len(moments.mean))
+    if params.kind == "standardize":
+        return _inverse_roots(np.diag(covariance).clip(0), params.epsilon, facts)
+    variances, directions = principal_components(covariance)
+    if params.kind == "whiten":
+        share = _shrinkage(params, moments, covariance)
+        facts["shrinkage"] = round(float(share), 6)
+        return _whitening(params, share, variances, directions, facts)
+    _check_rank(params, moments.rows, variances)
+    removed = directions[:, : params.components]
+    share = facts["removed_variance"] = _part(variances, params.components)
+    if share > MOST_REMOVED:
+        log.warning(
+            "embed.transform.components (%s): they hold %.1f %% of the variance of the targets, which will differ in "
+            "the rest alone: fewer may serve better",
+            *(params.components, 100 * share),
+        )
+    return np.eye(len(removed)) - removed @ removed.T, np.ones(len(removed))
+
+
+def _check_rank(params: TransformParams, rows: int, variances: np.ndarray) -> None:
+    """Raises TeacherError if nothing would remain: rows span at most as many directions as they are, less one."""
+    alive = variances > variances[0] * len(variances) * np.finfo(np.float64).eps
+    rank = min(int(alive.sum()), rows - 1)
+    if params.components is not None and params.components >= rank:
+        raise TeacherError(
+            f"embed.transform.components ({params.components}): the {rows} training responses differ in {rank} "
+            f"directions, without which all targets are alike: at most {rank - 1}, or more responses"
+        )
+
+
+def principal_components(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Variances `[d]`, the largest first, and their directions, the columns of `[d, d]`."""
+    variances, directions = (values[..., ::-1] for values in np.linalg.eigh(covariance))
+    # The sign of an eigenvector is arbitrary: the largest entry is made positive.
+    signs = np.sign(directions[np.abs(directions).argmax(0), np.arange(len(directions))])
+    return variances.clip(0), directions * signs
+
+
+def _part(variances: np.ndarray, leading: int | None) -> float:
+    return round(float(variances[:leading].sum() / variances.sum()), 6)
+
+
+def _shrinkage(params: TransformParams, moments: TargetMoments, covariance: np.ndarray) -> float:
+    if params.shrinkage != "auto":
+        return params.shrinkage
+    share = moments.shrinkage(covariance)
+    why = f"Ledoit and Wolf's for {moments.rows} responses in {len(covariance)} dimensions"
+    log.info("embed.transform.shrinkage: %.4g (%s)", share, why)
+    return share
+
+
+def _whitening(
+    params: TransformParams, share: float, variances: np.ndarray, directions: np.ndarray, facts: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    kept = params.components or len(variances)
+    facts["kept_variance"] = _part(variances, kept)
+    shrunk = (1 - share) * variances + share * variances.mean()
+    forward, inverse = _inverse_roots(shrunk[:kept], params.epsilon, facts)
+    return directions[:, :kept] * forward, (directions[:, :kept] * inverse).T
+
+
+def _inverse_roots(variances: np.ndarray, epsilon: float, facts: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """1 over the standard deviations, and the standard deviations; both 0 where there is next to no variance."""
+    alive = variances > epsilon * variances.max()
+    facts["left_out"] = int((~alive).sum())
+    if facts["left_out"]:
+        log.warning(
+            "embed.transform: %d of %d directions have less than embed.transform.epsilon (%g) of the largest variance "
+            "and are left at 0",
+            *(facts["left_out"], len(variances), epsilon),
+        )
+    roots = np.sqrt(variances) * alive
+    return np.divide(1.0, roots, out=np.zeros_like(roots), where=alive), roots

@@ -1,0 +1,1 @@
+"""The encoder folder: its format, written and read."""

@@ -1,0 +1,192 @@
+"""An encoder folder, read and checked: its config, its trained tensors, and whether a backbone is the one it needs."""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from pipeline.backbone.loading import BackboneParams, DType, Quantize, identify, load_backbone
+from pipeline.backbone.lora import WEIGHTS_FILE as ADAPTER_WEIGHTS
+from pipeline.core.artifacts import digest_of, file_sha256
+from pipeline.core.config import validate
+from pipeline.core.errors import BackboneError, TrainingError
+from pipeline.encoder.folder.config import EncoderConfig
+from pipeline.encoder.student import Student
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "encoder_config.json"
+WEIGHTS_FILE = "student.safetensors"
+ADAPTER = "adapter"
+
+# What other folders of models hold, and what to do with one.
+_OTHER_FOLDERS = {
+    "run_config.yml": "a checkpoint of the authors' package: python -m pipeline import-official makes an encoder of it",
+    "config.json": "a language model or another checkpoint",
+    "modules.json": "another model of sentence-transformers",
+}
+_COMMIT = re.compile("[0-9a-f]{40}")
+_ELSEWHERE = "say where a copy of it is by --backbone PATH (in Python backbone=PATH)"
+
+
+def read_config(path: Path) -> EncoderConfig:
+    """The config of an encoder folder.
+
+    Raises:
+        TrainingError: the folder holds none.
+        ParamsError: it does not say what it must.
+    """
+    file = path / CONFIG_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise TrainingError(f"{path} is not an encoder ({_why_not(path)})") from None
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{file} is damaged ({error}): run the train stage again") from None
+    return validate(content, EncoderConfig, where=str(file))
+
+
+def _why_not(path: Path) -> str:
+    if not path.exists():
+        return "there is no such folder: give one that the train stage wrote"
+    if not path.is_dir():
+        return "it is a file: give the folder that the train stage wrote"
+    known = next((what for name, what in _OTHER_FOLDERS.items() if (path / name).exists()), None)
+    return f"no {CONFIG_FILE}: {f'it looks like {known}' if known else 'run the train stage first'}"
+
+
+def read_student(path: Path, config: EncoderConfig) -> Student:
+    """The trained tensors of an encoder folder.
+
+    Raises:
+        TrainingError: they are missing, damaged or of other sizes than the config says.
+    """
+    file = path / WEIGHTS_FILE
+    student = Student(config.hidden, config.width, config.compression_tokens, config.thought_tokens)
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{file} cannot be read ({error}): copy the folder again, or run the train stage") from None
+    wanted = student.state_dict()
+    for name in sorted(tensors.keys() | wanted.keys()):
+        found, expected = (list(part[name].shape) if name in part else None for part in (tensors, wanted))
+        if found != expected:
+            raise TrainingError(f"{file}: {name} has shape {found}, {CONFIG_FILE} says {expected}")
+    student.load_state_dict(tensors)
+    return student
+
+
+def identity_of(path: Path, config: EncoderConfig, other_backbone: dict[str, str] | None) -> dict[str, Any]:
+    """What decides the embeddings of an encoder folder: trained tensors, and what is not as it was in training."""
+    trained = file_sha256(path / WEIGHTS_FILE)
+    if config.lora is not None:
+        trained = digest_of([trained, file_sha256(path / ADAPTER / ADAPTER_WEIGHTS)])
+    identity: dict[str, Any] = {"name": path.name, "sha256": trained}
+    if config.keep != "start":
+        identity["keep"] = config.keep
+    return identity if other_backbone is None else {**identity, "other_backbone": other_backbone}
+
+
+def check_backbone(config: EncoderConfig, name: str, *, allow_other: bool = False) -> dict[str, str] | None:
+    """Whether the backbone called `name` is the one that the encoder was trained on.
+
+    A backbone that is recorded as a folder is known by the sha256 of its files, wherever they lie now. One that is
+    recorded by hub name and commit is known by both, and by the commit that a folder of the hub's cache is called
+    after; nothing tells of any other folder, which is taken with a warning.
+
+    Args:
+        config: of the encoder.
+        name: a folder or a hub name.
+        allow_other: go on with a warning where it is not.
+
+    Returns:
+        None if it is, or nothing tells; the identity of the other one where that is allowed.
+
+    Raises:
+        TrainingError: it is another.
+        BackboneError: it is not there.
+    """
+    recorded = config.backbone
+    found = _identity_of_other(recorded, name)
+    if found is None:
+        return None
+    problem = f"backbone {name} has {_pin(found)}, the encoder was trained on {recorded['name']}, {_pin(recorded)}"
+    if not allow_other:
+        raise TrainingError(
+            f"{problem}: its embeddings would mean nothing. Give that backbone by --backbone PATH, train again, or "
+            "take this one all the same by --allow-other-backbone (in Python allow_other_backbone=True)"
+        )
+    log.warning("%s: embeddings are not those that were trained", problem)
+    return found
+
+
+def _identity_of_other(recorded: dict[str, str], name: str) -> dict[str, str] | None:
+    """What pins the backbone called `name`, where that is not the recorded one."""
+    same_name, local = name == recorded["name"], Path(name).is_dir()
+    if "sha256" in recorded:
+        if same_name and not local:
+            raise BackboneError(f"the encoder's backbone is the folder {name}, which is not here: {_ELSEWHERE}")
+        found = identify(name, None)
+        return None if found.get("sha256") == recorded["sha256"] else found
+    if not local:
+        if same_name and not _COMMIT.fullmatch(recorded.get("revision", "main")):
+            log.warning(
+                "the encoder's backbone %s is recorded at revision %s, which is no commit: what lies there now is "
+                "taken, whether or not the encoder was trained on it; pin backbone.revision before the next training",
+                name,
+                recorded.get("revision", "main"),
+            )
+        return None if same_name else identify(name, None)
+    commit = Path(name).resolve().name
+    if not all(map(_COMMIT.fullmatch, (commit, recorded.get("revision", "main")))):
+        log.warning("%s: nothing here tells whether it is %s, %s", name, recorded["name"], _pin(recorded))
+        return None
+    return None if commit == recorded["revision"] else {"name": name, "revision": commit}
+
+
+def _pin(identity: dict[str, str]) -> str:
+    sha256 = identity.get("sha256")
+    return f"sha256 {sha256[:12]}..." if sha256 else f"revision {identity.get('revision', 'main')}"
+
+
+def open_backbone(
+    config: EncoderConfig,
+    name: str,
+    *,
+    device: str,
+    dtype: DType,
+    quantize: Quantize | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The backbone of an encoder, from the place `name`.
+
+    Raises:
+        BackboneError: it cannot be loaded.
+    """
+    revision = config.backbone.get("revision") if name == config.backbone["name"] else None
+    params = BackboneParams(name=name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        return load_backbone(params, device, quantize)
+    except BackboneError as error:
+        raise BackboneError(f"{error}; {_ELSEWHERE}") from None
+
+
+def check_sizes(config: EncoderConfig, backbone: Any, tokenizer: Any, *, other: bool) -> None:
+    """Raises TrainingError if the encoder does not fit the backbone: another width, or too few token embeddings."""
+    rows, hidden = backbone.get_input_embeddings().weight.shape
+    name = backbone.config.name_or_path or type(backbone).__name__
+    if hidden != config.hidden:
+        raise TrainingError(
+            f"backbone {name} has hidden size {hidden}, the encoder was trained on {config.hidden} "
+            f"({config.backbone['name']}): give a backbone of that size"
+        )
+    # Some models have fewer rows than their own tokenizer tokens, and never use those.
+    if other and len(tokenizer) > rows:
+        raise TrainingError(
+            f"backbone {name} has {rows} token embeddings, the encoder's tokenizer {len(tokenizer)} tokens: give a "
+            "backbone with that tokenizer"
+        )

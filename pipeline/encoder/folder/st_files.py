@@ -1,0 +1,66 @@
+"""What makes an encoder folder one of sentence-transformers: its own module file, modules.json, prompts.
+
+Knows nothing of the encoder: `st_module.py` stands for it where this project is not installed.
+"""
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pipeline.backbone.prompting import join_instruction
+from pipeline.core.artifacts import write_json
+from pipeline.tasks.instructions import Instructions, load_instructions
+
+MODULE = "pipeline.encoder.folder.st_module"
+MODULE_CLASS = "LLM2VecGenEncoder"
+# What peft must be able to read; sentence-transformers asks for it by name before it loads anything.
+_PEFT = {"specifier": ">=0.17", "reason": "this encoder has LoRA adapters"}
+
+
+def write_st_files(folder: Path, *, lora: bool) -> None:
+    """Write the module file, byte for byte, and the configs that name it.
+
+    Args:
+        folder: of an encoder.
+        lora: whether it has adapters.
+
+    Raises:
+        ParamsError: the shipped instructions are damaged.
+    """
+    source = module_file()
+    shutil.copyfile(source, folder / source.name)
+    module = {"idx": 0, "name": "0", "path": "", "type": f"{source.stem}.{MODULE_CLASS}"}
+    write_json(folder / "modules.json", [module])
+    write_json(folder / "config_sentence_transformers.json", _config(lora))
+
+
+def module_file() -> Path:
+    """The file that every folder gets a copy of."""
+    spec = find_spec(MODULE)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin)
+
+
+def _config(lora: bool) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "model_type": "SentenceTransformer",
+        "prompts": st_prompts(load_instructions()),
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
+    return {**config, "requirements": {"peft": _PEFT}} if lora else config
+
+
+def st_prompts(instructions: Instructions) -> dict[str, str]:
+    """Prompts by name, with which mteb gives each side of a task the instruction that `Instructions.choose` does.
+
+    `query` and `document` are for `encode_query` and `encode_document`; the others are called after mteb's task types
+    and tasks, with `-document` behind it for the texts that are searched.
+    """
+    chosen = {"query": instructions.types["Retrieval"].query, "document": instructions.document}
+    for name, entry in {**instructions.types, **instructions.tasks}.items():
+        chosen[name] = entry.query
+        chosen[f"{name}-document"] = instructions.document if entry.document is None else entry.document
+    # A prompt and a text are put together as they are, so the space is the prompt's.
+    return {name: join_instruction(instruction, "") for name, instruction in chosen.items()}

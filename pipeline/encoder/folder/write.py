@@ -1,0 +1,69 @@
+"""Write the finished encoder: trained tensors, config, the tokenizer of its backbone, a model card.
+
+The folder is read by `Encoder.load`, and by sentence-transformers where this project is not installed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.backbone.lora import save_adapter
+from pipeline.core.artifacts import ArtifactWriter, write_json
+from pipeline.core.errors import TrainingError
+from pipeline.encoder.folder.card import CARD_FILE, TrainingFacts, model_card
+from pipeline.encoder.folder.config import EncoderConfig
+from pipeline.encoder.folder.read import ADAPTER, CONFIG_FILE, WEIGHTS_FILE
+from pipeline.encoder.folder.st_files import write_st_files
+from pipeline.encoder.student import Student
+
+
+def write_encoder(
+    out: ArtifactWriter,
+    student: Student,
+    tokenizer: Any,
+    config: EncoderConfig,
+    *,
+    rows: int,
+    steps: int,
+    adapter: Mapping[str, Tensor] | None = None,
+    sources: Mapping[str, int] | None = None,
+    params: Mapping[str, Any] | None = None,
+) -> None:
+    """Fill an artifact folder with everything that `Encoder.load` reads.
+
+    Args:
+        out: the folder.
+        student: what was trained.
+        tokenizer: the backbone's.
+        config: everything else that loading needs.
+        rows: training rows, for the card.
+        steps: optimiser steps, for the card.
+        adapter: the trained parameters of `config.lora` (`adapter_parameters`); None or empty without one.
+        sources: training queries by source, for the card.
+        params: resolved params by section, for the card.
+
+    Raises:
+        TrainingError: there are adapters and no `config.lora`, or the other way round.
+    """
+    if bool(adapter) != (config.lora is not None):
+        raise TrainingError(f"train.lora is {config.lora}, and the encoder has {len(adapter or {})} adapter tensors")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
+    save_file(tensors, out.path / WEIGHTS_FILE, {"format": "pt"})
+    write_json(out.path / CONFIG_FILE, config.model_dump())
+    tokenizer.save_pretrained(out.path)
+    if config.lora is not None and adapter is not None:
+        save_adapter(adapter, out.path / ADAPTER, config.lora, config.backbone["name"])
+    write_st_files(out.path, lora=config.lora is not None)
+    card = model_card(
+        config,
+        TrainingFacts(rows, steps, sources or {}, params or {}),
+        parameters=_count(tensors),
+        adapter_parameters=_count(adapter or {}),
+    )
+    (out.path / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _count(tensors: Mapping[str, Tensor]) -> int:
+    return sum(value.numel() for value in tensors.values())

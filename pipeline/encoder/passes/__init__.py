@@ -1,0 +1,1 @@
+"""Ways of running the frozen backbone, all equal to the plain pass."""

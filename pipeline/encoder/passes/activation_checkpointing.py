@@ -1,0 +1,56 @@
+"""Gradient checkpointing of decoder layers that stay in eval mode.
+
+transformers' own needs train mode, which drops key-value caches without a word and switches dropout on, and computes
+again with whatever attention the config names by then. Here the layers' forward is wrapped while a block runs, and each
+recomputation, which happens in the backward pass, enters the surroundings that the forward pass had.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from pipeline.core.errors import BackboneError
+
+Surroundings = Callable[[], AbstractContextManager[None]]
+
+
+def recomputable_layers(backbone: Any) -> list[Any]:
+    """The decoder layers, as transformers marks them.
+
+    Raises:
+        BackboneError: there are none.
+    """
+    layers = [module for module in backbone.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise BackboneError(f"{type(backbone).__name__} has no layers that can be checkpointed")
+    return layers
+
+
+@contextlib.contextmanager
+def recomputed(layers: list[Any], surroundings: Surroundings) -> Iterator[None]:
+    """Inside the block, which runs within `surroundings`, layers keep their inputs only and run again in backward."""
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(_checkpointed, layer.forward, surroundings)
+    try:
+        with surroundings():
+            yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+def _checkpointed(forward: Callable[..., Any], surroundings: Surroundings, *args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with surroundings():
+            return forward(*args, **kwargs)
+
+    return checkpoint(run, *args, use_reentrant=False, **kwargs)

@@ -1,0 +1,73 @@
+"""Padded batches with a frozen prefix: for every architecture with a key-value cache.
+
+Queries are padded on the left, so that the new tokens of all rows stand together behind the cache (sliding windows
+count from the end); responses on the right, where causality hides the padding by itself.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from pipeline.backbone.output_head import at_least_float32
+from pipeline.backbone.prompting import pad_left, pad_right
+from pipeline.encoder.passes.activation_checkpointing import Surroundings
+from pipeline.encoder.passes.response import LaidOut, ResponseLoss, Responses
+
+
+class FrozenPaddedQueries:
+    """`QueryPass` whose queries run without autograd into a cache, and whose new tokens run with it."""
+
+    padded = True
+
+    def __init__(self, backbone: Any) -> None:
+        """`backbone` is a frozen causal LM in eval mode."""
+        self._lm, self._embed = backbone, backbone.get_input_embeddings()
+
+    def query_pass(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
+        """See `QueryPass.query_pass`."""
+        ids, mask = (tensor.to(self._embed.weight.device) for tensor in pad_left(query_ids))
+        cache = self._prefix(ids, mask)
+        new = tokens.to(self._embed.weight.dtype).expand(len(ids), -1, -1)
+        output = self._lm.get_decoder()(
+            inputs_embeds=new,
+            attention_mask=torch.cat([mask, mask.new_ones(new.shape[:2])], dim=1),
+            position_ids=mask.sum(1, keepdim=True) + torch.arange(len(tokens), device=mask.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return at_least_float32(output.last_hidden_state[:, -read:])
+
+    @torch.no_grad()
+    def _prefix(self, ids: Tensor, mask: Tensor) -> DynamicCache:
+        cache = DynamicCache(config=self._lm.get_decoder().config)
+        self._lm.get_decoder()(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return cache
+
+
+def padded_responses(backbone: Any, loss: ResponseLoss, surroundings: Surroundings) -> Responses:
+    """The response pass over rows padded on the right."""
+    return Responses(partial(_lay_out, backbone.get_input_embeddings()), loss, surroundings, padded=True)
+
+
+def _lay_out(embed: Any, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> LaidOut:
+    ids, mask = (tensor.to(embed.weight.device) for tensor in pad_right(response_ids))
+    soft = soft_prompts.to(embed.weight.dtype)
+    rows, n = soft.shape[:2]
+    width = n + ids.shape[1]
+    arguments = {
+        "inputs_embeds": torch.cat([soft, embed(ids)], dim=1),
+        "attention_mask": torch.cat([mask.new_ones(rows, n), mask], dim=1),
+    }
+    # The last soft prompt predicts the first response token.
+    before = torch.arange(rows * width, device=ids.device).view(rows, width)[:, n - 1 : -1]
+    return LaidOut(arguments, before[mask == 1], ids[mask == 1])

@@ -1,0 +1,128 @@
+"""The two passes through the frozen backbone, plain: padded batches, one forward each, full logits.
+
+This is the version to read and to test faster ones against. `Passes` is the seam: training and inference ask for
+these two functions and know nothing of padding, caches or packing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.backbone.output_head import at_least_float32
+from pipeline.backbone.prompting import pad_left, pad_right
+
+
+class QueryPass(Protocol):
+    """Queries in, hidden states at the new tokens out.
+
+    Attributes:
+        padded: whether every row of a batch costs as many tokens as the longest, so that like lengths should meet.
+    """
+
+    @property
+    def padded(self) -> bool:
+        """See the class."""
+        ...
+
+    def query_pass(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
+        """Final-normed hidden states `[B, read, d]` of the last `read` new tokens, in float32 or better.
+
+        Args:
+            query_ids: prompt token ids of each query.
+            tokens: rows of the new tokens `[N, d]`, appended to each query; gradients flow into them.
+            read: how many of the last new tokens to return.
+        """
+        ...
+
+
+class ResponsePass(Protocol):
+    """Soft prompts and responses in, cross-entropy out.
+
+    Attributes:
+        padded: see `QueryPass`.
+    """
+
+    @property
+    def padded(self) -> bool:
+        """See the class."""
+        ...
+
+    def response_pass(self, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+        """Cross-entropy of the responses given only the soft prompts.
+
+        Args:
+            soft_prompts: `[B, n, d]`; gradients flow into them.
+            response_ids: token ids of each response, EOS included where there is one.
+
+        Returns:
+            The sum over all response tokens (a scalar in float32 or better), and how many tokens that is.
+        """
+        ...
+
+
+class Passes(QueryPass, ResponsePass, Protocol):
+    """How a batch runs through the backbone."""
+
+
+@dataclass(frozen=True)
+class PairedPasses:
+    """`Passes` of a query pass and a response pass that know nothing of each other."""
+
+    queries: QueryPass
+    responses: ResponsePass
+
+    @property
+    def padded(self) -> bool:
+        """See `QueryPass`."""
+        return self.queries.padded or self.responses.padded
+
+    def query_pass(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
+        """See `QueryPass.query_pass`."""
+        return self.queries.query_pass(query_ids, tokens, read)
+
+    def response_pass(self, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+        """See `ResponsePass.response_pass`."""
+        return self.responses.response_pass(soft_prompts, response_ids)
+
+
+class PlainPasses:
+    """Both passes as the paper writes them down."""
+
+    padded = True
+
+    def __init__(self, backbone: Any) -> None:
+        """`backbone` is any causal LM of transformers, frozen and in eval mode."""
+        self._lm = backbone
+        self._embed = backbone.get_input_embeddings()
+
+    @property
+    def _device(self) -> torch.device:
+        return self._embed.weight.device
+
+    def query_pass(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
+        """See `QueryPass.query_pass`."""
+        ids, mask = (tensor.to(self._device) for tensor in pad_left(query_ids))
+        new = tokens.to(self._embed.weight.dtype).expand(len(query_ids), -1, -1)
+        embeds = torch.cat([self._embed(ids), new], dim=1)
+        mask = torch.cat([mask, mask.new_ones(new.shape[:2])], dim=1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        body = self._lm.get_decoder()
+        output = body(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
+        return at_least_float32(output.last_hidden_state[:, -read:])
+
+    def response_pass(self, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+        """See `ResponsePass.response_pass`."""
+        ids, mask = (tensor.to(self._device) for tensor in pad_right(response_ids))
+        soft = soft_prompts.to(self._embed.weight.dtype)
+        embeds = torch.cat([soft, self._embed(ids)], dim=1)
+        full_mask = torch.cat([mask.new_ones(soft.shape[:2]), mask], dim=1)
+        logits = self._lm(inputs_embeds=embeds, attention_mask=full_mask, use_cache=False).logits
+        # The last soft prompt predicts the first response token.
+        predictions = at_least_float32(logits[:, soft.shape[1] - 1 : -1])
+        labels = ids.masked_fill(mask == 0, -100)
+        loss = F.cross_entropy(predictions.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        return loss, int(mask.sum())

@@ -1,0 +1,142 @@
+"""Several encoders, one process and one GPU each, behind the interface of one."""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.backbone.loading import DType, best_device
+from pipeline.core.errors import EvaluationError
+from pipeline.core.run import progress
+from pipeline.encoder.folder.config import EncoderConfig
+from pipeline.parallel.devices import Place
+from pipeline.parallel.text_pool import TextJobs
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pipeline.encoder.inference import Embedded, Encoder
+
+log = logging.getLogger(__name__)
+
+# Large enough for full batches of like lengths, small enough that the processes end together.
+JOB_TEXTS = 512
+
+
+class Ready(NamedTuple):
+    """What a process says of its encoder."""
+
+    width: int
+    max_tokens: int
+    identity: dict[str, Any]
+    config: EncoderConfig
+
+
+class ParallelEncoder:
+    """An encoder in each place; it embeds, and does nothing else that `Encoder` does.
+
+    Attributes:
+        width: see `Encoder`.
+        max_tokens: see `Encoder`.
+        identity: see `Encoder`.
+        config: of the encoder.
+    """
+
+    def __init__(self, load: "Callable[[], Encoder]", where: Sequence[Place]) -> None:
+        """Start the processes and wait until all encoders are loaded.
+
+        Args:
+            load: loads an encoder (picklable); runs in each process.
+            where: a place for each.
+
+        Raises:
+            PipelineError: what was raised when an encoder was loaded, or EvaluationError if its process died.
+        """
+        self._jobs = TextJobs(load, _ready, where, job_texts=JOB_TEXTS, kind="encoder process", error=EvaluationError)
+        self.width, self.max_tokens, self.identity, self.config = self._jobs.facts
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        batch_tokens: int | None = None,
+        show_progress: bool = False,
+    ) -> "np.ndarray[Any, Any]":
+        """See `Encoder.encode`; the limit is that of each process."""
+        found = self.embed(texts, instruction=instruction, batch_tokens=batch_tokens, show_progress=show_progress)
+        if found.truncated:
+            log.warning("%s", self.config.cut(found.truncated, len(texts)))
+        return found.vectors
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        batch_tokens: int | None = None,
+        show_progress: bool = False,
+    ) -> "Embedded":
+        """See `Encoder.embed`."""
+        import numpy as np
+
+        from pipeline.encoder.inference import Embedded, check_texts
+
+        check_texts(texts)  # here, since a process knows only the rows of its job
+        vectors = np.empty((len(texts), self.width), np.float32)
+        truncated = 0
+        nothing: list[str] = []
+        with progress(nothing, total=len(texts), desc="encode", unit="text") if show_progress else nullcontext() as bar:
+            for chosen, value in self._jobs.run("embed", texts, instruction=instruction, batch_tokens=batch_tokens):
+                vectors[chosen] = value.vectors
+                truncated += value.truncated
+                if bar is not None:
+                    bar.update(len(chosen))
+        return Embedded(vectors, truncated)
+
+    def close(self) -> None:
+        """Stop the processes."""
+        self._jobs.close()
+
+
+def encoder_loader(
+    path: Path,
+    *,
+    dtype: DType,
+    untrained_seed: int | None = None,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    backbone: str | None = None,
+    allow_other_backbone: bool = False,
+) -> "Callable[[], Encoder]":
+    """Loads the encoder of a folder; picklable.
+
+    Args:
+        path: the folder.
+        dtype: of the backbone.
+        untrained_seed: of `Encoder.untrained`; None: the trained one.
+        trust_remote_code: see `Encoder.load`.
+        device: of the backbone; None: the best of the process that loads it.
+        backbone: see `Encoder.load`.
+        allow_other_backbone: see `Encoder.load`.
+    """
+    options = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "backbone": backbone,
+        "allow_other_backbone": allow_other_backbone,
+    }
+    return partial(_load, path, device, untrained_seed, options)
+
+
+def _load(path: Path, device: str | None, untrained_seed: int | None, options: dict[str, Any]) -> "Encoder":
+    from pipeline.encoder.inference import Encoder
+
+    encoder = Encoder.load(path, device=device or best_device(), **options)
+    return encoder if untrained_seed is None else encoder.untrained(untrained_seed)
+
+
+def _ready(encoder: "Encoder") -> Ready:
+    return Ready(encoder.width, encoder.max_tokens, encoder.identity, encoder.config)

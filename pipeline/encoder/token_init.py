@@ -1,0 +1,146 @@
+"""Where the rows of the new tokens start.
+
+vocabulary  copies of random vocabulary rows: inputs as the backbone knows them, and all different
+random      drawn from a normal with the mean and covariance of the vocabulary, as transformers says of added tokens
+mean        the mean row, in effect: that normal shrunk to 1e-9 of its covariance. transformers' code multiplies the
+            covariance so, and with it the paper's reference implementation starts its tokens
+words       rows of the tokens of a given text
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+
+from pydantic import model_validator
+
+from pipeline.core.config import Params
+from pipeline.core.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+StartKind = Literal["vocabulary", "random", "mean", "words"]
+
+# Of the covariance, in transformers' `resize_token_embeddings(mean_resizing=True)`.
+SHRUNK = 1e-9
+_CHUNK = 16_384
+
+
+class TokenStartParams(Params):
+    """Key `train.token_start`."""
+
+    kind: StartKind = "vocabulary"
+    words: str | None = None
+
+    @model_validator(mode="after")
+    def _words_belong_to_their_kind(self) -> Self:
+        if (self.words is not None) != (self.kind == "words"):
+            raise ValueError(f"words {self.words!r} with kind {self.kind}: kind words, and no other, needs words")
+        return self
+
+
+class TokenStart(Protocol):
+    """Gives the new tokens their first rows."""
+
+    def __call__(self, embeddings: Any, count: int, seed: int) -> "Tensor":
+        """Rows float32 `[count, d]` on the device of `embeddings`.
+
+        Args:
+            embeddings: the backbone's input embedding layer over V tokens. It is called, its weight is not read: some
+                architectures (Gemma) scale the rows on the way in.
+            count: thought and compression tokens together.
+            seed: of any draw; the same on every device.
+        """
+        ...
+
+
+def token_start(kind: StartKind, words: str | None, tokenizer: Any) -> TokenStart:
+    """The start of params `train.token_start`.
+
+    Raises:
+        TrainingError: the words give no token.
+    """
+    match kind:
+        case "vocabulary":
+            return vocabulary_rows
+        case "random":
+            return NormalRows()
+        case "mean":
+            return NormalRows(covariance=SHRUNK)
+        case "words":
+            ids = tokenizer(words or "", add_special_tokens=False)["input_ids"]
+            if not ids:
+                raise TrainingError(f"train.token_start.words: {words!r} gives 0 tokens, at least 1 is needed")
+            return WordRows(tuple(ids))
+
+
+def vocabulary_rows(embeddings: Any, count: int, seed: int) -> "Tensor":
+    """A `TokenStart`: different random vocabulary rows.
+
+    They have the mean and the spread of the vocabulary and lie where the backbone expects inputs, and they differ from
+    each other: identical tokens would receive nearly identical gradients. As a start for the closed form they beat the
+    mean embedding (docs/results-log.md).
+    """
+    import torch
+
+    drawn = torch.randperm(_size(embeddings), generator=torch.Generator().manual_seed(seed))[:count]
+    return _rows(embeddings, drawn)
+
+
+@dataclass(frozen=True)
+class NormalRows:
+    """A `TokenStart`: a normal with the mean and (times `covariance`) the covariance of the vocabulary.
+
+    Drawn without the covariance matrix: standard normal weights of the V centred rows, over the root of V, sum to just
+    that distribution. It costs count x V x d and no decomposition, and works where the matrix is singular.
+    """
+
+    covariance: float = 1.0
+
+    def __call__(self, embeddings: Any, count: int, seed: int) -> "Tensor":
+        """See `TokenStart`."""
+        import torch
+
+        size, device = _size(embeddings), embeddings.weight.device
+        mean = torch.stack([rows.sum(0, dtype=torch.float64) for _, rows in _chunks(embeddings)]).sum(0) / size
+        weights = torch.randn(count, size, generator=torch.Generator().manual_seed(seed))
+        drawn = torch.zeros(count, len(mean), device=device)
+        for at, rows in _chunks(embeddings):
+            drawn += weights[:, at].to(device) @ (rows - mean.float())
+        return mean.float() + drawn * math.sqrt(self.covariance / size)
+
+
+@dataclass(frozen=True)
+class WordRows:
+    """A `TokenStart`: rows of these tokens in their order, again from the first where they are too few.
+
+    Where they are too many, each row is the mean of a run of neighbours.
+    """
+
+    ids: tuple[int, ...]
+
+    def __call__(self, embeddings: Any, count: int, seed: int) -> "Tensor":
+        """See `TokenStart`; nothing is drawn."""
+        import torch
+
+        repeated = self.ids * math.ceil(count / len(self.ids))
+        ids = torch.tensor(repeated[:count] if len(self.ids) < count else self.ids)
+        return torch.stack([run.mean(0) for run in _rows(embeddings, ids).tensor_split(count)])
+
+
+def _size(embeddings: Any) -> int:
+    return int(embeddings.weight.shape[0])
+
+
+def _rows(embeddings: Any, ids: "Tensor") -> "Tensor":
+    return embeddings(ids.to(embeddings.weight.device)).detach().float()
+
+
+def _chunks(embeddings: Any) -> "Iterator[tuple[slice, Tensor]]":
+    import torch
+
+    # In float32 a whole vocabulary of a large model would take gigabytes.
+    for start in range(0, _size(embeddings), _CHUNK):
+        at = slice(start, min(start + _CHUNK, _size(embeddings)))
+        yield at, _rows(embeddings, torch.arange(at.start, at.stop))

@@ -1,0 +1,1 @@
+"""Stage evaluate: systems on tasks."""

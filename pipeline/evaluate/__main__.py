@@ -1,0 +1,114 @@
+"""Stage evaluate: a suite of mteb tasks for every system -> results/evaluate/<suite>/ and <suite>.json beside it.
+
+python -m pipeline.evaluate SUITE
+"""
+
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from pipeline.core.artifacts import create
+from pipeline.core.config import PARAMS_FILE, load
+from pipeline.core.errors import ParamsError
+from pipeline.core.run import RESULTS, RunRecord, record, setup_logging, user_errors, work_dir
+from pipeline.evaluate.build import SystemInputs, encoder_artifact, make_systems, manifest_params, own_instructions
+from pipeline.evaluate.deltas import deltas_table, task_deltas
+from pipeline.evaluate.run import SystemResults, run_systems
+from pipeline.evaluate.summary import flat_metrics, seed_spread, summary_table, write_mteb_format
+from pipeline.generate.engines import prepare_environment
+from pipeline.tasks.instructions import load_instructions
+from pipeline.tasks.suites import SuiteParams, find_tasks
+
+OUT = RESULTS / "evaluate"
+
+
+class Inputs(SystemInputs):
+    """The sections that this stage reads."""
+
+    suites: dict[str, SuiteParams]
+
+
+def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
+    """Run the suite and write its results.
+
+    Raises:
+        ParamsError: there is no such suite.
+        EvaluationError: a task or its data is missing.
+        ArtifactError: the encoder is missing or damaged.
+    """
+    params, evaluate = _suite(inputs, suite), inputs.evaluate
+    prepare_environment(inputs.generate.engine)
+    encoder = encoder_artifact()
+    folders = [Path(evaluate.local_dir) / name for name in params.local]
+    tasks = find_tasks(folders, params.tasks, params.benchmark, params.languages)
+    instructions = load_instructions(own_instructions(inputs))
+    with closing(make_systems(inputs)) as systems:
+        runs = run_systems(
+            systems.build(evaluate.systems),
+            tasks,
+            instructions,
+            work=work_dir("evaluate"),
+            batch_size=evaluate.batch_size,
+            dtype=evaluate.dtype,
+            model_name=evaluate.model_name,
+        )
+    summary, deltas = summary_table(tasks, runs), task_deltas(tasks, runs, evaluate.bootstrap)
+    with create(
+        OUT / suite,
+        kind="evaluation",
+        params=manifest_params(inputs, suite=params.model_dump(), instructions=instructions.digest),
+        models={run.system: run.identity for run in runs},
+        inputs=[encoder],
+    ) as out:
+        out.write_table("summary.parquet", summary)
+        out.write_table("deltas.parquet", deltas_table(deltas))
+        write_mteb_format(out.path, runs)
+    metrics = flat_metrics(summary)
+    run_record.update(
+        suite=suite,
+        tasks=len(tasks),
+        metrics=metrics,
+        deltas=[asdict(delta) for delta in deltas],
+        seeds=seed_spread(metrics),
+        **_facts(runs),
+    )
+
+
+def _suite(inputs: Inputs, name: str) -> SuiteParams:
+    if name not in inputs.suites:
+        raise ParamsError(f"suites.{name}: missing (there are: {', '.join(inputs.suites)})")
+    return inputs.suites[name]
+
+
+def _facts(runs: list[SystemResults]) -> dict[str, Any]:
+    return {
+        "systems": {
+            run.system: {
+                "identity": run.identity,
+                "prompting": run.prompting,
+                "revision": run.meta.revision,
+                "tasks_run_now": run.computed,
+                "seconds": run.seconds,
+            }
+            for run in runs
+        }
+    }
+
+
+def main(
+    suite: str = typer.Argument(help="An entry of `suites`."),
+    params: Path = typer.Option(PARAMS_FILE, help="The params file."),
+) -> None:
+    """Run a suite of tasks for every system."""
+    setup_logging()
+    with user_errors():
+        inputs = load(params, Inputs)
+        with record("evaluate", OUT / f"{suite}.json") as run_record:
+            run(inputs, suite, run_record)
+
+
+if __name__ == "__main__":
+    typer.run(main)

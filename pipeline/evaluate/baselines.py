@@ -1,0 +1,239 @@
+"""What an embedder is measured against besides its teacher: pooling of the backbone, HyDE, and published models.
+
+- backbone-mean: the mean of the backbone's last hidden states over the text.
+- echo (Springer et al. 2024): the text is read twice and the mean taken over its second reading, in which a causal
+  model has already seen all of it.
+- hyde (Gao et al. 2023): on the query side the backbone writes an answer to instruction + text, and the teacher embeds
+  that one answer; documents are embedded as they are. It costs a generation a query, the student none.
+- any sentence-transformers model, with its own prompts.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.backbone.loading import DType, best_device
+from pipeline.backbone.prompting import join_instruction
+from pipeline.embed.teachers.template import SLOT, TEMPLATES
+from pipeline.evaluate.system import BARE, BareSystem
+from pipeline.parallel.devices import Place
+from pipeline.tasks.instructions import Side
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pipeline.embed.teachers.base import Teacher
+    from pipeline.encoder.inference import Encoder
+    from pipeline.generate.answer_cache import Answers
+
+log = logging.getLogger(__name__)
+
+ECHO_TEMPLATE = TEMPLATES["echo"]
+
+PooledName = Literal["backbone-mean", "echo"]
+_PROMPTING: dict[PooledName, str] = {
+    "backbone-mean": BARE,
+    "echo": f"bare text twice: {ECHO_TEMPLATE!r}, pooled over the second",
+}
+# Enough for batches of like lengths.
+BATCHES_OF_A_JOB = 8
+HYDE_VERSION = 1
+MODEL_VERSION = 1
+
+# Keys under which sentence-transformers models keep their prompt of a side; the first that is there counts.
+_PROMPT_KEYS: dict[Side, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
+
+
+def pooled(name: PooledName, encoder: "Encoder", batch_size: int) -> BareSystem:
+    """Mean pooling of the encoder's own backbone, which stays shared.
+
+    With echo a text may be as long as the student reads it, in both readings, as far as the backbone's positions allow.
+    """
+    teacher = _pooling_teacher(name, encoder, batch_size)
+    return BareSystem(name, teacher.identity, teacher, _PROMPTING[name])
+
+
+@contextmanager
+def pooled_in_processes(
+    name: PooledName, load: "Callable[[], Encoder]", batch_size: int, where: Sequence[Place]
+) -> Iterator[BareSystem]:
+    """The same in several processes that share the texts of a call; `load` (picklable) runs in each of them."""
+    from pipeline.embed.teachers.pool import ParallelTeacher
+
+    loads = partial(_load_pooling_teacher, name, load, batch_size)
+    with closing(ParallelTeacher(loads, where, batch_size * BATCHES_OF_A_JOB)) as teacher:
+        yield BareSystem(name, teacher.identity, teacher, _PROMPTING[name])
+
+
+def _load_pooling_teacher(name: PooledName, load: "Callable[[], Encoder]", batch_size: int) -> "Teacher":
+    return _pooling_teacher(name, load(), batch_size)
+
+
+def _pooling_teacher(name: PooledName, encoder: "Encoder", batch_size: int) -> "Teacher":
+    from pipeline.embed.teachers.backbone import VERSION, BackboneTeacher
+
+    template, max_tokens = (ECHO_TEMPLATE, _echo_tokens(encoder)) if name == "echo" else (SLOT, encoder.max_tokens)
+    identity: dict[str, Any] = {
+        "pooling": "mean",
+        "version": VERSION,
+        "max_tokens": max_tokens,
+        "backbone": encoder.config.backbone,
+    }
+    if template != SLOT:
+        identity["template"] = template
+    return BackboneTeacher(
+        encoder.model,
+        encoder.tokenizer,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        identity=identity,
+        template=template,
+    )
+
+
+def _echo_tokens(encoder: "Encoder") -> int:
+    """Tokens of the whole template that leave the student's `max_tokens` to each reading."""
+    frame = len(encoder.tokenizer(ECHO_TEMPLATE.replace(SLOT, ""))["input_ids"])
+    wanted = frame + 2 * encoder.max_tokens
+    positions = getattr(encoder.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or wanted <= positions:
+        return wanted
+    log.info("echo: %d tokens for both readings of a text (the backbone's positions), not %d", positions, wanted)
+    return int(positions)
+
+
+@dataclass
+class HydeSystem:
+    """The teacher's embedding of the backbone's answer.
+
+    Attributes:
+        answers: asks the backbone; another owns and closes it.
+        teacher: embeds answers and documents.
+        fallbacks: queries so far whose answer was blank or failed, and that were embedded themselves.
+        failed: of these, the ones that the engine failed on. Another time it may not, so nothing that they are part of
+            is kept.
+    """
+
+    answers: "Answers"
+    teacher: "Teacher"
+    prompting: str
+    name: str = "hyde"
+    fallbacks: int = 0
+    failed: int = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The teacher, the backbone, and how it answers."""
+        return {"version": HYDE_VERSION, "teacher": self.teacher.identity, "answers": self.answers.identity}
+
+    def reading(self, text: str, instruction: str, side: Side) -> str:
+        """Whether it is answered or read, and what."""
+        return f"read: {text}" if side == "document" else f"answer: {join_instruction(instruction, text)}"
+
+    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> "np.ndarray[Any, Any]":
+        """Embeddings float32 [len(texts), d]: of a query's answer, of a document itself (without the instruction)."""
+        return self.teacher.embed(texts if side == "document" else self._answered(texts, instruction))
+
+    def _answered(self, texts: Sequence[str], instruction: str) -> list[str]:
+        given = self.answers([join_instruction(instruction, text) for text in texts])
+        self.failed += given.count(None)
+        answers = [answer or "" for answer in given]
+        if blank := sum(not answer.strip() for answer in answers):
+            self.fallbacks += blank
+            log.warning("hyde: %d of %d answers are blank or failed: the text itself is embedded", blank, len(texts))
+        return [answer if answer.strip() else text for answer, text in zip(answers, texts, strict=True)]
+
+
+class ModelSystem:
+    """A sentence-transformers model, with a prompt for each side."""
+
+    def __init__(
+        self,
+        key: str,
+        name: str,
+        *,
+        revision: str | None,
+        max_tokens: int,
+        dtype: DType,
+        batch_size: int,
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Load the model onto the best device.
+
+        Args:
+            key: the system's name, a key of `evaluate.models`.
+            name: hub name or local folder.
+            revision: commit on the hub.
+            max_tokens: longer texts lose their end; never more than the model itself takes.
+            dtype: of the weights.
+            batch_size: texts of one forward pass.
+            query_prompt: put before each text of the query side; None is the model's own, "" none.
+            document_prompt: likewise of the document side.
+            trust_remote_code: run code that the model ships.
+
+        Raises:
+            TeacherError: it cannot be loaded.
+        """
+        from pipeline.embed.teachers.sentence_transformers import identify_model, limit_tokens, load_model
+
+        device, where = best_device(), f"evaluate.models.{key}"
+        log.info("%s: device %s (the best present), %s", key, device, dtype)
+        self.name, self._batch_size = key, batch_size
+        self._model = load_model(name, revision, dtype, device, trust_remote_code, where)
+        limit = limit_tokens(self._model, name, max_tokens, where)
+        given: dict[Side, str | None] = {"query": query_prompt, "document": document_prompt}
+        self._prompts = {side: own_prompt(self._model, side) if it is None else it for side, it in given.items()}
+        self.identity = {
+            **identify_model(name, revision, where),
+            "kind": "sentence-transformers",
+            "version": MODEL_VERSION,
+            "max_tokens": limit,
+            "dtype": dtype,
+            "prompts": self._prompts,
+        }
+        self._one_sided = self._prompts["query"] == self._prompts["document"] and not _has_routes(self._model)
+
+    @property
+    def prompting(self) -> str:
+        """The prompts of both sides."""
+        if not any(self._prompts.values()):
+            return BARE
+        return ", ".join(f"{side} prompt {prompt!r}" for side, prompt in self._prompts.items())
+
+    def reading(self, text: str, instruction: str, side: Side) -> str:
+        """Prompt and text; the side too where the model tells them apart."""
+        read = self._prompts[side] + text
+        return read if self._one_sided else f"{side}: {read}"
+
+    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> "np.ndarray[Any, Any]":
+        """Embeddings float32 [len(texts), d] of prompt + text; `instruction` is not used."""
+        import numpy as np
+
+        if not texts:
+            return np.zeros((0, int(self._model.get_embedding_dimension())), np.float32)
+        encode = self._model.encode_query if side == "query" else self._model.encode_document
+        vectors = encode(
+            list(texts),
+            prompt=self._prompts[side],
+            batch_size=self._batch_size,
+            show_progress_bar=False,
+            convert_to_numpy=True,
+        )
+        return np.asarray(vectors, dtype=np.float32)
+
+
+def own_prompt(model: Any, side: Side) -> str:
+    """The prompt that a sentence-transformers model itself puts before the texts of a side, "" if none."""
+    return next((model.prompts[key] for key in _PROMPT_KEYS[side] if model.prompts.get(key)), "")
+
+
+def _has_routes(model: Any) -> bool:
+    """Whether queries and documents take different ways through the model's modules."""
+    from sentence_transformers.base.modules import Router
+
+    return any(isinstance(module, Router) for module in model.modules())

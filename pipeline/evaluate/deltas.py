@@ -1,0 +1,112 @@
+"""The student against every other system: an interval for each task, task type and mean of a suite.
+
+Within a task its queries, pairs or texts are drawn, each task by itself; a mean takes the resamples of its tasks, so
+its interval covers the tasks' own uncertainty and not that other tasks could have been chosen.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.core.bootstrap import BootstrapParams, Delta, Sampled, combine, delta_of, sample_statistic
+from pipeline.core.run import progress
+from pipeline.evaluate.run import SystemResults
+from pipeline.evaluate.summary import mean_weights, summary_table, task_scores
+from pipeline.evaluate.unit_scores import Findings, Floats, as_counts
+
+log = logging.getLogger(__name__)
+
+DELTAS = pa.schema(
+    [
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("system", pa.string(), nullable=False),
+        pa.field("delta", pa.float64(), nullable=False),
+        pa.field("low", pa.float64()),
+        pa.field("high", pa.float64()),
+        pa.field("verdict", pa.string(), nullable=False),
+        pa.field("units", pa.int64(), nullable=False),
+    ]
+)
+
+
+def task_deltas(
+    tasks: Sequence[Any], runs: Sequence[SystemResults], settings: BootstrapParams, metric: str | None = None
+) -> list[Delta]:
+    """Student minus each other system on each task, `type/<type>`, `mean/tasks` and `mean/types`.
+
+    Args:
+        tasks: the mteb tasks of the runs.
+        runs: none of them the student: there is nothing to compare.
+        settings: how the intervals are drawn.
+        metric: the score that counts, None = each task's main score. Only main scores get intervals.
+    """
+    student = next((run for run in runs if run.system == "student"), None)
+    if student is None:
+        return []
+    scores = task_scores(summary_table(tasks, runs, metric))
+    types = {task.metadata.name: task.metadata.type for task in tasks}
+    resampled = {run.system: _resampled(tasks, run, settings, metric) for run in runs}
+    deltas: list[Delta] = []
+    for other in (run.system for run in runs if run is not student):
+        sampled = {}
+        for name in types:
+            delta = scores["student"][name] - scores[other][name]
+            sampled[name] = _difference(name, delta, resampled["student"][name], resampled[other][name])
+        for name, weights in mean_weights(types).items():
+            sampled[name] = combine([sampled[task] for task in weights], list(weights.values()))
+        deltas += [delta_of(name, other, found, settings) for name, found in sampled.items()]
+    return [delta for delta in deltas if not math.isnan(delta.delta)]
+
+
+def deltas_table(deltas: Iterable[Delta]) -> pa.Table:
+    """Deltas as rows."""
+    return pa.Table.from_pylist([asdict(delta) for delta in deltas], schema=DELTAS)
+
+
+@dataclass(frozen=True)
+class _Resampled:
+    """A system's score on a task: on all units, and on the resamples, which are the same for every system."""
+
+    keys: list[str]
+    score: Sampled
+
+
+def _resampled(
+    tasks: Sequence[Any], run: SystemResults, settings: BootstrapParams, metric: str | None
+) -> dict[str, _Resampled | None]:
+    """By task; None where the score in question has no findings."""
+    by_task = list(zip(tasks, run.findings, strict=True))
+    found: dict[str, _Resampled | None] = {}
+    for task, findings in progress(by_task, total=len(by_task), desc=f"resamples of {run.system}", unit="task"):
+        name = task.metadata.name
+        counts = findings and metric in (None, task.metadata.main_score)
+        found[name] = _score(name, findings, settings) if counts else None
+    return found
+
+
+def _score(task: str, findings: Sequence[Findings], settings: BootstrapParams) -> _Resampled:
+    parts = [
+        sample_statistic(f"{task}/{index}" if index else task, _on_resamples(part), part.units, settings)
+        for index, part in enumerate(findings)
+    ]
+    return _Resampled([part.key for part in findings], combine(parts, [1 / len(parts)] * len(parts)))
+
+
+def _on_resamples(part: Findings) -> Callable[[NDArray[np.int64]], Floats]:
+    return lambda indices: part.scores(as_counts(indices))
+
+
+def _difference(task: str, delta: float, ours: _Resampled | None, theirs: _Resampled | None) -> Sampled:
+    if ours is None or theirs is None:
+        return Sampled(delta, None, 0)
+    if ours.keys != theirs.keys:
+        log.warning("%s: no interval: the systems were not measured on the same units", task)
+        return Sampled(delta, None, 0)
+    drawn, other = ours.score.replicates, theirs.score.replicates
+    return Sampled(delta, None if drawn is None or other is None else drawn - other, ours.score.units)

@@ -1,0 +1,95 @@
+"""The section `evaluate`: which systems are compared, and how texts are embedded for it."""
+
+import re
+from typing import Self
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from pipeline.backbone.loading import DType
+from pipeline.core.bootstrap import BootstrapParams
+from pipeline.core.config import Params
+from pipeline.parallel.devices import Count
+
+BUILT_IN = ("student", "teacher", "untrained", "backbone-mean", "echo", "hyde")
+
+# First parts of a metric's key that are no system.
+_TAKEN = ("delta", "reduction")
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class ModelParams(Params):
+    """A sentence-transformers model to compare with."""
+
+    name: str = Field(description="hub name or local folder")
+    revision: str | None = Field(default=None, description="commit on the hub; pin it")
+    max_tokens: int = Field(default=512, ge=1, description="longer texts lose their end; at most the model's own limit")
+    dtype: DType = "float32"
+    query_prompt: str | None = Field(default=None, description="null = the model's own, empty = none")
+    document_prompt: str | None = Field(default=None, description="null = the model's own, empty = none")
+    batch_size: int = Field(default=32, ge=1)
+    trust_remote_code: bool = False
+
+
+class AnswersParams(Params):
+    """The backbone's own answers, which `hyde` embeds and probes report: by section `generate`, but for these."""
+
+    max_new_tokens: int | None = Field(default=None, ge=1, description="null = generate.max_new_tokens")
+    keep_engine: bool | None = Field(
+        default=None, description="while the teacher embeds; null = only where the two do not share a GPU"
+    )
+
+
+class EvaluateParams(Params):
+    """What is compared, and how texts are embedded for it."""
+
+    models: dict[str, ModelParams] = Field(default_factory=dict, description="sentence-transformers models by system")
+    systems: list[str] = Field(min_length=1, description="student is compared with the others")
+    local_dir: str = Field(description="folder of the local task folders")
+    batch_size: int = Field(default=32, gt=0, description="texts of one forward pass of backbone-mean and echo")
+    batch_tokens: int | None = Field(
+        default=None, ge=1, description="tokens of one forward pass of a student; null = by the device"
+    )
+    data_parallel: Count = Field(default="auto", description="processes that share the texts; auto: one a GPU")
+    dtype: DType = "bfloat16"
+    seeds: list[int] = Field(default=[0], min_length=1, description="of the untrained student's random starts")
+    model_name: str | None = Field(
+        default=None,
+        pattern=r"^[^/\s]+/[^/\s]+$",
+        description="organisation/name under which the student's mteb results are filed",
+    )
+    instructions: str | None = Field(default=None, description="YAML file of own instructions over the shipped ones")
+    cache_embeddings: bool = Field(default=True, description="keep embeddings in the work folder")
+    answers: AnswersParams = Field(default_factory=AnswersParams)
+    bootstrap: BootstrapParams = Field(default_factory=BootstrapParams)
+
+    @field_validator("models")
+    @classmethod
+    def _keys_name_systems(cls, models: dict[str, ModelParams]) -> dict[str, ModelParams]:
+        for key in models:
+            if key in BUILT_IN or key.startswith("untrained-"):
+                raise ValueError(f"'{key}' is a built-in system: choose another key")
+            if key in _TAKEN or not _KEY.fullmatch(key):
+                raise ValueError(f"'{key}' cannot name a system: use letters, digits, . _ - (and not {_TAKEN})")
+        return models
+
+    @field_validator("systems")
+    @classmethod
+    def _systems_exist(cls, systems: list[str], info: ValidationInfo) -> list[str]:
+        if "models" not in info.data:  # its own mistake is told
+            return systems
+        known = [*BUILT_IN, *info.data["models"]]
+        if unknown := [name for name in systems if name not in known]:
+            raise ValueError(
+                f"there is no system {', '.join(unknown)} (there are: {', '.join(known)}; others are keys of "
+                "evaluate.models)"
+            )
+        return systems
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        for name, values in (("systems", self.systems), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} {values} holds one twice")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds {self.seeds} must be 0 or more")
+        return self

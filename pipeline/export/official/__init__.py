@@ -1,0 +1,1 @@
+"""The checkpoint format of the paper's authors, both ways."""

@@ -1,0 +1,119 @@
+"""The tokenizer of a checkpoint of the authors: the backbone's with the new tokens added, both ways.
+
+It is compared with ours on what it makes of whole inputs, for the same file can read a text in several ways: by a start
+token, an end token, a template.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.backbone.prompting import PromptFormatter, eos_token_id
+from pipeline.core.artifacts import write_json
+from pipeline.core.errors import ArtifactError, TrainingError
+from pipeline.export.merged.tokenizer import PROBES, Frame, find_frame
+from pipeline.export.official import format as official
+
+# Longer than any template and any probe.
+_UNBOUNDED = 2**20
+_NAMED = ("bos_token", "eos_token", "unk_token")
+
+
+def check_reading(folder: Path, appended: str, ids: Sequence[int], tokenizer: Any) -> None:
+    """Whether the tokenizer in `folder` makes of a text followed by `appended` what ours makes of it, and `ids`.
+
+    Raises:
+        ArtifactError: it does not.
+    """
+    from tokenizers import Tokenizer
+
+    theirs = _plain(Tokenizer.from_file(str(folder / official.TOKENIZER)))
+    ours = PromptFormatter(tokenizer, "raw", _UNBOUNDED).batch(PROBES)
+    for text, prompt in zip(PROBES, ours, strict=True):
+        found, expected = theirs.encode(text + appended).ids, [*prompt.token_ids, *ids]
+        if found != expected:
+            raise ArtifactError(
+                f"{folder / official.TOKENIZER} reads {text!r} as {found}, with the backbone's tokenizer it would be "
+                f"{expected}: it is another backbone's, or it adds more than the new tokens"
+            )
+
+
+def write_tokenizer(
+    folder: Path, tokenizer: Any, texts: Sequence[str], formatter: PromptFormatter, frame: Frame | None
+) -> list[int]:
+    """Write the backbone's tokenizer with new tokens as version 4 of transformers reads it; returns their ids.
+
+    Args:
+        folder: of the checkpoint.
+        tokenizer: the backbone's.
+        texts: of the new tokens, in order.
+        formatter: how a text is read; what is written is compared with it.
+        frame: what the tokenizer itself puts around a text, with the new tokens behind; None leaves it to whoever reads
+            the checkpoint to append the texts of the new tokens, which their package does.
+
+    Raises:
+        TrainingError: the tokenizer cannot take them.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    backend = _plain(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    ids = list(range(first := backend.get_vocab_size(), first + len(texts)))
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
+    if (found := [backend.token_to_id(text) for text in texts]) != ids:
+        raise TrainingError(f"the new tokens {', '.join(texts)} have ids {found} in the tokenizer, not {ids}")
+    if frame is not None:
+        backend.post_processor = _around(backend, frame, ids)
+    _check_written(backend, "".join(texts) if frame is None else "", ids, formatter)
+    backend.save(str(folder / official.TOKENIZER))
+    names = {name: token for name in _NAMED if (token := getattr(tokenizer, name, None)) is not None}
+    eos = tokenizer.convert_ids_to_tokens(eos_token_id(tokenizer))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": list(texts) if frame is None else [],
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "truncation_side": "right",
+        "pad_token": tokenizer.pad_token or eos,
+        **names,
+    }
+    write_json(folder / official.TOKENIZER_CONFIG, settings)
+    return ids
+
+
+def own_frame(tokenizer: Any, template: Any, chat_template_kwargs: dict[str, Any]) -> Frame | None:
+    """The frame that a checkpoint's tokenizer has to add itself, or None where texts are read as their package does.
+
+    Raises:
+        TrainingError: the template is not the same around every text.
+    """
+    frame = find_frame(tokenizer, template, chat_template_kwargs)
+    # A start token is what the tokenizer adds by itself.
+    return frame if template == "chat" or frame.behind else None
+
+
+def _plain(backend: Any) -> Any:
+    """Without the truncation and padding that were on when it was saved."""
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _around(backend: Any, frame: Frame, ids: Sequence[int]) -> Any:
+    from tokenizers.processors import TemplateProcessing
+
+    pieces = {"frame": frame.before, "new": [*frame.behind, *ids]}
+    special = [
+        {"id": name, "ids": list(piece), "tokens": [backend.id_to_token(token) for token in piece]}
+        for name, piece in pieces.items()
+        if piece
+    ]
+    return TemplateProcessing(single="frame $A new" if frame.before else "$A new", special_tokens=special)
+
+
+def _check_written(backend: Any, appended: str, ids: Sequence[int], formatter: PromptFormatter) -> None:
+    texts = [text.strip() for text in PROBES]
+    for text, prompt in zip(texts, formatter.batch(texts), strict=True):
+        if (found := backend.encode(text + appended).ids) != (expected := [*prompt.token_ids, *ids]):
+            raise TrainingError(
+                f"the tokenizer would read {text!r} as {found} in their package, the encoder as {expected}"
+            )

@@ -1,0 +1,135 @@
+"""Parts of a checkpoint of the authors that hold tensors: projections, adapter, a backbone that must be copied."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.backbone.loading import DType
+from pipeline.core.artifacts import write_json
+from pipeline.core.errors import TrainingError
+from pipeline.encoder.folder.config import EncoderConfig
+from pipeline.export.merged.folder import old_rope_keys
+from pipeline.export.official import format as official
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+
+
+class Skeleton(NamedTuple):
+    """What is known of a backbone without its weights.
+
+    Attributes:
+        config: of transformers.
+        embeddings: name of the input embeddings within the transformer.
+        body: name of the transformer within the language model.
+    """
+
+    config: Any
+    embeddings: str
+    body: str
+
+
+def write_projections(folder: Path, student: "Mapping[str, Tensor]", dtype: DType) -> None:
+    """Write the two linear layers of a student, as tensors by name."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    for file, layer in ((official.RECONSTRUCTION, "reconstruction"), (official.ALIGNMENT, "alignment")):
+        weight, bias = student[f"{layer}.weight"].to(kind), student[f"{layer}.bias"].to(kind)
+        config = {
+            "input_dim": weight.shape[1],
+            "output_dim": weight.shape[0],
+            "dtype": f"torch.{dtype}",
+            "size": 1,
+            "pooling_mode": "linear",
+        }
+        torch.save(
+            {"state_dict": {"projection.weight": weight, "projection.bias": bias}, "config": config}, folder / file
+        )
+
+
+def write_adapter(
+    folder: Path,
+    model: Path,
+    config: EncoderConfig,
+    skeleton: Skeleton,
+    rows: "Tensor",
+    ids: Sequence[int],
+    dtype: DType,
+) -> None:
+    """Write the adapter of the encoder folder `model`: rows `[N, d]` of the new tokens `ids`, and LoRA where it has it.
+
+    Raises:
+        TrainingError: LoRA adapts something beside the transformer.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from pipeline.backbone.lora import WEIGHTS_FILE
+    from pipeline.encoder.folder.read import ADAPTER
+
+    name = f"{official.PREFIX}{skeleton.embeddings}"
+    described: dict[str, Any] = {"base_model_name_or_path": config.backbone["name"], "inference_mode": True}
+    tensors = {}
+    if config.lora is None:
+        name = f"{name}.{official.ROWS}"
+        described |= {
+            "peft_type": "TRAINABLE_TOKENS",
+            "target_modules": [skeleton.embeddings],
+            "token_indices": list(ids),
+            "init_weights": True,
+        }
+    else:
+        name = f"{name}.token_adapter.{official.ROWS}"
+        tensors = _without_body(load_file(model / ADAPTER / WEIGHTS_FILE), skeleton.body)
+        described |= {
+            "peft_type": "LORA",
+            "r": config.lora.rank,
+            "lora_alpha": config.lora.alpha,
+            "lora_dropout": config.lora.dropout,
+            "bias": "none",
+            "target_modules": _targets(config.lora.targets, tensors),
+            "trainable_token_indices": {skeleton.embeddings: list(ids)},
+        }
+    (folder / official.ENCODER).mkdir()
+    write_json(folder / official.ADAPTER_CONFIG, described)
+    tensors |= {name: rows.to(getattr(torch, dtype)).contiguous()}
+    save_file(tensors, folder / official.ADAPTER_WEIGHTS, {"format": "pt"})
+
+
+def _without_body(tensors: "Mapping[str, Tensor]", body: str) -> "dict[str, Tensor]":
+    """Adapters of the whole language model under their names in its transformer.
+
+    Raises:
+        TrainingError: one is not of the transformer.
+    """
+    prefix = f"{official.PREFIX}{body}."
+    outside = [name for name in tensors if not name.startswith(prefix)]
+    if outside:
+        raise TrainingError(f"adapter {outside[0]} is not within the transformer: their package adapts nothing else")
+    return {official.PREFIX + name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _targets(targets: list[str] | str, tensors: "Mapping[str, Tensor]") -> list[str]:
+    if isinstance(targets, list):
+        return targets
+    return sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
+
+
+def write_backbone(folder: Path, local: Path) -> bool:
+    """Copy a local backbone whose config version 4 of transformers would misread; whether there was need."""
+    if not local.is_dir():
+        return False
+    described = json.loads((local / "config.json").read_text(encoding="utf-8"))
+    old = old_rope_keys(described.get("rope_parameters") or {})
+    if all(described.get(key) == value for key, value in old.items()):
+        return False
+    folder.mkdir()
+    write_json(folder / "config.json", described | old)
+    for file in sorted({file for pattern in _WEIGHTS for file in local.glob(pattern)}):
+        shutil.copyfile(file, folder / file.name)
+    return True

@@ -1,0 +1,101 @@
+"""An encoder folder to give away: `python -m pipeline export-st MODEL OUT`.
+
+The trained files as they are, the module file and prompts of this version, and the scores in the model card.
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.core.artifacts import Artifact, check_new, disk_errors, open_artifact, read_manifest
+from pipeline.core.errors import ArtifactError
+from pipeline.encoder.folder.card import CARD_FILE, with_results
+from pipeline.encoder.folder.st_files import write_st_files
+from pipeline.evaluate.comparison import Comparison, compare
+from pipeline.probe.descriptions import LOWER_IS_BETTER
+
+log = logging.getLogger(__name__)
+
+# Other systems are the report's matter: these say what the numbers of the student are worth.
+SHOWN = ("student", "teacher", "untrained", "backbone-mean")
+_KINDS = ("evaluate", "probe")
+
+
+def publish(model: Path, out: Path, results: Path | None = None) -> list[str]:
+    """Write an encoder's folder anew, without this pipeline's manifest.
+
+    Args:
+        model: an encoder folder, as the train stage writes it; its files are verified.
+        out: a new folder.
+        results: the folder of results; evaluations of this very encoder are shown in the card. None: no scores.
+
+    Returns:
+        The evaluations that the card shows.
+
+    Raises:
+        ArtifactError: the encoder is missing or damaged, a record is damaged, or `out` exists.
+        WorkError: the disk is full or not writable.
+    """
+    artifact = open_artifact(model, "encoder")
+    check_new(out)
+    comparisons = list(_comparisons(artifact, results)) if results else []
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.tmp-") as scratch:
+            folder = Path(scratch) / "model"
+            _copy(artifact, folder)
+            card = (folder / CARD_FILE).read_text(encoding="utf-8").replace('"DIR"', json.dumps(out.name))
+            card = with_results(card, [_table(comparison) for comparison in comparisons])
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
+            folder.rename(out)
+    return [comparison.name for comparison in comparisons]
+
+
+def _copy(artifact: Artifact, folder: Path) -> None:
+    for name in artifact.manifest.files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(artifact.path / name, folder / name)
+    config = json.loads((folder / "encoder_config.json").read_text(encoding="utf-8"))
+    write_st_files(folder, lora=config.get("lora") is not None)
+
+
+def _comparisons(encoder: Artifact, results: Path) -> Iterator[Comparison]:
+    """The evaluations in `results` that have a score of this encoder."""
+    for kind in _KINDS:
+        for path in sorted((results / kind).glob("*.json")):
+            if not _is_of(encoder, path.with_suffix("")):
+                log.warning("%s is no evaluation of %s as it is now: not in the card", path, encoder.path)
+                continue
+            try:
+                record = json.loads(path.read_text(encoding="utf-8"))
+                comparison = compare(path.stem, record, LOWER_IS_BETTER.get(path.stem, ()))
+            except ValueError as error:
+                raise ArtifactError(f"{path} is damaged ({error}): run its stage again") from None
+            if "student" in comparison.systems:
+                yield comparison
+
+
+def _is_of(encoder: Artifact, evaluation: Path) -> bool:
+    try:
+        return encoder.digest in read_manifest(evaluation).manifest.inputs.values()
+    except ArtifactError:
+        return False
+
+
+def _table(comparison: Comparison) -> str:
+    """One evaluation as a Markdown table: a row for each score (↓: lower is better), a column for each system."""
+    at = [index for index, system in enumerate(comparison.systems) if system in SHOWN]
+    names = [comparison.systems[index] for index in at]
+    lines = [f"### {comparison.name}", "", f"| | {' | '.join(names)} |", "|---" * (len(at) + 1) + "|"]
+    for row in comparison.rows:
+        scores = [row.cells[index].score for index in at]
+        lower = " ↓" if row.lower_is_better else ""
+        lines.append(f"| {row.metric}{lower} | {' | '.join(_number(score) for score in scores)} |")
+    return "\n".join(lines)
+
+
+def _number(score: float | int | None) -> str:
+    return "" if score is None else f"{score:.4g}"

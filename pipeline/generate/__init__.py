@@ -1,0 +1,1 @@
+"""Stage generate: data/queries -> data/responses."""

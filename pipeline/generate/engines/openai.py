@@ -1,0 +1,249 @@
+"""An endpoint as engine: any server that speaks OpenAI's protocol, on the network or on this machine.
+
+An event loop in a thread of its own sends the requests; prompts are taken and answers given in the caller's thread.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack
+from queue import SimpleQueue
+from typing import Any
+
+from pipeline.backbone.loading import BackboneParams, load_tokenizer
+from pipeline.core.errors import EngineError
+from pipeline.core.schemas import FinishReason
+from pipeline.generate.engines.base import Completion, Prompt, Sampling
+from pipeline.generate.engines.checks import parse_options
+from pipeline.generate.engines.openai_client import (
+    ROW_STATUSES,
+    OpenAIOptions,
+    Pace,
+    is_transient,
+    limiter,
+    make_client,
+    read_secret,
+    reason_of,
+    valid_text,
+    wait_seconds,
+)
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+SPEED_OPTIONS = frozenset(
+    {
+        "api_key_env",
+        "attempts",
+        "base_url",
+        "concurrency",
+        "requests_per_minute",
+        "timeout_seconds",
+        "tokens_per_minute",
+    }
+)
+
+NO_MODEL_LIST_STATUSES = frozenset({404, 405, 501})
+FINISH_REASONS: Mapping[str | None, FinishReason] = {"stop": "stop", "length": "length"}
+
+
+class OpenAIEngine:
+    """Keeps `concurrency` requests in flight and yields each answer as it comes."""
+
+    def __init__(self, backbone: BackboneParams, *, max_model_len: int, options: Mapping[str, Any]) -> None:
+        """Connect, and ask one short question that shows whether the server takes requests of this form.
+
+        Args:
+            backbone: the model that the server is expected to serve; only its tokenizer is used here.
+            max_model_len: positions of a prompt and its answer together.
+            options: see `OpenAIOptions`.
+
+        Raises:
+            EngineError: an option is wrong, a package is missing, or the server is not there, does not serve the
+                model or refuses the request.
+        """
+        self._options = parse_options(options, OpenAIOptions)
+        self._secret = read_secret(self._options.api_key_env)
+        self._client = make_client(self._options, self._secret)
+        self._backbone = backbone
+        self._model = self._options.model or backbone.name
+        self._pace = Pace(
+            limiter(self._options.requests_per_minute, 1), limiter(self._options.tokens_per_minute, max_model_len)
+        )
+        self._most_tokens = max_model_len
+        self._in_flight: set[Future[Completion]] = set()
+        self._failed_in_a_row = 0
+        self._count: Callable[[str], int] | None = None
+        self._prompts_compared = False
+        self._connect()
+
+    def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
+        """See `Engine.generate`; answers come in the order in which they finish."""
+        waiting = iter(prompts)
+        finished: SimpleQueue[Future[Completion]] = SimpleQueue()
+        try:
+            while True:
+                while len(self._in_flight) < self._options.concurrency and (prompt := next(waiting, None)) is not None:
+                    future = self._portal.start_task_soon(self._answer, prompt, sampling)
+                    self._in_flight.add(future)
+                    future.add_done_callback(finished.put)
+                if not self._in_flight:
+                    return
+                future = finished.get()
+                self._in_flight.discard(future)
+                yield future.result()
+        finally:
+            self._cancel()
+
+    def close(self) -> None:
+        """Give up what is in flight and close the connections."""
+        self._cancel()
+        self._resources.close()
+
+    def _cancel(self) -> None:
+        while self._in_flight:
+            self._in_flight.pop().cancel()
+
+    # --- start ------------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        from anyio.from_thread import start_blocking_portal
+
+        with ExitStack() as started:
+            self._portal = started.enter_context(start_blocking_portal())
+            started.callback(self._portal.call, self._client.close)
+            self._portal.call(self._check_model)
+            self._portal.call(self._check_request)
+            self._resources = started.pop_all()
+        log.info("engine openai: '%s' at %s, api %s", self._model, self._options.base_url, self._options.api)
+
+    async def _check_model(self) -> None:
+        import openai
+
+        try:
+            served = [model.id async for model in self._client.models.list()]
+        except openai.APIStatusError as error:
+            if error.status_code not in NO_MODEL_LIST_STATUSES:
+                raise self._broken(error) from None
+            log.info("engine openai: the server lists no models (HTTP %d)", error.status_code)
+            return
+        except openai.APIConnectionError as error:
+            raise self._broken(error) from None
+        except (AttributeError, TypeError, openai.APIError):
+            log.info("engine openai: the server's list of models cannot be read")
+            return
+        if self._model not in served:
+            listed = ", ".join(sorted(served)[:10]) or "nothing"
+            listed += f" and {len(served) - 10} more" if len(served) > 10 else ""
+            raise EngineError(
+                f"generate.options.model: {self._options.base_url} does not serve '{self._model}' (it serves: {listed})"
+            )
+
+    async def _check_request(self) -> None:
+        import openai
+
+        try:
+            response = await self._request(Prompt("check", [1], 0, "Hello"), Sampling(max_new_tokens=1))
+        except (openai.APIError, json.JSONDecodeError) as error:
+            raise self._broken(error) from None
+        if not getattr(response, "choices", None):
+            raise EngineError(
+                f"generate.options.base_url: {self._options.base_url} answers, but not in OpenAI's protocol"
+            )
+
+    # --- one row ----------------------------------------------------------------------------------------------------
+
+    async def _answer(self, prompt: Prompt, sampling: Sampling) -> Completion:
+        import openai
+
+        try:
+            response = await self._with_retries(prompt, sampling)
+        except (openai.APIError, json.JSONDecodeError) as error:
+            return self._failed(prompt, error)
+        self._failed_in_a_row = 0
+        return self._completion(prompt, response)
+
+    async def _with_retries(self, prompt: Prompt, sampling: Sampling) -> Any:
+        from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
+
+        stop = stop_after_attempt(self._options.attempts)
+        retrying = AsyncRetrying(stop=stop, wait=wait_seconds, retry=retry_if_exception(is_transient), reraise=True)
+        return await retrying(self._paced_request, prompt, sampling)
+
+    async def _paced_request(self, prompt: Prompt, sampling: Sampling) -> Any:
+        await self._pace.wait(min(len(prompt.token_ids) + sampling.max_new_tokens, self._most_tokens))
+        return await self._request(prompt, sampling)
+
+    async def _request(self, prompt: Prompt, sampling: Sampling) -> Any:
+        arguments: dict[str, Any] = {
+            "model": self._model,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "extra_body": dict(self._options.extra_body),
+        }
+        if sampling.temperature:
+            arguments["seed"] = prompt.seed
+        if self._options.api == "completions":
+            return await self._client.completions.create(prompt=prompt.token_ids, **arguments)
+        if kwargs := self._backbone.chat_template_kwargs:
+            arguments["extra_body"] = {"chat_template_kwargs": kwargs} | arguments["extra_body"]
+        turn: Any = {"role": "user", "content": prompt.text}
+        return await self._client.chat.completions.create(messages=[turn], **arguments)
+
+    def _completion(self, prompt: Prompt, response: Any) -> Completion:
+        choices = getattr(response, "choices", None)
+        if not choices:
+            return Completion(prompt.id, "", "error", 0, "no answer in the server's response")
+        text = valid_text((choices[0].text if self._options.api == "completions" else choices[0].message.content) or "")
+        reason = FINISH_REASONS.get(choices[0].finish_reason)
+        if reason is None:
+            return Completion(prompt.id, "", "error", 0, f"the server finished it with '{choices[0].finish_reason}'")
+        if response.usage is None:
+            return Completion(prompt.id, text, reason, self._count_tokens(text))
+        self._compare_prompts(len(prompt.token_ids), response.usage.prompt_tokens)
+        return Completion(prompt.id, text, reason, response.usage.completion_tokens)
+
+    def _count_tokens(self, text: str) -> int:
+        if self._count is None:
+            log.info("engine openai: the server reports no usage: tokens are counted with the backbone's tokenizer")
+            tokenizer = load_tokenizer(self._backbone)
+            self._count = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._count(text)
+
+    def _compare_prompts(self, ours: int, theirs: int) -> None:
+        if not self._prompts_compared and ours != theirs:
+            log.warning(
+                "engine openai: the server's prompt has %d tokens, the backbone's own %d: its chat template or model "
+                "differs (generate.options.api: completions sends our tokens)", theirs, ours,
+            )  # fmt: skip
+        self._prompts_compared = True
+
+    # --- failures ---------------------------------------------------------------------------------------------------
+
+    def _failed(self, prompt: Prompt, error: Exception) -> Completion:
+        """The row's own failure.
+
+        Raises:
+            EngineError: it is not the row's own.
+        """
+        if is_transient(error):
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row > 2 * self._options.concurrency:
+                raise self._broken(
+                    error, f"{self._failed_in_a_row} rows failed without an answer between them, "
+                ) from None
+        elif getattr(error, "status_code", None) not in ROW_STATUSES:
+            raise self._broken(error) from None
+        return Completion(prompt.id, "", "error", 0, valid_text(self._secret.cleared(reason_of(error))))
+
+    def _broken(self, error: Exception, what: str = "") -> EngineError:
+        hints = {
+            401: f"the key: environment variable {self._options.api_key_env} (generate.options.api_key_env)",
+            403: f"the key: environment variable {self._options.api_key_env} (generate.options.api_key_env)",
+            404: "generate.options.base_url (with its /v1) and generate.options.model",
+        }
+        hint = hints.get(getattr(error, "status_code", 0), "generate.options.base_url")
+        said = self._secret.cleared(f"{what}{reason_of(error)}")
+        return EngineError(f"the endpoint {self._options.base_url} cannot be used: {said}; see {hint}")

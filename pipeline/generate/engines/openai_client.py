@@ -1,0 +1,190 @@
+"""What talking to an endpoint takes: its options, the key, the pace, which failures to try again, and their names.
+
+The key comes from an environment variable and goes nowhere but into the request: what a server says about a failure
+is cleared of it before it is logged, raised or stored.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from time import time
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator
+
+from pipeline.core.config import Params
+from pipeline.core.errors import EngineError
+from pipeline.generate.engines.checks import describe
+
+if TYPE_CHECKING:
+    from aiolimiter import AsyncLimiter
+    from openai import AsyncOpenAI
+    from tenacity import RetryCallState
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+# The first wait before a retry, and the longest that we choose ourselves.
+FIRST_WAIT_SECONDS = 1.0
+LONGEST_WAIT_SECONDS = 60.0
+# Statuses that speak of one request; all other failures that waiting does not cure concern every row.
+ROW_STATUSES = frozenset({400, 413, 422})
+TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
+
+
+class OpenAIOptions(Params):
+    """`generate.options` of this engine."""
+
+    base_url: str = Field(description="with the version, e.g. http://127.0.0.1:8000/v1")
+    model: str | None = Field(default=None, description="the server's name of the model; null = backbone.name")
+    api: Literal["chat", "completions"] = Field(
+        default="chat", description="chat: the server applies its template; completions: our own token ids"
+    )
+    extra_body: dict[str, Any] = Field(default_factory=dict, description="further fields of every request")
+    concurrency: int = Field(default=64, ge=1, le=1000, description="requests in flight")
+    requests_per_minute: float | None = Field(default=None, gt=0, description="null = no limit")
+    tokens_per_minute: float | None = Field(
+        default=None, gt=0, description="prompt and max_new_tokens; null = no limit"
+    )
+    timeout_seconds: float = Field(default=600.0, gt=0, description="of one attempt")
+    attempts: int = Field(default=6, ge=1, description="for a row, while its failures look temporary")
+    api_key_env: str = Field(default=KEY_VARIABLE, description="environment variable that holds the key")
+
+    @field_validator("base_url")
+    @classmethod
+    def _plain_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be a URL with http:// or https://")
+        if parts.username or parts.password:
+            raise ValueError("must hold no user name or password: put the key into the environment")
+        return url
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A key that does not show itself."""
+
+    _value: str
+
+    def cleared(self, text: str) -> str:
+        """`text` without the key."""
+        return text.replace(self._value, "***") if self._value else text
+
+    def reveal(self) -> str:
+        """The key itself, for the client alone."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(***)"
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Limits of requests and of tokens a minute."""
+
+    requests: "AsyncLimiter | None"
+    tokens: "AsyncLimiter | None"
+
+    async def wait(self, tokens: int) -> None:
+        """Wait until one more request of `tokens` tokens may start."""
+        if self.requests:
+            await self.requests.acquire()
+        if self.tokens:
+            await self.tokens.acquire(tokens)
+
+
+def limiter(per_minute: float | None, largest: int) -> "AsyncLimiter | None":
+    """A limiter of `per_minute` units that spreads them evenly; `largest` units may come at once."""
+    from aiolimiter import AsyncLimiter
+
+    return AsyncLimiter(largest, 60 * largest / per_minute) if per_minute else None
+
+
+def read_secret(variable: str) -> Secret:
+    """The key in the environment; empty for a server that wants none.
+
+    Raises:
+        EngineError: a variable that the user chose is not set.
+    """
+    value = os.environ.get(variable, "").strip()
+    if not value and variable != KEY_VARIABLE:
+        raise EngineError(f"generate.options.api_key_env: environment variable {variable} is not set")
+    return Secret(value)
+
+
+def make_client(options: OpenAIOptions, secret: Secret) -> "AsyncOpenAI":
+    """The client; retries are ours.
+
+    Raises:
+        EngineError: a package is missing.
+    """
+    try:
+        import aiolimiter  # noqa: F401
+        import tenacity  # noqa: F401
+        from openai import AsyncOpenAI
+    except ImportError as error:
+        raise EngineError(
+            f"generate.engine: openai needs a package ({describe(error)}): it comes with `pip install -e .`"
+        ) from None
+    return AsyncOpenAI(
+        base_url=options.base_url,
+        api_key=secret.reveal() or "none",
+        timeout=options.timeout_seconds,
+        max_retries=0,
+    )
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later."""
+    import openai
+
+    if isinstance(error, json.JSONDecodeError):  # a reply that was cut on its way, which the client passes on as it is
+        return True
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code in TRANSIENT_STATUSES or error.status_code >= 500
+    return isinstance(error, openai.APIConnectionError)
+
+
+def wait_seconds(state: "RetryCallState") -> float:
+    """What the server asks for; else twice as long each time, with jitter so that rows do not come back together."""
+    from tenacity import wait_exponential, wait_random
+
+    asked = retry_after(state.outcome.exception() if state.outcome else None)
+    if asked is not None:
+        return asked
+    doubling = wait_exponential(multiplier=FIRST_WAIT_SECONDS, max=LONGEST_WAIT_SECONDS)
+    return float((doubling + wait_random(0, FIRST_WAIT_SECONDS))(state))
+
+
+def retry_after(error: BaseException | None) -> float | None:
+    """Seconds that the server's `Retry-After` names, as a number or as a date."""
+    header = getattr(getattr(error, "response", None), "headers", {}).get("retry-after")
+    if header is None:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time())
+    except ValueError:
+        return None
+
+
+def valid_text(text: str) -> str:
+    """Text that UTF-8 can hold: halves of surrogate pairs, left by servers that cut within an emoji, become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def reason_of(error: Exception) -> str:
+    """A failure as `kind: what the server said`."""
+    import openai
+
+    if not isinstance(error, openai.APIStatusError):
+        cause = f" ({describe(error.__cause__)})" if error.__cause__ else ""
+        return f"{describe(error)}{cause}"
+    code = f" {error.code}" if isinstance(error.code, str) and error.code else ""
+    body = error.body.get("message") if isinstance(error.body, dict) else None
+    lines = str(body or error.message).strip().splitlines() or [""]
+    return f"HTTP {error.status_code}{code}: {lines[0][:500]}"

@@ -1,0 +1,309 @@
+"""Let the backbone answer every query, row by row into a resumable store.
+
+Only finished answers enter the store. A row that failed is kept apart in memory, recorded with its reason in the
+artifact, and tried again by the next run; so an id never has two rows.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator as GeneratorOf
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from time import monotonic
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.backbone.loading import BackboneParams, load_tokenizer
+from pipeline.backbone.prompting import PromptFormatter
+from pipeline.core.artifacts import PART_BYTES, write_json
+from pipeline.core.errors import EngineError
+from pipeline.core.row_store import ShardStore
+from pipeline.core.run import gpu_memory_mib, progress
+from pipeline.generate.engines import build_engine, engine_facts
+from pipeline.generate.engines.base import Completion, Engine, Prompt, Sampling
+from pipeline.generate.outcomes import DROPPED, STORE, failures
+from pipeline.generate.params import GenerateParams
+from pipeline.generate.response_text import strip_thinking
+
+log = logging.getLogger(__name__)
+BYTES_PER_TOKEN = 8
+BYTES_PER_ROW = 256
+# So many failures in one pass, if they exceed the limit too, are no bad luck: the hours left are not worth spending.
+HOPELESS = 1000
+
+
+@dataclass
+class GenerationFacts:
+    """What a run did; volatile, so it goes to results/."""
+
+    rows: int = 0
+    reused_rows: int = 0
+    computed_rows: int = 0
+    dropped_rows: int = 0
+    retried_rows: int = 0
+    startup_seconds: float = 0.0
+    generate_seconds: float = 0.0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+    gpu_memory_mib: dict[str, int] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """All facts, with the tokens per second that follow."""
+        seconds = self.generate_seconds or float("inf")
+        return {
+            **vars(self),
+            "startup_seconds": round(self.startup_seconds, 2),
+            "generate_seconds": round(self.generate_seconds, 2),
+            "response_tokens_per_second": round(self.response_tokens / seconds, 1),
+            "total_tokens_per_second": round((self.prompt_tokens + self.response_tokens) / seconds, 1),
+        }
+
+
+class _Asked(NamedTuple):
+    prompt: Prompt
+    truncated: bool
+
+
+@dataclass
+class Generator:
+    """The work of one run.
+
+    Attributes:
+        store: holds the finished rows (schema `outcomes.STORE`).
+        load_engine: starts the engine; not called when nothing is left to do.
+        formatter: turns a text into prompt tokens.
+        sampling: decoding params.
+        seed: of all rows.
+        max_failed_fraction: share of failed rows (0 to 1) above which the run fails.
+        drop_too_long: a query that the formatter must cut is recorded as dropped, not asked.
+        strip_thinking: leave `<think>` blocks out of the answers.
+    """
+
+    store: ShardStore
+    load_engine: Callable[[], Engine]
+    formatter: PromptFormatter
+    sampling: Sampling
+    seed: int
+    max_failed_fraction: float
+    drop_too_long: bool = False
+    strip_thinking: bool = True
+    facts: GenerationFacts = field(default_factory=GenerationFacts)
+    failed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _retries: dict[str, _Asked] = field(default_factory=dict)
+
+    def run(self, ids: pa.Array, batches: Iterable[pa.Table]) -> None:
+        """Answer the queries that the store lacks; those that fail are tried twice.
+
+        Args:
+            ids: of all queries.
+            batches: the queries (columns `id`, `text`); within a batch the longest prompts go first.
+
+        Raises:
+            EngineError: the engine broke, or too many rows failed; finished rows are kept.
+        """
+        self.facts.rows = len(ids)
+        self.facts.reused_rows = sum(row_id in self.store for row_id in ids.to_pylist())
+        if self.facts.reused_rows:
+            log.info("generate: %d of %d rows are done already", self.facts.reused_rows, len(ids))
+        todo = self._todo(batches)
+        if first := next(todo, None):
+            self._answer(chain([first], todo))
+        self.store.flush()
+        self._check_answered(ids)
+        self._check_failed()
+
+    def tables(self, ids: pa.Array, rows_per_table: int) -> Iterator[pa.Table]:
+        """Rows of the sorted `ids` in schema `outcomes.STORE`, in tables of `rows_per_table` rows."""
+        for start in range(0, len(ids), rows_per_table):
+            part = ids[start : start + rows_per_table]
+            failed = pa.Table.from_pylist([self.failed[i] for i in part.to_pylist() if i in self.failed], schema=STORE)
+            done = part.filter(pc.invert(pc.is_in(part, failed["id"].combine_chunks())))
+            yield pa.concat_tables([self.store.take(done), failed]).sort_by("id")
+
+    def _todo(self, batches: Iterable[pa.Table]) -> Iterator[_Asked]:
+        for batch in batches:
+            rows = zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True)
+            missing = [(row_id, text) for row_id, text in rows if row_id not in self.store]
+            asked = []
+            for (row_id, _), prompt in zip(missing, self.formatter.batch([text for _, text in missing]), strict=True):
+                one = Prompt(row_id, prompt.token_ids, row_seed(self.seed, row_id), prompt.text)
+                if prompt.truncated and self.drop_too_long:
+                    self.store.add(_row(_Asked(one, True), "", "error", f"{DROPPED}: longer than max_prompt_tokens"))
+                    self.facts.dropped_rows += 1
+                else:
+                    asked.append(_Asked(one, prompt.truncated))
+            # The longest first: what needs most memory fails at once, and no long row is left alone at the end.
+            yield from sorted(asked, key=lambda each: -len(each.prompt.token_ids))
+
+    def _answer(self, todo: Iterator[_Asked]) -> None:
+        started = monotonic()
+        with closing(self.load_engine()) as engine:
+            self.facts.startup_seconds = monotonic() - started
+            log.info("generate: the engine started in %.1f s", self.facts.startup_seconds)
+            started = monotonic()
+            try:
+                self._pass(engine, todo, initial=self.facts.reused_rows)
+                if self.failed:
+                    log.warning("generate: %d rows failed (%s): once more", len(self.failed), self._reasons())
+                    self.facts.retried_rows = len(self.failed)
+                    again, self.failed, self._retries = sorted(self._retries.items()), {}, {}
+                    self._pass(engine, (each for _, each in again), initial=self.facts.rows - len(again))
+            finally:
+                self.facts.generate_seconds = monotonic() - started
+                self.facts.gpu_memory_mib = gpu_memory_mib()
+
+    def _pass(self, engine: Engine, todo: Iterable[_Asked], initial: int) -> None:
+        in_flight: dict[str, _Asked] = {}
+        started, tokens = monotonic(), 0
+        with closing(self._completions(engine, todo, in_flight)) as completions:
+            bar = progress(completions, total=self.facts.rows, desc="generate", initial=initial)
+            for completion in bar:
+                self._record(completion, in_flight.pop(completion.id))
+                tokens += completion.response_tokens
+                bar.total = self.facts.rows - self.facts.dropped_rows
+                failed = f", {len(self.failed)} failed" if self.failed else ""
+                rate = tokens / max(monotonic() - started, 1e-9)
+                bar.set_postfix_str(f"{rate:.0f} tokens/s{failed}", refresh=False)
+
+    def _completions(
+        self, engine: Engine, todo: Iterable[_Asked], in_flight: dict[str, _Asked]
+    ) -> GeneratorOf[Completion, None, None]:
+        def prompts() -> Iterator[Prompt]:
+            for each in todo:
+                in_flight[each.prompt.id] = each
+                yield each.prompt
+
+        yield from engine.generate(prompts(), self.sampling)
+
+    def _record(self, completion: Completion, asked: _Asked) -> None:
+        if completion.finish_reason == "error":
+            self.failed[completion.id] = _row(asked, "", "error", completion.error or "no reason given")
+            self._retries[completion.id] = asked
+            if len(self.failed) >= HOPELESS and self._too_many_failed():
+                self._check_failed()
+            return
+        text = completion.text
+        if self.strip_thinking:
+            text = strip_thinking(text, opened=self._opens_thinking, cut=completion.finish_reason == "length")
+        row = _row(asked, text, completion.finish_reason)
+        row |= {"response_tokens": completion.response_tokens, "thinking": text != completion.text}
+        self.store.add(row)
+        self.facts.computed_rows += 1
+        self.facts.prompt_tokens += len(asked.prompt.token_ids)
+        self.facts.response_tokens += completion.response_tokens
+
+    @cached_property
+    def _opens_thinking(self) -> bool:
+        return self.formatter.opens_thinking
+
+    def _check_answered(self, ids: pa.Array) -> None:
+        missing = [row_id for row_id in ids.to_pylist() if row_id not in self.store and row_id not in self.failed]
+        if missing:
+            raise EngineError(f"the engine gave no answer for {len(missing)} prompts, e.g. {missing[0]}")
+
+    def _too_many_failed(self) -> bool:
+        return len(self.failed) > self.max_failed_fraction * self.facts.rows
+
+    def _check_failed(self) -> None:
+        listing = self.store.path / "failed.json"
+        if not self.failed:
+            listing.unlink(missing_ok=True)
+            return
+        reasons = {row_id: row["error"] for row_id, row in sorted(self.failed.items())}
+        write_json(listing, reasons)
+        limit, rows = self.max_failed_fraction, self.facts.rows
+        what = f"{len(self.failed)} of {rows} rows failed ({self._reasons()}), e.g. id {min(self.failed)}"
+        if self._too_many_failed():
+            raise EngineError(
+                f"generate: {what}; generate.max_failed_fraction is {limit}. Finished rows are kept; {listing} lists "
+                "the failed ones"
+            )
+        log.warning("generate: %s; within generate.max_failed_fraction %s", what, limit)
+
+    def _reasons(self) -> str:
+        return ", ".join(f"{count} x {reason}" for reason, count in failures(self.failed.values()).most_common(5))
+
+
+def _row(asked: _Asked, response: str, finish_reason: str, error: str | None = None) -> dict[str, Any]:
+    return {
+        "id": asked.prompt.id,
+        "response": response,
+        "finish_reason": finish_reason,
+        "prompt_tokens": len(asked.prompt.token_ids),
+        "response_tokens": 0,
+        "error": error,
+        "truncated": asked.truncated,
+        "thinking": False,
+    }
+
+
+def row_seed(seed: int, row_id: str) -> int:
+    """The sampling seed of one row, below 2**63: the same in every batch and every run."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{row_id}".encode()).digest()[:8]) >> 1
+
+
+def rows_per_part(max_new_tokens: int) -> int:
+    """Rows that keep a part of the responses below `PART_BYTES`."""
+    return max(1, PART_BYTES // (BYTES_PER_ROW + BYTES_PER_TOKEN * max_new_tokens))
+
+
+# The sections `backbone` and `generate` as work: the engine that they name, and a Generator around it.
+#
+# Shared by the stage generate and by evaluations that ask the backbone.
+
+
+def answer_content(backbone: BackboneParams, params: GenerateParams) -> dict[str, Any]:
+    """What decides an answer besides the backbone's weights and the prompt; serialises to JSON."""
+    return {
+        "generate": params.content(engine_facts(params.engine)),
+        "chat_template_kwargs": backbone.chat_template_kwargs,
+    }
+
+
+def load_engine(backbone: BackboneParams, params: GenerateParams) -> Engine:
+    """The engine of the params.
+
+    Raises:
+        EngineError: it cannot start.
+    """
+    return build_engine(
+        params.engine,
+        backbone,
+        dtype=params.dtype,
+        max_prompt_tokens=params.max_prompt_tokens,
+        max_new_tokens=params.max_new_tokens,
+        options=params.options,
+        tensor_parallel=params.tensor_parallel,
+        data_parallel=params.data_parallel,
+        batch_invariant=params.batch_invariant,
+    )
+
+
+def make_generator(backbone: BackboneParams, params: GenerateParams, store: ShardStore) -> Generator:
+    """The work of the params, its engine not loaded yet.
+
+    Raises:
+        BackboneError: the tokenizer cannot be used.
+    """
+    formatter = PromptFormatter(
+        load_tokenizer(backbone),
+        "chat",
+        params.max_prompt_tokens,
+        backbone.chat_template_kwargs,
+        keep="end" if params.too_long == "keep_end" else "start",
+    )
+    return Generator(
+        store=store,
+        load_engine=lambda: load_engine(backbone, params),
+        formatter=formatter,
+        sampling=params.sampling,
+        seed=params.seed,
+        max_failed_fraction=params.max_failed_fraction,
+        drop_too_long=params.too_long == "drop",
+        strip_thinking=params.strip_thinking,
+    )

@@ -1,0 +1,68 @@
+"""What became of the rows that the backbone was asked: counted as the responses are written."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.core.run import Histogram
+from pipeline.core.schemas import FINISH_REASONS, RESPONSES
+from pipeline.generate.response_text import ends_in_loop
+
+# Counted in the manifest, so a resumed run must know these of the rows that it finds done.
+STORE = RESPONSES.append(pa.field("truncated", pa.bool_(), nullable=False)).append(
+    pa.field("thinking", pa.bool_(), nullable=False)  # a block of it was stripped
+)
+DROPPED = "dropped"  # the kind of error of a row that params.yaml leaves out
+
+
+def failures(rows: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    """How many rows failed for each kind of reason (what comes before its first colon)."""
+    return Counter(str(row["error"]).split(":")[0] for row in rows)
+
+
+class ResponseCounts:
+    """Rows by finish reason and by what is unusual about them; tokens of prompts and answers."""
+
+    def __init__(self) -> None:
+        self._reasons: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self._unusual: Counter[str] = Counter()
+        self._prompt_tokens, self._response_tokens = Histogram(), Histogram()
+
+    def through(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """The tables (schema `STORE`) as `contracts.RESPONSES`, counted."""
+        for table in tables:
+            self._count(table)
+            yield table.select(RESPONSES.names)
+
+    def summary(self) -> dict[str, Any]:
+        """The counts so far."""
+        unusual = ("empty_responses", "truncated_prompts", "stripped_thinking", "repetition_loops")
+        return {
+            "finish_reason": {reason: self._reasons[reason] for reason in FINISH_REASONS},
+            **{name: self._unusual[name] for name in unusual},
+            "errors": dict(self._errors),
+        }
+
+    def histograms(self) -> dict[str, dict[str, int]]:
+        """Rows by tokens: of the prompts that were sent, and of the answers that came."""
+        return {
+            "prompt_tokens": self._prompt_tokens.summary(),
+            "response_tokens": self._response_tokens.summary(),
+        }
+
+    def _count(self, table: pa.Table) -> None:
+        self._reasons.update(table.column("finish_reason").to_pylist())
+        failed = pc.equal(table.column("finish_reason"), "error")
+        self._errors.update(failures(table.filter(failed).select(["error"]).to_pylist()))
+        answered = table.filter(pc.invert(failed))
+        answers = answered.column("response").to_pylist()
+        self._unusual["empty_responses"] += sum(not answer.strip() for answer in answers)
+        self._unusual["repetition_loops"] += sum(map(ends_in_loop, answers))
+        self._unusual["truncated_prompts"] += pc.sum(answered.column("truncated")).as_py() or 0
+        self._unusual["stripped_thinking"] += pc.sum(answered.column("thinking")).as_py() or 0
+        self._prompt_tokens.add(answered.column("prompt_tokens").to_pylist())
+        self._response_tokens.add(answered.column("response_tokens").to_pylist())

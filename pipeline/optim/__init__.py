@@ -1,0 +1,1 @@
+"""What training of any kind shares: batches, checkpoints, schedules, gradients, memory."""

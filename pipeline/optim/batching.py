@@ -1,0 +1,132 @@
+"""Which rows go through the backbone together: optimiser steps, and the forward passes that a step is made of."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def epoch_order(rows: int, epoch: int, seed: int) -> np.ndarray:
+    """A permutation of the rows that depends on seed and epoch alone."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def steps(
+    lengths: np.ndarray, batch_size: int, epochs: int, *, most: int | None, seed: int, grouping: int = 1
+) -> Iterator[list[int]]:
+    """Row indices of each optimiser step; one batch of an epoch may be smaller.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of a step.
+        epochs: times that every row is seen.
+        most: steps after which to stop.
+        seed: of the order; the same seed gives the same steps.
+        grouping: the rows of this many random batches are sorted by length before they are cut into batches, whose
+            order is then shuffled over the epoch: rows of like length meet, lengths come in random order. 1: none.
+    """
+    taken = 0
+    for epoch in range(epochs):
+        for batch in _epoch(lengths, batch_size, epoch, seed, grouping):
+            if taken == most:
+                return
+            yield batch
+            taken += 1
+
+
+def _epoch(lengths: np.ndarray, batch_size: int, epoch: int, seed: int, grouping: int) -> list[list[int]]:
+    order = epoch_order(len(lengths), epoch, seed)
+    if grouping == 1:
+        return _cut(order, batch_size)
+    groups = _cut(order, batch_size * grouping)
+    batches = [
+        batch for group in groups for batch in _cut(sorted(group, key=lambda row: (lengths[row], row)), batch_size)
+    ]
+    return [batches[at] for at in epoch_order(len(batches), epoch, seed)]
+
+
+def _cut(rows: Sequence[int] | np.ndarray, size: int) -> list[list[int]]:
+    return [list(map(int, rows[start : start + size])) for start in range(0, len(rows), size)]
+
+
+def deal(rows: Sequence[int], lengths: np.ndarray, processes: int) -> list[list[int]]:
+    """The rows of a step, shared out over processes so that each gets about as many tokens; longest rows first."""
+    ordered = sorted(rows, key=lambda row: (-lengths[row], row))
+    return [ordered[first::processes] for first in range(processes)]
+
+
+def micro_batches(
+    rows: Sequence[int], lengths: np.ndarray, *, most_rows: int, most_tokens: int | None, padded: bool
+) -> list[list[int]]:
+    """Rows cut, in their order, into forward passes.
+
+    Args:
+        rows: as `deal` gives them, longest first.
+        lengths: tokens of each row of the corpus.
+        most_rows: rows of a pass, where there is no token budget.
+        most_tokens: tokens of a pass. A row that is longer by itself makes a pass of its own.
+        padded: every row of a pass takes the tokens of the longest.
+    """
+    if most_tokens is None:
+        return _cut(rows, most_rows)
+    batches: list[list[int]] = []
+    tokens = most_tokens + 1
+    for row in rows:
+        cost = int(lengths[batches[-1][0] if padded and batches else row])
+        if tokens + cost > most_tokens:
+            batches.append([])
+            tokens, cost = 0, int(lengths[row])
+        batches[-1].append(row)
+        tokens += cost
+    return batches
+
+
+# Which rows a step takes: a function of the seed and the step, so that a resumed run takes the same ones.
+
+
+class Batches:
+    """Endless batches of a fixed size; what does not fill one at the end of an epoch is left to other epochs."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int, grouping: int = 1) -> None:
+        """Set the rules.
+
+        Args:
+            lengths: tokens of each row, at least `batch_size` of them.
+            batch_size: rows of a batch.
+            seed: of the order.
+            grouping: the rows of this many random batches are sorted by length before they are cut, and the batches
+                shuffled: next to no padding, and every row as often as any other. 1: batches are random.
+        """
+        self._lengths, self._size, self._seed, self._grouping = lengths, batch_size, seed, grouping
+        self._per_epoch = len(lengths) // batch_size
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def at(self, step: int) -> list[int]:
+        """Rows of a step (from 0), the longest first."""
+        epoch, index = divmod(step, self._per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, self._batches(epoch)
+        return sorted(self._epoch[1][index], key=lambda row: (-self._lengths[row], row))
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        order = epoch_order(len(self._lengths), epoch, self._seed)[: self._per_epoch * self._size]
+        if self._grouping == 1:
+            return self._cut(order, self._size)
+        windows = self._cut(order, self._size * self._grouping)
+        batches = [batch for window in windows for batch in self._cut(self._sorted(window), self._size)]
+        return [batches[at] for at in epoch_order(len(batches), epoch, self._seed)]
+
+    def _sorted(self, rows: Sequence[int]) -> list[int]:
+        return sorted(rows, key=lambda row: (self._lengths[row], row))
+
+    @staticmethod
+    def _cut(rows: "Sequence[int] | np.ndarray[Any, Any]", size: int) -> list[list[int]]:
+        return [list(map(int, rows[start : start + size])) for start in range(0, len(rows), size)]
+
+
+def parts(rows: Sequence[int], size: int) -> list[list[int]]:
+    """Rows cut, in their order, into forward passes of at most `size`."""
+    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]

@@ -1,0 +1,53 @@
+"""Floating-point operations that a training step asks for, whatever way it is computed.
+
+A multiplication and its addition count as two. The frozen weights need no gradient, so backward costs once what forward
+costs in linear maps, not twice; the prefix of a query runs forward only. Attention is counted as full rectangles, as is
+usual, though half of each is masked. Padding, recomputation, and the softmax, norms and rotations (next to nothing) are
+not counted: what a slower way of computing the same adds lowers the utilisation.
+"""
+
+from collections.abc import Iterable
+
+from pipeline.backbone.sizes import Shape
+
+
+def step_flops(
+    shape: Shape,
+    lengths: Iterable[tuple[int, int]],
+    *,
+    compression_tokens: int,
+    thought_tokens: int = 0,
+    width: int | None = None,
+    adapter_parameters: int = 0,
+) -> int:
+    """Operations of forward and backward for some rows.
+
+    Args:
+        shape: of the backbone.
+        lengths: query tokens and response tokens of each row.
+        compression_tokens: also the soft prompts of a row.
+        thought_tokens: further new tokens.
+        width: of the embedding; None: the backbone's hidden size.
+        adapter_parameters: of LoRA on the query pass; the prefix then needs gradients too.
+    """
+    new = compression_tokens + thought_tokens
+    linear = 2 * shape.layers * shape.layer_parameters()
+    attention = 4 * shape.layers * shape.queries
+    # Of a token: forward, and backward to its inputs.
+    once, both = linear, 2 * linear
+    query = both + 6 * adapter_parameters if adapter_parameters else once
+    projections = 6 * shape.hidden * (shape.hidden + (width or shape.hidden))
+    total = 0
+    for prefix, response in lengths:
+        row = compression_tokens + response
+        total += prefix * query + new * (both + 6 * adapter_parameters) + row * both
+        total += attention * (3 * row * row + _query_rectangles(prefix, new, frozen=not adapter_parameters))
+        total += response * 4 * shape.hidden * shape.vocabulary + compression_tokens * projections
+    return total
+
+
+def _query_rectangles(prefix: int, new: int, *, frozen: bool) -> int:
+    """Pairs of tokens that attention looks at in a query pass, those with gradients three times."""
+    if frozen:
+        return prefix * prefix + 3 * new * (prefix + new)
+    return 3 * (prefix + new) ** 2

@@ -1,0 +1,358 @@
+"""Peak memory of a training step, on paper: from the backbone's sizes and the tokens of one forward pass.
+
+b bytes a number, d hidden, m feed-forward, q and k the widths of a token's queries and keys, h heads, L layers, V
+vocabulary. What autograd keeps of a token in a layer whose weights are frozen:
+
+    each norm            4 d + 4        its input in float32, whatever the dtype, and the root mean square
+    norms of the heads   4 (q + k + h + h_kv)   where the architecture has them (Qwen3, Gemma 3)
+    attention            b (2 q + 2 k) + 4 h    queries, keys, values, output, and the log of the normaliser
+                         b (q + 2 k)    where it is computed again, sequence by sequence: neither output nor normaliser
+    feed-forward         3 b m          gate, its activation, and the other branch
+    frozen linear maps   nothing        the gradient of their input needs their weight only; sums keep nothing either
+                         b (2 d + q + m)    as 8-bit maps of bitsandbytes, which keep their inputs all the same
+    adapters (LoRA)      4 (i + r)      each: its input of width i in float32, and what it makes of it
+
+A frozen prefix keeps 2 b k a token and layer (twice while the query pass runs: the cache, and what attention keeps).
+With padding, keys and values are repeated to the width of the queries, and each layer keeps its own mask. Checkpointed
+responses keep b d a token and layer, and one layer at a time in full. The fused cross-entropy holds 8 V bytes a
+position of a chunk, the plain one 12 V for all positions. What is trained costs 16 bytes a number: itself, its gradient
+and AdamW's two moments, all float32.
+
+The kept bytes are those that torch reports (tests/training/test_memory.py); what the CUDA context, the kernels'
+workspaces and the allocator's fragments take comes on top: `OVERHEAD`.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from pipeline.backbone.loading import DTYPE_BYTES, DType, Quantize
+from pipeline.backbone.lora import LoraParams
+from pipeline.backbone.sizes import Shape
+
+# CUDA context, cuBLAS and attention workspaces, and fragments that the allocator cannot use.
+OVERHEAD = 1_500_000_000
+FLOAT32 = 4
+# A trained number: itself, its gradient, AdamW's first and second moment.
+TRAINED = 4 * FLOAT32
+FUSED_LOGIT, PLAIN_LOGIT = 8, 12
+# Bytes of a quantised weight; of 4-bit ones, with the scale of 64 of them, and the scale of 256 of those.
+QUANTIZED: dict[Quantize, float] = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}
+# Of the logits of a chunk in float32, where the chunk is chosen by the vocabulary (on a GPU).
+CHUNK_BYTES = 256 * 2**20
+# The linear maps of a layer, and what each reads.
+_INPUTS = {
+    "q_proj": "attention",
+    "k_proj": "attention",
+    "v_proj": "attention",
+    "o_proj": "output",
+    "gate_proj": "feed-forward",
+    "up_proj": "feed-forward",
+    "down_proj": "product",
+}
+ALL_LINEAR = tuple(_INPUTS)
+
+
+@dataclass(frozen=True)
+class PassTokens:
+    """Tokens of one forward pass, summed over its rows; the new tokens and the soft prompts not counted."""
+
+    rows: int
+    query: int
+    response: int
+
+    @classmethod
+    def full(cls, rows: int, max_query: int, max_response: int) -> "PassTokens":
+        """Rows of full length."""
+        return cls(rows, rows * max_query, rows * max_response)
+
+    @classmethod
+    def worst(cls, budget: int, most_rows: int, max_query: int, max_response: int, extra: int) -> "PassTokens":
+        """The costliest pass of a token budget: responses as long as they may be, next to no query.
+
+        Args:
+            budget: tokens of queries, responses and `extra` of each row. A longer row makes a pass of its own.
+            most_rows: of a pass.
+            max_query: of a row.
+            max_response: of a row.
+            extra: tokens that every row adds: the new ones and the soft prompts.
+        """
+        rows = min(most_rows, budget // (1 + max_response + extra))
+        if rows < 2:
+            return cls(1, max_query, max_response)
+        return cls(rows, min(rows * max_query, budget - rows * (max_response + extra)), rows * max_response)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters on the linear maps of each layer that `targets` names."""
+
+    rank: int
+    targets: tuple[str, ...] = ALL_LINEAR
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step runs.
+
+    Attributes:
+        dtype: of the frozen backbone.
+        compression_tokens: n, also the soft prompts of a row.
+        thought_tokens: further new tokens.
+        width: of the embedding; None: the backbone's hidden size, as a teacher made of the backbone has it.
+        packed: no padding.
+        frozen_prefix: the query runs without autograd; never with `lora`.
+        fused_cross_entropy: logits for `chunk` positions at a time.
+        checkpoint_responses: recompute the response pass, layer by layer.
+        recompute_attention: packed attention keeps neither its output nor copies of the prefix.
+        chunk: positions whose logits exist at a time; None: chosen by the vocabulary.
+        quantize: of the frozen linear maps.
+        lora: adapters of the query pass.
+        shards: processes that share the backbone's layers.
+    """
+
+    dtype: DType = "bfloat16"
+    compression_tokens: int = 10
+    thought_tokens: int = 0
+    width: int | None = None
+    packed: bool = True
+    frozen_prefix: bool = True
+    fused_cross_entropy: bool = True
+    checkpoint_responses: bool = False
+    recompute_attention: bool = False
+    chunk: int | None = None
+    quantize: Quantize | None = None
+    lora: Lora | None = None
+    shards: int = 1
+
+    @property
+    def number(self) -> int:
+        """b, bytes of an activation."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def new_tokens(self) -> int:
+        """Thought and compression tokens."""
+        return self.thought_tokens + self.compression_tokens
+
+    @property
+    def extra_tokens(self) -> int:
+        """What a row adds to its query and response: the new tokens and the soft prompts."""
+        return self.new_tokens + self.compression_tokens
+
+    @property
+    def prefix_is_frozen(self) -> bool:
+        """Whether the query runs without autograd."""
+        return self.frozen_prefix and self.lora is None
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes on one device at the moment of a step that takes most.
+
+    Attributes:
+        weights: of the frozen backbone.
+        optimizer: trained tensors, their gradients and AdamW's moments.
+        prefix: keys and values of the queries.
+        activations: kept by autograd.
+        logits: of the cross-entropy.
+        workspace: what lives for one layer only.
+    """
+
+    weights: int
+    optimizer: int
+    prefix: int = 0
+    activations: int = 0
+    logits: int = 0
+    workspace: int = 0
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts."""
+        return sum(asdict(self).values())
+
+
+def step_memory(shape: Shape, tokens: PassTokens, settings: StepSettings) -> StepMemory:
+    """The most that a step holds at once on one device, without `OVERHEAD`.
+
+    Args:
+        shape: of the backbone.
+        tokens: of one forward pass.
+        settings: how it runs.
+    """
+    return max(moments(shape, tokens, settings), key=lambda memory: memory.total)
+
+
+def moments(shape: Shape, tokens: PassTokens, settings: StepSettings) -> list[StepMemory]:
+    """Where a step may hold most: in the prefix, after the query pass, at the logits, at the start of backward."""
+    base = StepMemory(weight_bytes(shape, settings), TRAINED * trained_parameters(shape, settings))
+    kept = replace(
+        base,
+        prefix=prefix_bytes(shape, tokens, settings),
+        activations=query_bytes(shape, tokens, settings) + response_bytes(shape, tokens, settings),
+    )
+    cache = tokens.query * kv_bytes(shape, settings.dtype) if settings.prefix_is_frozen else 0
+    row = _response_row(tokens, settings)
+    backward = _live_bytes(shape, row, settings)
+    if settings.checkpoint_responses:
+        backward += row * layer_bytes(shape, settings)
+    return [
+        replace(base, prefix=cache, workspace=_live_bytes(shape, tokens.query, settings)),
+        replace(
+            base,
+            prefix=kept.prefix + (0 if settings.recompute_attention else cache),
+            activations=query_bytes(shape, tokens, settings),
+        ),
+        replace(kept, logits=logit_bytes(shape, tokens, settings)),
+        replace(kept, workspace=backward),
+    ]
+
+
+def largest(cost: Callable[[int], StepMemory], limit: int, end: int) -> int | None:
+    """The largest number up to `end` whose cost fits into `limit` bytes with `OVERHEAD`; None: not even 1 does.
+
+    Args:
+        cost: of a number of rows, or of tokens; grows with it.
+        limit: of the device.
+        end: the largest number to try.
+    """
+    return bisect_right(range(1, end + 1), limit, key=lambda number: cost(number).total + OVERHEAD) or None
+
+
+def weight_bytes(shape: Shape, settings: StepSettings) -> int:
+    """Bytes of the frozen backbone on one device; embeddings and output head are never quantised."""
+    each = QUANTIZED[settings.quantize] if settings.quantize else settings.number
+    layer, embeddings = shape.layer_parameters() * each, shape.embedding_parameters() * settings.number
+    if settings.shards == 1:
+        return round(shape.layers * layer + embeddings)
+    # Embeddings and head are whole everywhere; the layer in use is gathered, and the next one on its way.
+    return round(shape.layers * layer / settings.shards + embeddings + 2 * layer)
+
+
+def trained_parameters(shape: Shape, settings: StepSettings) -> int:
+    """New tokens, reconstruction d -> d and alignment d -> width with their biases, and adapters."""
+    projections = (shape.hidden + 1) * (shape.hidden + (settings.width or shape.hidden))
+    return settings.new_tokens * shape.hidden + projections + adapter_parameters(shape, settings)
+
+
+def adapter_parameters(shape: Shape, settings: StepSettings) -> int:
+    if settings.lora is None:
+        return 0
+    widths = _linear_widths(shape)
+    return shape.layers * settings.lora.rank * sum(sum(widths[name]) for name in settings.lora.targets)
+
+
+def kv_bytes(shape: Shape, dtype: DType) -> int:
+    """Bytes of keys and values of one token in all layers."""
+    return 2 * shape.layers * shape.keys * DTYPE_BYTES[dtype]
+
+
+def layer_bytes(shape: Shape, settings: StepSettings) -> int:
+    """Bytes that autograd keeps of one token in one layer."""
+    norms = shape.norms * FLOAT32 * (shape.hidden + 1)
+    if shape.head_norms:
+        norms += FLOAT32 * (shape.queries + shape.keys + shape.heads + shape.kv_heads)
+    attention = settings.number * (shape.queries + 2 * _key_width(shape, settings))
+    if not settings.recompute_attention:
+        attention += settings.number * shape.queries + FLOAT32 * shape.heads
+    inputs = 2 * shape.hidden + shape.queries + shape.intermediate if settings.quantize == "8bit" else 0
+    return norms + attention + settings.number * (3 * shape.intermediate + inputs)
+
+
+def adapter_bytes(shape: Shape, settings: StepSettings) -> int:
+    """Bytes that autograd keeps of one token in one layer for the adapters, which compute in float32."""
+    if settings.lora is None:
+        return 0
+    targets, widths = settings.lora.targets, _linear_widths(shape)
+    # Conversion makes a copy for each map; without it, maps of one input share it.
+    copies = {_INPUTS[name] if settings.dtype == "float32" else name: widths[name][0] for name in targets}
+    return FLOAT32 * (sum(copies.values()) + settings.lora.rank * len(targets))
+
+
+def adapter_widths(shape: Shape, settings: StepSettings) -> int:
+    """Widths of the inputs of one layer's adapters, summed."""
+    widths = _linear_widths(shape)
+    return sum(widths[name][0] for name in settings.lora.targets) if settings.lora else 0
+
+
+def prefix_bytes(shape: Shape, tokens: PassTokens, settings: StepSettings) -> int:
+    """Bytes of a frozen prefix that attention keeps for the backward pass."""
+    if not settings.prefix_is_frozen:
+        return 0
+    return tokens.query * 2 * shape.layers * settings.number * _key_width(shape, settings)
+
+
+def query_bytes(shape: Shape, tokens: PassTokens, settings: StepSettings) -> int:
+    """Bytes that autograd keeps of the query pass, without a frozen prefix."""
+    new = tokens.rows * settings.new_tokens
+    each = shape.layers * (layer_bytes(shape, settings) + adapter_bytes(shape, settings)) + once_bytes(shape, settings)
+    seen = (new + tokens.query) // tokens.rows
+    if settings.prefix_is_frozen:
+        mask = 0 if settings.recompute_attention else shape.layers * settings.number * seen
+        return new * (each + mask)
+    return (new + tokens.query) * (each + mask_bytes(shape, seen, settings))
+
+
+def response_bytes(shape: Shape, tokens: PassTokens, settings: StepSettings) -> int:
+    """Bytes that autograd keeps of the response pass, without the logits; of checkpoints, the layers' inputs only."""
+    row = _response_row(tokens, settings)
+    if settings.checkpoint_responses:
+        return row * (shape.layers * settings.number * shape.hidden + once_bytes(shape, settings))
+    mask = mask_bytes(shape, row // tokens.rows, settings)
+    return row * (shape.layers * layer_bytes(shape, settings) + once_bytes(shape, settings) + mask)
+
+
+def logit_bytes(shape: Shape, tokens: PassTokens, settings: StepSettings) -> int:
+    """Bytes of the cross-entropy; of the fused one, also the hidden states, those that predict, and their gradient."""
+    if not settings.fused_cross_entropy:
+        return _response_row(tokens, settings) * PLAIN_LOGIT * shape.vocabulary
+    chunk = settings.chunk or chunk_positions(shape.vocabulary)
+    logits = min(chunk, tokens.response) * FUSED_LOGIT * shape.vocabulary
+    return logits + 3 * tokens.response * settings.number * shape.hidden
+
+
+def chunk_positions(vocabulary: int) -> int:
+    """Positions whose logits the fused cross-entropy makes at a time on a GPU, if nothing else is set."""
+    return max(16, CHUNK_BYTES // (FLOAT32 * vocabulary))
+
+
+def _response_row(tokens: PassTokens, settings: StepSettings) -> int:
+    return tokens.rows * settings.compression_tokens + tokens.response
+
+
+def _key_width(shape: Shape, settings: StepSettings) -> int:
+    return shape.keys if settings.packed else shape.queries
+
+
+def once_bytes(shape: Shape, settings: StepSettings) -> int:
+    """Of one token, kept once and not by each layer: the final norm, the rotations."""
+    return FLOAT32 * (shape.hidden + 1) + 2 * settings.number * shape.head_dim
+
+
+def mask_bytes(shape: Shape, seen: int, settings: StepSettings) -> int:
+    """Of one token: attention turns a padding mask into numbers, and each layer keeps its own."""
+    return 0 if settings.packed else shape.layers * settings.number * seen
+
+
+def _live_bytes(shape: Shape, tokens: int, settings: StepSettings) -> int:
+    """Of these tokens inside one feed-forward network, and the weights that are unpacked for it."""
+    unpacked = settings.number * shape.hidden * shape.intermediate if settings.quantize else 0
+    return unpacked + tokens * settings.number * 3 * (shape.hidden + shape.intermediate)
+
+
+def _linear_widths(shape: Shape) -> dict[str, tuple[int, int]]:
+    """Widths of input and output of a layer's linear maps."""
+    d, m, q, k = shape.hidden, shape.intermediate, shape.queries, shape.keys
+    return dict(zip(ALL_LINEAR, ((d, q), (d, k), (d, k), (q, d), (d, m), (d, m), (m, d)), strict=True))
+
+
+def lora_of(lora: LoraParams) -> Lora:
+    """The adapters of the params, as far as memory is concerned."""
+    return Lora(lora.rank, _adapted(lora.targets))
+
+
+def _adapted(targets: Sequence[str]) -> tuple[str, ...]:
+    if targets == "all-linear":
+        return ALL_LINEAR
+    ends = {target.rpartition(".")[2] for target in targets}
+    return tuple(name for name in ALL_LINEAR if name in ends)

@@ -1,0 +1,1 @@
+"""Devices, worker processes, ranks of a process group."""

@@ -1,0 +1,125 @@
+"""Work on texts that is shared out over processes, each of which holds the same model.
+
+Every process loads one object, and a call of one of its methods on many texts becomes jobs of similar lengths, the
+longest first; who is free takes the next.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from pipeline.core.errors import PipelineError
+from pipeline.parallel.devices import Place
+from pipeline.parallel.worker_pool import Channel, Workers
+
+log = logging.getLogger(__name__)
+
+
+class Job(NamedTuple):
+    """To a worker: which method of its object to call with which texts and keyword arguments."""
+
+    number: int
+    method: str
+    texts: list[str]
+    arguments: Mapping[str, Any]
+
+
+class Result(NamedTuple):
+    """From a worker: what the job's method gave."""
+
+    number: int
+    value: Any
+
+
+class TextJobs:
+    """An object in each place, whose methods take texts and give something for each.
+
+    Attributes:
+        facts: what the objects say of themselves; they are equal.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Any],
+        describe: Callable[[Any], Any],
+        where: Sequence[Place],
+        *,
+        job_texts: int,
+        kind: str,
+        error: type[PipelineError],
+    ) -> None:
+        """Start the processes and wait until all objects are loaded.
+
+        Args:
+            load: loads the object (picklable); runs in each process.
+            describe: gives `facts` of it (picklable).
+            where: a place for each.
+            job_texts: most texts of a job.
+            kind: what the processes are, for messages ("teacher process").
+            error: raised when one of them dies.
+
+        Raises:
+            PipelineError: what was raised when an object was loaded, or `error` if its process died.
+        """
+        started = time.monotonic()
+        self._job_texts, self._number = job_texts, 0
+        self._workers = Workers(partial(serve, load, describe), where, kind=kind, error=error)
+        try:
+            self.facts = self._await_ready()
+        except BaseException:
+            self.close()
+            raise
+        names = ", ".join(place.name for place in where)
+        log.info("%d of kind %s (%s), ready after %.1f s", len(where), kind, names, time.monotonic() - started)
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def run(self, method: str, texts: Sequence[str], **arguments: Any) -> Iterator[tuple[list[int], Any]]:
+        """The jobs' rows and results, as they come; each worker has one job in hand and one waiting."""
+        split = split_texts(texts, self._job_texts, len(self._workers))
+        jobs = {self._number + offset: rows for offset, rows in enumerate(split)}
+        self._number += len(jobs)
+        waiting, open_jobs = iter(jobs.items()), set(jobs)
+
+        def give(worker: int) -> None:
+            if job := next(waiting, None):
+                self._workers.send(worker, Job(job[0], method, [texts[row] for row in job[1]], arguments))
+
+        for worker in [*range(len(self._workers))] * 2:
+            give(worker)
+        while open_jobs:
+            for worker, result in self._workers.receive():
+                # A run that was broken off may still answer.
+                if result.number in open_jobs:
+                    open_jobs.remove(result.number)
+                    give(worker)
+                    yield jobs[result.number], result.value
+
+    def close(self) -> None:
+        """Stop the processes."""
+        self._workers.close()
+
+    def _await_ready(self) -> Any:
+        ready: dict[int, Any] = {}
+        while len(ready) < len(self._workers):
+            ready |= self._workers.receive()
+        return ready[0]
+
+
+def split_texts(texts: Sequence[str], job_texts: int, workers: int) -> list[list[int]]:
+    """Rows of `texts` by falling length, in groups of at most `job_texts` and at least one for each worker."""
+    order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
+    size = max(1, min(job_texts, -(-len(order) // workers)))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def serve(load: Callable[[], Any], describe: Callable[[Any], Any], channel: Channel) -> None:
+    """A worker's work: load the object, then do job after job."""
+    served = load()
+    channel.send(describe(served))
+    while True:
+        job: Job = channel.receive()
+        channel.send(Result(job.number, getattr(served, job.method)(job.texts, **job.arguments)))

@@ -1,0 +1,1 @@
+"""Stage probe: one question about the systems a module."""

@@ -1,0 +1,82 @@
+"""Stage probe: one question about the systems -> results/probe/<name>/ and <name>.json beside it.
+
+python -m pipeline.probe NAME
+"""
+
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from pipeline.core.artifacts import create, to_json
+from pipeline.core.config import PARAMS_FILE, Params, load
+from pipeline.core.run import RESULTS, RunRecord, record, setup_logging, user_errors, work_dir
+from pipeline.evaluate.build import SystemInputs, encoder_artifact, make_systems, manifest_params, own_instructions
+from pipeline.evaluate.deltas import deltas_table
+from pipeline.generate.engines import prepare_environment
+from pipeline.probe.base import ProbeContext, find_probe, probe_params
+
+OUT = RESULTS / "probe"
+
+
+class Inputs(SystemInputs):
+    """The sections that this stage reads; each probe checks its own entry of `probes`."""
+
+    probes: dict[str, Any]
+
+
+def run(inputs: Inputs, name: str, params: Params, run_record: RunRecord) -> None:
+    """Run the probe `name` and write its result and the rows behind it.
+
+    Raises:
+        PipelineError: what the probe needs is missing.
+    """
+    prepare_environment(inputs.generate.engine)
+    encoder, evaluate = encoder_artifact(), inputs.evaluate
+    with closing(make_systems(inputs)) as systems:
+        context = ProbeContext(
+            systems=systems,
+            names=evaluate.systems,
+            local_dir=Path(evaluate.local_dir),
+            work=work_dir("probe") / name,
+            batch_size=evaluate.batch_size,
+            dtype=evaluate.dtype,
+            bootstrap=evaluate.bootstrap,
+            instructions=own_instructions(inputs),
+            answers=lambda: systems.answers,
+        )
+        result = find_probe(name).run(params, context)
+    with create(
+        OUT / name,
+        kind="probe",
+        params=manifest_params(inputs, probe=name, settings=params.model_dump()),
+        models={system: facts["identity"] for system, facts in result.systems.items()},
+        inputs=[encoder, *result.inputs],
+    ) as out:
+        out.write_table("rows.parquet", result.rows)
+        out.write_table("deltas.parquet", deltas_table(result.deltas))
+        content = {"probe": name, "metrics": result.metrics, "systems": result.systems}
+        (out.path / "result.json").write_text(to_json(content), encoding="utf-8")
+        for file, text in result.pages.items():
+            (out.path / file).write_text(text, encoding="utf-8")
+    deltas = [asdict(delta) for delta in result.deltas]
+    run_record.update(probe=name, metrics=result.metrics, deltas=deltas, systems=result.systems)
+
+
+def main(
+    name: str = typer.Argument(help="An entry of `probes`."),
+    params: Path = typer.Option(PARAMS_FILE, help="The params file."),
+) -> None:
+    """Run a probe for every system."""
+    setup_logging()
+    with user_errors():
+        inputs = load(params, Inputs)
+        settings = probe_params(inputs.probes, name, str(params))
+        with record("probe", OUT / f"{name}.json") as run_record:
+            run(inputs, name, settings, run_record)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,135 @@
+"""Held-out alignment: does the embedding of an unseen query lie at its answer?
+
+Over the held-out queries, for every system:
+
+- cosine: between the embedding of the *query* and the target, which is the teacher's embedding of the backbone's
+  *response*; top1 and mrr: the rank of that target among the targets of all held-out responses
+- overlap@10: of a query's 10 nearest other queries, the share that is among the 10 nearest of the teacher's targets:
+  do the same questions lie together as do their answers?
+- anisotropy: mean cosine of all pairs of different queries; near 1, all embeddings point one way and cosines say little
+
+Student, untrained student, teacher and hyde are measured in the teacher's space. Every other system has its own, where
+it embeds the responses itself, so its cosine is not compared with the student's (no delta); ranks and neighbours are.
+hyde embeds what the engine answers, by the teacher: where it answers as for training, it is what the student can reach
+at best. Queries are read as in training, without an instruction.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.core.config import Params
+from pipeline.core.errors import EvaluationError
+from pipeline.core.vectors import anisotropy, neighbours, rank_own, shared
+from pipeline.evaluate.system import System, check_finite
+from pipeline.probe.base import ProbeContext, ProbeResult, described, in_teacher_space, space_of, unit_deltas
+from pipeline.probe.heldout import heldout_rows
+
+NEIGHBOURS = 10
+
+ROWS = pa.schema(
+    [
+        ("system", pa.string()),
+        ("id", pa.string()),
+        ("cosine", pa.float32()),
+        ("rank", pa.int32()),
+        ("nearest", pa.string()),
+        ("overlap", pa.float32()),
+    ]
+)
+
+
+class AlignmentParams(Params):
+    """Nothing to choose: the held-out rows and the systems of `evaluate` say all."""
+
+
+PARAMS = AlignmentParams
+
+
+def run(params: AlignmentParams, context: ProbeContext) -> ProbeResult:
+    """Measure every system on the held-out rows.
+
+    Raises:
+        EvaluationError: no held-out query has a target, widths differ, or an embedding is not finite.
+        ArtifactError: an artifact is missing or damaged.
+    """
+    from pipeline.core.vectors import embeddings_matrix
+
+    artifacts, rows = heldout_rows()
+    ids, targets = rows["id"].to_pylist(), embeddings_matrix(rows["embedding"])
+    count = min(NEIGHBOURS, len(ids) - 1)
+    near_targets = neighbours(targets, count) if count else None
+    metrics: dict[str, Any] = {"candidates": len(ids)}
+    systems, tables, units = {}, [], {}
+    for system in context.build():
+        queries, answers = _embed(system, rows, targets)
+        overlap = None if near_targets is None else shared(neighbours(queries, count), near_targets)
+        table = ranked(system.name, ids, queries, answers, overlap)
+        found = {**alignment_metrics(table), "anisotropy": round(anisotropy(queries), 6) if count else None}
+        metrics |= {f"{system.name}/{key}": value for key, value in found.items()}
+        systems[system.name] = {**described(system), "space": space_of(system)}
+        units[system.name] = _units(system, table)
+        tables.append(table)
+    deltas = unit_deltas(units, context.bootstrap)
+    return ProbeResult(metrics, pa.concat_tables(tables), systems, artifacts, deltas)
+
+
+def _embed(system: System, rows: pa.Table, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    texts, responses = rows["text"].to_pylist(), rows["response"].to_pylist()
+    queries = system.encode(texts, "")
+    check_finite(queries, texts, f"{system.name}, held-out queries")
+    if not in_teacher_space(system):
+        answers = system.encode(responses, "", "document")
+        check_finite(answers, responses, f"{system.name}, held-out responses")
+        return queries, answers
+    if queries.shape[1] != targets.shape[1]:
+        raise EvaluationError(
+            f"{system.name} embeds in {queries.shape[1]} dimensions, data/targets has {targets.shape[1]}: "
+            "the encoder was trained on other targets; run train again"
+        )
+    return queries, targets
+
+
+def ranked(
+    system: str, ids: list[str], queries: np.ndarray, answers: np.ndarray, overlap: np.ndarray | None = None
+) -> pa.Table:
+    """Per query the cosine to its own answer, that answer's rank (1 is best, ties count against) and the nearest id.
+
+    Args:
+        overlap: shared neighbours [N]; None where a query has no neighbour.
+    """
+    found = rank_own(queries, answers)
+    columns = {
+        "system": [system] * len(ids),
+        "id": ids,
+        "cosine": found.cosines.astype(np.float32),
+        "rank": found.ranks.astype(np.int32),
+        "nearest": [ids[at] for at in found.nearest],
+        "overlap": [None] * len(ids) if overlap is None else overlap.astype(np.float32),
+    }
+    return pa.table(columns, schema=ROWS)
+
+
+def alignment_metrics(rows: pa.Table) -> dict[str, float | None]:
+    """Mean cosine, top-1 accuracy, mean reciprocal rank and mean overlap@10 (None without) of one system's rows."""
+    means = {metric: pc.mean(values).as_py() for metric, values in _per_query(rows).items()}
+    return {metric: None if mean is None else round(mean, 6) for metric, mean in means.items()}
+
+
+def _per_query(rows: pa.Table) -> dict[str, pa.ChunkedArray]:
+    ranks = pc.cast(rows["rank"], pa.float64())
+    return {
+        "cosine": rows["cosine"],
+        "top1": pc.cast(pc.equal(rows["rank"], 1), pa.float64()),
+        "mrr": pc.divide(1.0, ranks),
+        f"overlap@{NEIGHBOURS}": rows["overlap"],
+    }
+
+
+def _units(system: System, rows: pa.Table) -> dict[str, np.ndarray]:
+    values = {metric: column.to_numpy() for metric, column in _per_query(rows).items() if not column.null_count}
+    if not in_teacher_space(system):
+        del values["cosine"]
+    return values

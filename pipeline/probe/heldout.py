@@ -1,0 +1,29 @@
+"""The held-out rows: queries that training never saw, with the backbone's response and its target."""
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.core.artifacts import Artifact, open_artifact
+from pipeline.core.errors import EvaluationError, TrainingError
+
+
+def heldout_rows() -> tuple[tuple[Artifact, ...], pa.Table]:
+    """The three data artifacts of the workspace, and the held-out queries that have a target, sorted by id.
+
+    The table has the columns of queries and `response`, `finish_reason`, `embedding`.
+
+    Raises:
+        ArtifactError: an artifact is missing or damaged.
+        EvaluationError: no held-out query has a target.
+    """
+    from pipeline.train.data import join
+
+    queries, responses, targets = (
+        open_artifact(Path("data") / kind, kind) for kind in ("queries", "responses", "targets")
+    )
+    try:
+        table = join(queries.read("heldout.parquet"), responses.read(), targets.read())
+    except TrainingError as error:
+        raise EvaluationError(f"held-out queries: {error}") from None
+    return (queries, responses, targets), table

@@ -1,0 +1,106 @@
+"""What an embedding holds: the answer decoded from its soft prompts, the words and the responses nearest to it.
+
+For held-out queries, chosen by id: the backbone's real response; the text that the backbone writes from the soft
+prompts alone; the cosine of that text, embedded by the teacher, to the student's embedding and to the real response,
+each beside that of shuffled pairs; per compression token the vocabulary of highest probability; the nearest responses.
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.core.artifacts import Artifact
+from pipeline.core.bootstrap import BootstrapParams, Delta
+from pipeline.core.config import Params
+from pipeline.probe.base import ProbeContext, ProbeResult, described
+from pipeline.probe.heldout import heldout_rows
+
+
+class InterpretParams(Params):
+    """How many held-out queries are read, and how much of each."""
+
+    queries: int = Field(default=12, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
+    vocabulary: int = Field(default=8, ge=1, description="words per compression token")
+    nearest: int = Field(default=5, ge=0, description="nearest responses of each embedding; 0 = none")
+    nearest_among: Literal["heldout", "all"] = Field(
+        default="heldout", description="responses to look among: of held-out queries, or of all"
+    )
+
+
+PARAMS = InterpretParams
+
+
+def run(params: InterpretParams, context: ProbeContext) -> ProbeResult:
+    """Decode and read.
+
+    Raises:
+        EvaluationError: no held-out query has a target, or the teacher is not the one of the targets.
+        ArtifactError: an artifact is missing or damaged.
+    """
+    from pipeline.lens.batch import render_page
+    from pipeline.lens.faithfulness import check_teacher
+    from pipeline.lens.reading import Held, held_by, measured, summaries
+
+    artifacts, heldout = heldout_rows()
+    encoder = context.systems.encoder()
+    held: Held = held_by(encoder, heldout["text"].slice(0, params.queries).to_pylist())
+    rows = _read(params, encoder, artifacts, heldout, held)
+    systems = {}
+    for system in context.build(["student", "teacher"]):
+        systems[system.name] = described(system)
+        if system.name == "teacher":
+            check_teacher(system.identity, artifacts[2].manifest.models.get("teacher", {}), "the targets")
+            rows = measured(rows, held.embeddings, partial(system.encode, instruction=""))
+    metrics = _metrics(rows, context.bootstrap)
+    page = render_page(rows, rows.num_rows, summaries(rows, context.bootstrap), "What the embeddings hold")
+    deltas = _deltas(rows, context.bootstrap)
+    return ProbeResult(metrics, rows, systems, artifacts, deltas, {"page.html": page})
+
+
+def _read(
+    params: InterpretParams, encoder: Any, artifacts: tuple[Artifact, ...], heldout: pa.Table, held: Any
+) -> pa.Table:
+    from pipeline.lens.decoding import decode_soft_prompts
+    from pipeline.lens.nearest import index_of_targets
+    from pipeline.lens.reading import Entries, Lens
+
+    _, responses, targets = artifacts
+    only = heldout["id"].to_pylist() if params.nearest_among == "heldout" else None
+
+    def decoder(soft_prompts: np.ndarray) -> list[str]:
+        return decode_soft_prompts(encoder, soft_prompts, max_new_tokens=params.max_new_tokens, show_progress=True)
+
+    lens = Lens(
+        encoder,
+        decoder,
+        vocabulary=params.vocabulary,
+        index=index_of_targets(targets, responses, only) if params.nearest else None,
+        count=params.nearest,
+    )
+    shown = heldout.slice(0, params.queries)
+    return lens.read(Entries(*(shown[name].to_pylist() for name in ("id", "text", "response"))), held)
+
+
+def _metrics(rows: pa.Table, settings: BootstrapParams) -> dict[str, Any]:
+    """Scores as `student/<metric>`; interval and chance of each beside it, as facts."""
+    from pipeline.lens.reading import summaries
+
+    metrics: dict[str, Any] = {"queries": rows.num_rows}
+    for what, found in summaries(rows, settings).items():
+        metrics[f"student/cosine_{what}"] = found.mean
+        facts = {"interval_low": found.low, "interval_high": found.high, "shuffled_pairs": found.chance}
+        metrics |= {f"cosine_{what}/{name}": value for name, value in facts.items()}
+    return metrics
+
+
+def _deltas(rows: pa.Table, settings: BootstrapParams) -> list[Delta]:
+    from pipeline.lens.faithfulness import over_chance
+    from pipeline.lens.reading import pairs_in
+
+    compared = {f"cosine_{what}": pairs_in(rows, what) for what in ("embedding", "response")}
+    found = (over_chance(metric, pairs, settings) for metric, pairs in compared.items() if pairs is not None)
+    return [delta for delta in found if delta is not None]

@@ -1,0 +1,80 @@
+"""Retrieval that takes reasoning: nDCG@10 on BRIGHT tasks of mteb, or on local folders of retrieval or choices.
+
+BRIGHT names passages that a query must not find; mteb leaves them out of that query's ranking. A local folder says the
+same by a config `top_ranked`. Questions with choices (as ARC's) search the choices of all questions; beside nDCG@10
+stands `choice_accuracy/<task>`: how often the right choice is the nearest of the question's own.
+"""
+
+from typing import Any, Self
+
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from pipeline.core.config import Params
+from pipeline.core.errors import EvaluationError
+from pipeline.evaluate.deltas import task_deltas
+from pipeline.evaluate.run import run_systems
+from pipeline.evaluate.summary import flat_metrics, summary_table
+from pipeline.probe.base import ProbeContext, ProbeResult
+from pipeline.tasks.choices import CHOICE_ACCURACY
+from pipeline.tasks.instructions import load_instructions
+from pipeline.tasks.suites import find_tasks
+
+METRIC = "ndcg_at_10"
+
+
+class ReasoningParams(Params):
+    """Which retrieval tasks: at least one."""
+
+    local: list[str] = Field(default_factory=list, description="folders under evaluate.local_dir")
+    tasks: list[str] = Field(default_factory=list, description="mteb task names, e.g. BrightBiologyRetrieval")
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not (self.local or self.tasks):
+            raise ValueError("names no task: fill local or tasks")
+        return self
+
+
+PARAMS = ReasoningParams
+
+
+def run(params: ReasoningParams, context: ProbeContext) -> ProbeResult:
+    """Run every system on every task.
+
+    Raises:
+        EvaluationError: a task is unknown, is no retrieval, or its data is missing.
+    """
+    tasks = find_tasks([context.local_dir / name for name in params.local], params.tasks)
+    _check_retrieval(tasks)
+    runs = run_systems(
+        context.build(),
+        tasks,
+        load_instructions(context.instructions),
+        work=context.work,
+        batch_size=context.batch_size,
+        dtype=context.dtype,
+    )
+    rows = summary_table(tasks, runs, METRIC)
+    metrics: dict[str, Any] = flat_metrics(rows) | choice_metrics(rows)
+    teacher, student = metrics.get("teacher/mean/tasks"), metrics.get("student/mean/tasks")
+    if teacher and student is not None:
+        metrics["gain_percent"] = round(100 * (student - teacher) / teacher, 2)
+    systems = {run.system: {"identity": run.identity, "prompting": run.prompting} for run in runs}
+    deltas = task_deltas(tasks, runs, context.bootstrap, METRIC)
+    return ProbeResult(metrics, rows, systems, deltas=deltas)
+
+
+def choice_metrics(rows: pa.Table) -> dict[str, float]:
+    """`<system>/choice_accuracy/<task>` of the tasks with choices, which alone have that score among their `rows`."""
+    return {
+        f"{row['system']}/{CHOICE_ACCURACY}/{row['task']}": round(row["score"], 6)
+        for row in rows.to_pylist()
+        if row["metric"] == CHOICE_ACCURACY
+    }
+
+
+def _check_retrieval(tasks: list[Any]) -> None:
+    others = [f"{task.metadata.name} ({task.metadata.type})" for task in tasks if task.metadata.type != "Retrieval"]
+    if others:
+        raise EvaluationError(f"probes.reasoning takes retrieval tasks only, not {', '.join(others)}")

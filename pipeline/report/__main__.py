@@ -1,0 +1,71 @@
+"""Stage report: results and manifests -> results/report.html and results/report.md.
+
+python -m pipeline.report
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from pipeline.core.artifacts import write_bytes
+from pipeline.core.config import PARAMS_FILE, Params, load
+from pipeline.core.run import setup_logging, user_errors
+from pipeline.report import ReportParams
+
+if TYPE_CHECKING:
+    from pipeline.report.sections import Checked
+
+log = logging.getLogger(__name__)
+
+PAGES = ("results/report.html", "results/report.md")
+
+
+class Inputs(Params):
+    """The sections that this stage reads; suites and probes as they are, which their own stages check."""
+
+    report: ReportParams
+    suites: dict[str, Any]
+    probes: dict[str, Any]
+
+
+def run(inputs: Inputs, params: Path = PARAMS_FILE) -> None:
+    """Write both pages. A missing piece or a finding of the audit is said on them, and is no error.
+
+    Raises:
+        ParamsError: the file of published figures is damaged.
+        WorkError: the disk is full.
+    """
+    from pipeline.report.content import gather
+    from pipeline.report.render import render_html, render_markdown
+
+    checked = _checked() if inputs.report.audit else None
+    written = params.read_text(encoding="utf-8") if params.is_file() else ""
+    content = gather(inputs.report.title, inputs.suites, inputs.probes, checked=checked, params=written)
+    for line in content.missing:
+        log.warning("missing from the report: %s", line)
+    for page, text in zip(PAGES, (render_html(content), render_markdown(content)), strict=True):
+        write_bytes(Path(page), text.encode())
+
+
+def _checked() -> "Checked":
+    from pipeline.report.sections import check
+
+    log.info("audit: reading every artifact (report.audit: false leaves it out)")
+    checked = check(Path(), PAGES)
+    for finding in checked.findings:
+        log.warning("audit: %s", finding.line())
+    log.info("audit: %s, after %.1f s", checked.verdict, checked.seconds)
+    return checked
+
+
+def main(params: Path = typer.Option(PARAMS_FILE, help="The params file.")) -> None:
+    """Write the report."""
+    setup_logging()
+    with user_errors():
+        run(load(params, Inputs), params)
+
+
+if __name__ == "__main__":
+    typer.run(main)

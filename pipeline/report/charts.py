@@ -1,0 +1,159 @@
+"""matplotlib figures as SVG text whose colours the page decides, light or dark."""
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from pipeline.evaluate.comparison import Comparison
+
+# Colours that no figure has by chance; in the SVG each becomes one of the page's own.
+INK, LINE, GOOD, BAD, DIM = "#010203", "#010204", "#010205", "#010206", "#010207"
+_OF_PAGE = {
+    INK: "currentColor",
+    LINE: "var(--line-ink)",
+    GOOD: "var(--good)",
+    BAD: "var(--bad)",
+    DIM: "var(--dim)",
+}
+
+
+@contextlib.contextmanager
+def drawn_axes(label: str, *, width: float = 5.2, height: float = 3.2) -> Iterator[tuple[Any, list[str]]]:
+    """Axes to draw on; after the block the list holds the SVG.
+
+    Args:
+        label: what the chart shows, for those who cannot see it. Charts of one page need different ones.
+        width: of the figure, in inches; the page scales it.
+        height: of the figure, in inches.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    # A fixed salt, no date: equal charts give equal bytes. It also keeps the ids of two charts apart.
+    settings: dict[str, Any] = {"svg.hashsalt": label, "svg.fonttype": "none", "font.size": 11, "text.color": INK}
+    settings |= dict.fromkeys(("xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor"), INK)
+    with rc_context(settings):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes, result = figure.add_subplot(), list[str]()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=INK, alpha=0.12)
+        yield axes, result
+        sink = io.StringIO()
+        empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(sink, format="svg", transparent=True, metadata=empty)
+    result.append(_inline(sink.getvalue(), label))
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib prints as it is."""
+    return text.replace("$", r"\$")
+
+
+def _inline(svg: str, label: str) -> str:
+    """The svg element alone, sized and coloured by the page."""
+    # Groups are numbered from 1 in every chart, and nothing refers to them: ids are unique in a page.
+    body = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
+    for colour, of_page in _OF_PAGE.items():
+        body = body.replace(colour, of_page)
+    return body.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
+
+
+# Training curves as SVG text that follows the page's colours.
+
+
+def curve_svg(steps: Sequence[float], values: Sequence[float], label: str) -> str:
+    """One curve over the steps: every point faintly, its running mean as the line.
+
+    Args:
+        steps: x values.
+        values: y values, as many.
+        label: title of the curve.
+    """
+    with drawn_axes(label) as (axes, result):
+        axes.plot(steps, values, color=LINE, alpha=0.35, linewidth=1)
+        axes.plot(steps, running_mean(values), color=LINE, linewidth=2)
+        axes.set_title(plain(label), loc="left")
+        axes.set_xlabel("step")
+    return result[0]
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Mean over the last tenth of the curve at each point, so that it lags but never looks ahead."""
+    window = max(1, len(values) // 10)
+    tails = (values[max(0, end - window) : end] for end in range(1, len(values) + 1))
+    return [sum(tail) / len(tail) for tail in tails]
+
+
+# Student minus each other system, with its interval, a line a task: forest plots.
+
+# With more tasks than this, the means by category are drawn alone.
+MOST_TASKS = 16
+LONGEST_NAME = 28
+# By verdict: colour, marker, and whether the marker is filled; so that no reader depends on colour.
+_STYLES = {"better": (GOOD, "^", True), "worse": (BAD, "v", True)}
+_NOISE = (DIM, "o", False)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A difference: of which metric, how large, between which ends, and the record's verdict."""
+
+    metric: str
+    delta: float
+    low: float
+    high: float
+    verdict: str | None
+
+
+def forest_lines(table: Comparison, system: str) -> list[Line]:
+    """The differences of a table to one system that have an interval, in the table's order."""
+    at = table.systems.index(system)
+    few = len(table.tasks) <= MOST_TASKS
+    cells = [(row, row.cells[at]) for row in table.rows if few or row.summary]
+    return [
+        Line(row.metric + (" ↓" if row.lower_is_better else ""), cell.delta, cell.low, cell.high, cell.verdict)
+        for row, cell in cells
+        if cell.delta is not None and cell.low is not None and cell.high is not None
+    ]
+
+
+def forests(table: Comparison) -> list[str]:
+    """A chart for each system that the table has intervals for, all on the same scale."""
+    lines = {system: found for system in table.systems if (found := forest_lines(table, system))}
+    ends = [end for found in lines.values() for line in found for end in (line.low, line.high, 0.0)]
+    margin = 0.06 * (max(ends) - min(ends)) if ends else 0.0
+    scale = (min(ends) - margin, max(ends) + margin) if margin else (-1.0, 1.0)
+    return [forest_svg(found, f"{table.name}: student minus {system}", scale) for system, found in lines.items()]
+
+
+def forest_svg(lines: Sequence[Line], label: str, scale: tuple[float, float]) -> str:
+    """One forest plot.
+
+    Args:
+        lines: from top to bottom.
+        label: title of the chart.
+        scale: ends of the x axis.
+    """
+    with drawn_axes(label, height=0.95 + 0.3 * len(lines)) as (axes, result):
+        for place, line in enumerate(lines):
+            colour, marker, filled = _STYLES.get(line.verdict or "", _NOISE)
+            axes.hlines(place, line.low, line.high, color=colour, linewidth=2)
+            fill = colour if filled else "none"
+            axes.plot([line.delta], [place], marker=marker, color=colour, markerfacecolor=fill, markersize=7)
+        axes.axvline(0, color=INK, linewidth=1)
+        axes.set_yticks(range(len(lines)), [plain(_shortened(line.metric)) for line in lines])
+        axes.set_ylim(len(lines) - 0.4, -0.6)
+        axes.set_xlim(*scale)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_title(plain(label), loc="left", x=0, fontsize=11)
+    return result[0]
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"

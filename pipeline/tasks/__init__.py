@@ -1,0 +1,1 @@
+"""What a benchmark task is: suites, instructions, local data, their texts."""

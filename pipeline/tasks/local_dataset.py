@@ -1,0 +1,158 @@
+"""A data set in a local folder, laid out as on a hub: README.md with `configs:`, and Parquet, JSON Lines or CSV files.
+
+    ---
+    configs:
+    - config_name: corpus
+      data_files:
+      - {split: corpus, path: corpus.jsonl}
+    ---
+
+Files are read directly: no hub, no cache of another library, and equal files mean an equal revision.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.core.artifacts import digest_of, file_sha256
+from pipeline.core.errors import EvaluationError
+
+README = "README.md"
+_SUFFIXES = (".parquet", ".jsonl", ".csv")
+
+
+class LocalData:
+    """The configs, splits and tables of one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the folder's README and look that its files are there.
+
+        Raises:
+            EvaluationError: naming the folder and what is missing or malformed.
+        """
+        self.folder = folder
+        if not folder.is_dir():
+            raise EvaluationError(f"{folder}: no such folder of a local data set{_neighbours(folder)}")
+        self.files = {str(c["config_name"]): self._splits(c) for c in _configs(folder / README)}
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
+    def revision(self) -> str:
+        """20 hex digits that change with any byte of its files."""
+        paths = {path for splits in self.files.values() for files in splits.values() for path in files}
+        names = sorted(path.relative_to(self.folder).as_posix() for path in {*paths, self.folder / README})
+        return digest_of({name: file_sha256(self.folder / name) for name in names})[:20]
+
+    def split_of(self, config: str, wanted: str) -> str:
+        """`wanted` where the config has that split, or else its only split.
+
+        Raises:
+            EvaluationError: it has several others.
+        """
+        splits = self.files[config]
+        if wanted in splits:
+            return wanted
+        if len(splits) > 1:
+            raise EvaluationError(
+                f"{self.folder}: config '{config}' has no split '{wanted}' (it has {', '.join(sorted(splits))})"
+            )
+        return next(iter(splits))
+
+    def read(self, config: str, split: str, *, required: Sequence[str]) -> pa.Table:
+        """One split as a table with at least the columns `required`.
+
+        Raises:
+            EvaluationError: a file is unreadable, empty, lacks one of the columns or has nulls in it.
+        """
+        table = pa.concat_tables([_read(path) for path in self.files[config][split]], promote_options="default")
+        missing = [column for column in required if column not in table.column_names]
+        where = f"{self.folder}: config '{config}', split '{split}'"
+        if missing:
+            raise EvaluationError(
+                f"{where}: column{'s' if len(missing) > 1 else ''} {_quoted(missing)} missing "
+                f"(it has {_quoted(table.column_names)})"
+            )
+        if not table.num_rows:
+            raise EvaluationError(f"{where}: no rows")
+        for column in required:
+            if table[column].null_count:
+                raise EvaluationError(f"{where}: column '{column}' has {table[column].null_count} empty rows")
+        return table
+
+    def columns(self, config: str) -> list[str]:
+        """The columns of a config's first split."""
+        return self.read(config, next(iter(self.files[config])), required=()).column_names
+
+    def _splits(self, config: dict[str, Any]) -> dict[str, list[Path]]:
+        splits: dict[str, list[Path]] = {}
+        for entry in _data_files(config["data_files"], self.folder):
+            for pattern in _as_list(entry["path"]):
+                paths = sorted(self.folder.glob(pattern))
+                if not paths:
+                    raise EvaluationError(f"{self.folder / pattern}: no such file, though {README} lists it")
+                splits.setdefault(str(entry["split"]), []).extend(paths)
+        return splits
+
+
+def _configs(readme: Path) -> list[dict[str, Any]]:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        parts = readme.read_text(encoding="utf-8").split("---")
+        configs = YAML(typ="safe", pure=True).load(parts[1])["configs"]
+        if configs and all({"config_name", "data_files"} <= set(config) for config in configs):
+            return list(configs)
+    except FileNotFoundError:
+        raise EvaluationError(f"{readme} does not exist: it must list the folder's `configs:`") from None
+    except (IndexError, KeyError, TypeError, UnicodeDecodeError, YAMLError):
+        pass
+    raise EvaluationError(
+        f"{readme}: must start with '---' and a YAML list `configs:` whose entries have `config_name` and `data_files`"
+    )
+
+
+def _data_files(value: Any, folder: Path) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        return [{"split": "train", "path": value}]
+    if isinstance(value, list) and all(isinstance(entry, dict) and {"split", "path"} <= set(entry) for entry in value):
+        return value
+    raise EvaluationError(f"{folder / README}: `data_files` must be a path, or a list of `split` and `path`: {value}")
+
+
+def _as_list(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+
+
+def _read(path: Path) -> pa.Table:
+    import polars as pl
+
+    # Types by all rows: by the first hundred, a column that begins later is lost and one that begins empty refused.
+    readers: dict[str, Callable[[], Any]] = {
+        ".parquet": lambda: pl.read_parquet(path),
+        ".jsonl": lambda: pl.read_ndjson(path, infer_schema_length=None),
+        ".csv": lambda: pl.read_csv(path, infer_schema_length=None),
+    }
+    if path.suffix not in readers:
+        raise EvaluationError(f"{path}: cannot read '{path.suffix}' (readable: {', '.join(_SUFFIXES)})")
+    try:
+        return readers[path.suffix]().to_arrow()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise EvaluationError(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _neighbours(folder: Path) -> str:
+    if not folder.parent.is_dir():
+        return f" ({folder.parent} does not exist)"
+    found = sorted(path.parent.name for path in folder.parent.glob(f"*/{README}"))
+    return f" (there are: {', '.join(found)})" if found else f" ({folder.parent} holds none)"

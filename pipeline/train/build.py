@@ -1,0 +1,131 @@
+"""A trainer from params: the frozen backbone, the student on it, the passes, the held-out rows, the start."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.backbone.loading import BackboneParams, load_backbone
+from pipeline.backbone.lora import adapter_parameters, add_adapter
+from pipeline.backbone.sharding import load_sharded
+from pipeline.backbone.sizes import shape_from_config
+from pipeline.encoder.passes.adapted import AdaptedPasses
+from pipeline.encoder.passes.plain import Passes
+from pipeline.encoder.passes.select import make_passes
+from pipeline.encoder.student import Student, input_embeddings, new_student
+from pipeline.encoder.token_init import token_start
+from pipeline.optim.batching import deal, epoch_order, micro_batches
+from pipeline.train.data import TrainingRows
+from pipeline.train.params import TrainParams
+from pipeline.train.trainer import Trainer
+from pipeline.train.validation import Validation
+from pipeline.train.warm_start import accumulate, frame_rows, warm_start
+
+log = logging.getLogger(__name__)
+
+
+def assemble(
+    params: TrainParams,
+    backbone_params: BackboneParams,
+    tokenizer: Any,
+    rows: TrainingRows,
+    heldout: TrainingRows | None,
+    *,
+    accelerator: Any,
+    checkpoint: Path | None,
+    frame_ids: Sequence[int],
+) -> Trainer:
+    """A trainer that is ready to run: at its last checkpoint, or at its start.
+
+    Args:
+        params: section `train`.
+        backbone_params: section `backbone`.
+        tokenizer: the backbone's.
+        rows: to train on.
+        heldout: to score on; None scores none.
+        accelerator: device and processes.
+        checkpoint: file of the resumable state; None keeps none.
+        frame_ids: the prompt of an empty query, for the closed-form start.
+
+    Raises:
+        BackboneError: the backbone cannot be loaded or cannot do what the params ask.
+        TrainingError: the params do not fit the data or the checkpoint.
+    """
+    if params.shard_backbone:
+        backbone = load_sharded(backbone_params, accelerator)
+    else:
+        backbone = load_backbone(backbone_params, accelerator.device, quantize=params.quantize)
+    student = new_student(
+        backbone,
+        rows.width,
+        compression_tokens=params.compression_tokens,
+        thought_tokens=params.thought_tokens,
+        seed=params.seed,
+        start=token_start(params.token_start.kind, params.token_start.words, tokenizer),
+    )
+    adapted = add_adapter(backbone, **params.lora.model_dump(), seed=params.seed) if params.lora else None
+    passes = _passes(params, backbone, adapted)
+    trainer = Trainer(
+        student,
+        passes,
+        rows,
+        params,
+        accelerator,
+        None if heldout is None else _validation(params, heldout, padded=passes.padded),
+        {} if adapted is None else adapter_parameters(adapted),
+        checkpoint,
+        shape_from_config(backbone.config.to_dict()),
+    )
+    if not trainer.resume() and params.warm_start.enabled:
+        trainer.facts["warm_start_ridge"] = warm_start_student(student, passes, rows, params, backbone, frame_ids)
+        trainer.agree()
+    return trainer
+
+
+def _passes(params: TrainParams, backbone: Any, adapted: Any) -> Passes:
+    # Sharded layers are gathered in each pass, so all processes must run equally many, whatever their rows share.
+    settings = {**params.passes.model_dump(), "share_prefix": not params.shard_backbone}
+    passes = make_passes(backbone, **settings)
+    if adapted is None:
+        return passes
+    # What a query's prefix computes depends on the adapter, which is trained.
+    return AdaptedPasses(make_passes(adapted, **{**settings, "frozen_prefix": False}), passes, adapted)
+
+
+def _validation(params: TrainParams, heldout: TrainingRows, *, padded: bool) -> Validation:
+    rows = heldout.head(params.heldout.rows)
+    lengths = rows.lengths(params.new_tokens + params.compression_tokens)
+    [ordered] = deal(range(len(rows)), lengths, 1)
+    batches = micro_batches(
+        ordered, lengths, most_rows=params.micro_batch_size, most_tokens=params.max_tokens_per_batch, padded=padded
+    )
+    return Validation(rows, batches, params.heldout.select)
+
+
+# The closed-form start of a student, from the training rows and the backbone's input embeddings.
+
+
+def warm_start_student(
+    student: Student, passes: Passes, rows: TrainingRows, params: TrainParams, backbone: Any, frame_ids: Sequence[int]
+) -> float:
+    """Give `student` its closed-form start from (at most `params.warm_start.rows`) training rows.
+
+    Args:
+        student: changed in place.
+        passes: how batches run through the frozen backbone.
+        rows: to train on.
+        params: section `train`.
+        backbone: whose input embeddings the soft prompts start like.
+        frame_ids: the prompt of an empty query; its end is what the soft prompts start from.
+
+    Returns:
+        The ridge strength used.
+    """
+    words = input_embeddings(backbone).float().cpu().numpy()
+    chosen = np.sort(epoch_order(len(rows), 0, params.seed)[: params.warm_start.rows]).tolist()
+    statistics = accumulate(student, passes, rows, chosen, params.micro_batch_size)
+    frame = frame_rows(words, frame_ids, student.compression_tokens)
+    norm = float(np.linalg.norm(words, axis=-1).mean())
+    return warm_start(student, statistics, frame, norm, params.warm_start.ridge)

@@ -1,0 +1,155 @@
+"""Training rows: queries, responses and targets joined by id, checked, tokenised once."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.backbone.prompting import PromptFormatter, eos_token_id
+from pipeline.core.errors import TrainingError
+from pipeline.core.vectors import embeddings_matrix
+from pipeline.generate.response_text import ends_in_loop
+from pipeline.train.losses import Batch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """N rows, aligned: row ids, prompt ids, response ids (EOS included) and targets float32 `[N, e]`."""
+
+    ids: Sequence[str]
+    query_ids: Sequence[Sequence[int]]
+    response_ids: Sequence[Sequence[int]]
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.query_ids)
+
+    @property
+    def width(self) -> int:
+        """e, dimensions of a target."""
+        return int(self.targets.shape[1])
+
+    def lengths(self, extra: int) -> np.ndarray:
+        """Tokens `[N]` that each row sends through the backbone: query, response, and `extra` for the new ones."""
+        return np.array([query + response + extra for query, response in self.sizes(range(len(self)))])
+
+    def sizes(self, rows: Sequence[int]) -> list[tuple[int, int]]:
+        """Query tokens and response tokens of these rows."""
+        return [(len(self.query_ids[row]), len(self.response_ids[row])) for row in rows]
+
+    def head(self, count: int) -> "TrainingRows":
+        """The first `count` rows."""
+        return TrainingRows(self.ids[:count], self.query_ids[:count], self.response_ids[:count], self.targets[:count])
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The rows of one forward pass."""
+        return Batch(
+            [self.query_ids[row] for row in rows],
+            [self.response_ids[row] for row in rows],
+            torch.from_numpy(self.targets[list(rows)]),
+        )
+
+
+def join(queries: pa.Table, responses: pa.Table, targets: pa.Table) -> pa.Table:
+    """Rows of `queries` that have a target, with their response; sorted by id.
+
+    A query whose response failed or is blank has no target by design and is left out.
+
+    Raises:
+        TrainingError: not one query has a target, or one with a usable response has none.
+    """
+    has_target = pc.is_in(queries["id"], targets["id"].combine_chunks())
+    kept = queries.filter(has_target)
+    if not kept.num_rows:
+        raise TrainingError(f"none of {queries.num_rows} queries has a target: run generate and embed again")
+    usable = pc.is_in(queries["id"], _usable(responses))
+    without = queries.filter(pc.and_not(usable, has_target))
+    _check(without["id"], "have a usable response but no target: run embed again")
+    return (
+        kept.append_column("response", _lookup(responses, kept["id"], "response"))
+        .append_column("finish_reason", _lookup(responses, kept["id"], "finish_reason"))
+        .append_column("embedding", _lookup(targets, kept["id"], "embedding"))
+    )
+
+
+def _usable(responses: pa.Table) -> pa.Array:
+    """Ids of the responses that embed takes: not failed, not blank."""
+    blank = pc.equal(pc.utf8_trim_whitespace(responses["response"]), "")
+    failed = pc.equal(responses["finish_reason"], "error")
+    return responses["id"].filter(pc.invert(pc.or_(blank, failed))).combine_chunks()
+
+
+def _check(ids: Sequence[str] | pa.ChunkedArray, problem: str) -> None:
+    if len(ids):
+        shown = ", ".join(map(str, ids[:5]))
+        raise TrainingError(f"{len(ids)} queries {problem} (ids {shown}{', ...' if len(ids) > 5 else ''})")
+
+
+def drop_loops(table: pa.Table) -> pa.Table:
+    """A joined table without the rows whose response ends in a repetition loop (`answers.ends_in_loop`).
+
+    Raises:
+        TrainingError: no row is left.
+    """
+    kept = table.filter(pa.array([not ends_in_loop(text) for text in table["response"].to_pylist()], pa.bool_()))
+    if not kept.num_rows:
+        raise TrainingError(f"train.drop_loops: all {table.num_rows} responses end in a repetition loop")
+    return kept
+
+
+def _lookup(table: pa.Table, ids: pa.ChunkedArray, column: str) -> pa.ChunkedArray:
+    return table.column(column).take(pc.index_in(ids, table["id"].combine_chunks()))
+
+
+def tokenize(
+    table: pa.Table,
+    formatter: PromptFormatter,
+    tokenizer: PreTrainedTokenizerBase,
+    max_response_tokens: int,
+    long_responses: Literal["error", "cut"] = "error",
+) -> TrainingRows:
+    """Tokenise a joined table.
+
+    A response ends with EOS only where the model itself stopped: one that was cut has no end to predict.
+
+    Raises:
+        TrainingError: a response has no token, or is longer than `max_response_tokens` and may not be cut.
+    """
+    ids = table["id"].to_pylist()
+    prompts = formatter.batch(table["text"].to_pylist())
+    answers = tokenizer(table["response"].to_pylist(), add_special_tokens=False, verbose=False)["input_ids"]
+    _check([row for row, answer in zip(ids, answers, strict=True) if not answer], "have a response without a token")
+    eos = eos_token_id(tokenizer)
+    finished = (reason == "stop" for reason in table["finish_reason"].to_pylist())
+    ended = [[*answer, eos] if stop else answer for answer, stop in zip(answers, finished, strict=True)]
+    if long_responses == "error":
+        _check_lengths(ids, ended, max_response_tokens)
+    lost = "end" if formatter.keep == "start" else "start"
+    _report_cut("queries", sum(prompt.truncated for prompt in prompts), "train.max_query_tokens", lost)
+    long = sum(len(answer) > max_response_tokens for answer in ended)
+    _report_cut("responses", long, "train.max_response_tokens", "end")
+    cut = [answer[:max_response_tokens] for answer in ended]
+    return TrainingRows(ids, [prompt.token_ids for prompt in prompts], cut, embeddings_matrix(table["embedding"]))
+
+
+def _check_lengths(ids: Sequence[str], answers: Sequence[Sequence[int]], limit: int) -> None:
+    long = [row for row, answer in zip(ids, answers, strict=True) if len(answer) > limit]
+    longest = max((len(answer) for answer in answers), default=0)
+    _check(
+        long,
+        f"have a response, end token included, that is longer than train.max_response_tokens ({limit}); the longest "
+        f"has {longest}: raise it, or set train.long_responses: cut",
+    )
+
+
+def _report_cut(what: str, count: int, knob: str, lost: str) -> None:
+    if count:
+        log.warning("%d %s are longer than %s and lose their %s", count, what, knob, lost)

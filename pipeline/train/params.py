@@ -1,0 +1,126 @@
+"""Section `train` of params.yaml."""
+
+import math
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.backbone.loading import Keep, Quantize, Template
+from pipeline.backbone.lora import LoraParams
+from pipeline.core.config import Params
+from pipeline.encoder.token_init import TokenStartParams
+from pipeline.parallel.devices import Count
+
+Score = Literal["cosine", "top1", "mrr", "recon"]
+
+# These change rounding, speed or memory only: a run may go on from a checkpoint that was made with others.
+_FREE = {
+    "checkpoint_every",
+    "processes",
+    "shard_backbone",
+    "passes",
+    "micro_batch_size",
+    "max_tokens_per_batch",
+    "peak_tflops",
+}
+# Nor do these change a step that was taken, where the schedule does not end with the run.
+_LENGTH = {"epochs", "stop_after_steps"}
+
+
+class PassParams(Params):
+    """How batches run through the frozen backbone. Every setting gives the same loss and gradients up to rounding."""
+
+    packed: bool = Field(default=True, description="variable-length rows side by side, no padding")
+    frozen_prefix: bool = Field(default=True, description="the query runs without autograd, the new tokens against it")
+    fused_cross_entropy: bool = Field(default=True, description="logits for a few positions at a time only")
+    checkpoint_responses: bool = Field(default=False, description="less memory, slower: recompute in the backward pass")
+    attention: Literal["auto", "segments", "varlen", "flex"] = "auto"
+
+
+class WarmStartParams(Params):
+    """The closed-form start of the projections (off: the paper's random start)."""
+
+    enabled: bool = False
+    ridge: float | Literal["auto"] = "auto"
+    rows: int | None = Field(default=20_000, ge=2, description="at most this many training rows; null = all")
+
+
+class HeldoutParams(Params):
+    """Scores of held-out rows while training goes on."""
+
+    every: int | None = Field(default=None, ge=1, description="optimiser steps; null = before the first and at the end")
+    rows: int = Field(default=256, ge=2, description="at most this many held-out rows")
+    select: Score | None = Field(default=None, description="keep the student that scored best; null = the last one")
+
+
+class TrainParams(Params):
+    """Section `train`."""
+
+    compression_tokens: int = Field(ge=1)
+    thought_tokens: int = Field(ge=0)
+    token_start: TokenStartParams = Field(default_factory=TokenStartParams)
+    lora: LoraParams | None = None
+    template: Template
+    max_query_tokens: int = Field(ge=1)
+    too_long: Literal["keep_start", "keep_end"] = Field(
+        default="keep_start", description="of a query, or later a text, that is longer; as in generate"
+    )
+    max_response_tokens: int = Field(ge=1)
+    long_responses: Literal["error", "cut"] = "error"
+    drop_loops: bool = Field(default=False, description="leave out answers that end in a repetition loop")
+    passes: PassParams = Field(default_factory=PassParams)
+    quantize: Quantize | None = Field(default=None, description="of the frozen backbone")
+    align_weight: float = Field(ge=0)
+    recon_weight: float = Field(ge=0)
+    align_reduction: Literal["mean", "sum"]
+    warm_start: WarmStartParams
+    learning_rate: float = Field(gt=0)
+    token_learning_rate: float | None = Field(default=None, gt=0, description="of the token rows; null = learning_rate")
+    weight_decay: float = Field(ge=0)
+    schedule: Literal["linear", "cosine"] = "linear"
+    warmup_steps: int = Field(ge=0)
+    schedule_steps: int | None = Field(default=None, ge=1, description="where the rate reaches 0; null = last step")
+    epochs: int = Field(ge=1)
+    stop_after_steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(ge=1, description="rows of one optimiser step, over all processes")
+    micro_batch_size: int = Field(ge=1, description="rows of one forward pass")
+    max_tokens_per_batch: int | None = Field(
+        default=None, ge=1, description="tokens of one forward pass, in place of micro_batch_size"
+    )
+    length_grouping: int | None = Field(
+        default=None, ge=1, description="batches whose rows are sorted by length together; 1 = random; null = by passes"
+    )
+    max_grad_norm: float = Field(gt=0)
+    heldout: HeldoutParams = Field(default_factory=HeldoutParams)
+    checkpoint_every: int = Field(ge=1, description="optimiser steps")
+    processes: Count = "auto"
+    shard_backbone: bool = Field(default=False, description="FSDP2: each process holds a share of the backbone")
+    seed: int
+
+    @model_validator(mode="after")
+    def _sharding_is_of_plain_weights(self) -> Self:
+        other = [name for name in ("lora", "quantize") if getattr(self, name)]
+        if self.shard_backbone and other:
+            raise ValueError(f"shard_backbone: true does not go with {' or '.join(other)}: set one of them")
+        return self
+
+    @property
+    def keep(self) -> Keep:
+        """Which side of a text that is too long is kept."""
+        return "start" if self.too_long == "keep_start" else "end"
+
+    @property
+    def new_tokens(self) -> int:
+        """N, thought and compression tokens."""
+        return self.thought_tokens + self.compression_tokens
+
+    def fixed(self) -> dict[str, Any]:
+        """The params that decide each step of a run: a checkpoint made with others cannot be gone on from."""
+        free = _FREE | _LENGTH if self.schedule_steps else _FREE
+        return self.model_dump(mode="json", exclude=free)
+
+
+def planned_steps(rows: int, params: TrainParams) -> int:
+    """Optimiser steps that the params ask for."""
+    steps = math.ceil(rows / params.batch_size) * params.epochs
+    return min(steps, params.stop_after_steps) if params.stop_after_steps else steps

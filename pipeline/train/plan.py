@@ -1,0 +1,98 @@
+"""What a training step takes with these params, as `python -m pipeline params` tells it, and what would fit."""
+
+from dataclasses import replace
+
+from pipeline.backbone.loading import DType
+from pipeline.backbone.sizes import Shape
+from pipeline.optim.memory import OVERHEAD, PassTokens, StepMemory, StepSettings, largest, lora_of, step_memory
+from pipeline.parallel.devices import visible_gpus
+from pipeline.train.params import TrainParams
+
+GB = 1e9
+
+
+def gpu_bytes() -> int | None:
+    """Memory of the smallest visible GPU; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return min(int(torch.cuda.get_device_properties(at).total_memory) for at in range(torch.cuda.device_count()))
+
+
+def step_settings(train: TrainParams, dtype: DType) -> StepSettings:
+    """How the params run a step."""
+    lora = train.lora
+    return StepSettings(
+        dtype=dtype,
+        compression_tokens=train.compression_tokens,
+        thought_tokens=train.thought_tokens,
+        packed=train.passes.packed,
+        frozen_prefix=train.passes.frozen_prefix,
+        fused_cross_entropy=train.passes.fused_cross_entropy,
+        checkpoint_responses=train.passes.checkpoint_responses,
+        # The kernels that `auto` may choose keep more: the estimate stays an upper bound.
+        recompute_attention=train.passes.packed and train.passes.attention == "segments",
+        quantize=train.quantize,
+        lora=None if lora is None else lora_of(lora),
+        shards=_processes(train) if train.shard_backbone else 1,
+    )
+
+
+def _processes(train: TrainParams) -> int:
+    return max(1, len(visible_gpus())) if train.processes == "auto" else train.processes
+
+
+def pass_tokens(train: TrainParams, count: int) -> PassTokens:
+    """The costliest forward pass of `count` rows or, where the params set a budget of tokens, of `count` tokens."""
+    if train.max_tokens_per_batch is None:
+        return PassTokens.full(count, train.max_query_tokens, train.max_response_tokens)
+    extra = train.new_tokens + train.compression_tokens
+    most_rows = -(-train.batch_size // _processes(train))
+    return PassTokens.worst(count, most_rows, train.max_query_tokens, train.max_response_tokens, extra)
+
+
+def train_memory(shape: Shape, dtype: DType, train: TrainParams) -> StepMemory:
+    """The most that a training step with these params holds at once on one device."""
+    count = train.max_tokens_per_batch or train.micro_batch_size
+    return step_memory(shape, pass_tokens(train, count), step_settings(train, dtype))
+
+
+def memory_line(train: TrainParams, dtype: DType, shape: Shape) -> str:
+    """The most that a step holds, with its parts."""
+    found = train_memory(shape, dtype, train)
+    activations = found.prefix + found.activations + found.workspace
+    parts = {"weights": found.weights, "activations": activations, "logits": found.logits, "optimizer": found.optimizer}
+    shown = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items() if size)
+    tokens = train.max_tokens_per_batch
+    rows = train.micro_batch_size
+    batch = f"{tokens:,} tokens" if tokens else f"{rows} row{'s' if rows > 1 else ''} of full length"
+    return f"{batch} at a time: at most {found.total / GB:.1f} GB ({shown})"
+
+
+def memory_remarks(train: TrainParams, dtype: DType, shape: Shape) -> list[str]:
+    """What would fit on the smallest visible GPU, if these params do not."""
+    limit, needed = gpu_bytes(), train_memory(shape, dtype, train).total + OVERHEAD
+    if limit is None or needed <= limit:
+        return []
+    knob = "max_tokens_per_batch" if train.max_tokens_per_batch else "micro_batch_size"
+    settings = step_settings(train, dtype)
+    ways = {
+        f"train.{knob}": settings,
+        "with train.passes.checkpoint_responses": replace(settings, checkpoint_responses=True),
+        "with train.quantize 4bit": replace(settings, quantize="4bit"),
+    }
+    fits = [
+        f"{way}: {_largest_count(shape, train, setting, limit)}"
+        for way, setting in ways.items()
+        if way == f"train.{knob}" or setting != settings
+    ]
+    taken = f"train takes up to {needed / GB:.1f} GB, the GPU has {limit / GB:.1f} GB"
+    return [f"{taken}. The largest that fits, {', '.join(fits)}"]
+
+
+def _largest_count(shape: Shape, train: TrainParams, settings: StepSettings, limit: int) -> str:
+    row = train.max_query_tokens + train.max_response_tokens + settings.extra_tokens
+    end = train.batch_size * (row if train.max_tokens_per_batch else 1)
+    found = largest(lambda count: step_memory(shape, pass_tokens(train, count), settings), limit, end)
+    return "none" if found is None else f"{found:,}"

@@ -1,0 +1,111 @@
+"""How the student does on held-out rows while it is trained, and which student is kept."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.vectors import rank_own
+from pipeline.train.params import Score
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HeldoutScores:
+    """Scores of the held-out rows.
+
+    Attributes:
+        cosine: mean cosine of a query's embedding to its target.
+        top1: share of queries whose own target is the nearest of all.
+        mrr: mean reciprocal rank of the own target.
+        recon: cross-entropy of a response token given the soft prompts, in nats.
+    """
+
+    cosine: float
+    top1: float
+    mrr: float
+    recon: float
+
+    def better(self, other: "HeldoutScores", score: Score) -> bool:
+        """Whether `score` is better here than in `other`."""
+        mine, theirs = getattr(self, score), getattr(other, score)
+        return mine < theirs if score == "recon" else mine > theirs
+
+
+@dataclass(frozen=True)
+class Best:
+    """The trained tensors that scored best, the step after which they did, and how."""
+
+    step: int
+    scores: HeldoutScores
+    tensors: Mapping[str, Any]
+
+
+@dataclass
+class Validation:
+    """Held-out rows, how they scored so far, and the best student if one is to be kept.
+
+    Attributes:
+        rows: `TrainingRows` that training never sees.
+        batches: row indices of each forward pass.
+        select: the score that decides which student is kept; None keeps none.
+        curve: one dict a scoring: step and the scores.
+        best: of all scorings.
+    """
+
+    rows: Any
+    batches: Sequence[Sequence[int]]
+    select: Score | None = None
+    curve: list[dict[str, float]] = field(default_factory=list)
+    best: Best | None = None
+
+    def score(self, step: int, student: Any, passes: Any, trained: Mapping[str, Any]) -> None:
+        """Score the student as it is after `step` steps; every process computes all rows."""
+        scores = heldout_scores(self.rows, self.batches, student, passes)
+        self.curve.append({"step": step, **asdict(scores)})
+        log.info(
+            "held out after %d steps: cosine %.4f, top-1 %.3f, MRR %.3f, reconstruction %.4f",
+            *(step, scores.cosine, scores.top1, scores.mrr, scores.recon),
+        )
+        if self.select and (self.best is None or scores.better(self.best.scores, self.select)):
+            self.best = Best(step, scores, {name: value.detach().clone() for name, value in trained.items()})
+
+    def restore_best(self, trained: Mapping[str, Any]) -> None:
+        """Give the trained tensors the values that scored best, if one is to be kept."""
+        if self.best is None:
+            return
+        for name, parameter in trained.items():
+            parameter.data.copy_(self.best.tensors[name])
+        log.info("keeping the student of step %d: best held-out %s", self.best.step, self.select)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, the best tensors apart; serialises to JSON."""
+        best = None if self.best is None else {"step": self.best.step, "scores": asdict(self.best.scores)}
+        return {"curve": self.curve, "best": best}
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+        """The inverse of `state`, with the best tensors."""
+        self.curve = list(state["curve"])
+        if state["best"] is not None:
+            self.best = Best(state["best"]["step"], HeldoutScores(**state["best"]["scores"]), tensors)
+
+
+def heldout_scores(rows: Any, batches: Sequence[Sequence[int]], student: Any, passes: Any) -> HeldoutScores:
+    """Scores of `TrainingRows`, run through the backbone in these batches."""
+    import torch
+
+    embeddings = np.empty((len(rows), rows.width), dtype=np.float32)
+    loss, tokens = 0.0, 0
+    with torch.no_grad():
+        for indices in batches:
+            batch = rows.batch(indices)
+            hidden = passes.query_pass(batch.query_ids, student.tokens, student.compression_tokens)
+            soft_prompts = student.soft_prompts(hidden)
+            embeddings[indices] = student.embedding(soft_prompts).float().cpu().numpy()
+            summed, count = passes.response_pass(soft_prompts, batch.response_ids)
+            loss, tokens = loss + float(summed), tokens + count
+    ranked = rank_own(embeddings, rows.targets)
+    return HeldoutScores(ranked.cosine, ranked.top1, ranked.mrr, loss / max(1, tokens))

@@ -1,0 +1,237 @@
+"""Closed-form start of the projections, so that minutes of training are enough on a small machine.
+
+The embedding is linear in the soft prompts, so the best linear map to the targets needs no gradient: ridge regression.
+The soft prompts start as the embeddings of a frame, the tokens with which the backbone's chat template opens an answer,
+plus the hidden states at half an input embedding's norm: the backbone then begins an answer at once, and the
+reconstruction loss starts where it would for an empty question. The paper starts both projections at random.
+
+One query pass over the rows suffices, and no hidden state of it is kept: soft prompts are an affine map of hidden
+states, so the sums are taken of hidden states and mapped at the end. Five folds of them choose the strength of the
+ridge. At d = e = 4096 that is 5 x (134 + 134) MB of sums, about 1 GB more while the equations are solved, and at most
+330 MB of rows that wait for a block or that strengths are scored on.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pipeline.core.errors import TrainingError
+from pipeline.core.run import progress
+from pipeline.encoder.passes.plain import Passes
+from pipeline.encoder.student import Student
+from pipeline.train.data import TrainingRows
+from pipeline.train.ridge import LinearMap, Moments, fit_ridge, reciprocal_rank
+
+log = logging.getLogger(__name__)
+
+STRENGTHS = (10.0, 30.0, 100.0, 300.0, 1_000.0, 3_000.0, 10_000.0)
+FOLDS = 5
+SCORED_ROWS = 1_000
+"""Left-out rows of a fold that strengths are scored on, so also how many targets each is told from."""
+SPREAD = 0.5
+LEAST_OFFSET = 0.1
+"""Of the spread: directions in which positions differ by less on average are not moved, they would swamp the rest."""
+_BLOCK = 1_000
+
+
+@dataclass
+class _Fold:
+    """Sums over every fifth row, the first of those rows, and rows that wait for a block to be worth a product."""
+
+    moments: Moments | None = None
+    scored: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    waiting: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def add(self, features: np.ndarray, targets: np.ndarray, scored: np.ndarray) -> None:
+        if scored.any():
+            self.scored.append((features[scored], targets[scored]))
+        self.waiting.append((features, targets))
+        if sum(len(rows) for rows, _ in self.waiting) >= _BLOCK:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.waiting:
+            block = Moments.of(*_concatenated(self.waiting))
+            self.moments = block if self.moments is None else self.moments + block
+            self.waiting = []
+
+
+def _concatenated(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate([first for first, _ in parts]), np.concatenate([second for _, second in parts])
+
+
+class Statistics:
+    """What the closed form needs of any number of rows, in memory that does not grow with them."""
+
+    def __init__(self, compression_tokens: int, hidden: int) -> None:
+        """For hidden states `[N, compression_tokens, hidden]`."""
+        self._rows = 0
+        self._sums = np.zeros((compression_tokens, hidden))
+        self._squares = 0.0
+        self._folds = [_Fold() for _ in range(FOLDS)]
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def add(self, rows: Sequence[int], hidden: np.ndarray, targets: np.ndarray) -> None:
+        """Take in a batch; batches may come in any order.
+
+        Args:
+            rows: numbers of the B rows, counted from 0 over all that will be added; they decide the folds.
+            hidden: `[B, n, d]` at the compression tokens.
+            targets: `[B, e]`.
+
+        Raises:
+            TrainingError: a value is not finite.
+        """
+        _check_finite(rows, hidden, targets)
+        numbers, features = np.asarray(rows), hidden.mean(axis=1)
+        self._rows += len(numbers)
+        self._sums += hidden.sum(0, dtype=np.float64)
+        self._squares += float(np.square(hidden, dtype=np.float64).sum())
+        for number, fold in enumerate(self._folds):
+            at = numbers % FOLDS == number
+            if at.any():
+                fold.add(features[at], targets[at], numbers[at] < FOLDS * SCORED_ROWS)
+
+    @property
+    def position_means(self) -> np.ndarray:
+        """Mean hidden state at each compression token `[n, d]`."""
+        return self._sums / self._rows
+
+    @property
+    def spread(self) -> float:
+        """Root mean square distance of hidden states from the mean over rows and positions."""
+        mean = self.position_means.mean(0)
+        return float(np.sqrt(self._squares / (self._rows * len(self._sums)) - mean @ mean))
+
+    def folds(self) -> list[tuple[Moments, np.ndarray, np.ndarray]]:
+        """Of each fold that has rows: moments, and features and targets of its scored rows."""
+        result = []
+        for fold in self._folds:
+            fold.flush()
+            if fold.moments is not None:
+                result.append((fold.moments, *_concatenated(fold.scored)))
+        return result
+
+
+def _check_finite(rows: Sequence[int], hidden: np.ndarray, targets: np.ndarray) -> None:
+    finite = np.isfinite(hidden).all((1, 2)) & np.isfinite(targets).all(1)
+    if not finite.all():
+        wrong = [rows[index] for index in np.flatnonzero(~finite)]
+        raise TrainingError(f"warm start: hidden states or targets of rows {wrong[:5]} are not finite")
+
+
+@torch.inference_mode()
+def accumulate(
+    student: Student, passes: Passes, rows: TrainingRows, chosen: Sequence[int], batch_size: int
+) -> Statistics:
+    """Statistics of one query pass over the chosen rows, queries of like length together.
+
+    Args:
+        student: gives the token rows; its projections play no part.
+        passes: how batches run through the frozen backbone.
+        rows: the training rows.
+        chosen: which of them.
+        batch_size: rows of one forward pass.
+    """
+    statistics = Statistics(student.compression_tokens, student.hidden)
+    order = sorted(range(len(chosen)), key=lambda number: len(rows.query_ids[chosen[number]]))
+    starts = range(0, len(order), batch_size)
+    for start in progress(starts, total=len(starts), desc="warm start", unit="batch"):
+        numbers = order[start : start + batch_size]
+        at = [int(chosen[number]) for number in numbers]
+        hidden = passes.query_pass([rows.query_ids[row] for row in at], student.tokens, student.compression_tokens)
+        statistics.add(numbers, hidden.cpu().numpy(), rows.targets[at])
+    return statistics
+
+
+def choose_strength(folds: Sequence[tuple[Moments, np.ndarray, np.ndarray]], by: LinearMap) -> float:
+    """The strength whose maps retrieve best: mean reciprocal rank of the own target within left-out folds.
+
+    Squared error would choose a stronger one, which brings embeddings closer to all targets and so tells them apart
+    less well.
+
+    Args:
+        folds: see `Statistics.folds`.
+        by: maps features to what the ridge sees.
+    """
+    scores = np.zeros(len(STRENGTHS))
+    for left_out, (_, features, targets) in enumerate(folds):
+        inside = [moments for at, (moments, _, _) in enumerate(folds) if at != left_out]
+        if inside:
+            maps = fit_ridge(reduce(add, inside).mapped(by), STRENGTHS)
+            scores += [reciprocal_rank(fitted(by(features)), targets) for fitted in maps]
+    return STRENGTHS[int(scores.argmax())]
+
+
+def frame_rows(input_embeddings: np.ndarray, prompt_ids: Sequence[int], count: int) -> np.ndarray:
+    """Embeddings `[count, d]` of the last `count` tokens of a prompt; where it is shorter, the mean row before them.
+
+    Args:
+        input_embeddings: `[V, d]` as the backbone's first layer sees them.
+        prompt_ids: a prompt without a question; an empty one gives mean rows.
+        count: n compression tokens.
+    """
+    kept = list(prompt_ids)[-count:]
+    mean = np.repeat(input_embeddings.mean(0, keepdims=True), count - len(kept), axis=0)
+    return np.concatenate([mean, input_embeddings[kept]])
+
+
+def fit_reconstruction(means: np.ndarray, spread: float, frame: np.ndarray, input_norm: float) -> LinearMap:
+    """The map whose soft prompts are, on average at each position, the frame, and vary as the hidden states do.
+
+    A scaled identity carries the variation; the smallest correction that moves the n mean soft prompts onto the frame
+    has rank n - 1. Positions whose hidden states are alike (new tokens that start as the same row) cannot be told apart
+    without blowing up what little they differ by: they meet the frame only as far as `LEAST_OFFSET` allows.
+
+    Args:
+        means: mean hidden state at each position `[n, d]`.
+        spread: root mean square distance of hidden states from their mean.
+        frame: `[n, d]`.
+        input_norm: mean norm of input embeddings; the variation gets `SPREAD` of it.
+    """
+    scale = SPREAD * input_norm / spread
+    centred = means - means.mean(0)
+    missing = frame - frame.mean(0) - scale * centred
+    smallest = LEAST_OFFSET * spread / (np.linalg.norm(centred, ord=2) + 1e-12)
+    weight = scale * np.eye(means.shape[1]) + (np.linalg.pinv(centred, rcond=smallest) @ missing).T
+    return LinearMap(weight, frame.mean(0) - weight @ means.mean(0))
+
+
+@torch.no_grad()
+def warm_start(
+    student: Student,
+    statistics: Statistics,
+    frame: np.ndarray,
+    input_norm: float,
+    strength: float | Literal["auto"],
+) -> float:
+    """Set both projections in closed form.
+
+    Args:
+        student: changed in place.
+        statistics: of the training rows, see `accumulate`.
+        frame: `[n, d]`, see `frame_rows`.
+        input_norm: mean norm of the backbone's input embeddings.
+        strength: of the ridge; "auto" chooses it by `choose_strength`.
+
+    Returns:
+        The strength used.
+    """
+    reconstruction = fit_reconstruction(statistics.position_means, statistics.spread, frame, input_norm)
+    folds = statistics.folds()
+    used = choose_strength(folds, reconstruction) if strength == "auto" else strength
+    everything = reduce(add, (moments for moments, _, _ in folds))
+    [alignment] = fit_ridge(everything.mapped(reconstruction), [used])
+    for layer, fitted in ((student.reconstruction, reconstruction), (student.alignment, alignment)):
+        layer.weight.copy_(torch.from_numpy(fitted.weight))
+        layer.bias.copy_(torch.from_numpy(fitted.bias))
+    log.info("warm start: ridge %g over %d rows", used, len(statistics))
+    return used

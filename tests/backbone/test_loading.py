@@ -1,0 +1,193 @@
+"""Prompt formatting, identities and padding."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.backbone.loading import BackboneParams, Keep, Quantize, Template, identify, load_backbone, load_tokenizer
+from pipeline.backbone.prompting import PromptFormatter, eos_token_id, pad_left, pad_right
+from pipeline.core.errors import BackboneError
+from tests.conftest import tiny_tokenizer
+
+
+def test_chat_prompt_is_the_template_of_the_tokenizer() -> None:
+    tokenizer = tiny_tokenizer()
+    prompt = PromptFormatter(tokenizer, "chat", 50)("hi")
+    assert tokenizer.decode(prompt.token_ids) == "<|user|>hi<|end|><|bot|>"
+    assert not prompt.truncated
+
+
+def test_long_text_loses_its_end_and_keeps_the_template() -> None:
+    tokenizer = tiny_tokenizer()
+    prompt = PromptFormatter(tokenizer, "chat", 10)("abcdefghijkl")
+    assert tokenizer.decode(prompt.token_ids) == "<|user|>abcdefg<|end|><|bot|>"
+    assert prompt.truncated
+
+
+@pytest.mark.parametrize("text", ["x" * 100_000, "😀" * 5000, "שלום " * 3000, "a", "😀"])
+@pytest.mark.parametrize("keep", ["start", "end"])
+def test_any_text_fits(text: str, keep: Keep) -> None:
+    prompt = PromptFormatter(tiny_tokenizer(), "raw", 33, keep=keep)(text)
+    assert 1 <= len(prompt.token_ids) <= 33
+    assert prompt.truncated == (len(text.encode()) > 33)
+
+
+def test_template_kwargs_reach_the_template() -> None:
+    tokenizer = tiny_tokenizer("{{ mode }}{{ messages[0]['content'] }}")
+    assert tokenizer.decode(PromptFormatter(tokenizer, "chat", 20, {"mode": "m:"})("q").token_ids) == "m:q"
+
+
+def test_no_chat_template_names_the_way_out() -> None:
+    with pytest.raises(BackboneError, match="no chat template: use an instruct model"):
+        PromptFormatter(tiny_tokenizer(chat_template=None), "chat", 20)
+    assert PromptFormatter(tiny_tokenizer(chat_template=None), "raw", 20)("hi").token_ids
+
+
+def test_limit_below_the_template_names_both_values() -> None:
+    with pytest.raises(BackboneError, match="takes 3 tokens, the limit is 3"):
+        PromptFormatter(tiny_tokenizer(), "chat", 3)
+
+
+def test_identity_follows_the_weights_not_the_place(tiny_backbone: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_backbone("llama")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert identify(str(copy), None)["sha256"] == identify(str(folder), None)["sha256"]
+    assert identify(str(tiny_backbone("qwen3")), None)["sha256"] != identify(str(folder), None)["sha256"]
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert identify(str(copy), None)["sha256"] != identify(str(folder), None)["sha256"]
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "modules.json", "1_Pooling/config.json", "modeling_own.py"])
+def test_identity_follows_every_file_that_decides_what_is_computed(
+    name: str, tiny_backbone: Callable[..., Path], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(tiny_backbone("llama"), tmp_path / "copy")
+    before = identify(str(copy), None)["sha256"]
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("{}")
+    assert identify(str(copy), None)["sha256"] != before
+
+
+def test_identity_does_not_follow_the_words_about_a_model(tiny_backbone: Callable[..., Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_backbone("llama"), tmp_path / "copy")
+    before = identify(str(copy), None)["sha256"]
+    (copy / "README.md").write_text("words")
+    assert identify(str(copy), None)["sha256"] == before
+
+
+def test_identity_of_a_hub_model_is_its_revision() -> None:
+    assert identify("org/model", "abc") == {"name": "org/model", "revision": "abc"}
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "models/nowhere/deep"])
+def test_missing_folder(name: str) -> None:
+    with pytest.raises(BackboneError, match="does not exist"):
+        identify(name, None)
+
+
+def test_missing_model_is_one_line() -> None:
+    with pytest.raises(BackboneError, match="cannot load './nowhere'") as caught:
+        load_backbone(BackboneParams(name="./nowhere"))
+    assert "\n" not in str(caught.value)
+
+
+def test_backbone_is_frozen_and_its_tokenizer_needs_no_pad(tiny_backbone: Callable[..., Path]) -> None:
+    params = BackboneParams(name=str(tiny_backbone("gemma3")), dtype="bfloat16")
+    model, tokenizer = load_backbone(params), load_tokenizer(params)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert tokenizer.pad_token is None
+    assert eos_token_id(tokenizer) == 2
+
+
+def test_padding_sides() -> None:
+    ids, mask = pad_left([[5], [6, 7]])
+    assert (ids.tolist(), mask.tolist()) == ([[0, 5], [6, 7]], [[0, 1], [1, 1]])
+    ids, mask = pad_right([[5], [6, 7]])
+    assert (ids.tolist(), mask.tolist()) == ([[5, 0], [6, 7]], [[1, 0], [1, 1]])
+
+
+@pytest.mark.parametrize("template", ["raw", "chat"])
+def test_a_batch_is_its_texts_one_by_one(template: str) -> None:
+    formatter = PromptFormatter(tiny_tokenizer(), template, 12)
+    texts = ["", "short", "much longer than twelve tokens", "short"]
+    assert formatter.batch(texts) == [formatter(text) for text in texts]
+    assert formatter.batch([]) == []
+
+
+@pytest.mark.parametrize("template", ["raw", "chat"])
+def test_the_end_of_a_long_text_is_kept_when_asked_to(template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    formatter = PromptFormatter(tokenizer, template, 10, keep="end")
+    prompt = formatter("the beginning and the end")
+    room = 10 if template == "raw" else 7
+    assert prompt.text == "the beginning and the end"[-room:]
+    assert prompt.truncated
+    assert len(prompt.token_ids) == 10
+    assert tokenizer.decode(prompt.token_ids, skip_special_tokens=True) == prompt.text
+    whole = formatter("the end")
+    assert (whole.text, whole.truncated) == ("the end", False)
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_quantising_without_the_library_names_what_to_install(
+    quantize: Quantize, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.backbone.loading.find_spec", lambda name: None)
+    with pytest.raises(BackboneError, match=rf"train\.quantize: {quantize} needs bitsandbytes.*\[quantize\]"):
+        load_backbone(BackboneParams(name=str(tiny_backbone("llama"))), quantize=quantize)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("quantize", "bits", "agreement"), [("8bit", 8, 0.99), ("4bit", 4, 0.9)])
+def test_a_quantised_backbone_trains_nearly_as_the_whole_one(
+    quantize: Quantize, bits: int, agreement: float, tiny_backbone: Callable[..., Path]
+) -> None:
+    """Gradients to the student point where those of the unquantised backbone do; head and embeddings stay whole."""
+    pytest.importorskip("bitsandbytes")
+    import torch
+
+    from pipeline.encoder.passes.select import fast_passes
+    from pipeline.encoder.student import new_student
+    from pipeline.train.losses import Batch, loss_sums
+
+    params, gradients = BackboneParams(name=str(tiny_backbone("llama")), dtype="float32"), []
+    for setting in (None, quantize):
+        model = load_backbone(params, quantize=setting)
+        student = new_student(model, 5, compression_tokens=2, thought_tokens=1, seed=0)
+        sums = loss_sums(student, fast_passes(model), Batch([[5, 6, 7], [8]], [[9, 2], [4]], torch.ones(2, 5)), "mean")
+        (sums.align + sums.recon).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in student.parameters()]))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {model.get_input_embeddings().weight.dtype, model.lm_head.weight.dtype} == {torch.float32}
+    layer = model.model.layers[0].mlp.up_proj.weight
+    assert layer.element_size() * layer.numel() * 8 == bits * 32 * 48
+    assert agreement < torch.cosine_similarity(*gradients, dim=0) < 0.999999
+
+
+@pytest.mark.parametrize("template", ["raw", "chat"])
+def test_a_text_that_loses_its_start_keeps_what_is_put_before_it(template: Template) -> None:
+    tokenizer = tiny_tokenizer()
+    formatter = PromptFormatter(tokenizer, template, 12, keep="end")
+    room = 12 - 5 - (3 if template == "chat" else 0)
+    texts = ["abcdefghijklmnop", "x", "", "é" * 900]
+    cut, fits, empty, wide = formatter.batch(texts, "Say: ")
+    assert (cut.text, cut.truncated) == ("Say: " + texts[0][-room:], True)
+    assert (fits.text, fits.truncated, empty.text) == ("Say: x", False, "Say: ")
+    assert wide.text == "Say: " + "é" * (room // 2)
+    assert tokenizer.decode(cut.token_ids, skip_special_tokens=True) == cut.text
+    assert len(cut.token_ids) == 12
+    starts = PromptFormatter(tokenizer, template, 12)
+    assert starts.batch(texts, "Say: ") == starts.batch(["Say: " + text for text in texts])
+
+
+def test_an_instruction_without_room_behind_it() -> None:
+    formatter = PromptFormatter(tiny_tokenizer(), "chat", 8, keep="end")
+    assert formatter.batch(["x"], "1234")[0].token_ids
+    with pytest.raises(BackboneError, match="'12345' takes 8 tokens, template included, the limit is 8"):
+        formatter.batch(["x"], "12345")

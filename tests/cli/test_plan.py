@@ -1,0 +1,179 @@
+"""The whole params file is checked at once, and the plan's estimates follow their formulas."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.cli.plan import AllParams, expected_rows, load_all, make_plan, shape_of
+from pipeline.core.artifacts import create
+from pipeline.core.config import read_yaml
+from pipeline.core.errors import ParamsError
+from tests.conftest import ROOT
+
+
+def written(workspace: Path, change: Any) -> Path:
+    content = read_yaml(ROOT / "params.yaml")
+    change(content)
+    path = workspace / "params.yaml"
+    with path.open("w") as file:
+        YAML(typ="safe", pure=True).dump(content, file)
+    return path
+
+
+def real() -> AllParams:
+    return load_all(ROOT / "params.yaml")
+
+
+@pytest.mark.parametrize("file", ["params.yaml", "params.demo.yaml"])
+def test_the_shipped_files_are_valid(file: str) -> None:
+    load_all(ROOT / file)
+
+
+def test_all_mistakes_of_all_sections_come_at_once(workspace: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["trian"] = {}
+        content["train"]["learning_rat"] = 1.0
+        del content["generate"]["engine"]
+        content["collect"]["sample"] = "many"
+        content["probes"]["safety"]["topk"] = [1]
+        content["probes"]["nothing"] = {}
+        content["suites"]["mteb-eng-v2"] = {}
+
+    with pytest.raises(ParamsError) as caught:
+        load_all(written(workspace, change))
+    message = str(caught.value)
+    for part in (
+        "trian: unknown key (did you mean 'train'?)",
+        "train.learning_rat: unknown key (did you mean 'learning_rate'?)",
+        "generate.engine: missing",
+        "collect.sample:",
+        "topk: unknown key",
+        "probes.nothing: there is no such probe",
+        "suites.mteb-eng-v2: ",
+    ):
+        assert part in message, part
+
+
+def test_shape_from_a_local_config(workspace: Path, tiny_backbone: Any) -> None:
+    folder = tiny_backbone("qwen3")
+    backbone = real().backbone.model_copy(update={"name": str(folder)})
+    shape = shape_of(backbone, workspace)
+    assert shape is not None
+    assert (shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim) == (3, 32, 4, 2, 8)
+    (workspace / "odd").mkdir()
+    (workspace / "odd/config.json").write_text("{}")
+    assert shape_of(backbone.model_copy(update={"name": "odd"}), workspace) is None
+
+
+def test_an_unknown_backbone_gives_a_plan_without_memory(workspace: Path) -> None:
+    backbone = real().backbone.model_copy(update={"name": "nobody/nothing"})
+    plan = make_plan(real().model_copy(update={"backbone": backbone}), workspace)
+    assert "backbone.name: no sizes known of nobody/nothing, so no memory estimate" in plan.remarks
+
+
+def test_the_real_plan(workspace: Path) -> None:
+    plan = make_plan(real(), workspace)
+    lines = {stage: f"{what} | {where}" for stage, what, where in plan.lines}
+    assert list(lines) == [
+        "collect", "generate", "embed", "train", "evaluate@mteb-eng-v2", "probe@alignment", "probe@safety",
+        "probe@refusal", "probe@reasoning", "probe@interpret", "report",
+    ]  # fmt: skip
+    assert "at most 160,000 queries" in lines["collect"]
+    assert "without near duplicates, texts of the evaluation" in lines["collect"]
+    assert "at most 80,000,000 tokens written" in lines["generate"]
+    assert "weights 8.0 GB" in lines["generate"]
+    assert "about 4,950 steps of 32 rows" in lines["train"]
+    assert re.search(r"at most \d+\.\d GB \(weights 8\.0, activations ", lines["train"])
+    assert "BrightBiologyRetrieval and 11 more; 12 mteb tasks: " in lines["probe@reasoning"]
+    assert re.search(r"MTEB\(eng, v2\); 41 mteb tasks: 1,\d{3},\d{3} texts, about", lines["evaluate@mteb-eng-v2"])
+    adapter = "McGill-NLP/LLM2Vec-Qwen3-4B-mntp"
+    assert plan.remarks == [
+        f"embed.teacher.adapters.0.revision: {adapter} is not pinned: set the commit",
+        f"embed.teacher.adapters.1.revision: {adapter}-unsup-simcse is not pinned: set the commit",
+        "probes.safety.revision: McGill-NLP/AdvBench-IR-chunked is not pinned: set the commit",
+        "probes.refusal.revision: Paul/XSTest is not pinned: set the commit",
+        "collect.local_dir: data/sources does not exist, `dvc repro` needs it",
+        "evaluate.local_dir: data/tasks does not exist, `dvc repro` needs it",
+    ]
+
+
+def test_rows_that_are_there_count_instead_of_the_sample(workspace: Path) -> None:
+    assert expected_rows(real(), workspace) == (160_000, False)
+    with create(Path("data/queries"), kind="queries", params=real().collect.model_dump()):
+        pass
+    assert expected_rows(real(), workspace) == (0, True)
+    smaller = real().collect.model_copy(update={"sample": 500})
+    assert expected_rows(real().model_copy(update={"collect": smaller}), workspace) == (500, False)
+    Path("data/queries/manifest.json").unlink()
+    unbounded = real().collect.model_copy(update={"sample": None})
+    assert expected_rows(real().model_copy(update={"collect": unbounded}), workspace) == (None, False)
+
+
+def test_a_teacher_of_adapters_is_named_and_its_pins_and_scale_are_remarked(workspace: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        adapters = [{"name": "org/mntp", "revision": "a" * 40}, {"name": "org/simcse"}]
+        content["embed"]["teacher"] = {"kind": "llm2vec", "adapters": adapters}
+        content["train"]["align_reduction"] = "sum"
+
+    plan = make_plan(load_all(written(workspace, change)), workspace)
+    (embed,) = (where for stage, _, where in plan.lines if stage == "embed")
+    assert embed == "Qwen/Qwen3-4B + org/mntp + org/simcse"
+    assert "embed.teacher.adapters.1.revision: org/simcse is not pinned: set the commit" in plan.remarks
+    assert not any("org/mntp" in remark for remark in plan.remarks)
+    assert any("align_reduction: sum over the dimensions of llm2vec" in remark for remark in plan.remarks)
+
+
+@pytest.mark.parametrize(
+    ("normalize", "reduction", "remarked"), [(True, "mean", True), (True, "sum", False), (False, "mean", False)]
+)
+def test_a_mean_over_unit_length_targets_is_remarked(
+    workspace: Path, normalize: bool, reduction: str, remarked: bool
+) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["embed"] |= {"teacher": {"kind": "backbone"}, "normalize": normalize}
+        content["train"]["align_reduction"] = reduction
+
+    remarks = make_plan(load_all(written(workspace, change)), workspace).remarks
+    assert any("the reconstruction undoes a warm start: sum" in remark for remark in remarks) is remarked
+
+
+@pytest.mark.parametrize("teacher", ["backbone", "hash"])
+@pytest.mark.parametrize(("kind", "reduction", "remarked"), [("whiten", "sum", True), ("whiten", "mean", False)])
+def test_a_sum_over_whitened_targets_is_remarked(
+    workspace: Path, teacher: str, kind: str, reduction: str, remarked: bool
+) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["embed"] |= {"teacher": {"kind": teacher}, "transform": {"kind": kind}}
+        content["train"]["align_reduction"] = reduction
+
+    plan = make_plan(load_all(written(workspace, change)), workspace)
+    remarks = [remark for remark in plan.remarks if "align_reduction" in remark]
+    assert len(remarks) == remarked
+    assert all("variance 1 each (embed.transform whiten)" in remark for remark in remarks)
+    assert any(f"{teacher}, transform whiten" in what for _, what, _ in plan.lines)
+
+
+def test_stubs_and_cut_answers_are_remarked(workspace: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["generate"] |= {"engine": "echo", "max_new_tokens": 900, "options": {}}
+        content["embed"]["teacher"] = {"kind": "hash"}
+
+    remarks = make_plan(load_all(written(workspace, change)), workspace).remarks
+    assert any("echo is a stub" in remark for remark in remarks)
+    assert any("hash is a stub" in remark for remark in remarks)
+    assert "train.max_response_tokens: 900 tokens are written, 512 are learnt from" in remarks
+
+
+def test_models_and_data_of_the_evaluation_that_are_not_pinned_are_remarked(workspace: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        models = {"mini": {"name": "org/mini"}, "pinned": {"name": "org/other", "revision": "a" * 40}}
+        content["evaluate"] |= {"models": models, "systems": ["student", "mini", "pinned"]}
+        content["probes"]["safety"]["harmless"] = {"dataset": "org/passages"}
+
+    remarks = make_plan(load_all(written(workspace, change)), workspace).remarks
+    assert "evaluate.models.mini.revision: org/mini is not pinned: set the commit" in remarks
+    assert "probes.safety.harmless.revision: org/passages is not pinned: set the commit" in remarks
+    assert not any("org/other" in remark for remark in remarks)

@@ -1,0 +1,302 @@
+"""Reading sources: every format, chats, and one clear message for each kind of broken input."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.core.config import Params, validate
+from pipeline.core.errors import ParamsError, SourceError
+from pipeline.core.readers import HubSource, LocalSource, Source, read_texts
+
+
+def local(folder: Path, name: str, column: str | None = "text", limit: int | None = None) -> list[str]:
+    return list(read_texts(LocalSource(kind="local", path=name, column=column, limit=limit), folder))
+
+
+def refusal(folder: Path, name: str, column: str | None = "text") -> str:
+    with pytest.raises(SourceError) as caught:
+        local(folder, name, column)
+    return str(caught.value)
+
+
+TRICKY = ["plain", 'a "quoted", comma', "two\nlines", "سؤال", "👩‍🚀", "", "x" * 200_000]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    import csv
+
+    pq.write_table(pa.table({"n": range(len(TRICKY)), "text": TRICKY}), tmp_path / "q.parquet")
+    for name in ("q.jsonl", "q.json", "q.ndjson"):
+        rows = (json.dumps({"n": 1, "text": text}, ensure_ascii=name == "q.json") for text in TRICKY)
+        (tmp_path / name).write_text("\n".join(rows) + "\n\n", encoding="utf-8")
+    for name, delimiter in (("q.csv", ","), ("q.tsv", "\t")):
+        with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as file:
+            csv.writer(file, delimiter=delimiter).writerows([("n", "text"), *((1, text) for text in TRICKY)])
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["q.parquet", "q.jsonl", "q.json", "q.ndjson", "q.csv", "q.tsv"])
+def test_every_format_gives_the_same_texts(files: Path, name: str) -> None:
+    assert local(files, name) == TRICKY
+    assert local(files, name, limit=2) == TRICKY[:2]
+
+
+def test_a_text_file_has_one_query_a_line(tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_bytes("\ufefffirst\r\n\nthird سؤال\n".encode())
+    assert [text.strip() for text in local(tmp_path, "q.txt", None)] == ["first", "", "third سؤال"]
+    assert "set column: null instead of 'text'" in refusal(tmp_path, "q.txt")
+
+
+def test_absolute_paths_do_not_need_the_folder(files: Path) -> None:
+    assert local(Path("/nowhere"), str(files / "q.csv"), limit=1) == ["plain"]
+
+
+CHATS: list[tuple[Any, str]] = [
+    (
+        [
+            {"role": "system", "content": "be kind"},
+            {"role": "user", "content": "one"},
+            {"role": "user", "content": "2"},
+        ],
+        "one",
+    ),
+    ([{"role": "assistant", "content": "hello"}, {"role": "user", "content": "two"}], "two"),
+    ([{"role": "system", "content": "nobody asks"}], ""),
+    ([], ""),
+    (None, ""),
+    ([{"role": "user", "content": None}], ""),
+]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+@pytest.mark.parametrize(("role", "content", "user"), [("role", "content", "user"), ("from", "value", "human")])
+def test_the_first_user_turn_of_a_chat_is_the_query(
+    tmp_path: Path, suffix: str, role: str, content: str, user: str
+) -> None:
+    names = {"role": role, "content": content}
+    values = {"user": user}
+    chats = [
+        chat and [{names[key]: values.get(value, value) for key, value in turn.items()} for turn in chat]
+        for chat, _ in CHATS
+    ]
+    path = tmp_path / f"chats.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist([{"messages": chat} for chat in chats]), path)
+    else:
+        path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    assert local(tmp_path, path.name, "messages") == [text for _, text in CHATS]
+
+
+def test_the_text_parts_of_a_multimodal_message_are_the_query(tmp_path: Path) -> None:
+    content = [{"type": "text", "text": "what is"}, {"type": "image", "url": "x"}, {"type": "text", "text": "this?"}]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"m": [{"role": "user", "content": content}]}))
+    assert local(tmp_path, "q.jsonl", "m") == ["what is\nthis?"]
+
+
+def test_lone_surrogates_and_nul_in_json_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"text": "a\\ud800b\\u0000"}\n{"text": "\\ud83d\\ude00"}\n')
+    assert local(tmp_path, "q.jsonl") == ["a\ud800b\x00", "😀"]
+
+
+# --- broken input ---------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "gone.jsonl") == (
+        f"{tmp_path}/gone.jsonl does not exist (paths of collect.sources start at collect.local_dir)"
+    )
+
+
+@pytest.mark.parametrize("name", ["q.xlsx", "q", "q.parquet.bak"])
+def test_an_unknown_format(tmp_path: Path, name: str) -> None:
+    known = ".parquet, .jsonl, .ndjson, .json, .csv, .tsv, .txt"
+    assert refusal(tmp_path, name) == f"{tmp_path}/{name}: unknown format '{Path(name).suffix}' (known: {known})"
+
+
+@pytest.mark.parametrize("name", ["q.parquet", "q.csv", "q.tsv"])
+def test_a_missing_column_lists_those_there(files: Path, name: str) -> None:
+    assert refusal(files, name, "question") == f"{files}/{name}: no column 'question' (columns there: n, text)"
+    assert refusal(files, name, None) == f"{files}/{name}: collect.sources must name a column (columns there: n, text)"
+
+
+def test_a_missing_column_in_json_has_its_line(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"text": "a"}\n{"txt": "b", "id": 1}\n')
+    assert refusal(tmp_path, "q.jsonl") == f"{tmp_path}/q.jsonl, line 2: no column 'text' (columns there: txt, id)"
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, -1])
+def test_a_truncated_parquet_file(files: Path, keep: int) -> None:
+    path = files / "q.parquet"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert refusal(files, "q.parquet").startswith(f"{path} is damaged or no Parquet file: ")
+
+
+def test_a_parquet_file_damaged_inside(files: Path) -> None:
+    path = files / "q.parquet"
+    content = bytearray(path.read_bytes())
+    start = content.index(b"plain")
+    content[start - 30 : start + 60] = b"\xff" * 90
+    path.write_bytes(content)
+    assert refusal(files, "q.parquet").startswith(f"{path} is damaged or no Parquet file: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": "b"', "not JSON"),
+        ("plain words", "not JSON"),
+        ("[1, 2]", "a list, not an object"),
+        ('"text"', "a str, not an object"),
+    ],
+)
+def test_a_broken_json_line_has_its_number(tmp_path: Path, line: str, reason: str) -> None:
+    (tmp_path / "q.jsonl").write_text('{"text": "a"}\n\n' + line + "\n")
+    assert refusal(tmp_path, "q.jsonl").startswith(f"{tmp_path}/q.jsonl, line 3: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("1,what, really", "line 3: 3 fields, but the header has 2 (a comma outside quotes?)"),
+        ("1", "line 3: 1 fields, but the header has 2 (a comma outside quotes?)"),
+        ('1,"never closed', "line 4: broken row (unexpected end of data)"),
+        ('1,"closed" too early', "line 3: broken row ("),
+    ],
+)
+def test_a_broken_csv_row_has_its_line(tmp_path: Path, row: str, reason: str) -> None:
+    (tmp_path / "q.csv").write_text(f"id,text\n0,fine\n{row}\n2,fine\n")
+    assert refusal(tmp_path, "q.csv").startswith(f"{tmp_path}/q.csv, {reason}")
+
+
+@pytest.mark.parametrize("name", ["q.csv", "q.jsonl", "q.txt"])
+def test_a_file_that_is_not_utf8_names_the_line(tmp_path: Path, name: str) -> None:
+    first = {"q.csv": b"text\n", "q.jsonl": b'{"text": "a"}\n', "q.txt": b"a\n"}[name]
+    (tmp_path / name).write_bytes(first + "caf\u00e9\n".encode("latin-1"))
+    column = None if name == "q.txt" else "text"
+    assert refusal(tmp_path, name, column).startswith(f"{tmp_path}/{name}, line 2: not UTF-8 (")
+
+
+@pytest.mark.parametrize(
+    "value", [3, 1.5, True, {"role": "user"}, ["text"], [{"text": "x"}], [{"role": "user", "content": 3}]]
+)
+def test_values_that_are_neither_texts_nor_chats(tmp_path: Path, value: object) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"text": value}))
+    message = refusal(tmp_path, "q.jsonl")
+    assert message.startswith(f"{tmp_path}/q.jsonl: ")
+    assert "list of messages" in message or "a message must have" in message
+
+
+@pytest.mark.parametrize("name", ["q.csv", "q.jsonl", "q.txt", "q.parquet"])
+def test_an_empty_file_yields_nothing_or_says_what_is_missing(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    if name in ("q.jsonl", "q.txt"):
+        assert local(tmp_path, name, None if name == "q.txt" else "text") == []
+    else:
+        assert refusal(tmp_path, name)
+
+
+# --- hub data sets --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A data set in the hub's layout; the library reads a folder as it reads a repository."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    chats = [{"messages": [{"role": "user", "content": f"q{n}"}], "text": f"t{n}"} for n in range(5)]
+    pq.write_table(pa.Table.from_pylist(chats), folder / "train-00000.parquet")
+    pq.write_table(pa.Table.from_pylist(chats[:1]), folder / "test-00000.parquet")
+    yield folder
+    datasets.enable_progress_bars()
+
+
+def hub(folder: Path, **keys: Any) -> list[str]:
+    return list(read_texts(HubSource(kind="hub", name=str(folder), **keys), Path("unused")))
+
+
+def test_a_hub_data_set_by_split_and_column(hub_folder: Path) -> None:
+    assert hub(hub_folder, column="text") == [f"t{n}" for n in range(5)]
+    assert hub(hub_folder, column="messages", split="test") == ["q0"]
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_a_hub_data_set_is_streamed(hub_folder: Path, limit: int | None) -> None:
+    assert hub(hub_folder, column="messages", limit=limit) == ["q0", "q1", "q2", "q3", "q4"][:limit]
+    assert not list(hub_folder.parent.rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_a_missing_column_of_a_hub_data_set(hub_folder: Path, limit: int | None) -> None:
+    what = re.escape(
+        f"data set {hub_folder} (split train, revision main): no column 'x' (columns there: messages, text)"
+    )
+    with pytest.raises(SourceError, match=what):
+        hub(hub_folder, column="x", limit=limit)
+
+
+def test_a_missing_split_of_a_hub_data_set(hub_folder: Path) -> None:
+    with pytest.raises(SourceError, match=r"cannot read data set .* \(split dev, revision main\).*dev"):
+        hub(hub_folder, column="text", split="dev")
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_offline_the_message_says_what_is_needed(limit: int | None) -> None:
+    source = HubSource(kind="hub", name="some/prompts", config="all", column="text", revision="abc123", limit=limit)
+    what = re.escape("data set some/prompts/all (split train, revision abc123): ")
+    need = re.escape("(a hub that answers or a filled datasets cache is needed)")
+    with pytest.raises(SourceError, match=f"cannot read {what}.*{need}"):
+        list(read_texts(source, Path("unused")))
+
+
+def test_a_cache_of_another_revision_does_not_stand_in_for_a_pinned_one(hub_folder: Path) -> None:
+    import datasets
+
+    commits = ["a" * 40, "b" * 40]
+    builder = datasets.load_dataset_builder(str(hub_folder))
+    builder.download_and_prepare()
+    cached = hub_folder.parent / "cache" / "some___prompts" / "default" / "0.0.0" / commits[0]
+    shutil.copytree(builder.cache_dir, cached)
+
+    def read(revision: str | None, limit: int | None) -> list[str]:
+        source = HubSource(kind="hub", name="some/prompts", column="text", revision=revision, limit=limit)
+        return list(read_texts(source, Path("unused")))
+
+    for limit in (None, 3):
+        assert read(commits[0], limit) == read(None, limit) == [f"t{n}" for n in range(5)][:limit]
+        with pytest.raises(SourceError, match=f"holds revision {commits[0]}, not {commits[1]}: fill the cache"):
+            read(commits[1], limit)
+
+
+# --- params ---------------------------------------------------------------------------------------------------------
+
+
+class Sources(Params):
+    sources: list[Source]
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ({"kind": "ftp"}, "sources.0: .*'ftp'"),
+        ({"path": "x"}, "sources.0: .*'kind'"),
+        ({"kind": "local"}, "sources.0.local.path: missing"),
+        ({"kind": "hub", "name": "a/b"}, "sources.0.hub.column: missing"),
+        ({"kind": "local", "path": "x", "split": "train"}, "sources.0.local.split: unknown key"),
+        ({"kind": "local", "path": "x", "limit": 0}, "sources.0.local.limit: .*greater than or equal to 1"),
+    ],
+)
+def test_mistakes_in_a_source_are_named(entry: dict[str, object], problem: str) -> None:
+    with pytest.raises(ParamsError, match=problem):
+        validate({"sources": [entry]}, Sources, where="params.yaml")

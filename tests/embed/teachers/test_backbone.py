@@ -1,0 +1,155 @@
+"""Mean pooling of a frozen LLM against one text at a time, on real architectures with random weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.backbone.loading import BackboneParams, identify
+from pipeline.core.errors import TeacherError
+from pipeline.embed.teachers import TeacherParams, build_teacher
+from pipeline.embed.teachers.backbone import BackboneTeacher
+from pipeline.evaluate.baselines import ECHO_TEMPLATE
+from tests.conftest import tiny_model, tiny_tokenizer
+
+ARCHITECTURES = ["llama", "qwen3", "gemma3"]
+TEXTS = ["short", "a text that is longer than the sliding window", "héllo 😀", "x", "another one of middle size"]
+
+
+def teacher(architecture: str = "llama", batch_size: int = 2, max_tokens: int = 64, tokenizer: Any = None) -> Any:
+    return BackboneTeacher(
+        tiny_model(architecture),
+        tokenizer or tiny_tokenizer(),
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        identity={"name": "tiny"},
+    )
+
+
+def pooled(model: Any, ids: list[int], first: int = 0) -> Any:
+    """The mean over the final hidden states of one unpadded row, from position `first` on."""
+    return model.get_decoder()(input_ids=torch.tensor([ids])).last_hidden_state[0, first:].mean(0).numpy()
+
+
+def with_bos() -> Any:
+    """A tokenizer that starts each text with <|bot|> (id 1), as Llama's does with its BOS."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|bot|> $A", pair="<|bot|> $A $B", special_tokens=[("<|bot|>", 1)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_batch_equals_each_text_alone(architecture: str) -> None:
+    model, tokenizer = tiny_model(architecture), tiny_tokenizer()
+    expected = np.stack([pooled(model, tokenizer(text)["input_ids"]) for text in TEXTS])
+    for batch_size in (1, 2, 5):
+        found = teacher(architecture, batch_size).embed(TEXTS)
+        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
+    assert found.dtype == np.float32
+    assert np.linalg.norm(expected[0] - expected[1]) > 0.1
+
+
+def test_special_tokens_are_read_but_not_pooled() -> None:
+    tokenizer = with_bos()
+    ids = tokenizer("hello")["input_ids"]
+    assert ids[0] == 1
+    found = teacher(tokenizer=tokenizer).embed(["hello", "a longer companion"])[0]
+    np.testing.assert_allclose(found, pooled(tiny_model(), ids, first=1), atol=2e-5, rtol=1e-4)
+
+
+def test_a_long_text_loses_its_end() -> None:
+    short = teacher(max_tokens=8)
+    assert tiny_tokenizer()("x" * 8)["input_ids"] == tiny_tokenizer()("x" * 9)["input_ids"][:8]
+    np.testing.assert_allclose(short.embed(["x" * 100]), short.embed(["x" * 8]), atol=1e-6)
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer, with_bos])
+def test_an_empty_text_embeds_as_eos(tokenizer: Callable[[], Any]) -> None:
+    start = tokenizer()("")["input_ids"]
+    found = teacher(tokenizer=tokenizer()).embed(["", "companion"])[0]
+    np.testing.assert_allclose(found, pooled(tiny_model(), [*start, 2], first=len(start)), atol=2e-5, rtol=1e-4)
+
+
+def test_no_text_gives_no_row() -> None:
+    assert teacher().embed([]).shape == (0, 32)
+
+
+def test_truncated_and_token_counts() -> None:
+    limited = teacher(max_tokens=4, tokenizer=with_bos())
+    assert limited.truncated(["abc", "abcd", ""]) == [False, True, False]
+    assert limited.token_counts(["abc", "abcd", ""]) == [4, 4, 1]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_last_token_pooling_is_the_texts_own_last(architecture: str, tiny_backbone: Callable[..., Path]) -> None:
+    params = TeacherParams(kind="backbone", max_tokens=16, pooling="last", batch_size=5)
+    built = build_teacher(params, BackboneParams(name=str(tiny_backbone(architecture))))
+    ids = tiny_tokenizer()("hello")["input_ids"]
+    found = built.embed(["x", "hello", "a longer one than that"])
+    np.testing.assert_allclose(found[1], pooled(tiny_model(architecture), ids, first=4), atol=2e-5, rtol=1e-4)
+    assert built.identity["pooling"] == "last"
+
+
+def test_an_echo_pools_its_second_reading(tiny_backbone: Callable[..., Path]) -> None:
+    template = "Rewrite: {text}, rewritten: {text}"
+    params = TeacherParams(kind="backbone", max_tokens=64, template=template, batch_size=5)
+    built = build_teacher(params, BackboneParams(name=str(tiny_backbone("qwen3"))))
+    ids = tiny_tokenizer()("Rewrite: hello, rewritten: hello")["input_ids"]
+    found = built.embed(["x", "hello", "a longer one than that"])
+    np.testing.assert_allclose(found[1], pooled(tiny_model("qwen3"), ids, first=len(ids) - 5), atol=2e-5, rtol=1e-4)
+    assert built.identity["template"] == template
+
+
+def test_one_word_pools_the_state_that_would_name_the_word(tiny_backbone: Callable[..., Path]) -> None:
+    params = TeacherParams(kind="backbone", max_tokens=64, template="one-word", pooling="last", batch_size=5)
+    built = build_teacher(params, BackboneParams(name=str(tiny_backbone("llama"))))
+    ids = tiny_tokenizer()('This sentence : "hello" means in one word:"')["input_ids"]
+    found = built.embed(["x", "hello", "a longer one than that"])
+    np.testing.assert_allclose(found[1], pooled(tiny_model(), ids, first=len(ids) - 1), atol=2e-5, rtol=1e-4)
+    # Of a text that is too long the end goes, never the question.
+    assert built.truncated(["y" * 200]) == [True]
+    fits = 64 - len(tiny_tokenizer()('This sentence : "" means in one word:"')["input_ids"])
+    np.testing.assert_allclose(built.embed(["y" * 200]), built.embed(["y" * fits]), atol=1e-5)
+
+
+def test_a_named_template_is_what_it_stands_for() -> None:
+    assert TeacherParams(kind="backbone", template="echo").template == ECHO_TEMPLATE
+    assert TeacherParams(kind="backbone", template="text") == TeacherParams(kind="backbone")
+    with pytest.raises(ValueError, match="template one-word needs pooling last"):
+        TeacherParams(kind="backbone", template="one-word")
+    with pytest.raises(ValueError, match=r"'eco' holds no \{text\} and is none of text, echo, one-word"):
+        TeacherParams(kind="backbone", template="eco")
+    with pytest.raises(ValueError, match="valid string"):
+        TeacherParams(kind="backbone", template=["echo"])
+
+
+def test_built_by_kind_it_is_pinned_like_the_backbone(tiny_backbone: Callable[..., Path]) -> None:
+    folder = tiny_backbone("qwen3")
+    params = TeacherParams(kind="backbone", max_tokens=16, dtype="float32")
+    built = build_teacher(params, BackboneParams(name=str(folder), dtype="bfloat16"))
+    assert built.width == 32
+    assert built.identity.items() >= identify(str(folder), None).items()
+    assert built.identity["dtype"] == "float32"
+    np.testing.assert_allclose(built.embed(["hi"]), teacher("qwen3", max_tokens=16).embed(["hi"]), atol=1e-6)
+
+
+def test_half_precision_gives_float32_vectors_close_to_full(tiny_backbone: Callable[..., Path]) -> None:
+    backbone = BackboneParams(name=str(tiny_backbone("llama")))
+    half, full = (
+        build_teacher(TeacherParams(kind="backbone", dtype=dtype), backbone) for dtype in ("bfloat16", "float32")
+    )
+    assert half.embed(TEXTS).dtype == np.float32
+    np.testing.assert_allclose(half.embed(TEXTS), full.embed(TEXTS), atol=0.05)
+
+
+def test_more_tokens_than_positions(tiny_backbone: Callable[..., Path]) -> None:
+    params = TeacherParams(kind="backbone", max_tokens=513)
+    with pytest.raises(TeacherError, match=r"embed.teacher.max_tokens \(513\) exceeds the backbone's 512 positions"):
+        build_teacher(params, BackboneParams(name=str(tiny_backbone("llama"))))

@@ -1,0 +1,123 @@
+"""The sentence-transformers teacher: a tiny random model in memory, and (marker models) the real all-MiniLM."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.backbone.loading import BackboneParams, identify
+from pipeline.core.errors import TeacherError
+from pipeline.embed.teachers import TeacherParams, build_teacher
+
+BACKBONE = BackboneParams(name="org/model")
+TEXTS = ["short", "a text that is rather longer than the others here", "middle of the road", ""]
+
+
+@pytest.fixture(scope="module")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random mean-pooling BERT of 16 dimensions and 64 positions; a token is a letter or a word."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    letters = [*"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(vocab={token: i for i, token in enumerate(vocabulary)}).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    transformer = Transformer(str(folder))
+    saved = tmp_path_factory.mktemp("teacher")
+    SentenceTransformer(modules=[transformer, Pooling(16)]).save(str(saved))
+    return saved
+
+
+def build(folder: Path | str, **keys: Any) -> Any:
+    params = TeacherParams(kind="sentence-transformers", name=str(folder), **({"max_tokens": 32} | keys))
+    return build_teacher(params, BACKBONE)
+
+
+def test_a_batch_equals_each_text_alone(tiny_teacher: Path) -> None:
+    teacher = build(tiny_teacher, batch_size=2)
+    together = teacher.embed(TEXTS)
+    assert teacher.width == 16
+    assert together.dtype == np.float32
+    np.testing.assert_allclose(together, np.concatenate([teacher.embed([text]) for text in TEXTS]), atol=1e-5)
+    assert teacher.embed([]).shape == (0, 16)
+
+
+def test_prompt_and_token_limit_reach_the_model(tiny_teacher: Path) -> None:
+    bare, prompted = build(tiny_teacher), build(tiny_teacher, prompt="say ")
+    np.testing.assert_allclose(prompted.embed(["abc"]), bare.embed(["say abc"]), atol=1e-6)
+    short = build(tiny_teacher, max_tokens=6)
+    np.testing.assert_allclose(short.embed(["abcdefgh"]), short.embed(["abcd"]), atol=1e-6)
+    assert short.identity["max_tokens"] == 6
+    assert bare.identity != prompted.identity != short.identity
+
+
+def test_truncated_counts_prompt_and_special_tokens(tiny_teacher: Path) -> None:
+    bare, prompted = build(tiny_teacher, max_tokens=6), build(tiny_teacher, max_tokens=6, prompt="say ")
+    assert bare.truncated(["abcd", "abcde", ""]) == [False, True, False]  # and [CLS], [SEP]
+    assert prompted.truncated(["a", "ab"]) == [False, True]
+    assert bare.token_counts(["abc", "", "abcdefgh"]) == [5, 2, 6]
+    assert prompted.token_counts(["a"]) == [6]
+    assert bare.truncated([]) == bare.token_counts([]) == []
+    np.testing.assert_allclose(bare.embed(["abcde"]), bare.embed(["abcd"]), atol=1e-6)
+
+
+def test_a_model_of_static_vectors_reads_all_of_every_text(tmp_path: Path) -> None:
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    from tests.conftest import tiny_tokenizer
+
+    torch.manual_seed(0)
+    static = StaticEmbedding(tiny_tokenizer(), embedding_dim=8)
+    SentenceTransformer(modules=[static], device="cpu").save(str(tmp_path / "static"))
+    teacher = build(tmp_path / "static", max_tokens=4)
+    assert teacher.truncated(["a" * 50]) == [False]
+    assert teacher.token_counts(["a" * 50]) == [50]
+    assert teacher.identity["max_tokens"] is None
+    vectors = teacher.embed(["a" * 4, "aaaab"])
+    assert not np.allclose(vectors[0], vectors[1])
+
+
+def test_the_models_own_limit_wins_and_is_said(tiny_teacher: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert build(tiny_teacher, max_tokens=5000).identity["max_tokens"] == 64
+    assert "64 tokens a text (its own limit, below embed.teacher.max_tokens)" in caplog.text
+
+
+def test_identity_is_that_of_the_folder(tiny_teacher: Path) -> None:
+    assert build(tiny_teacher).identity.items() >= identify(str(tiny_teacher), None).items()
+
+
+def test_a_folder_that_is_not_there(workspace: Path) -> None:
+    with pytest.raises(TeacherError, match=r"embed\.teacher\.name: model folder \./nowhere does not exist"):
+        build("./nowhere")
+
+
+def test_a_folder_that_holds_no_model(workspace: Path) -> None:
+    Path("broken").mkdir()
+    Path("broken/config.json").write_text("{}")
+    with pytest.raises(TeacherError, match=r"embed\.teacher\.name: cannot load './broken'"):
+        build("./broken")
+
+
+@pytest.mark.models
+def test_real_teacher_equals_sentence_transformers(small_teacher: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    texts = ["Paris is the capital of France.", "Boil the egg for ten minutes.", "Sorry, I cannot help. " * 40]
+    expected = SentenceTransformer(str(small_teacher), device="cpu").encode(texts)
+    found = build(small_teacher, max_tokens=256, batch_size=1).embed(texts)
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -1,0 +1,267 @@
+"""The embed stage as a user runs it: whole, killed, interrupted, and with what it cannot use."""
+
+import json
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from pipeline.core.artifacts import open_artifact
+from pipeline.core.schemas import check_table, targets_schema
+from pipeline.core.target_transform import load_transform
+from pipeline.core.vectors import anisotropy
+from pipeline.embed.__main__ import app
+from pipeline.embed.teachers.stub import HashTeacher
+from tests.stage_runs import (
+    finish,
+    folder_bytes,
+    kept_rows,
+    row_id,
+    shards,
+    start,
+    wait_until,
+    write_params,
+    write_queries,
+    write_responses,
+)
+
+TARGETS_DIR = Path("data/targets")
+TEXTS = [f"answer number {index}" for index in range(1100)]
+
+
+@pytest.fixture
+def configure(workspace: Path, tiny_backbone: Callable[..., Path]) -> Callable[..., None]:
+    """Write params.yaml with a teacher of these keys; `embed` holds the others."""
+    backbone = {"name": str(tiny_backbone("llama")), "dtype": "float32"}
+
+    def write(embed: dict[str, Any] | None = None, **teacher: Any) -> None:
+        teacher = {"kind": "hash", "batch_size": 2} | teacher
+        write_params(backbone=backbone, embed={"teacher": teacher, "dtype": "float32"} | (embed or {}))
+
+    return write
+
+
+Configure = Callable[..., None]
+
+
+def invoke() -> Result:
+    return CliRunner().invoke(app, [])
+
+
+def facts() -> dict[str, Any]:
+    return json.loads(Path("results/embed.json").read_text())
+
+
+def fails(message: str) -> None:
+    result = invoke()
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not TARGETS_DIR.exists()
+
+
+def test_one_target_a_usable_response(configure: Configure) -> None:
+    configure(options={"width": 8})
+    failed = {"response": "", "finish_reason": "error", "error": "out of luck"}
+    write_responses(
+        TEXTS[:30], **{TEXTS[4]: failed, TEXTS[5]: {"response": " "}, TEXTS[6]: {"finish_reason": "length"}}
+    )
+    assert invoke().exit_code == 0
+    artifact = open_artifact(TARGETS_DIR, "targets")
+    table = artifact.read()
+    check_table(table, targets_schema(8, "float32"), "targets")
+    expected = {row_id(text): text for text in TEXTS[:30] if text not in TEXTS[4:6]}
+    assert table["id"].to_pylist() == sorted(expected)
+    vectors = HashTeacher(width=8).embed([expected[row] for row in sorted(expected)])
+    np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float32), vectors)
+    counts = {"embedded": 28, "truncated_responses": 0, "skipped": {"error": 1, "empty": 1}}
+    assert artifact.manifest.counts == facts()["counts"] == counts
+    assert artifact.manifest.models["teacher"]["stub"] is True
+    assert set(artifact.manifest.inputs) == {"data/responses"}
+    norms = np.linalg.norm(vectors, axis=1)
+    assert facts()["norm_mean"] == pytest.approx(norms.mean(), abs=1e-4)
+    assert facts()["norm_std"] == pytest.approx(norms.std(), abs=1e-4)
+
+
+def test_backbone_as_teacher(configure: Configure) -> None:
+    configure(kind="backbone", max_tokens=32, embed={"dtype": "float16", "normalize": True})
+    write_responses(TEXTS[:5])
+    assert invoke().exit_code == 0
+    table = open_artifact(TARGETS_DIR, "targets").read()
+    check_table(table, targets_schema(32, "float16"), "targets")
+    lengths = np.linalg.norm(np.array(table["embedding"].to_pylist(), np.float32), axis=1)
+    np.testing.assert_allclose(lengths, 1.0, atol=2e-3)
+
+
+def test_changed_responses_compute_only_new_rows(configure: Configure) -> None:
+    configure()
+    write_responses(TEXTS[:20])
+    invoke()
+    write_responses(TEXTS[:25])
+    invoke()
+    assert (facts()["computed_rows"], facts()["reused_rows"]) == (5, 20)
+
+
+def test_a_changed_answer_to_the_same_query_is_embedded_anew(configure: Configure) -> None:
+    configure(options={"width": 4})
+    write_responses(TEXTS[:20])
+    invoke()
+    write_responses(TEXTS[:20], **{TEXTS[3]: {"response": "on second thought, no"}})
+    invoke()
+    assert facts()["computed_rows"] == 1
+    table = open_artifact(TARGETS_DIR, "targets").read()
+    found = dict(zip(table["id"].to_pylist(), table["embedding"].to_pylist(), strict=True))[row_id(TEXTS[3])]
+    assert found == HashTeacher(width=4).embed(["on second thought, no"])[0].tolist()
+
+
+def targets(texts: list[str] = TEXTS[:200]) -> np.ndarray[Any, Any]:
+    """Of these texts, in their order."""
+    table = open_artifact(TARGETS_DIR, "targets").read()
+    found = dict(zip(table["id"].to_pylist(), table["embedding"].to_pylist(), strict=True))
+    return np.array([found[row_id(text)] for text in texts if row_id(text) in found], np.float32)
+
+
+def whiten(**keys: Any) -> dict[str, Any]:
+    return {"transform": {"kind": "whiten", "shrinkage": 0.0, **keys}}
+
+
+def test_a_transform_is_fitted_on_the_training_rows_and_stored(configure: Configure) -> None:
+    write_queries(TEXTS[:200])
+    write_responses(TEXTS[:200])
+    configure(options={"width": 6})
+    assert invoke().exit_code == 0
+    raw = targets()
+    assert facts()["transform"] == {"kind": "none"}
+    configure(options={"width": 6}, embed=whiten())
+    result = invoke()
+    assert result.exit_code == 0, result.output
+    assert facts()["computed_rows"] == 0
+    trained_on = [text for index, text in enumerate(TEXTS[:200]) if index % 10]
+    np.testing.assert_allclose(np.cov(targets(trained_on).T, bias=True), np.eye(6), atol=1e-4)
+    assert abs(np.cov(targets().T, bias=True) - np.eye(6)).max() > 1e-3
+    artifact = open_artifact(TARGETS_DIR, "targets")
+    transform = load_transform(TARGETS_DIR)
+    assert transform is not None
+    assert set(artifact.manifest.files) == {"part-00000.parquet", "transform.safetensors"}
+    assert artifact.manifest.params["transform"]["kind"] == "whiten"
+    assert set(artifact.manifest.inputs) == {"data/responses", "data/queries"}
+    np.testing.assert_allclose(transform.invert(targets()), raw, atol=1e-5)
+    assert facts()["transform"]["fitted_rows"] == 180
+    assert facts()["anisotropy"] == pytest.approx(anisotropy(targets()), abs=1e-5)
+    assert facts()["transform"]["anisotropy_before"] == pytest.approx(
+        anisotropy(raw[[i for i in range(200) if i % 10]]), abs=1e-5
+    )
+
+
+def test_heldout_rows_never_influence_the_fit(configure: Configure) -> None:
+    write_queries(TEXTS[:200])
+    configure(options={"width": 6}, embed=whiten())
+    write_responses(TEXTS[:200])
+    invoke()
+    before = (TARGETS_DIR / "transform.safetensors").read_bytes()
+    write_responses(TEXTS[:200], **{text: {"response": f"quite another {text}"} for text in TEXTS[:200:10]})
+    invoke()
+    assert facts()["computed_rows"] == 20
+    assert (TARGETS_DIR / "transform.safetensors").read_bytes() == before
+    write_responses(TEXTS[:200], **{TEXTS[1]: {"response": "quite another"}})
+    invoke()
+    assert (TARGETS_DIR / "transform.safetensors").read_bytes() != before
+
+
+def test_a_transform_is_the_same_however_the_store_is_cut_into_shards(configure: Configure) -> None:
+    write_queries(TEXTS[:200])
+    configure(options={"width": 6}, embed=whiten(components=3))
+    write_responses(TEXTS[:200])
+    invoke()
+    at_once = folder_bytes(TARGETS_DIR)
+    shutil.rmtree(".work")
+    for count in (50, 51, 130):
+        write_responses(TEXTS[200 - count : 200])
+        invoke()
+    write_responses(TEXTS[:200])
+    invoke()
+    assert folder_bytes(TARGETS_DIR) == at_once
+    assert targets().shape == (200, 3)
+
+
+def test_a_transform_without_queries(configure: Configure) -> None:
+    configure(embed=whiten())
+    write_responses(TEXTS[:20])
+    fails("data/queries is not a finished artifact")
+    write_queries(TEXTS[30:60])
+    fails("embed.transform whiten is fitted on training responses, at least 2: there are 0")
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_then_run_again(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_responses(TEXTS)
+    configure()
+    monkeypatch.setenv("PIPELINE_WORK_DIR", "elsewhere")
+    finish("embed")
+    uninterrupted = folder_bytes(TARGETS_DIR)
+    monkeypatch.delenv("PIPELINE_WORK_DIR")
+
+    configure(options={"delay": 0.006})
+    moments = random.Random(0)
+    for _ in range(3):
+        before = len(shards("embed"))
+        process = start("embed")
+        wait_until(lambda before=before: len(shards("embed")) > before, process)
+        time.sleep(moments.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    kept = kept_rows("embed")
+    assert 3 * 100 <= kept < len(TEXTS)
+
+    configure()
+    finish("embed")
+    assert folder_bytes(TARGETS_DIR) == uninterrupted
+    assert (facts()["computed_rows"], facts()["reused_rows"]) == (len(TEXTS) - kept, kept)
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_every_finished_row(configure: Configure) -> None:
+    write_responses(TEXTS)
+    configure(options={"delay": 0.02})  # ten seconds in all: the signal must come before the end
+    process = start("embed")
+    wait_until(lambda: kept_rows("embed") > 100, process)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted: finished work is kept, run the same command again" in stderr
+    assert "Traceback" not in stderr
+    assert not TARGETS_DIR.exists()
+    kept = kept_rows("embed")
+    assert 100 < kept < len(TEXTS)
+    configure()
+    finish("embed")
+    assert facts()["reused_rows"] == kept
+
+
+def test_missing_responses(configure: Configure) -> None:
+    configure()
+    fails("data/responses is not a finished artifact")
+
+
+def test_no_usable_response(configure: Configure) -> None:
+    configure()
+    write_responses(TEXTS[:2], **{text: {"response": ""} for text in TEXTS[:2]})
+    fails("data/responses holds no usable response to embed: {'error': 0, 'empty': 2}")
+
+
+def test_a_teacher_that_is_not_there(configure: Configure) -> None:
+    configure(kind="sentence-transformers", name="./nowhere")
+    write_responses(TEXTS[:2])
+    fails("embed.teacher.name: model folder ./nowhere does not exist")
+
+
+def test_unknown_key(configure: Configure) -> None:
+    configure(nane="x")
+    fails("embed.teacher.nane: unknown key (did you mean 'name'?)")

@@ -1,0 +1,324 @@
+"""A file embedded in chunks: what is on the disk after a kill, and what the finished file holds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.core.errors import SourceError, WorkError
+from pipeline.core.row_store import lock_folder
+from pipeline.core.run import work_dir
+from pipeline.core.text_files import open_texts
+from pipeline.encoder.encode_file import EMBEDDED_BY, encode_file, not_made_by
+from pipeline.encoder.folder.config import EncoderConfig
+from pipeline.encoder.inference import Embedded
+from tests.conftest import ROOT
+from tests.stage_runs import wait_until
+
+WIDTH = 3
+
+
+CONFIG = EncoderConfig(
+    backbone={"name": "none"}, chat_template_kwargs={}, template="raw", max_query_tokens=9,
+    compression_tokens=1, thought_tokens=0, hidden=WIDTH, width=WIDTH, teacher={},
+)  # fmt: skip
+
+
+class LengthEncoder:
+    """An encoder whose embedding of a text is known: its length, its first character, and one."""
+
+    width = WIDTH
+    identity = {"name": "lengths", "sha256": "abc"}
+    config = CONFIG
+    model = SimpleNamespace(device=SimpleNamespace(type="cpu"), dtype="float32")
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.calls: list[list[str]] = []
+        self._fail_at = fail_at
+
+    def width_of(self, space: str) -> int:
+        return WIDTH if space == "trained" else WIDTH - 1
+
+    def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
+        return self.embed(texts, **options).vectors
+
+    def embed(
+        self, texts: Sequence[str], *, instruction: str = "", batch_tokens: int | None = None, space: str = "trained"
+    ) -> Embedded:
+        """Texts of more than nine characters count as cut."""
+        if len(self.calls) == self._fail_at:
+            raise KeyboardInterrupt
+        self.calls.append(list(texts))
+        vectors = expected([instruction + text for text in texts])[:, : self.width_of(space)]
+        return Embedded(vectors, sum(len(text) > 9 for text in texts))
+
+
+def expected(texts: Sequence[str]) -> np.ndarray:
+    return np.array([[len(text), ord(text[0]), 1.0] for text in texts], dtype=np.float32)
+
+
+def encode(output: str, encoder: Any = None, source: str = "in.txt", **options: Any) -> Any:
+    return encode_file(encoder or LengthEncoder(), open_texts(Path(source)), Path(output), chunk_rows=4, **options)
+
+
+def write(count: int = 10) -> list[str]:
+    texts = [f"{row} is a text"[: 5 + row % 7] for row in range(count)]
+    Path("in.txt").write_text("".join(text + "\n" for text in texts))
+    return [text.strip() for text in texts]
+
+
+def parts() -> list[Path]:
+    return sorted(work_dir("encode").glob("*/*.npy"))
+
+
+def test_npy_is_what_numpy_would_write(workspace: Path) -> None:
+    texts = write()
+    assert encode("out.npy") == (10, WIDTH, 0, 2)
+    np.save("all.npy", expected(texts))
+    assert Path("out.npy").read_bytes() == Path("all.npy").read_bytes()
+    assert not parts()
+
+
+def test_the_teachers_space_has_its_own_width_and_work(workspace: Path) -> None:
+    texts = write()
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy", LengthEncoder(fail_at=2))
+    assert encode("out.npy", space="teacher") == (10, WIDTH - 1, 0, 2)
+    np.testing.assert_array_equal(np.load("out.npy"), expected(texts)[:, :-1])
+    encode("out.parquet", space="teacher")
+    said = json.loads(pq.read_schema("out.parquet").metadata[EMBEDDED_BY])
+    assert (said["space"], said["transform"]) == ("teacher", None)
+
+
+def test_parquet_holds_the_texts_too_and_says_who_made_it(workspace: Path) -> None:
+    texts = write()
+    encode("out.parquet", instruction="I")
+    table = pl.read_parquet("out.parquet")
+    assert table.columns == ["text", "embedding"]
+    assert table["text"].to_list() == texts
+    np.testing.assert_array_equal(table["embedding"].to_numpy(), expected([f"I{text}" for text in texts]))
+    made_by = json.loads(pq.read_schema("out.parquet").metadata[EMBEDDED_BY])
+    config = CONFIG.model_dump(exclude={"teacher", "origin", "transform"})
+    assert made_by == {"encoder": {"sha256": "abc", "config": config}, "instruction": "I"}
+
+
+@pytest.mark.parametrize("output", ["out.npy", "out.parquet"])
+def test_after_an_interruption_it_goes_on_and_ends_in_the_same_bytes(workspace: Path, output: str) -> None:
+    write()
+    encode(output)
+    whole = Path(output).read_bytes()
+    Path(output).unlink()
+    with pytest.raises(KeyboardInterrupt):
+        encode(output, LengthEncoder(fail_at=2))
+    assert not Path(output).exists()
+    assert len(parts()) == 2
+    encoder = LengthEncoder()
+    assert encode(output, encoder) == (10, WIDTH, 8, 0)
+    assert [len(call) for call in encoder.calls] == [2]
+    assert Path(output).read_bytes() == whole
+
+
+def test_a_torn_part_is_noticed_and_made_again(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = write()
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy", LengthEncoder(fail_at=2))
+    parts()[0].write_bytes(parts()[0].read_bytes()[:-1])
+    encoder = LengthEncoder()
+    encode("out.npy", encoder)
+    assert "is damaged" in caplog.text
+    assert [len(call) for call in encoder.calls] == [4, 2]
+    np.testing.assert_array_equal(np.load("out.npy"), expected(texts))
+
+
+def test_what_changed_since_is_embedded_again_and_no_more(workspace: Path) -> None:
+    texts = write()
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy", LengthEncoder(fail_at=2))
+    texts[5] = "another text"
+    texts.append("and one more")
+    Path("in.txt").write_text("\n".join(texts))
+    encoder = LengthEncoder()
+    encode("out.npy", encoder)
+    assert encoder.calls == [texts[4:8], texts[8:]]
+    np.testing.assert_array_equal(np.load("out.npy"), expected(texts))
+
+
+def test_other_conditions_share_no_part(workspace: Path) -> None:
+    write()
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy", LengthEncoder(fail_at=2))
+    assert encode("out.npy", instruction="Say: ").kept == 0
+    assert encode("out.npy", batch_tokens=7).kept == 0
+    assert encode("out.npy").kept == 8
+
+
+# Two folders with the same tensors can differ in each of these.
+READING = [
+    {"max_query_tokens": 8}, {"template": "chat"}, {"chat_template_kwargs": {"enable_thinking": False}},
+    {"compression_tokens": 2, "thought_tokens": 1},
+]  # fmt: skip
+
+
+def reading(change: dict[str, Any]) -> Any:
+    """The same weights, which read texts in another way."""
+    encoder: Any = LengthEncoder()
+    encoder.config = CONFIG.model_copy(update=change)
+    return encoder
+
+
+@pytest.mark.parametrize("change", READING, ids=lambda change: next(iter(change)))
+def test_encoders_that_read_texts_otherwise_share_nothing(workspace: Path, change: dict[str, Any]) -> None:
+    write()
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy", LengthEncoder(fail_at=2))
+    assert encode("out.npy", reading(change)).kept == 0
+    assert encode("out.npy", reading({"teacher": {"name": "t"}, "origin": {"format": "f"}})).kept == 8
+    encode("out.parquet")
+    assert "another encoder" in str(not_made_by(reading(change), Path("out.parquet")))
+
+
+def test_it_is_told_what_embeddings_of_a_file_are(workspace: Path) -> None:
+    write()
+    encode("out.parquet", instruction="I")
+    out, encoder = Path("out.parquet"), LengthEncoder()
+    assert not_made_by(encoder, out) is not_made_by(encoder, out, "I") is None  # type: ignore[arg-type]
+    assert not_made_by(encoder, out, "") == "holds embeddings with another instruction"  # type: ignore[arg-type]
+    table = pq.read_table(out)
+    for metadata in (b"{", b"[]", b"7", b"{}", b'{"encoder": 1}', b"\xff", b'"text"'):
+        pq.write_table(table.replace_schema_metadata({EMBEDDED_BY: metadata}), out)
+        said = not_made_by(encoder, out, "I")  # type: ignore[arg-type]
+        assert said is not None
+        assert "metadata is damaged" in said or "another encoder" in said
+    pq.write_table(table.drop_columns(["embedding"]), out)
+    assert not_made_by(encoder, out) == "holds no embeddings that encode wrote"  # type: ignore[arg-type]
+    pq.write_table(table.replace_schema_metadata(None), out)
+    assert not_made_by(encoder, out) == "holds no embeddings that encode wrote"  # type: ignore[arg-type]
+
+
+def test_embeddings_back_in_the_teachers_space_are_others(workspace: Path) -> None:
+    write()
+    behind: Any = reading({"transform": {"kind": "center", "sha256": "x"}})
+    encode("out.parquet", behind, space="teacher")
+    assert "in the teacher's space" in str(not_made_by(behind, Path("out.parquet")))
+    encode("out.parquet", behind)
+    assert not_made_by(behind, Path("out.parquet")) is None
+
+
+@pytest.mark.parametrize("link", [None, Path.symlink_to, Path.hardlink_to])
+def test_the_input_is_not_overwritten(workspace: Path, link: Callable[..., None] | None) -> None:
+    pl.DataFrame({"text": ["a", "b"]}).write_parquet("in.parquet")
+    before, output = Path("in.parquet").read_bytes(), "./in.parquet" if link is None else "out.parquet"
+    if link is not None:
+        link(Path(output), Path("in.parquet").resolve())
+    with pytest.raises(SourceError, match="--output: .* is --input itself"):
+        encode(output, source="in.parquet")
+    assert Path("in.parquet").read_bytes() == before
+
+
+def test_texts_that_were_cut_are_counted(workspace: Path) -> None:
+    texts = write()
+    long = [len(text) > 9 for text in texts]
+    assert encode("out.npy").truncated == sum(long) > 0
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy", LengthEncoder(fail_at=1))
+    again = encode("out.npy")
+    assert (again.kept, again.truncated) == (4, sum(long[4:]))
+
+
+def test_an_input_that_changes_meanwhile_is_refused(workspace: Path) -> None:
+    write()
+
+    class Careless(LengthEncoder):
+        def embed(self, texts: Sequence[str], **options: Any) -> Embedded:
+            Path("in.txt").write_text("".join(f"other {row}\n" for row in range(10)))
+            return super().embed(texts, **options)
+
+    with pytest.raises(SourceError, match=r"in\.txt changed while it was embedded"):
+        encode("out.npy", Careless())
+    assert not Path("out.npy").exists()
+    assert not list(Path().glob(".out*"))
+
+
+def test_two_at_the_same_work(workspace: Path) -> None:
+    write()
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy", LengthEncoder(fail_at=1))
+    lock = lock_folder(parts()[0].parent)
+    with pytest.raises(WorkError, match="in use by another process"):
+        encode("out.npy")
+    lock.release()
+    encode("out.npy")
+
+
+def test_memory_does_not_grow_with_the_file(workspace: Path) -> None:
+    class Forgetful(LengthEncoder):
+        def embed(self, texts: Sequence[str], **options: Any) -> Embedded:
+            return Embedded(expected(texts), 0)
+
+    def peak(rows: int) -> int:
+        Path("in.txt").write_text("".join(f"text {row:09d} {'x' * 200}\n" for row in range(rows)))
+        tracemalloc.start()
+        encode_file(Forgetful(), open_texts(Path("in.txt")), Path("out.npy"), chunk_rows=200)
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used
+
+    small = peak(1000)
+    assert peak(10_000) < 2 * small + 2**20
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from tests.encoder.test_encode_file import LengthEncoder, encode
+
+class Slow(LengthEncoder):
+    def embed(self, texts, **options):
+        time.sleep(0.1)
+        return super().embed(texts, **options)
+
+encode("out.parquet", Slow())
+"""
+
+
+def test_kill_9_and_again(workspace: Path) -> None:
+    write(100)
+    encode("whole.parquet")
+    Path("run.py").write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "run.py"], env=environment, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: len(parts()) >= 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not Path("out.parquet").exists()
+    made = len(parts())
+    assert 3 <= made < 25
+    assert encode("out.parquet").kept == 4 * made
+    assert Path("out.parquet").read_bytes() == Path("whole.parquet").read_bytes()
+
+
+@pytest.fixture
+def encoder_folder(workspace: Path, tiny_backbone: Callable[..., Path]) -> Path:
+    from tests.export.test_merged import write_model
+
+    return write_model(tiny_backbone("llama"))
+
+
+def test_a_real_encoder_in_chunks_is_the_encoder(encoder_folder: Path) -> None:
+    from pipeline.encoder.inference import Encoder
+
+    texts = write()
+    encoder = Encoder.load(encoder_folder)
+    encode_file(encoder, open_texts(Path("in.txt")), Path("out.npy"), chunk_rows=4)
+    np.testing.assert_allclose(np.load("out.npy"), encoder.encode(texts), atol=1e-5)

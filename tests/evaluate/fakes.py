@@ -1,0 +1,93 @@
+"""Systems whose every score is known by hand, and folders of local tasks small enough to score by hand."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.tasks.instructions import Side
+
+WORDS = ("apple", "bread", "cloud", "dough", "eagle", "fjord", "grape", "house")
+
+
+@dataclass
+class WordSystem:
+    """Embeds a text as the one-hot vector of its first word, or of another word (`shift`) if it has a "?"."""
+
+    name: str = "student"
+    shift: int = 0
+    version: int = 0
+    prompting: str = "none"
+    calls: list[tuple[str, list[str]]] = field(default_factory=list)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"fake": self.name, "shift": self.shift, "version": self.version}
+
+    def reading(self, text: str, instruction: str, side: Side) -> str:
+        return text
+
+    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
+        self.calls.append((instruction, list(texts)))
+        rows = [(WORDS.index(text.split()[0]) + self.shift * ("?" in text)) % len(WORDS) for text in texts]
+        return np.eye(len(WORDS), dtype=np.float32)[rows]
+
+
+@dataclass
+class VectorSystem:
+    """Embeds a text as the vector that is given for it."""
+
+    vectors: dict[str, Sequence[float]]
+    name: str = "student"
+    prompting: str = "none"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"fake": self.name}
+
+    def reading(self, text: str, instruction: str, side: Side) -> str:
+        return text
+
+    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
+        return np.array([self.vectors[text] for text in texts], dtype=np.float32)
+
+
+def write_folder(folder: Path, configs: dict[str, dict[str, list[dict[str, Any]]]]) -> Path:
+    """A local data set in JSON Lines: config -> split -> rows."""
+    lines = ["---", "configs:"]
+    for config, splits in configs.items():
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split, rows in splits.items():
+            path = folder / config / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            lines += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", "", "A test.", ""]), encoding="utf-8")
+    return folder
+
+
+def retrieval_folder(folder: Path, extra: Sequence[str] = ()) -> Path:
+    """One query a word, each with the one document of that word; `extra` documents are nobody's."""
+    documents = [{"_id": f"d-{word}", "title": word, "text": "is a word"} for word in WORDS]
+    documents += [{"_id": f"x-{index}", "title": "", "text": text} for index, text in enumerate(extra)]
+    queries = [{"_id": f"q-{word}", "text": f"{word} what is it?"} for word in WORDS]
+    judgements = [{"query-id": f"q-{word}", "corpus-id": f"d-{word}", "score": 1} for word in WORDS]
+    return write_folder(
+        folder, {"corpus": {"corpus": documents}, "queries": {"queries": queries}, "default": {"test": judgements}}
+    )
+
+
+def sts_folder(folder: Path) -> Path:
+    """Pairs whose gold scores say whether the first words are equal."""
+    pairs = [(first, second) for first in WORDS[:4] for second in WORDS[:4]]
+    rows = [{"sentence1": f"{a} one", "sentence2": f"{b} two", "score": 5.0 * (a == b)} for a, b in pairs]
+    return write_folder(folder, {"default": {"test": rows}})
+
+
+def classification_folder(folder: Path) -> Path:
+    """The label is the first word."""
+    rows = [{"text": f"{word} text {index}", "label": word} for word in WORDS[:3] for index in range(8)]
+    return write_folder(folder, {"default": {"train": rows, "test": rows}})

@@ -1,0 +1,300 @@
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.backbone.prompting import join_instruction
+from pipeline.core.config import validate
+from pipeline.core.errors import ParamsError
+from pipeline.encoder.folder.config import EncoderConfig
+from pipeline.evaluate.build import Systems
+from pipeline.evaluate.params import EvaluateParams
+from pipeline.evaluate.system import BareSystem, InstructedSystem, System, revision_of
+from pipeline.tasks.suites import SuiteParams
+from tests.encoder.test_inference import write as write_encoder
+
+CONFIG = EncoderConfig(
+    backbone={"name": "lm", "sha256": "0"}, chat_template_kwargs={}, template="raw", max_query_tokens=8,
+    compression_tokens=2, thought_tokens=0, hidden=4, width=1, teacher={},
+)  # fmt: skip
+
+
+@dataclass
+class LengthEncoder:
+    """Embeds a prompt as its length; `offset` stands for the student."""
+
+    offset: int = 0
+    config: EncoderConfig = CONFIG
+    max_tokens: int = 8
+    model: Any = "the backbone"
+    tokenizer: Any = None
+    loads: list[Path] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"name": "untrained" if self.offset else "encoder"}
+
+    def encode(self, texts: Any, *, instruction: str = "", batch_tokens: int | None = None) -> np.ndarray:
+        return np.array([[len(join_instruction(instruction, text)) + self.offset] for text in texts], np.float32)
+
+    def untrained(self, seed: int) -> "LengthEncoder":
+        return LengthEncoder(offset=1000 + seed)
+
+
+@dataclass
+class Answers:
+    """Answers with three exclamation marks."""
+
+    keeps_engine: bool = True
+    closed: int = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"answers": "!!!"}
+
+    def __call__(self, prompts: Any) -> list[str]:
+        return ["!!!" for _ in prompts]
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@dataclass
+class LengthTeacher:
+    """Embeds a text as minus its length."""
+
+    identity: dict[str, Any] = field(default_factory=lambda: {"name": "teacher"})
+    width: int = 1
+
+    def embed(self, texts: Any) -> np.ndarray:
+        return np.array([[-len(text)] for text in texts], np.float32)
+
+
+@pytest.fixture
+def encoder(monkeypatch: pytest.MonkeyPatch) -> LengthEncoder:
+    import pipeline.encoder.inference as inference
+
+    fake = LengthEncoder()
+
+    def load(path: Path, **options: Any) -> LengthEncoder:
+        fake.loads.append(path)
+        fake.options.update(options)
+        return fake
+
+    monkeypatch.setattr(inference, "Encoder", SimpleNamespace(load=load))
+    return fake
+
+
+def systems(**changes: Any) -> Systems:
+    arguments: dict[str, Any] = dict(
+        encoder_dir=Path("models/encoder"),
+        open_teacher=lambda: nullcontext(LengthTeacher()),
+        answers=Answers(),
+        device="cpu",
+        dtype="float32",
+        batch_size=2,
+        seeds=[3],
+    )
+    return Systems(**{**arguments, **changes})
+
+
+def test_each_system_has_its_own_prompting(encoder: LengthEncoder) -> None:
+    built = {system.name: system for system in systems().build(["student", "teacher", "untrained"])}
+    values = {name: system.encode(["ab"], "Generate:")[0, 0] for name, system in built.items()}
+    assert values == {"student": 12, "teacher": -2, "untrained": 1015}
+    assert {name: system.prompting for name, system in built.items()} == {
+        "student": "generative instruction", "teacher": "bare text", "untrained": "generative instruction",
+    }  # fmt: skip
+
+
+def test_the_backbone_is_loaded_once_and_only_when_needed(encoder: LengthEncoder) -> None:
+    made = systems()
+    (teacher,) = made.build(["teacher"])
+    assert not encoder.loads and isinstance(teacher, BareSystem)
+    list(made.build(["student", "untrained", "student"]))
+    assert encoder.loads == [Path("models/encoder")]
+
+
+def test_backbone_mean_pools_the_same_loaded_model(encoder: LengthEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.embed.teachers import backbone as module
+
+    seen: list[Any] = []
+
+    def make(model: Any, tokenizer: Any, *, identity: dict[str, Any], **_: Any) -> LengthTeacher:
+        seen.append(model)
+        return LengthTeacher(identity=identity)
+
+    monkeypatch.setattr(module, "BackboneTeacher", make)
+    (system,) = systems().build(["backbone-mean"])
+    assert seen == ["the backbone"]
+    assert system.encode(["abc"], "Generate:")[0, 0] == -3
+    assert system.prompting == "bare text" and system.identity["backbone"] == {"name": "lm", "sha256": "0"}
+
+
+def test_a_teacher_with_a_prompt_says_so_and_hyde_with_it(encoder: LengthEncoder) -> None:
+    teacher, hyde = systems(teacher_prompt="passage: ").build(["teacher", "hyde"])
+    assert teacher.prompting == "own prompt 'passage: '"
+    assert hyde.prompting == (
+        "queries: the backbone's answer to instruction and text; documents: bare text; both with own prompt 'passage: '"
+    )
+
+
+def test_hyde_asks_the_answers_that_it_is_given(encoder: LengthEncoder) -> None:
+    answers = Answers()
+    made = systems(answers=answers)
+    (system,) = made.build(["hyde"])
+    assert system.encode(["ab"], "Generate:")[0, 0] == -3
+    assert system.encode(["ab"], "Summarize:", "document")[0, 0] == -2
+    assert made.answers is answers and not answers.closed and not encoder.loads
+    made.close()
+    assert answers.closed == 1
+
+
+@pytest.mark.parametrize(("keeps", "loads"), [(True, 1), (False, 2)])
+def test_the_encoder_makes_room_for_an_engine_that_shares_its_gpu(
+    encoder: LengthEncoder, keeps: bool, loads: int
+) -> None:
+    list(systems(answers=Answers(keeps)).build(["student", "hyde", "untrained"]))
+    assert len(encoder.loads) == loads
+
+
+def test_each_seed_is_an_untrained_system(encoder: LengthEncoder) -> None:
+    built = list(systems(seeds=[3, 0, 7]).build(["untrained", "teacher"]))
+    assert [system.name for system in built] == ["untrained", "untrained-0", "untrained-7", "teacher"]
+    assert [system.encode([""], "")[0, 0] for system in built] == [1003, 1000, 1007, 0]
+
+
+def test_models_come_by_their_keys_and_every_system_is_wrapped(encoder: LengthEncoder) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def wrap(system: System) -> Iterator[System]:
+        seen.append(f"open {system.name}")
+        yield system
+        seen.append(f"close {system.name}")
+
+    bare = BareSystem("mini", {"name": "mini"}, LengthTeacher())
+    built = list(systems(models={"mini": lambda: bare}, wrap=wrap).build(["mini", "untrained"]))
+    assert built[0] is bare
+    assert seen == ["open mini", "close mini", "open untrained", "close untrained"]
+
+
+def test_a_system_whose_turn_is_over_is_gone_before_the_next_is_loaded() -> None:
+    alive: list[weakref.ref[Any]] = []
+
+    def load() -> LengthTeacher:
+        assert not [teacher for teacher in alive if teacher() is not None]
+        teacher = LengthTeacher()
+        alive.append(weakref.ref(teacher))
+        return teacher
+
+    turns = systems(open_teacher=lambda: nullcontext(load())).build(["teacher", "teacher"])
+    for _ in range(2):
+        next(turns)
+    assert len(alive) == 2
+
+
+def test_remote_code_is_the_callers_to_allow(encoder: LengthEncoder) -> None:
+    systems(trust_remote_code=True).encoder()
+    assert encoder.options == {"device": "cpu", "dtype": "float32", "trust_remote_code": True}
+
+
+def test_a_revision_follows_weights_prompting_and_conditions(encoder: LengthEncoder) -> None:
+    def revision(**changes: Any) -> str:
+        made = dict(name="student", identity={"sha256": "a"}, encoder=encoder, prompting="x")
+        return revision_of(InstructedSystem(**{**made, **changes}), dtype="float32")
+
+    assert revision() == revision(batch_tokens=9)
+    assert len({revision(), revision(identity={"sha256": "b"}), revision(prompting="y")}) == 3
+    assert len(revision()) == 40
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({}, "names no task"),
+        ({"local": [], "benchmark": None}, "names no task"),
+        ({"task": ["STS12"]}, r"task: unknown key \(did you mean 'tasks'\?\)"),
+        ({"tasks": "STS12"}, "tasks: Input should be a valid list"),
+    ],
+)
+def test_suites_are_checked(entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParamsError, match=message):
+        validate(entry, SuiteParams, where="params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"systems": ["pupil"]}, r"systems: .*no system pupil \(there are: student, teacher, .*hyde; others are keys"),
+        (
+            {"systems": ["mini", "tiny"], "models": {"mini": {"name": "m"}}},
+            r"no system tiny \(there are: .*hyde, mini;",
+        ),
+        ({"systems": ["student", "student"]}, r"systems \['student', 'student'\] holds one twice"),
+        ({"models": {"echo": {"name": "m"}}}, r"models: .*'echo' is a built-in system"),
+        ({"models": {"untrained-1": {"name": "m"}}}, r"'untrained-1' is a built-in system"),
+        ({"models": {"delta": {"name": "m"}}}, r"'delta' cannot name a system"),
+        ({"models": {"a/b": {"name": "m"}}}, r"'a/b' cannot name a system"),
+        ({"models": {"mini": {}}}, r"models\.mini\.name: missing"),
+        ({"seeds": []}, r"seeds: List should have at least 1 item"),
+        ({"seeds": [1, 1]}, r"seeds \[1, 1\] holds one twice"),
+        ({"seeds": [-1]}, r"seeds \[-1\] must be 0 or more"),
+        ({"seed": 0}, r"seed: unknown key \(did you mean 'seeds'\?\)"),
+        ({"model_name": "mine"}, r"model_name: String should match pattern"),
+    ],
+)
+def test_the_section_is_checked(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParamsError, match=message):
+        validate({"systems": ["student"], "local_dir": "x", **section}, EvaluateParams, where="params.yaml")
+
+
+def test_models_may_be_compared_whatever_the_order_of_the_keys() -> None:
+    section = {"systems": ["student", "mini"], "local_dir": "x", "models": {"mini": {"name": "m", "query_prompt": ""}}}
+    params = validate(section, EvaluateParams, where="params.yaml")
+    assert params.models["mini"].query_prompt == "" and params.models["mini"].document_prompt is None
+    assert params.seeds == [0] and params.bootstrap.resamples == 2000
+
+
+def test_the_real_encoder_stands_behind_all_three_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.encoder.inference import Encoder
+    from pipeline.encoder.student import new_student
+    from tests.conftest import tiny_model, tiny_tokenizer
+
+    model = tiny_model("llama")
+    config = CONFIG.model_copy(update={"max_query_tokens": 32, "hidden": 32, "width": 5})
+    student = new_student(model, 5, compression_tokens=2, thought_tokens=0, seed=1)
+    encoder = Encoder(model, tiny_tokenizer(), student, config, {"name": "tiny"})
+    monkeypatch.setattr(Encoder, "load", lambda *_, **__: encoder)
+    built = {system.name: system for system in systems().build(["student", "untrained", "backbone-mean"])}
+    texts = ["a", "a longer text", ""]
+    values = {name: system.encode(texts, "Generate:") for name, system in built.items()}
+    assert {name: value.shape for name, value in values.items()} == {
+        "student": (3, 5),
+        "untrained": (3, 5),
+        "backbone-mean": (3, 32),
+    }
+    np.testing.assert_array_equal(values["student"], encoder.encode(texts, instruction="Generate:"))
+    assert np.abs(values["student"] - values["untrained"]).max() > 1e-3
+    assert len({revision_of(system) for system in built.values()}) == 3
+
+
+@pytest.mark.slow
+def test_two_processes_embed_as_one(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    write_encoder(Path("encoder"), tiny_backbone("qwen3"), None)
+    names = ["student", "untrained", "backbone-mean", "echo"]
+    texts = [f"text {'long ' * (at % 5)}{at}" for at in range(20)]
+    one, two = (
+        {system.name: (revision_of(system), system.encode(texts, "Say:")) for system in made.build(names)}
+        for made in (systems(encoder_dir=workspace / "encoder", processes=count) for count in (1, 2))
+    )
+    for name, (revision, vectors) in one.items():
+        assert two[name][0] == revision
+        np.testing.assert_allclose(two[name][1], vectors, atol=1e-5)

@@ -1,0 +1,394 @@
+"""Merged checkpoints: what plain sentence-transformers, transformers and vLLM make of them equals the encoder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from pipeline.__main__ import app
+from pipeline.backbone.loading import BackboneParams, DType, Keep, Template, identify, load_backbone, load_tokenizer
+from pipeline.backbone.lora import LoraParams, adapter_parameters, add_adapter
+from pipeline.core.artifacts import create
+from pipeline.core.errors import ArtifactError, TrainingError
+from pipeline.encoder.folder.config import EncoderConfig
+from pipeline.encoder.folder.write import write_encoder
+from pipeline.encoder.inference import Encoder
+from pipeline.encoder.student import Student, new_student
+from pipeline.export.merged.export import add_rows, compose, export_merged, usage
+from pipeline.export.merged.folder import old_rope_keys
+from pipeline.export.merged.tokenizer import PROBES, Frame, find_frame
+from tests.conftest import ROOT, tiny_model, tiny_tokenizer
+
+PROMPTS = {"query": "Say: ", "document": ""}
+TEXTS = ["one", "What is it?", "ein längerer Text, 東京", "def f():\n    pass"]
+LORA = LoraParams(rank=2, alpha=8.0)
+
+
+def write_model(
+    folder: Path,
+    *,
+    template: Template = "raw",
+    compression: int = 1,
+    thoughts: int = 0,
+    max_query_tokens: int = 64,
+    keep: Keep = "start",
+    lora: LoraParams | None = None,
+    width: int = 5,
+) -> Path:
+    """An encoder folder over a backbone folder, with projections and tokens drawn at random."""
+    params = BackboneParams(name=str(folder), dtype="float32")
+    backbone = load_backbone(params)
+    student = new_student(backbone, width, compression_tokens=compression, thought_tokens=thoughts, seed=1)
+    config = EncoderConfig(
+        backbone=identify(str(folder), None), chat_template_kwargs={}, template=template,
+        max_query_tokens=max_query_tokens, keep=keep, compression_tokens=compression, thought_tokens=thoughts,
+        hidden=student.hidden, width=width, teacher={"name": "t"}, lora=lora,
+    )  # fmt: skip
+    adapter = None
+    if lora is not None:
+        adapter = adapter_parameters(add_adapter(backbone, **lora.model_dump(), seed=3))
+        with torch.no_grad():
+            for index, (_, value) in enumerate(sorted(adapter.items())):
+                generator = torch.Generator().manual_seed(index)
+                value.copy_(0.05 * torch.randn(value.shape, generator=generator))
+    out = Path("encoder")
+    with create(out, kind="encoder", params={}) as writer:
+        write_encoder(writer, student, load_tokenizer(params), config, rows=1, steps=1, adapter=adapter)
+    return out
+
+
+def plain(folder: Path | str) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+def embed(folder: Path | str, texts: list[str], **options: Any) -> np.ndarray:
+    return plain(folder).encode(texts, batch_size=3, show_progress_bar=False, **options)
+
+
+def test_both_projections_as_one_layer() -> None:
+    student = Student(3, 2, 1)
+    hidden = torch.tensor([[[1.0, -2.0, 3.0]]])
+    weight, bias = compose(student)
+    assert weight.shape == (2, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(hidden[:, 0] @ weight.T + bias, student.embedding(student.soft_prompts(hidden)))
+
+
+@pytest.mark.parametrize("template", ["raw", "chat"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+def test_one_token_in_plain_sentence_transformers(
+    workspace: Path, tiny_backbone: Callable[..., Path], architecture: str, template: Template
+) -> None:
+    model = write_model(tiny_backbone(architecture), template=template)
+    merged = export_merged(model, Path("merged"), prompts=PROMPTS)
+    expected = Encoder.load(model)
+    found = plain("merged")
+    for texts in (TEXTS, ["x" * 500, "y"]):
+        np.testing.assert_allclose(found.encode(texts), expected.encode(texts), atol=1e-4)
+    said = expected.encode(TEXTS, instruction="Say:")
+    np.testing.assert_allclose(found.encode(TEXTS, prompt_name="query"), said, atol=1e-4)
+    assert np.abs(said - expected.encode(TEXTS)).max() > 1e-3
+    assert found.similarity_fn_name == "cosine"
+    assert found.get_embedding_dimension() == 5
+    assert found.max_seq_length == 64 + 1
+    assert merged.difference < 1e-5
+
+
+@pytest.mark.parametrize(("compression", "thoughts"), [(3, 0), (2, 2), (1, 2)])
+@pytest.mark.parametrize("template", ["raw", "chat"])
+def test_several_tokens_in_plain_sentence_transformers(
+    workspace: Path, tiny_backbone: Callable[..., Path], compression: int, thoughts: int, template: Template
+) -> None:
+    model = write_model(tiny_backbone("llama"), compression=compression, thoughts=thoughts, template=template)
+    export_merged(model, Path("merged"), prompts=PROMPTS)
+    texts = [*TEXTS, "z" * 300]
+    np.testing.assert_allclose(embed("merged", texts), Encoder.load(model).encode(texts), atol=1e-4)
+
+
+@pytest.mark.parametrize("template", ["raw", "chat"])
+def test_a_long_text_loses_the_side_that_the_encoder_loses(
+    workspace: Path, tiny_backbone: Callable[..., Path], template: Template
+) -> None:
+    model = write_model(tiny_backbone("llama"), compression=2, template=template, max_query_tokens=24, keep="end")
+    merged = export_merged(model, Path("merged"), prompts=PROMPTS)
+    texts = ["the beginning of it, much more of it, and its end", "short", "z" * 300]
+    np.testing.assert_allclose(embed("merged", texts), Encoder.load(model).encode(texts), atol=1e-4)
+    lost = "A text that is too long loses its start here, and the prompt in front of it with that"
+    assert "of a longer text the start is cut" in Path("merged/README.md").read_text()
+    assert lost in Path("merged/README.md").read_text()
+    assert usage(Path("merged"), merged.shape)[-1].startswith(f"note: a{lost[1:]}")
+
+
+def test_the_folder_needs_nothing_of_ours(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    """In a process that cannot import this project."""
+    model = write_model(tiny_backbone("llama"), compression=2)
+    export_merged(model, Path("merged"), prompts=PROMPTS)
+    code = (
+        "import sys, numpy as np\n"
+        "sys.modules['pipeline'] = None\n"
+        "from sentence_transformers import SentenceTransformer\n"
+        "np.save('found.npy', SentenceTransformer('merged', device='cpu').encode(['one', 'two three']))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
+    np.testing.assert_allclose(np.load("found.npy"), Encoder.load(model).encode(["one", "two three"]), atol=1e-4)
+
+
+def test_adapters_are_merged(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    model = write_model(tiny_backbone("llama"), lora=LORA)
+    export_merged(model, Path("merged"), prompts=PROMPTS)
+    expected = Encoder.load(model).encode(TEXTS)
+    np.testing.assert_allclose(embed("merged", TEXTS), expected, atol=1e-4)
+    plain_model = write_model(tiny_backbone("llama"))
+    assert np.abs(Encoder.load(plain_model).encode(TEXTS) - expected).max() > 1e-2
+    assert "this is another model" in Path("merged/README.md").read_text()
+
+
+def test_a_matrix_larger_than_its_tokenizer_is_never_shrunk(
+    workspace: Path, tiny_backbone: Callable[..., Path]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tiny_backbone("qwen3")  # 260 rows for 259 tokens
+    export_merged(write_model(folder, compression=2), Path("merged"), prompts=PROMPTS)
+    grown = AutoModelForCausalLM.from_pretrained("merged").get_input_embeddings().weight
+    before = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
+    assert len(load_tokenizer(BackboneParams(name=str(folder)))) < len(before) == 260
+    assert len(grown) == 262
+    assert torch.equal(grown[:260], before)
+    tokenizer = AutoTokenizer.from_pretrained("merged")
+    assert tokenizer("ab")["input_ids"][-2:] == [260, 261]
+    assert json.loads(Path("merged/config.json").read_text())["vocab_size"] == 262
+
+
+def test_a_tokenizer_larger_than_its_matrix() -> None:
+    """Rows between the two are zero."""
+    model = tiny_model("llama")
+    before = model.get_input_embeddings().weight.clone()
+    add_rows(model, torch.full((2, 32), 7.0), first=263)
+    weight = model.get_input_embeddings().weight
+    assert torch.equal(weight[:260], before)
+    assert torch.equal(weight[260:], torch.tensor([[0.0]] * 3 + [[7.0]] * 2).expand(5, 32))
+    assert torch.equal(model.get_output_embeddings().weight[260:], torch.zeros(5, 32))
+
+
+def test_rows_are_stored_as_the_layer_will_scale_them() -> None:
+    model = tiny_model("gemma3")
+    rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    add_rows(model, rows, first=260)
+    seen = model.get_input_embeddings()(torch.tensor([260, 261]))
+    torch.testing.assert_close(seen, rows, rtol=1e-5, atol=1e-6)
+    assert model.get_input_embeddings().weight[260:].norm() < rows.norm() / 5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])  # a head of its own, a shared one
+def test_the_checkpoint_writes_what_the_backbone_writes(
+    workspace: Path, tiny_backbone: Callable[..., Path], architecture: str
+) -> None:
+    """Not what the folder is for, yet nothing is broken: the new tokens are never sampled."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_backbone(architecture)
+    export_merged(write_model(folder, compression=3), Path("merged"), prompts=PROMPTS)
+    prompt = torch.tensor([[7, 30, 41, 120]])
+    texts = [
+        AutoModelForCausalLM.from_pretrained(name).generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False, pad_token_id=2
+        )
+        for name in (folder, "merged")
+    ]
+    assert torch.equal(*texts)
+
+
+def test_no_text_can_spell_a_new_token(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    from transformers import AutoTokenizer
+
+    export_merged(write_model(tiny_backbone("llama")), Path("merged"), prompts=PROMPTS)
+    ids = AutoTokenizer.from_pretrained("merged")("<|compression_0|>")["input_ids"]
+    assert ids.count(260) == 1
+    assert ids[-1] == 260
+    assert len(ids) == len("<|compression_0|>") + 1
+
+
+def test_a_cut_text_keeps_the_frame_and_the_new_tokens(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    from transformers import AutoTokenizer
+
+    model = write_model(tiny_backbone("llama"), template="chat", compression=2, max_query_tokens=20)
+    export_merged(model, Path("merged"), prompts=PROMPTS)
+    tokenizer = AutoTokenizer.from_pretrained("merged")
+    for ids in tokenizer(["a" * 100, "a" * 17], truncation=True, max_length=22)["input_ids"]:
+        assert tokenizer.decode(ids[:-2]) == "<|user|>" + "a" * 17 + "<|end|><|bot|>"
+        assert ids[-2:] == [260, 261]
+
+
+def test_the_frame_of_a_template() -> None:
+    tokenizer = tiny_tokenizer()
+    assert find_frame(tokenizer, "raw", {}) == Frame([], [])
+    assert find_frame(tokenizer, "chat", {}) == Frame([0], [2, 1])
+
+
+def test_a_template_that_depends_on_the_text_is_refused() -> None:
+    changing = tiny_tokenizer("{% for m in messages %}{{ m['content'] | upper }}<|end|>{% endfor %}")
+    with pytest.raises(TrainingError, match=r"template chat of .* is not the same tokens around every text"):
+        find_frame(changing, "chat", {})
+
+
+def test_old_readers_find_how_positions_are_rotated(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    export_merged(write_model(tiny_backbone("llama")), Path("merged"), prompts=PROMPTS)
+    config = json.loads(Path("merged/config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+    tokenizer = json.loads(Path("merged/tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    scaled = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}
+    assert old_rope_keys(scaled) == {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    kinds = {
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+        "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+    }
+    assert old_rope_keys(kinds) == {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
+    assert old_rope_keys({}) == {}
+
+
+def test_an_export_replaces_an_export_and_nothing_else(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    model = write_model(tiny_backbone("llama"))
+    Path("notes").mkdir()
+    Path("notes/a.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="notes exists already"):
+        export_merged(model, Path("notes"), prompts=PROMPTS)
+    with pytest.raises(ArtifactError, match="encoder exists already"):
+        export_merged(model, model, prompts=PROMPTS)
+    export_merged(model, Path("merged"), prompts=PROMPTS)
+    first = {path.name: path.read_bytes() for path in Path("merged").iterdir() if path.is_file()}
+    export_merged(model, Path("merged"), prompts=PROMPTS)
+    assert first == {path.name: path.read_bytes() for path in Path("merged").iterdir() if path.is_file()}
+
+
+def test_nothing_is_left_of_an_export_that_embeds_differently(
+    workspace: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tiny_backbone("llama"))
+    monkeypatch.setattr("pipeline.export.merged.export.compose", lambda student: (torch.zeros(5, 32), torch.ones(5)))
+    with pytest.raises(TrainingError, match="embeds differently from the encoder"):
+        export_merged(model, Path("merged"), prompts=PROMPTS)
+    assert not Path("merged").exists()
+
+
+@pytest.mark.parametrize("compression", [1, 3])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_in_plain_sentence_transformers(
+    workspace: Path, tiny_backbone: Callable[..., Path], compression: int, dtype: Any
+) -> None:
+    model = write_model(tiny_backbone("llama"), compression=compression, thoughts=1)
+    export_merged(model, Path("merged"), prompts=PROMPTS, dtype=dtype)
+    found = plain("merged")
+    expected = Encoder.load(model).encode(TEXTS)
+    np.testing.assert_allclose(found.encode(TEXTS), expected, atol=0.03 * np.abs(expected).max())
+    # Token weights are float32, so that several tokens are computed in it; one stays in half precision.
+    assert found.dtype == (torch.float32 if compression > 1 else getattr(torch, dtype))
+    said = f"Weights are {dtype}{', sentence-transformers computes with them in float32;' if compression > 1 else ';'}"
+    assert said in Path("merged/README.md").read_text()
+
+
+def test_vllm_reads_the_length_of_a_folder_that_says_more(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    config = pytest.importorskip("vllm.transformers_utils.config")
+    model = write_model(tiny_backbone("llama"), compression=3)
+    export_merged(model, Path("merged"), prompts=PROMPTS, dtype="bfloat16")
+    read = config.get_sentence_transformer_tokenizer_config(str(Path("merged").resolve()))
+    assert (read["max_seq_length"], read["do_lower_case"]) == (64 + 3, False)
+
+
+def test_weights_are_rounded_last(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    model = write_model(tiny_backbone("llama"))
+    merged = export_merged(model, Path("merged"), prompts=PROMPTS, dtype="bfloat16")
+    assert json.loads(Path("merged/config.json").read_text())["dtype"] == "bfloat16"
+    tensors = load_file("merged/model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.bfloat16}
+    tokens = load_file("encoder/student.safetensors")["tokens"]
+    assert torch.equal(tensors["model.embed_tokens.weight"][260:], tokens.bfloat16())
+    # What is said of the difference is of what was written.
+    from sentence_transformers import SentenceTransformer
+
+    written = SentenceTransformer("merged", device="cpu", model_kwargs={"dtype": "float32"}).encode(PROBES[:1])
+    expected = Encoder.load(model).encode(PROBES[:1])
+    difference = np.linalg.norm(written - expected) / np.linalg.norm(expected)
+    assert 1e-4 < 0.999 * difference <= merged.difference < 0.1
+
+
+def test_the_command(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    model = write_model(tiny_backbone("llama"), compression=2)
+    done = CliRunner().invoke(app, ["export-merged", str(model), "merged", "--dtype", "bfloat16"])
+    assert done.exit_code == 0, done.output
+    assert (
+        "merged: with weights rounded to bfloat16, its embeddings in float32 are the encoder's up to 0.0" in done.stdout
+    )
+    done = CliRunner().invoke(app, ["export-merged", str(model), "merged"])
+    assert done.exit_code == 0, done.output
+    assert "merged: its embeddings in float32 are the encoder's up to " in done.stdout
+    assert "the mean of the last 2, see merged/README.md" in done.stdout
+    prompts = json.loads(Path("merged/config_sentence_transformers.json").read_text())["prompts"]
+    assert prompts["query"] == "Generate a passage that best answers this question: "
+    failed = CliRunner().invoke(app, ["export-merged", "none", "other"])
+    assert failed.exit_code == 1
+    assert failed.stderr.startswith("error: none is not an encoder")
+    failed = CliRunner().invoke(app, ["export-merged", str(model), "other", "--dtype", "half"])
+    assert failed.stderr.startswith("error: --dtype half: known are")
+
+
+VLLM = """
+import json, sys
+import numpy as np
+from pipeline.generate.engines.vllm_environment import set_environment
+
+if __name__ == "__main__":
+    folder, count, texts = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+    set_environment(on_gpu=False, batch_invariant=False)
+    from vllm import LLM
+    from vllm.config import PoolerConfig
+
+    cut = {"truncate_prompt_tokens": -1}
+    options = dict(runner="pooling", dtype="float32", enforce_eager=True, kv_cache_memory_bytes=2**27, max_num_seqs=4)
+    if count == 1:
+        outputs = LLM(folder, **options).embed(texts, tokenization_kwargs=cut)
+        vectors = [output.outputs.embedding for output in outputs]
+    else:
+        pooler = PoolerConfig(task="token_embed", use_activation=False)
+        llm = LLM(folder, pooler_config=pooler, **options)
+        outputs = llm.encode(texts, pooling_task="token_embed", tokenization_kwargs=cut)
+        vectors = [output.outputs.data[-count:].mean(dim=0).tolist() for output in outputs]
+    np.save("vllm.npy", np.array(vectors, dtype=np.float32))
+"""
+
+
+@pytest.mark.models
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "template", "dtype"), [(1, "raw", "float32"), (3, "chat", "float32"), (3, "raw", "bfloat16")]
+)
+def test_vllm_gives_our_embedding(
+    workspace: Path, small_lm: Path, count: int, template: Template, dtype: DType
+) -> None:
+    pytest.importorskip("vllm")
+    model = write_model(small_lm, compression=count, template=template, max_query_tokens=64, width=24)
+    export_merged(model, Path("merged"), prompts=PROMPTS, dtype=dtype)
+    texts = ["What is the capital of France?", "Why is the sky blue?", "rain", "again and " * 100]
+    expected = Encoder.load(model).encode(texts) if dtype == "float32" else embed("merged", texts)
+    Path("run.py").write_text(VLLM)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "run.py", str(Path("merged").resolve()), str(count), json.dumps(texts)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    np.testing.assert_allclose(np.load("vllm.npy"), expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(embed("merged", texts), expected, atol=1e-4 * np.abs(expected).max())
+    shutil.rmtree("merged")

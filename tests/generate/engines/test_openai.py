@@ -1,0 +1,519 @@
+"""An endpoint as engine, against a server with faults (fast) and (marker models) against `vllm serve`."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.backbone.loading import BackboneParams, load_tokenizer
+from pipeline.backbone.prompting import PromptFormatter
+from pipeline.core.errors import EngineError
+from pipeline.generate.engines import build_engine, engine_facts
+from pipeline.generate.engines import openai_client as endpoint
+from pipeline.generate.engines.base import Completion, Prompt, Sampling
+from pipeline.generate.engines.openai import OpenAIEngine
+from pipeline.generate.generator import failures
+from tests.generate.engines.fake_endpoint import FakeEndpoint, Fault
+from tests.stage_runs import finish, folder_bytes, kept_rows, start, wait_until, write_params, write_queries
+
+SAMPLING = Sampling(max_new_tokens=8)
+KEY = "sk-very-secret-0123456789"
+
+
+@pytest.fixture
+def server() -> Iterator[FakeEndpoint]:
+    with FakeEndpoint().serving() as fake:
+        yield fake
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def engine(server: FakeEndpoint, chat_template_kwargs: dict[str, Any] | None = None, **options: Any) -> OpenAIEngine:
+    backbone = BackboneParams(name="org/model", chat_template_kwargs=chat_template_kwargs or {})
+    return OpenAIEngine(backbone, max_model_len=40, options={"base_url": server.url} | options)
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(f"q{index}", [5, 6, index], 100 + index, f"question {index}") for index in range(count)]
+
+
+def answers(server: FakeEndpoint, count: int, sampling: Sampling = SAMPLING, **options: Any) -> dict[str, Completion]:
+    with closing(engine(server, **options)) as loaded:
+        found = list(loaded.generate(iter(prompts(count)), sampling))
+    assert len(found) == len({completion.id for completion in found})
+    return {completion.id: completion for completion in found}
+
+
+def refused(status: int, message: str, **headers: str) -> Fault:
+    return status, headers, {"error": {"message": message, "type": "x", "code": None}}
+
+
+def only(text: str, fault: Fault, times: int = 10**6) -> Callable[[str, int], Fault | None]:
+    """The fault for this text, the first `times` times."""
+    return lambda asked, count: fault if asked == text and count <= times else None
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+
+
+def test_one_answer_a_prompt_by_chat(server: FakeEndpoint) -> None:
+    found = answers(server, 5, chat_template_kwargs={"enable_thinking": False})
+    expected = {f"q{i}": Completion(f"q{i}", f"answer: question {i}", "stop", 18) for i in range(5)}
+    assert found == expected
+    request = server.asked()[0]
+    assert request["path"] == "/v1/chat/completions"
+    assert request["chat_template_kwargs"] == {"enable_thinking": False}
+    assert (request["model"], request["max_tokens"], request["temperature"]) == ("org/model", 8, 0.0)
+    assert "seed" not in request
+
+
+def test_completions_sends_our_tokens_and_a_seed_of_each_row(server: FakeEndpoint) -> None:
+    found = answers(server, 3, Sampling(8, temperature=0.7, top_p=0.9), api="completions", extra_body={"top_k": 5})
+    assert found["q2"].text == "answer: [5, 6, 2]"
+    sent = {request["prompt"][2]: request for request in server.asked()}
+    assert [sent[index]["seed"] for index in range(3)] == [100, 101, 102]
+    assert (sent[0]["path"], sent[0]["top_p"], sent[0]["top_k"]) == ("/v1/completions", 0.9, 5)
+
+
+def test_length_and_stranger_finishes(server: FakeEndpoint) -> None:
+    server.finish_reason = "length"
+    assert answers(server, 1)["q0"].finish_reason == "length"
+    server.finish_reason = "content_filter"
+    assert answers(server, 1)["q0"].error == "the server finished it with 'content_filter'"
+
+
+def test_without_usage_the_tokenizer_counts(server: FakeEndpoint, tiny_backbone: Callable[..., Path]) -> None:
+    server.usage, server.models = False, None
+    backbone = BackboneParams(name=str(tiny_backbone()))
+    with closing(OpenAIEngine(backbone, max_model_len=40, options={"base_url": server.url})) as loaded:
+        [found] = loaded.generate(prompts(1), SAMPLING)
+    assert found.response_tokens == len("answer: question 0")  # its tokens are bytes
+
+
+def test_a_server_with_another_template_is_noticed_once(server: FakeEndpoint, caplog: pytest.LogCaptureFixture) -> None:
+    with closing(engine(server)) as loaded:
+        list(loaded.generate([Prompt("a", [1] * 9, 0, "a"), Prompt("b", [1] * 9, 0, "b")], SAMPLING))
+    assert caplog.text.count("the server's prompt has 3 tokens, the backbone's own 9") == 1
+    caplog.clear()
+    answers(server, 1)
+    assert "template" not in caplog.text
+
+
+# --- the window -----------------------------------------------------------------------------------------------------
+
+
+def test_never_more_prompts_in_flight_or_pulled_than_asked_for(server: FakeEndpoint) -> None:
+    server.delay = 0.02
+    pulled = 0
+
+    def counted() -> Iterator[Prompt]:
+        nonlocal pulled
+        for prompt in prompts(30):
+            pulled += 1
+            yield prompt
+
+    with closing(engine(server, concurrency=4)) as loaded:
+        for done, _ in enumerate(loaded.generate(counted(), SAMPLING)):
+            assert pulled <= done + 4
+    assert pulled == 30
+    assert 2 <= server.most_running <= 4
+
+
+def test_closing_in_the_middle_gives_up_what_is_in_flight(server: FakeEndpoint) -> None:
+    with closing(engine(server, concurrency=4)) as loaded:
+        server.fault = lambda text, count: None if text == "question 0" else time.sleep(1)  # type: ignore[func-returns-value]
+        stream = loaded.generate(iter(prompts(100)), SAMPLING)
+        assert next(stream).id == "q0"
+        began = time.monotonic()
+    assert time.monotonic() - began < 0.5
+    assert len(server.asked()) <= 5
+
+
+def test_an_abandoned_call_leaves_the_engine_usable(server: FakeEndpoint) -> None:
+    with closing(engine(server, concurrency=4)) as loaded:
+        stream = loaded.generate(iter(prompts(100)), SAMPLING)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        assert {completion.id for completion in loaded.generate(prompts(6), SAMPLING)} == {f"q{i}" for i in range(6)}
+
+
+class Warped(asyncio.SelectorEventLoop):
+    """A loop whose clock jumps to the next timer instead of waiting for it."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:  # type: ignore[attr-defined]
+            # A little more each time, as a real clock: a timer for less than a float's step would never be reached.
+            self.now = max(self.now, self._scheduled[0].when()) + 1e-6  # type: ignore[attr-defined]
+        super()._run_once()  # type: ignore[misc]
+
+
+def paced(requests: float | None, tokens: float | None, costs: list[int]) -> float:
+    """Seconds by the loop's clock until requests of these costs may all start, 40 tokens being the largest."""
+
+    async def run() -> float:
+        pace = endpoint.Pace(endpoint.limiter(requests, 1), endpoint.limiter(tokens, 40))
+        await asyncio.gather(*(pace.wait(cost) for cost in costs))
+        return loop.time()
+
+    loop = Warped()
+    try:
+        return loop.run_until_complete(run())
+    finally:
+        loop.close()
+
+
+def test_requests_start_evenly_at_their_rate() -> None:
+    assert paced(60, None, [1] * 10) == pytest.approx(9, abs=0.01)
+    assert paced(600, None, [1] * 10) == pytest.approx(0.9, abs=0.01)
+
+
+def test_tokens_flow_at_their_rate() -> None:
+    assert paced(None, 60, [40] * 4) == pytest.approx(3 * 40, abs=0.01)
+    assert paced(None, 60, [20] * 4) == pytest.approx(2 * 20, abs=0.01)  # two may come at once
+    assert paced(None, None, [40] * 1000) == 0
+
+
+def test_the_rate_limit_reaches_the_server(server: FakeEndpoint) -> None:
+    began = time.monotonic()
+    answers(server, 5, requests_per_minute=600)
+    assert time.monotonic() - began > 0.4
+
+
+# --- failures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
+def test_passing_failures_are_tried_again(server: FakeEndpoint, status: int) -> None:
+    server.fault = only("question 1", refused(status, "later"), times=2)
+    assert {completion.finish_reason for completion in answers(server, 3).values()} == {"stop"}
+    assert (server.times["question 0"], server.times["question 1"]) == (1, 3)
+
+
+def test_the_server_says_when_to_come_back(server: FakeEndpoint) -> None:
+    server.fault = only("question 0", refused(429, "slow down", **{"Retry-After": "0.5"}), times=1)
+    began = time.monotonic()
+    assert answers(server, 1)["q0"].finish_reason == "stop"
+    assert time.monotonic() - began > 0.5
+
+
+def test_retry_after_as_number_date_and_nonsense() -> None:
+    class Said(Exception):
+        def __init__(self, header: str | None) -> None:
+            self.response = type("R", (), {"headers": {"retry-after": header} if header else {}})()
+
+    assert endpoint.retry_after(Said("1.5")) == 1.5
+    assert endpoint.retry_after(Said("Wed, 21 Oct 2015 07:28:00 GMT")) == 0
+    assert endpoint.retry_after(Said("Wed, 21 Oct 2099 07:28:00 GMT")) > 10**6  # type: ignore[operator]
+    assert endpoint.retry_after(Said("soon")) is None
+    assert endpoint.retry_after(Said(None)) is None
+    assert endpoint.retry_after(ValueError()) is None
+
+
+def test_a_row_fails_alone_with_its_reason(server: FakeEndpoint) -> None:
+    faults = {
+        "question 1": refused(400, "maximum context length is 8 tokens\nsee docs"),
+        "question 2": (400, {}, {"error": {"message": "no", "code": "content_filter"}}),
+        "question 3": refused(500, "it crashed"),
+    }
+    server.fault = lambda text, count: faults.get(text)
+    found = answers(server, 6, attempts=3)
+    assert sorted(row for row, completion in found.items() if completion.finish_reason == "error") == ["q1", "q2", "q3"]
+    assert found["q1"].error == "HTTP 400: maximum context length is 8 tokens"
+    assert found["q2"].error == "HTTP 400 content_filter: no"
+    assert found["q3"].error == "HTTP 500: it crashed"
+    assert [server.times[f"question {i}"] for i in (1, 2, 3)] == [1, 1, 3]
+    kinds = failures([{"error": c.error} for c in found.values() if c.error])
+    assert kinds == {"HTTP 400": 1, "HTTP 400 content_filter": 1, "HTTP 500": 1}
+
+
+def test_a_reply_that_breaks_off_is_tried_again_and_then_fails_alone(server: FakeEndpoint) -> None:
+    broken: Fault = (200, {}, b'{"id": "x", "choices": [{"ind')
+    server.fault = lambda text, count: broken if text == "question 1" or (text == "question 2" and count == 1) else None
+    found = answers(server, 3, attempts=3)
+    assert [found[f"q{i}"].finish_reason for i in range(3)] == ["stop", "error", "stop"]
+    assert "JSONDecodeError" in (found["q1"].error or "")
+    assert [server.times[f"question {i}"] for i in range(3)] == [1, 3, 2]
+
+
+def test_half_an_emoji_does_not_reach_the_store(server: FakeEndpoint) -> None:
+    def fault(text: str, count: int) -> Fault | None:
+        status, headers, body = 200, {}, server._body("/v1/chat/completions", "cut \ud83d")
+        return (status, headers, body) if text == "question 1" else None
+
+    server.fault = fault
+    found = answers(server, 2)
+    assert found["q1"].text == "cut \N{REPLACEMENT CHARACTER}"
+    assert found["q0"].text == "answer: question 0"
+
+
+def test_a_row_that_takes_too_long_fails_alone(server: FakeEndpoint) -> None:
+    def slow(text: str, count: int) -> Fault | None:
+        if text == "question 1":
+            time.sleep(0.6)
+        return None
+
+    server.fault = slow
+    found = answers(server, 3, timeout_seconds=0.2, attempts=2)
+    assert found["q0"].finish_reason == found["q2"].finish_reason == "stop"
+    assert str(found["q1"].error).startswith("APITimeoutError: ")
+    assert server.times["question 1"] == 2
+
+
+def stops(server: FakeEndpoint, message: str, count: int = 50, **options: Any) -> None:
+    with closing(engine(server, concurrency=4, **options)) as loaded, pytest.raises(EngineError, match=message):
+        list(loaded.generate(iter(prompts(count)), SAMPLING))
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "api_key_env"), (403, "api_key_env"), (404, r"options\.model")])
+def test_what_concerns_every_row_stops_at_once(server: FakeEndpoint, status: int, hint: str) -> None:
+    server.fault = lambda text, count: refused(status, "go away") if text == "question 9" else None
+    stops(server, rf"{server.url} cannot be used: HTTP {status}: go away; see .*{hint}")
+    assert len(server.asked()) <= 9 + 2 * 4
+
+
+def test_a_server_that_breaks_down_stops_the_run(server: FakeEndpoint) -> None:
+    server.fault = lambda text, count: None if text in ("Hello", "question 0") else refused(503, "overloaded")
+    stops(server, "9 rows failed without an answer between them, HTTP 503: overloaded", attempts=1)
+    assert len(server.asked()) < 40
+
+
+def test_a_server_that_goes_away_stops_the_run() -> None:
+    with FakeEndpoint().serving() as server:
+        loaded = engine(server, concurrency=2, attempts=2)
+    with closing(loaded), pytest.raises(EngineError, match="5 rows failed .*APIConnectionError"):
+        list(loaded.generate(iter(prompts(50)), SAMPLING))
+
+
+# --- start ----------------------------------------------------------------------------------------------------------
+
+
+def cannot_start(server: FakeEndpoint, message: str, **options: Any) -> None:
+    with pytest.raises(EngineError, match=message):
+        engine(server, **options)
+
+
+def test_no_server_names_its_url() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    cannot_start(FakeEndpoint(url=url), rf"{url} cannot be used: APIConnectionError.*generate\.options\.base_url")
+
+
+def test_a_model_that_is_not_served_is_named_with_those_that_are(server: FakeEndpoint) -> None:
+    server.models = ["b/other", "a/other"]
+    cannot_start(server, r"generate\.options\.model: .* does not serve 'org/model' \(it serves: a/other, b/other\)")
+    with closing(engine(server, model="b/other")):
+        assert server.requests[0]["model"] == "b/other"
+
+
+def test_a_server_without_a_list_of_models_is_believed(server: FakeEndpoint, caplog: pytest.LogCaptureFixture) -> None:
+    server.models = None
+    with caplog.at_level(logging.INFO):
+        assert len(answers(server, 2)) == 2
+    assert "the server lists no models (HTTP 404)" in caplog.text
+
+
+def test_a_request_that_is_refused_for_every_row_is_refused_at_the_start(server: FakeEndpoint) -> None:
+    server.fault = lambda text, count: refused(400, "unknown field chat_template_kwargs")
+    cannot_start(server, "HTTP 400: unknown field chat_template_kwargs")
+
+
+def test_a_page_that_is_no_endpoint(server: FakeEndpoint) -> None:
+    server.fault = lambda text, count: (200, {}, {"hello": "world"})
+    cannot_start(server, "answers, but not in OpenAI's protocol")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"concurency": 3}, r"generate\.options: concurency: unknown key \(did you mean 'concurrency'\?\)"),
+        ({"concurrency": "3"}, r"generate\.options: concurrency: .*integer"),
+        ({"api": "responses"}, r"generate\.options: api: "),
+        ({"base_url": "localhost:8000"}, r"base_url: .*must be a URL with http:// or https://"),
+        ({"base_url": "http://me:word@host/v1"}, r"base_url: .*must hold no user name or password"),
+        ({"api_key_env": "NOT_SET_ANYWHERE"}, "environment variable NOT_SET_ANYWHERE is not set"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    cannot_start(FakeEndpoint(url="http://127.0.0.1:1/v1"), message, **options)
+
+
+def test_a_missing_package_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tenacity", None)
+    cannot_start(FakeEndpoint(url="http://127.0.0.1:1/v1"), r"it comes with `pip install -e \.`")
+
+
+def test_where_the_server_is_changes_no_fingerprint() -> None:
+    facts = engine_facts("openai")
+    assert {"base_url", "concurrency", "api_key_env"} <= facts.speed_options
+    assert not {"model", "api", "extra_body"} & facts.speed_options
+
+
+# --- the key --------------------------------------------------------------------------------------------------------
+
+
+def test_the_key_is_sent_and_shows_up_nowhere(
+    server: FakeEndpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server.fault = only("question 1", refused(400, f"no credit left for {KEY}"))
+    with caplog.at_level(logging.DEBUG), closing(engine(server)) as loaded:
+        found = list(loaded.generate(prompts(3), SAMPLING))
+        server.fault = lambda text, count: refused(401, f"Incorrect API key provided: {KEY}")
+        with pytest.raises(EngineError) as caught:
+            list(loaded.generate(prompts(3), SAMPLING))
+        shown = [repr(vars(loaded)), repr(found), str(caught.getrepr(chain=True)), caplog.text]
+    assert set(server.keys) == {f"Bearer {KEY}"}
+    assert "Incorrect API key provided: ***" in str(caught.value)
+    assert [KEY in text for text in shown] == [False] * 4
+
+
+def test_another_variable_and_none(server: FakeEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(server, 1)
+    assert KEY not in str(server.keys)
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+    monkeypatch.setenv("MY_KEY", f" {KEY}\n")
+    server.keys.clear()
+    answers(server, 1, api_key_env="MY_KEY")
+    assert set(server.keys) == {f"Bearer {KEY}"}
+
+
+# --- the stage ------------------------------------------------------------------------------------------------------
+
+TEXTS = [f"question number {index}" for index in range(700)]
+
+
+def configure(server: FakeEndpoint, backbone: Path, **options: Any) -> None:
+    options = {"base_url": server.url, "model": "org/model", "concurrency": 8} | options
+    sizes = {"max_new_tokens": 8, "max_prompt_tokens": 40}
+    write_params(
+        backbone={"name": str(backbone), "dtype": "float32"},
+        generate={"engine": "openai", "dtype": "float32", "options": options} | sizes,
+    )
+
+
+@pytest.mark.slow
+def test_the_stage_killed_and_run_again(
+    server: FakeEndpoint, workspace: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    responses = Path("data/responses")
+    write_queries(TEXTS)
+    configure(server, tiny_backbone())
+    monkeypatch.setenv("PIPELINE_WORK_DIR", "elsewhere")
+    finish("generate")
+    uninterrupted = folder_bytes(responses)
+    monkeypatch.delenv("PIPELINE_WORK_DIR")
+
+    server.delay = 0.02
+    process = start("generate")
+    wait_until(lambda: kept_rows("generate") > 0, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = kept_rows("generate")
+    assert 0 < kept < len(TEXTS)
+    server.delay = 0
+    before = sum(server.times.values())
+    configure(server, tiny_backbone(), concurrency=16)
+    finish("generate")
+    assert folder_bytes(responses) == uninterrupted
+    assert sum(server.times.values()) - before == len(TEXTS) - kept + 1
+    assert not [path for path in workspace.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+# --- the real thing -------------------------------------------------------------------------------------------------
+
+QUESTIONS = [
+    "What is the capital of France?", "How do I boil an egg?", "What is 12 times 7?", "Who wrote Hamlet?",
+    "Name three planets.", "Why is the sky blue?", "What is DNA?", "Explain rain to a child.",
+]  # fmt: skip
+
+
+@contextmanager
+def vllm_serve(model: Path, log_file: Path) -> Iterator[str]:
+    """`vllm serve` on this machine, and its URL; its whole process group ends with it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "OMP_NUM_THREADS": "2",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32",
+        "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8", "--host", "127.0.0.1", "--port", str(port),
+        "--served-model-name", "small", "--generation-config", "vllm",
+    ]  # fmt: skip
+    with log_file.open("w") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 240
+            while not _answers(f"http://127.0.0.1:{port}/health"):
+                assert process.poll() is None, log_file.read_text()[-3000:]
+                assert time.monotonic() < deadline, log_file.read_text()[-3000:]
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=1) as response:
+            return response.status == 200
+    except OSError:
+        return False
+
+
+@pytest.mark.models
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_real_server_beside_transformers(small_lm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("vllm")
+    backbone = BackboneParams(name=str(small_lm))
+    formatter = PromptFormatter(load_tokenizer(backbone), "chat", 80)
+    asked = [
+        Prompt(f"q{index}", formatted.token_ids, index, formatted.text)
+        for index, formatted in enumerate(map(formatter, QUESTIONS))
+    ]
+    sizes: dict[str, Any] = {"dtype": "float32", "max_prompt_tokens": 80, "max_new_tokens": 16}
+    with closing(build_engine("transformers", backbone, **sizes)) as local:
+        expected = {c.id: c for c in local.generate(asked, Sampling(16))}
+    found = {}
+    with vllm_serve(small_lm, tmp_path / "server.log") as url:
+        for api in ("completions", "chat"):
+            options = {"base_url": url, "model": "small", "api": api, "concurrency": 4}
+            long = Prompt("long", [100] * 200, 0, "word " * 200)
+            with closing(build_engine("openai", backbone, **sizes, options=options)) as loaded:
+                found[api] = {c.id: c for c in loaded.generate([long, *asked], Sampling(16))}
+    assert "template" not in caplog.text  # its prompts are as long as ours
+    for api in found:
+        failed = found[api].pop("long")
+        assert failed.finish_reason == "error"
+        assert "maximum context length" in str(failed.error)
+        same = [row for row, answer in expected.items() if found[api][row] == answer]
+        assert len(same) >= 6, [(found[api][row], answer) for row, answer in expected.items()]
+    assert found["chat"] == found["completions"]

@@ -1,0 +1,161 @@
+"""The vLLM engine: its messages without vLLM's processes, and (marker models) the real thing beside transformers."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import make_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.backbone.loading import BackboneParams, load_tokenizer
+from pipeline.backbone.prompting import PromptFormatter
+from pipeline.core.errors import EngineError
+from pipeline.generate.engines import build_engine
+from pipeline.generate.engines.base import Completion, Prompt, Sampling
+from pipeline.generate.engines.vllm import CPU_KV_CACHE_VARIABLE, SPEED_OPTIONS, VllmEngine, _automatic, _check_options
+from pipeline.generate.engines.vllm_defaults import Choice
+from pipeline.generate.engines.vllm_environment import check_batch_invariance, set_environment
+from tests.conftest import ROOT
+
+QUESTIONS = [
+    "What is the capital of France?", "How do I boil an egg?", "What is 12 times 7?", "Who wrote Hamlet?",
+    "Write a Python function that reverses a string.", "Is 'great phone' a positive review?", "Name three planets.",
+    "Why is the sky blue?", "How can I sleep better?", "Translate 'good morning' into Spanish.", "What is DNA?",
+    "Explain rain to a child.",
+]  # fmt: skip
+SAMPLING = Sampling(max_new_tokens=16)
+
+
+@pytest.fixture
+def environment() -> Iterator[None]:
+    """vLLM writes into os.environ; put it back."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def build(name: Any, small_lm: Path) -> Any:
+    backbone = BackboneParams(name=str(small_lm))
+    options = {"kv_cache_memory_bytes": 2**28, "max_num_seqs": 8} if name == "vllm" else {}
+    return build_engine(name, backbone, dtype="float32", max_prompt_tokens=80, max_new_tokens=16, options=options)
+
+
+def answers(engine: Any, prompts: list[Prompt]) -> dict[str, Completion]:
+    found = list(engine.generate(iter(prompts), SAMPLING))
+    assert len(found) == len({completion.id for completion in found})
+    return {completion.id: completion for completion in found}
+
+
+def test_missing_vllm_names_the_extras_and_the_fallback(monkeypatch: pytest.MonkeyPatch, environment: None) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    message = r"(?s)vllm cannot be imported.*\[gpu\].*\[cpu\].*generate\.engine: transformers"
+    with pytest.raises(EngineError, match=message):
+        VllmEngine(BackboneParams(name="org/model"), max_model_len=8, options={})
+
+
+def test_unknown_option_suggests_the_known_one() -> None:
+    arguments = make_dataclass("EngineArgs", [("max_num_seqs", int)])
+    with pytest.raises(EngineError, match=r"no 'max_nun_seqs' \(did you mean 'max_num_seqs'\?\)"):
+        _check_options(arguments, {"max_nun_seqs": 4})
+
+
+@pytest.mark.parametrize("wrong", ["64", None, 0])
+def test_a_wrong_number_of_sequences_is_said(wrong: object) -> None:
+    arguments = make_dataclass("EngineArgs", [("max_num_seqs", int)])
+    with pytest.raises(EngineError, match=rf"max_num_seqs is {wrong!r}, must be a number of at least 1"):
+        _check_options(arguments, {"max_num_seqs": wrong})
+
+
+def test_random_weights_are_no_matter_of_speed() -> None:
+    assert "load_format" not in SPEED_OPTIONS
+
+
+def test_the_stage_sets_openmp_before_torch_is_imported() -> None:
+    code = (
+        "import os, sys; import pipeline.generate; from pipeline.generate.engines import prepare_environment\n"
+        "prepare_environment('vllm')\n"
+        "names = 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'OMP_NUM_THREADS', 'PYTORCH_NVML_BASED_CUDA_CHECK'\n"
+        "print('torch' in sys.modules, *(os.environ[name] for name in names))"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    environment |= {"OMP_NUM_THREADS": "7"}
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert output.stdout.split() == [b"False", b"PASSIVE", b"10000", b"7", b"1"]
+
+
+def test_each_automatic_choice_is_said_unless_an_option_makes_it(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(CPU_KV_CACHE_VARIABLE, raising=False)
+    choices = {"max_num_seqs": Choice(5, "why not"), "kv_cache_memory_bytes": Choice(7, "enough")}
+    with caplog.at_level(logging.INFO):
+        chosen = _automatic(choices, 96, {"max_num_seqs": 3})
+    assert chosen == {"enable_prefix_caching": True, "kv_cache_memory_bytes": 7}
+    assert "kv_cache_memory_bytes = 7 (enough)" in caplog.text
+    assert "max_model_len = 96 (generate.max_prompt_tokens + generate.max_new_tokens" in caplog.text
+    assert "max_num_seqs" not in caplog.text
+
+
+def test_vllms_own_variable_decides_the_cache(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CPU_KV_CACHE_VARIABLE, "4")
+    with caplog.at_level(logging.INFO):
+        assert "kv_cache_memory_bytes" not in _automatic({"kv_cache_memory_bytes": Choice(7, "enough")}, 96, {})
+    assert "VLLM_CPU_KVCACHE_SPACE=4 decides the KV cache" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "knob"), [("tensor_parallel_size", "tensor_parallel"), ("dtype", "dtype")])
+def test_an_option_that_other_params_decide(name: str, knob: str) -> None:
+    with pytest.raises(EngineError, match=rf"'{name}' is not an option here, it follows from generate\.{knob}"):
+        _check_options(make_dataclass("EngineArgs", [name]), {name: 2})
+
+
+def test_batch_invariance_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(EngineError, match=r"batch-invariant kernels need a GPU, .* generate\.dtype: float32"):
+        check_batch_invariance()
+
+
+def test_the_environment_is_set_and_said(
+    environment: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    with caplog.at_level(logging.INFO):
+        set_environment(on_gpu=False, batch_invariant=True)
+    assert os.environ["VLLM_BATCH_INVARIANT"] == "1"
+    assert "threads: OMP_NUM_THREADS=3" in caplog.text
+    assert "OMP_PROC_BIND=true" in caplog.text
+
+
+@pytest.mark.models
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_real_model_beside_transformers(small_lm: Path, environment: None) -> None:
+    pytest.importorskip("vllm")
+    formatter = PromptFormatter(load_tokenizer(BackboneParams(name=str(small_lm))), "chat", 80)
+    good = [Prompt(f"q{i}", formatter(text).token_ids, i) for i, text in enumerate(QUESTIONS)]
+    bad = [Prompt("long", [100] * 90, 0), Prompt("stranger", [1, 10**6], 0)]
+    with closing(build("vllm", small_lm)) as engine:
+        found = answers(engine, [*bad, *good])
+        again = answers(engine, list(reversed(good)))
+        warm = Sampling(16, temperature=1.0)
+        sampled = [{c.id: c.text for c in engine.generate(order, warm)} for order in (good, good[::-1])]
+    with closing(build("transformers", small_lm)) as engine:
+        expected = answers(engine, good)
+    assert "prompt too long: 90 tokens + 16 new ones exceed 96" in str(found["long"].error)
+    assert found["stranger"].finish_reason == "error"
+    assert len(again) == len(good) == len(found) - len(bad)
+    same = [row for row, answer in expected.items() if found[row] == answer]
+    assert len(same) >= 9, [(found[row].text, answer.text) for row, answer in expected.items()]
+    assert sum(sampled[0][row] == sampled[1][row] for row in expected) >= 9
+    assert "Paris" in found["q0"].text

@@ -1,0 +1,266 @@
+"""The generate stage as a user runs it: whole, killed, interrupted, grown, and with what it cannot use."""
+
+import json
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from typer.testing import CliRunner, Result
+
+from pipeline.core.artifacts import open_artifact
+from pipeline.core.schemas import RESPONSES, check_table
+from pipeline.generate.__main__ import app
+from tests.stage_runs import (
+    finish,
+    folder_bytes,
+    kept_rows,
+    row_id,
+    shards,
+    start,
+    wait_for_line,
+    wait_until,
+    write_params,
+    write_queries,
+)
+
+RESPONSES_DIR = Path("data/responses")
+TEXTS = [f"question number {index}" for index in range(1100)]
+GENERATE = {"engine": "echo", "dtype": "float32", "max_new_tokens": 32, "max_prompt_tokens": 40}
+
+
+@pytest.fixture
+def configure(workspace: Path, tiny_backbone: Callable[..., Path]) -> Callable[..., None]:
+    """Write params.yaml with these keys of `generate`."""
+    default = tiny_backbone("llama")
+
+    def write(backbone: Path | str = default, **keys: Any) -> None:
+        write_params(backbone={"name": str(backbone), "dtype": "float32"}, generate=GENERATE | keys)
+
+    return write
+
+
+Configure = Callable[..., None]
+
+
+def invoke() -> Result:
+    return CliRunner().invoke(app, [])
+
+
+def facts() -> dict[str, Any]:
+    return json.loads(Path("results/generate.json").read_text())
+
+
+def fails(message: str) -> None:
+    result = invoke()
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not RESPONSES_DIR.exists()
+
+
+def test_one_response_a_query_of_both_splits(configure: Configure) -> None:
+    configure()
+    write_queries([*TEXTS[:30], "a long one " * 20])
+    assert invoke().exit_code == 0
+    artifact = open_artifact(RESPONSES_DIR, "responses")
+    table = artifact.read()
+    check_table(table, RESPONSES, "responses")
+    queries = open_artifact(Path("data/queries"), "queries")
+    assert table["id"].to_pylist() == sorted(queries.read(columns=["id"])["id"].to_pylist())
+    assert artifact.manifest.rows == table.num_rows == queries.manifest.rows == 31
+    answers = dict(zip(table["id"].to_pylist(), table["response"].to_pylist(), strict=True))
+    assert answers[row_id(TEXTS[7])] == "stub answer: question number 7"
+
+
+def test_manifest_and_record_say_what_made_the_rows(configure: Configure) -> None:
+    configure(options={"delay": 0.001}, max_failed_fraction=0.5)
+    write_queries([*TEXTS[:30], "a long one " * 20])
+    assert invoke().exit_code == 0
+    manifest = open_artifact(RESPONSES_DIR, "responses").manifest
+    counts = {
+        "finish_reason": {"stop": 30, "length": 1, "error": 0},
+        "empty_responses": 0,
+        "truncated_prompts": 1,
+        "stripped_thinking": 0,
+        "repetition_loops": 0,
+        "errors": {},
+    }
+    assert manifest.counts == counts
+    assert set(manifest.inputs) == {"data/queries"}
+    assert set(manifest.models["backbone"]) == {"name", "sha256"}
+    assert manifest.params["generate"]["stub"] is True
+    assert manifest.params["generate"]["options"] == {}
+    assert "max_failed_fraction" not in manifest.params["generate"]
+    record = facts()
+    assert record["counts"] == counts
+    assert record["stub"] == "answers are the prompts themselves"
+    assert record["computed_rows"] == 31
+    assert record["response_tokens_per_second"] > 0
+    assert sum(record["histograms"]["response_tokens"].values()) == 31
+    assert record["gpu_memory_mib"] == {}
+
+
+def test_transformers_engine_writes_real_rows(configure: Configure) -> None:
+    configure(engine="transformers", max_new_tokens=5)
+    write_queries(TEXTS[:5])
+    assert invoke().exit_code == 0
+    table = open_artifact(RESPONSES_DIR, "responses").read()
+    assert table.num_rows == 5
+    assert all(1 <= count <= 5 for count in table["response_tokens"].to_pylist())
+    assert "stub" not in facts()
+
+
+def test_a_grown_corpus_computes_only_its_new_rows(configure: Configure) -> None:
+    configure()
+    write_queries(TEXTS[:20])
+    invoke()
+    write_queries(TEXTS[:25])
+    invoke()
+    assert (facts()["computed_rows"], facts()["reused_rows"]) == (5, 20)
+    grown = folder_bytes(RESPONSES_DIR)
+    invoke()
+    assert (facts()["computed_rows"], facts()["reused_rows"]) == (0, 25)
+    assert folder_bytes(RESPONSES_DIR) == grown
+
+
+def test_changed_params_reuse_nothing(configure: Configure) -> None:
+    write_queries(TEXTS[:20])
+    for keys in ({}, {"max_new_tokens": 31}, {"temperature": 0.5}, {"temperature": 0.5, "seed": 1}):
+        configure(**keys)
+        invoke()
+        assert facts()["reused_rows"] == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "answer", "error"),
+    [
+        ("keep_start", "stub answer: a 0123456789012345678901234", None),
+        ("keep_end", "stub answer: 901234567890123456789 and z", None),
+        ("drop", "", "dropped: longer than max_prompt_tokens"),
+    ],
+)
+def test_what_becomes_of_a_query_that_is_too_long(
+    configure: Configure, policy: str, answer: str, error: str | None
+) -> None:
+    configure(too_long=policy, max_prompt_tokens=30, max_new_tokens=64)
+    text = "a " + "0123456789" * 5 + " and z"
+    write_queries([*TEXTS[:3], text])
+    assert invoke().exit_code == 0
+    row = {row["id"]: row for row in open_artifact(RESPONSES_DIR, "responses").read().to_pylist()}[row_id(text)]
+    assert (row["response"], row["error"]) == (answer, error)
+    assert facts()["counts"]["truncated_prompts"] == (0 if error else 1)
+    assert facts()["counts"]["errors"] == ({"dropped": 1} if error else {})
+
+
+@pytest.mark.slow
+def test_kill_9_at_20_random_moments_then_run_again(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_queries(TEXTS)
+    configure()
+    monkeypatch.setenv("PIPELINE_WORK_DIR", "elsewhere")
+    finish("generate")
+    uninterrupted = folder_bytes(RESPONSES_DIR)
+    monkeypatch.delenv("PIPELINE_WORK_DIR")
+
+    configure(options={"delay": 0.03})
+    moments = random.Random(0)
+    kept = [0]
+    for index in range(20):
+        process = start("generate")
+        if index % 5:  # the others may die before they did anything
+            wait_for_line(process, "the engine started")
+        time.sleep(moments.uniform(0, 3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        kept.append(kept_rows("generate"))
+    assert kept == sorted(kept)  # what was on the disk stays there
+    assert 300 <= kept[-1] < len(TEXTS)
+    assert folder_bytes(RESPONSES_DIR) == uninterrupted
+
+    configure()
+    finish("generate")
+    assert folder_bytes(RESPONSES_DIR) == uninterrupted
+    assert (facts()["computed_rows"], facts()["reused_rows"]) == (len(TEXTS) - kept[-1], kept[-1])
+
+
+@pytest.mark.slow
+def test_two_engine_processes_fill_one_store_and_die_with_their_owner(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_queries(TEXTS)
+    configure()
+    monkeypatch.setenv("PIPELINE_WORK_DIR", "elsewhere")
+    finish("generate")
+    alone = folder_bytes(RESPONSES_DIR)
+    monkeypatch.delenv("PIPELINE_WORK_DIR")
+
+    configure(data_parallel=2, options={"delay": 0.02})
+    process = start("generate")
+    wait_until(lambda: kept_rows("generate") > 0, process)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert alive == []
+    kept = kept_rows("generate")
+    assert 0 < kept < len(TEXTS)
+
+    configure(data_parallel=2)
+    finish("generate")
+    assert folder_bytes(RESPONSES_DIR) == alone
+    assert (facts()["computed_rows"], facts()["reused_rows"]) == (len(TEXTS) - kept, kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_every_finished_row(configure: Configure, number: signal.Signals) -> None:
+    write_queries(TEXTS)
+    configure(options={"delay": 0.006})
+    process = start("generate")
+    wait_until(lambda: bool(shards("generate")), process)
+    time.sleep(0.2)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted: finished work is kept, run the same command again" in stderr
+    assert "Traceback" not in stderr
+    assert not RESPONSES_DIR.exists()
+    kept = kept_rows("generate")
+    assert kept > 10  # also the rows that no full shard holds yet
+    configure()
+    finish("generate")
+    assert facts()["reused_rows"] == kept
+
+
+def test_missing_queries(configure: Configure) -> None:
+    configure()
+    fails("data/queries is not a finished artifact")
+
+
+def test_backbone_without_chat_template(configure: Configure, tiny_backbone: Callable[..., Path]) -> None:
+    configure(backbone=tiny_backbone("llama", chat=False))
+    write_queries(TEXTS[:5])
+    fails("has no chat template: use an instruct model")
+
+
+def test_backbone_that_is_not_there(configure: Configure) -> None:
+    configure(backbone="./nowhere")
+    write_queries(TEXTS[:5])
+    fails("model folder ./nowhere does not exist")
+
+
+def test_prompt_limit_below_the_template(configure: Configure) -> None:
+    configure(max_prompt_tokens=3)
+    write_queries(TEXTS[:5])
+    fails("the chat template alone takes 3 tokens, the limit is 3")
+
+
+def test_unknown_key(configure: Configure) -> None:
+    configure(max_new_token=3)
+    fails("generate.max_new_token: unknown key (did you mean 'max_new_tokens'?)")
