@@ -11,11 +11,62 @@ PipelineError
 ├── TeacherError       the teacher cannot be loaded, or gives unusable embeddings
 ├── TrainingError      the student cannot be trained or loaded with these params
 └── EvaluationError    a task, an instruction or a data set of an evaluation is missing
+
+A component knows its own arguments and nothing of params.yaml. It raises an error about an argument by name, and its
+callers say where that argument stands:
+
+    raise TrainingError("r (0) must be at least 1", argument="r")     # backbone/lora.py
+    with nested_in("lora"): add_adapter(model, params.lora)            # train/build.py
+    with section("train"): assemble(params, ...)                       # train/__main__.py
+
+prints `error: train.lora.r: r (0) must be at least 1`.
 """
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 
 class PipelineError(Exception):
-    """Base of all errors whose message is written for the user."""
+    """Base of all errors whose message is written for the user.
+
+    Args:
+        message: what is wrong, with the value and the limit.
+        argument: the raising component's own argument that must change, dotted where it lies in another.
+    """
+
+    def __init__(self, message: str, *, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.argument = argument
+        self.section: str | None = None
+
+    def __str__(self) -> str:
+        """The message, behind the key of the argument."""
+        key = ".".join(part for part in (self.section, self.argument) if part)
+        return f"{key}: {self.message}" if self.argument else self.message
+
+
+@contextmanager
+def nested_in(name: str = "", names: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Errors about an argument `x` raised inside are about `<name>.x`, or about `names["x"]` where that is given."""
+    try:
+        yield
+    except PipelineError as error:
+        if error.argument and error.section is None:
+            known = (names or {}).get(error.argument)
+            error.argument = known or ".".join(part for part in (name, error.argument) if part)
+        raise
+
+
+@contextmanager
+def section(name: str) -> Iterator[None]:
+    """Errors about an argument raised inside are about a key of the section `name`; the innermost section holds."""
+    try:
+        yield
+    except PipelineError as error:
+        if error.argument and error.section is None:
+            error.section = name
+        raise
 
 
 class ParamsError(PipelineError):
