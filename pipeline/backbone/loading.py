@@ -153,13 +153,6 @@ def _cannot_load(params: BackboneParams, error: Exception) -> BackboneError:
     return BackboneError(f"backbone.name: cannot load '{params.name}'{revision}: {reason}")
 
 
-def best_device() -> str:
-    """`cuda` where there is one, else `cpu`."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 # A model once more: modules and config of its own over the very tensors of the first.
 
 

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.backbone.loading import DType, best_device
+from pipeline.backbone.device import best_device
+from pipeline.backbone.loading import DType
 from pipeline.core.errors import EvaluationError
 from pipeline.core.run import progress
 from pipeline.encoder.folder.config import EncoderConfig

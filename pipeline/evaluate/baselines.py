@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.backbone.loading import DType, best_device
+from pipeline.backbone.device import best_device
+from pipeline.backbone.loading import DType
 from pipeline.backbone.prompting import join_instruction
 from pipeline.embed.teachers.template import SLOT, TEMPLATES
 from pipeline.evaluate.system import BARE, BareSystem

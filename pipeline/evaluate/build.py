@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict
 
-from pipeline.backbone.loading import BackboneParams, DType, best_device
+from pipeline.backbone.device import best_device
+from pipeline.backbone.loading import BackboneParams, DType
 from pipeline.core.artifacts import Artifact, open_artifact
 from pipeline.core.config import Params
 from pipeline.core.errors import EvaluationError

@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.backbone.loading import BackboneParams, best_device, identify, load_backbone, load_config, load_tokenizer
+from pipeline.backbone.device import best_device
+from pipeline.backbone.loading import BackboneParams, identify, load_backbone, load_config, load_tokenizer
 from pipeline.backbone.lora import WEIGHTS_FILE, adapter_parameters, add_adapter, save_adapter
 from pipeline.core.artifacts import digest_of, disk_errors, file_sha256, write_json
 from pipeline.core.code_digest import code_digest

@@ -3,7 +3,8 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
-from pipeline.backbone.loading import BackboneParams, best_device, identify, load_backbone, load_tokenizer
+from pipeline.backbone.device import best_device
+from pipeline.backbone.loading import BackboneParams, identify, load_backbone, load_tokenizer
 from pipeline.embed.teachers.pooling import PooledTeacher, TextPooler, check_positions
 from pipeline.embed.teachers.template import SLOT, Pooling, Reader
 

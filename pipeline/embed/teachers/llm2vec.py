@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.backbone.loading import BackboneParams, best_device, identify, load_backbone, load_tokenizer
+from pipeline.backbone.device import best_device
+from pipeline.backbone.loading import BackboneParams, identify, load_backbone, load_tokenizer
 from pipeline.core.errors import BackboneError, TeacherError
 from pipeline.embed.teachers.adapters import TOKENIZER, fetch_adapter, merge_adapter
 from pipeline.embed.teachers.bidirectional import check_bidirectional, make_bidirectional

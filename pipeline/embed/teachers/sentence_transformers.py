@@ -5,7 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.backbone.loading import DType, best_device, identify
+from pipeline.backbone.device import best_device
+from pipeline.backbone.loading import DType, identify
 from pipeline.core.errors import BackboneError, TeacherError
 
 if TYPE_CHECKING:

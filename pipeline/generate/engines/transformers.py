@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from pipeline.backbone.loading import BackboneParams, best_device, load_backbone, load_tokenizer
+from pipeline.backbone.device import best_device
+from pipeline.backbone.loading import BackboneParams, load_backbone, load_tokenizer
 from pipeline.backbone.prompting import pad_left
 from pipeline.core.config import Params
 from pipeline.generate.engines.base import Completion, Prompt, Sampling

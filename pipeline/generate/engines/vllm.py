@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from pipeline.backbone.loading import BackboneParams, best_device
+from pipeline.backbone.device import best_device
+from pipeline.backbone.loading import BackboneParams
 from pipeline.core.errors import EngineError
 from pipeline.generate.engines.base import Completion, Prompt, Sampling, SoftPrompt
 from pipeline.generate.engines.checks import describe, too_long

@@ -6,7 +6,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.backbone.loading import best_device
+from pipeline.backbone.device import best_device
 from pipeline.core.errors import EngineError
 from pipeline.generate.engines.checks import describe
 from pipeline.generate.engines.vllm_defaults import Gpu

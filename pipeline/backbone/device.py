@@ -1,0 +1,66 @@
+"""The device that models run on, and why a GPU that should be there is not usable.
+
+A CUDA build of torch without a usable GPU is a fault of the machine, not a wish for the CPU: a run must not learn after
+six hours that it was on the CPU. `PIPELINE_DEVICE=cpu` runs there on purpose.
+"""
+
+import os
+import shutil
+import subprocess
+
+from pipeline.core.errors import BackboneError
+
+VARIABLE = "PIPELINE_DEVICE"
+# The first NVIDIA driver that runs programs built for a CUDA major version.
+OLDEST_DRIVER = {"13": 580, "12": 525}
+
+
+def best_device() -> str:
+    """`$PIPELINE_DEVICE` where it is set; else `cuda` where torch can use a GPU, else `cpu`.
+
+    Raises:
+        BackboneError: torch is a CUDA build and cannot use a GPU.
+    """
+    import torch
+
+    if wanted := os.environ.get(VARIABLE):
+        return wanted
+    if torch.cuda.is_available():
+        return "cuda"
+    if problem := cuda_problem():
+        raise BackboneError(f"{problem}; {VARIABLE}=cpu runs on the CPU on purpose")
+    return "cpu"
+
+
+def cuda_problem() -> str | None:
+    """Why this CUDA build of torch cannot use a GPU, with both versions; None where it can, or for another build."""
+    import torch
+
+    cuda = torch.version.cuda
+    if cuda is None or torch.cuda.is_available():
+        return None
+    built = f"torch {torch.__version__} is built for CUDA {cuda}"
+    needed = OLDEST_DRIVER.get(cuda.split(".")[0])
+    needs = f", which needs NVIDIA driver {needed} or newer" if needed else ""
+    driver = driver_version()
+    if driver is None:
+        return f"{built}{needs}, but no NVIDIA driver answers (nvidia-smi is missing or fails)"
+    if needed and int(driver.split(".")[0]) < needed:
+        return f"{built}{needs}, but the driver is {driver}: update it"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = f" (CUDA_VISIBLE_DEVICES is '{visible}')" if visible is not None else ""
+    return f"{built}{needs}; the driver is {driver}, but torch finds no usable GPU{hidden}"
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version as nvidia-smi prints it; None where it prints none."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.split() if done.returncode == 0 else []
+    return lines[0] if lines and lines[0][0].isdigit() else None
