@@ -32,11 +32,12 @@ class Part:
 def read_part(workspace: Path, name: str) -> Part:
     """The rows of `train` or `heldout` of a workspace whose data stages ran."""
     from pipeline.core.artifacts import open_artifact
+    from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR
     from pipeline.core.vectors import embeddings_matrix
     from pipeline.train.data import join
 
     queries, responses, targets = (
-        open_artifact(workspace / "data" / kind, kind) for kind in ("queries", "responses", "targets")
+        open_artifact(workspace / path, path.name) for path in (QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR)
     )
     table = join(queries.read(f"{name}.parquet"), responses.read(), targets.read()).sort_by("id")
     finished = [reason == "stop" for reason in table["finish_reason"].to_pylist()]

@@ -9,27 +9,23 @@ from collections.abc import Collection
 from pathlib import Path
 
 from pipeline.audit import chain, lock, tables
-from pipeline.audit import tables as tensors
-from pipeline.audit.findings import AuditReport, Findings
+from pipeline.audit.findings import ENCODER, QUERIES, RESPONSES, TARGETS, TEACHER, AuditReport, Findings
 from pipeline.core.artifacts import MANIFEST, Artifact, damaged_files, read_manifest
 from pipeline.core.errors import ArtifactError
-from pipeline.core.paths import TRAINED_TEACHER
+from pipeline.core.paths import EVALUATE_DIR, PROBE_DIR
 
 __all__ = ["AuditReport", "audit"]
 
-# In the order of the pipeline: whatever stands after an artifact is downstream of it.
+# Kind by artifact, in the order of the pipeline. The teacher is apart: only targets of a trained teacher depend on it.
 CHAIN = {
-    "data/queries": "queries",
-    "data/responses": "responses",
-    "data/targets": "targets",
-    "models/encoder": "encoder",
+    QUERIES: "queries",
+    RESPONSES: "responses",
+    TARGETS: "targets",
+    ENCODER: "encoder",
 }
-# Made by every run, but nothing depends on it unless the targets' teacher was trained here.
-TEACHER = TRAINED_TEACHER.as_posix()
-RESULT_FOLDERS = ("results/evaluate", "results/probe")
 
 
-def audit(root: Path = Path(), *, being_written: Collection[str] = ()) -> AuditReport:
+def audit(root: Path = Path(), *, being_written: Collection[Path] = ()) -> AuditReport:
     """Verify all artifacts below `root`.
 
     Args:
@@ -38,7 +34,7 @@ def audit(root: Path = Path(), *, being_written: Collection[str] = ()) -> AuditR
     """
     findings = Findings()
     names = [*CHAIN, *_result_names(root)]
-    names.insert(names.index("data/targets"), TEACHER)
+    names.insert(names.index(TARGETS), TEACHER)
     present = [name for name in names if (root / name).is_dir()]
     missing = [name for name in CHAIN if name not in present]
     for name in missing:
@@ -46,20 +42,20 @@ def audit(root: Path = Path(), *, being_written: Collection[str] = ()) -> AuditR
     opened = {name: artifact for name in present if (artifact := _open(root, name, findings))}
     intact = {name: artifact for name, artifact in opened.items() if not _damaged(name, artifact, findings)}
     tables.check_rows(intact, findings)
-    tensors.check_tensors(intact, findings)
+    tables.check_tensors(intact, findings)
     chain.check_inputs(root, opened, findings)
     chain.check_models(root, opened, findings)
-    chain.check_trained_teacher(root, TEACHER, opened, findings)
+    chain.check_trained_teacher(root, opened, findings)
     chain.check_width(intact, findings)
     chain.check_transform(intact, findings)
     # A damaged artifact differs from the lock too: once is enough.
-    locked = lock.check_lock(root, {*opened, *being_written} - set(intact), bool(present), findings)
+    locked = lock.check_lock(root, {*opened, *map(Path.as_posix, being_written)} - set(intact), bool(present), findings)
     verified = {name: artifact for name, artifact in intact.items() if name not in findings.artifacts()}
     return AuditReport.of(findings, verified, missing, locked)
 
 
 def _result_names(root: Path) -> list[str]:
-    folders = [folder for parent in RESULT_FOLDERS if (root / parent).is_dir() for folder in (root / parent).iterdir()]
+    folders = [folder for parent in (EVALUATE_DIR, PROBE_DIR) for folder in (root / parent).glob("*")]
     return sorted(folder.relative_to(root).as_posix() for folder in folders if folder.is_dir())
 
 

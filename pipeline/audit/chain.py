@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.audit.findings import STALE, Findings
+from pipeline.audit.findings import ENCODER, STALE, TARGETS, TEACHER, Findings
 from pipeline.backbone.loading import identify
 from pipeline.core.artifacts import Artifact, read_manifest
 from pipeline.core.errors import ArtifactError, BackboneError
@@ -58,12 +58,12 @@ def check_models(root: Path, artifacts: Mapping[str, Artifact], findings: Findin
                 findings.add(name, "", f"{role} is {_short(identity)}, in {first[0]} it is {_short(first[1])}")
 
 
-def check_trained_teacher(root: Path, folder: str, artifacts: Mapping[str, Artifact], findings: Findings) -> None:
+def check_trained_teacher(root: Path, artifacts: Mapping[str, Artifact], findings: Findings) -> None:
     """Targets whose teacher was trained here were made by the adapters that are there now."""
-    targets = artifacts.get("data/targets")
+    targets = artifacts.get(TARGETS)
     teacher = (targets.manifest.models.get("teacher") or {}) if targets else {}
     for adapter in teacher.get("adapters", []):
-        if not str(adapter["name"]).startswith(f"{folder}/"):
+        if not str(adapter["name"]).startswith(f"{TEACHER}/"):
             continue
         try:
             found = identify(str(root / adapter["name"]), None).get("sha256")
@@ -71,38 +71,38 @@ def check_trained_teacher(root: Path, folder: str, artifacts: Mapping[str, Artif
             found = None
         if found != adapter.get("sha256"):
             what = f"its sha256 is {found[:12]}..." if found else "it is missing"
-            findings.add("data/targets", "", f"was made by another {adapter['name']} than is there now: {what}")
+            findings.add(TARGETS, "", f"was made by another {adapter['name']} than is there now: {what}")
 
 
 def check_width(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
     """The encoder states the width that the targets have."""
-    targets, encoder = artifacts.get("data/targets"), artifacts.get("models/encoder")
+    targets, encoder = artifacts.get(TARGETS), artifacts.get(ENCODER)
     config = encoder.path / ENCODER_CONFIG if encoder else None
     if targets is None or config is None or not config.is_file():
         return
     stated = json.loads(config.read_text(encoding="utf-8")).get("width")
     kind = pq.read_schema(targets.tables()[0]).field("embedding").type
     if stated != kind.list_size:
-        findings.add("models/encoder", ENCODER_CONFIG, f"width is {stated}, the targets have {kind.list_size}")
+        findings.add(ENCODER, ENCODER_CONFIG, f"width is {stated}, the targets have {kind.list_size}")
 
 
 def check_transform(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
     """Targets that were transformed say by what; the encoder carries the same, and so did the teacher when measured."""
-    targets, encoder = artifacts.get("data/targets"), artifacts.get("models/encoder")
+    targets, encoder = artifacts.get(TARGETS), artifacts.get(ENCODER)
     if targets is None:
         return
     kind = (targets.manifest.params.get("transform") or {}).get("kind", "none")
     wanted = targets.manifest.files.get(TRANSFORM_FILE)
     if (kind != "none") != (wanted is not None):
-        findings.add("data/targets", TRANSFORM_FILE, f"is {'here' if wanted else 'not here'}, the transform is {kind}")
+        findings.add(TARGETS, TRANSFORM_FILE, f"is {'here' if wanted else 'not here'}, the transform is {kind}")
     if encoder is not None and encoder.manifest.files.get(TRANSFORM_FILE) != wanted:
-        findings.add("models/encoder", TRANSFORM_FILE, "is not that of data/targets: run train again")
+        findings.add(ENCODER, TRANSFORM_FILE, f"is not that of {TARGETS}: run train again")
     found = load_transform(targets.path) if wanted else None
     made = found.identity if found else None
     for name, artifact in artifacts.items():
         _, measured = _apart(artifact.manifest.models.get("teacher"))
         if name.startswith("results/") and "teacher" in artifact.manifest.models and measured != made:
-            what = f"measured the teacher behind {_short_transform(measured)}, data/targets were made behind"
+            what = f"measured the teacher behind {_short_transform(measured)}, {TARGETS} were made behind"
             findings.add(name, "", f"{what} {_short_transform(made)}: run it again")
 
 

@@ -5,6 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from pipeline.core.artifacts import Artifact
+from pipeline.core.paths import STAGE_ARTIFACTS
+
+# Names of the artifacts, by which findings refer to them.
+QUERIES, RESPONSES, TEACHER, TARGETS, ENCODER = (path.as_posix() for path in STAGE_ARTIFACTS.values())
 
 SHOWN_PER_CHECK = 20
 STALE = "is stale"

@@ -13,11 +13,11 @@ from rich.table import Table
 
 from pipeline.core.artifacts import Artifact, read_manifest
 from pipeline.core.errors import ArtifactError
-from pipeline.core.paths import TRAINED_TEACHER
+from pipeline.core.paths import RESULTS_DIR, STAGE_ARTIFACTS
 
-TABLES = {"collect": "data/queries", "generate": "data/responses", "embed": "data/targets"}
-TENSORS = {"teach": TRAINED_TEACHER.as_posix(), "train": "models/encoder"}
-STAGES = (*TABLES, *TENSORS, "evaluate", "probe", "report")
+TENSORS = {stage: STAGE_ARTIFACTS[stage] for stage in ("teach", "train")}
+TABLES = {stage: path for stage, path in STAGE_ARTIFACTS.items() if stage not in TENSORS}
+STAGES = (*STAGE_ARTIFACTS, "evaluate", "probe", "report")
 FIRST_VALUES = 6
 CELL_CHARS = 400
 
@@ -183,7 +183,7 @@ def _tensors_table(artifact: Artifact) -> Table:
 
 
 def _results_table(root: Path, stage: str, count: int) -> Table:
-    folder = root / "results"
+    folder = root / RESULTS_DIR
     files = sorted([*folder.glob(f"{stage}.json"), *(folder / stage).glob("*.json")])
     if not files:
         raise ArtifactError(f"{folder}/{stage}: nothing there, run the stage first")

@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.audit.findings import Findings
+from pipeline.audit.findings import QUERIES, RESPONSES, TARGETS, Findings
+from pipeline.core import schemas
 from pipeline.core.artifacts import Artifact
 from pipeline.core.errors import ContractError
-from pipeline.core.schemas import FINISH_REASONS, QUERIES, RESPONSES, check_ids, targets_schema
+from pipeline.core.paths import HELDOUT_TABLE, TRAIN_TABLE
+from pipeline.core.schemas import FINISH_REASONS, check_ids, targets_schema
 from pipeline.core.text import query_id
 
 BATCH_ROWS = 16_384
@@ -32,15 +34,15 @@ class Responses:
 
 def check_rows(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
     """Check the tables among `artifacts`, whose files are intact."""
-    queries = _check_queries(artifacts["data/queries"], findings) if "data/queries" in artifacts else None
-    responses = _check_responses(artifacts["data/responses"], findings) if "data/responses" in artifacts else None
-    targets = _check_targets(artifacts["data/targets"], findings) if "data/targets" in artifacts else None
+    queries = _check_queries(artifacts[QUERIES], findings) if QUERIES in artifacts else None
+    responses = _check_responses(artifacts[RESPONSES], findings) if RESPONSES in artifacts else None
+    targets = _check_targets(artifacts[TARGETS], findings) if TARGETS in artifacts else None
     if queries is not None and responses is not None:
-        findings.add_rows("data/responses", _minus(queries, responses.ids), "this query has no response row")
-        findings.add_rows("data/responses", _minus(responses.ids, queries), "no query has this id")
+        findings.add_rows(RESPONSES, _minus(queries, responses.ids), "this query has no response row")
+        findings.add_rows(RESPONSES, _minus(responses.ids, queries), "no query has this id")
     if responses is not None and targets is not None:
-        findings.add_rows("data/targets", _minus(responses.usable, targets), "this usable response has no target")
-        findings.add_rows("data/targets", _minus(targets, responses.usable), "no usable response has this id")
+        findings.add_rows(TARGETS, _minus(responses.usable, targets), "this usable response has no target")
+        findings.add_rows(TARGETS, _minus(targets, responses.usable), "no usable response has this id")
 
 
 def _minus(ids: pa.Array, others: pa.Array) -> list[str]:
@@ -48,28 +50,28 @@ def _minus(ids: pa.Array, others: pa.Array) -> list[str]:
 
 
 def _check_queries(artifact: Artifact, findings: Findings) -> pa.Array | None:
-    name = "data/queries"
+    name = QUERIES
     files = {path.name: path for path in artifact.tables()}
-    if set(files) != {"train.parquet", "heldout.parquet"}:
-        findings.add(name, "", f"holds {sorted(files)}, expected train.parquet and heldout.parquet")
+    if set(files) != {TRAIN_TABLE, HELDOUT_TABLE}:
+        findings.add(name, "", f"holds {sorted(files)}, expected {TRAIN_TABLE} and {HELDOUT_TABLE}")
         return None
     splits = {}
     for file, path in files.items():
-        if not _check_schema(name, path, QUERIES, artifact, findings):
+        if not _check_schema(name, path, schemas.QUERIES, artifact, findings):
             return None
         splits[file] = _ids(name, [path], findings)
         for batch in _batches(path):
             pairs = zip(batch.column("id").to_pylist(), batch.column("text").to_pylist(), strict=True)
             findings.add_rows(name, (row for row, text in pairs if row != query_id(text)), "is not the id of its text")
-    train, heldout = splits["train.parquet"], splits["heldout.parquet"]
+    train, heldout = splits[TRAIN_TABLE], splits[HELDOUT_TABLE]
     findings.add_rows(name, train.filter(pc.is_in(train, value_set=heldout)).to_pylist(), "is in train and in heldout")
     _check_count(name, artifact, len(train) + len(heldout), findings)
     return pa.concat_arrays([train, heldout])
 
 
 def _check_responses(artifact: Artifact, findings: Findings) -> Responses | None:
-    name = "data/responses"
-    if not all(_check_schema(name, path, RESPONSES, artifact, findings) for path in artifact.tables()):
+    name = RESPONSES
+    if not all(_check_schema(name, path, schemas.RESPONSES, artifact, findings) for path in artifact.tables()):
         return None
     ids = _ids(name, artifact.tables(), findings)
     usable = [_usable(batch, findings) for path in artifact.tables() for batch in _batches(path)]
@@ -78,7 +80,7 @@ def _check_responses(artifact: Artifact, findings: Findings) -> Responses | None
 
 
 def _usable(batch: pa.RecordBatch, findings: Findings) -> pa.Array:
-    name, ids, reason = "data/responses", batch.column("id"), batch.column("finish_reason")
+    name, ids, reason = RESPONSES, batch.column("id"), batch.column("finish_reason")
     unknown = pc.invert(pc.is_in(reason, value_set=pa.array(FINISH_REASONS)))
     findings.add_rows(name, ids.filter(unknown).to_pylist(), f"finish_reason is not one of {', '.join(FINISH_REASONS)}")
     failed = pc.equal(reason, "error")
@@ -92,7 +94,7 @@ def _usable(batch: pa.RecordBatch, findings: Findings) -> pa.Array:
 
 
 def _check_targets(artifact: Artifact, findings: Findings) -> pa.Array | None:
-    name, paths = "data/targets", artifact.tables()
+    name, paths = TARGETS, artifact.tables()
     found = pq.read_schema(paths[0]) if paths else pa.schema([])
     kind = found.field("embedding").type if "embedding" in found.names else None
     if not isinstance(kind, pa.FixedSizeListType):

@@ -21,7 +21,7 @@ from pipeline.collect.params import CollectParams
 from pipeline.core.artifacts import read_manifest
 from pipeline.core.config import Params, read_yaml, validate
 from pipeline.core.errors import ArtifactError, EvaluationError, ParamsError
-from pipeline.core.paths import TRAINED
+from pipeline.core.paths import QUERIES_DIR, REPORT_PAGES, TRAINED_KIND
 from pipeline.embed.params import EmbedParams
 from pipeline.evaluate.params import EvaluateParams
 from pipeline.evaluate.plan import EvaluationPlan, mteb_tasks
@@ -39,7 +39,7 @@ from pipeline.train.plan import memory_line, memory_remarks
 
 GB = 1e9
 # Teachers whose vectors are an LLM's hidden states as they are, with norms in the hundreds.
-RAW_TEACHERS = ("llm2vec", TRAINED, "backbone")
+RAW_TEACHERS = ("llm2vec", TRAINED_KIND, "backbone")
 
 # Transforms after which each dimension has variance 1, whatever the teacher: a mean over them that starts at 1.
 UNIT_VARIANCE = ("standardize", "whiten")
@@ -103,7 +103,7 @@ def make_plan(params: AllParams, root: Path = Path()) -> Plan:
     plan = Plan()
     plan.lines.append(("collect", _sources(params), _rows_text(rows, known)))
     plan.lines.append(("generate", _generate_text(params, rows), _generate_memory(params, shape)))
-    if params.embed.teacher.kind == TRAINED:
+    if params.embed.teacher.kind == TRAINED_KIND:
         _check_quality(params.teach)
         plan.lines.append(("teach", _teach_text(params.teach), _teach_memory(params, shape)))
     plan.lines.append(("embed", _embed_text(params, rows), _teacher_text(params)))
@@ -111,7 +111,7 @@ def make_plan(params: AllParams, root: Path = Path()) -> Plan:
     evaluation = EvaluationPlan(params.evaluate, params.suites, params.probes, root)
     answer_tokens = params.evaluate.answers.max_new_tokens or params.generate.max_new_tokens
     plan.lines += evaluation.lines(max_tokens=params.train.max_query_tokens, answer_tokens=answer_tokens)
-    plan.lines.append(("report", params.report.title, "results/report.html"))
+    plan.lines.append(("report", params.report.title, REPORT_PAGES[0].as_posix()))
     plan.remarks = _remarks(params, shape, root) + evaluation.remarks()
     return plan
 
@@ -135,7 +135,7 @@ def _shape_from_cache(backbone: BackboneParams) -> Shape | None:
 def expected_rows(params: AllParams, root: Path = Path()) -> tuple[int | None, bool]:
     """How many queries there will be, at most, and whether they are there already; None if nothing bounds them."""
     with suppress(ArtifactError):
-        made = read_manifest(root / "data/queries").manifest
+        made = read_manifest(root / QUERIES_DIR).manifest
         if made.params == params.collect.model_dump(mode="json"):
             return made.rows, True
     limits = [source.limit for source in params.collect.sources]
@@ -292,7 +292,7 @@ def _unpinned(params: AllParams, root: Path) -> list[tuple[str, str]]:
     pins += [
         (f"teach.sources.{index}.revision", source.name, source.revision)
         for index, source in enumerate(params.teach.sources)
-        if source.kind == "hub" and params.embed.teacher.kind == TRAINED
+        if source.kind == "hub" and params.embed.teacher.kind == TRAINED_KIND
     ]
     pins += [
         (f"{key}.revision", str(entry["dataset"]), entry.get("revision"))

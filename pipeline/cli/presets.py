@@ -17,7 +17,7 @@ from pipeline.backbone.sizes import Shape
 from pipeline.core.artifacts import write_bytes
 from pipeline.core.config import Params, read_yaml, validate
 from pipeline.core.errors import ParamsError
-from pipeline.core.paths import TRAINED
+from pipeline.core.paths import TRAINED_KIND
 from pipeline.embed.teachers import AdapterParams, TeacherParams
 from pipeline.teach.params import TeachParams
 from pipeline.teach.plan import fitting_rows
@@ -63,7 +63,7 @@ class Preset(Params):
         """
         if not self.published:
             return TeacherParams(
-                kind=TRAINED,
+                kind=TRAINED_KIND,
                 max_tokens=TEACHER_TOKENS,
                 dtype=self.backbone.dtype,
                 batch_size=self.teacher.batch_size[memory],

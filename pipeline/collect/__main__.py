@@ -23,13 +23,12 @@ from pipeline.collect.spill import Mask, scratch_folder
 from pipeline.core import artifacts
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import EvaluationError, ParamsError, SourceError
+from pipeline.core.paths import QUERIES_DIR
 from pipeline.core.run import RunRecord, progress, record, setup_logging, user_errors, work_dir
 from pipeline.tasks.suites import SuiteParams
 from pipeline.tasks.texts import TextSource, find_texts
 
 log = logging.getLogger(__name__)
-
-QUERIES_DIR = Path("data/queries")
 
 
 class EvaluateFolder(Params, extra="ignore"):

@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from pipeline.core.artifacts import write_json
 from pipeline.core.errors import PipelineError
+from pipeline.core.paths import RESULTS_DIR
 
 T = TypeVar("T")
 
-RESULTS = Path("results")
 LINE_SECONDS = 30.0
 _RECORDED = (
     "torch",
@@ -114,7 +114,7 @@ class RunRecord:
 
     def __init__(self, stage: str, path: Path | None = None) -> None:
         self.facts: dict[str, Any] = {"stage": stage}
-        self._path, self._started, self._wall = path or RESULTS / f"{stage}.json", time.time(), time.monotonic()
+        self._path, self._started, self._wall = path or RESULTS_DIR / f"{stage}.json", time.time(), time.monotonic()
 
     def update(self, **facts: Any) -> None:
         """Add facts that serialise to JSON."""

@@ -20,7 +20,7 @@ from pipeline.core import schemas as contracts
 from pipeline.core.artifacts import Artifact
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import TeacherError
-from pipeline.core.paths import TRAINED, TRAINED_TEACHER
+from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TEACHER_DIR, TRAIN_TABLE, TRAINED_KIND
 from pipeline.core.row_store import ShardStore, locked
 from pipeline.core.run import RunRecord, progress, record, setup_logging, user_errors, work_dir
 from pipeline.embed.params import EmbedParams
@@ -41,9 +41,6 @@ from pipeline.embed.transform_fit import Fitted, fit_transform
 
 log = logging.getLogger(__name__)
 
-QUERIES_DIR = Path("data/queries")
-RESPONSES_DIR = Path("data/responses")
-TARGETS_DIR = Path("data/targets")
 BATCH_ROWS = 4096
 FIT_ROWS = 4096
 
@@ -67,8 +64,8 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
     read = {"responses": artifacts.open_artifact(RESPONSES_DIR, "responses")}
     if inputs.embed.transform.kind != "none":
         read["queries"] = artifacts.open_artifact(QUERIES_DIR, "queries")
-    if inputs.embed.teacher.kind == TRAINED:
-        read["teacher"] = artifacts.open_artifact(TRAINED_TEACHER, "teacher")
+    if inputs.embed.teacher.kind == TRAINED_KIND:
+        read["teacher"] = artifacts.open_artifact(TEACHER_DIR, "teacher")
     responses = Responses(lambda: read["responses"].batches([*COLUMNS], BATCH_ROWS))
     check_any(responses, read["responses"])
     with locked(work_dir("embed")):  # before minutes are spent on loading a teacher
@@ -104,7 +101,7 @@ def _embed(inputs: Inputs, responses: Responses, read: Mapping[str, Artifact], f
 
 def _fit(embedder: Embedder, responses: Responses, queries: Artifact, params: EmbedParams) -> Fitted:
     """`embed.transform` on the kept vectors of the training queries' responses; what it does to their anisotropy."""
-    trained_on = set(queries.read("train.parquet", columns=["id"])["id"].to_pylist())
+    trained_on = set(queries.read(TRAIN_TABLE, columns=["id"])["id"].to_pylist())
     raw = Finish(params.normalize, params.dtype)
     before = Anisotropy()
 

@@ -13,7 +13,8 @@ import typer
 from pipeline.core.artifacts import create
 from pipeline.core.config import PARAMS_FILE, load
 from pipeline.core.errors import ParamsError
-from pipeline.core.run import RESULTS, RunRecord, record, setup_logging, user_errors, work_dir
+from pipeline.core.paths import DELTAS_TABLE, EVALUATE_DIR, SUMMARY_TABLE
+from pipeline.core.run import RunRecord, record, setup_logging, user_errors, work_dir
 from pipeline.evaluate.build import SystemInputs, encoder_artifact, make_systems, manifest_params, own_instructions
 from pipeline.evaluate.deltas import deltas_table, task_deltas
 from pipeline.evaluate.run import SystemResults, run_systems
@@ -21,8 +22,6 @@ from pipeline.evaluate.summary import flat_metrics, seed_spread, summary_table, 
 from pipeline.generate.engines import prepare_environment
 from pipeline.tasks.instructions import load_instructions
 from pipeline.tasks.suites import SuiteParams, find_tasks
-
-OUT = RESULTS / "evaluate"
 
 
 class Inputs(SystemInputs):
@@ -57,14 +56,14 @@ def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
         )
     summary, deltas = summary_table(tasks, runs), task_deltas(tasks, runs, evaluate.bootstrap)
     with create(
-        OUT / suite,
+        EVALUATE_DIR / suite,
         kind="evaluation",
         params=manifest_params(inputs, suite=params.model_dump(), instructions=instructions.digest),
         models={run.system: run.identity for run in runs},
         inputs=[encoder],
     ) as out:
-        out.write_table("summary.parquet", summary)
-        out.write_table("deltas.parquet", deltas_table(deltas))
+        out.write_table(SUMMARY_TABLE, summary)
+        out.write_table(DELTAS_TABLE, deltas_table(deltas))
         write_mteb_format(out.path, runs)
     metrics = flat_metrics(summary)
     run_record.update(
@@ -106,7 +105,7 @@ def main(
     setup_logging()
     with user_errors():
         inputs = load(params, Inputs)
-        with record("evaluate", OUT / f"{suite}.json") as run_record:
+        with record("evaluate", EVALUATE_DIR / f"{suite}.json") as run_record:
             run(inputs, suite, run_record)
 
 

@@ -20,6 +20,7 @@ from pipeline.backbone.loading import BackboneParams, DType
 from pipeline.core.artifacts import Artifact, open_artifact
 from pipeline.core.config import Params
 from pipeline.core.errors import EvaluationError
+from pipeline.core.paths import ENCODER_DIR
 from pipeline.core.run import work_dir
 from pipeline.embed.teachers import TeacherParams
 from pipeline.embed.teachers.base import Teacher
@@ -201,7 +202,6 @@ class Systems:
 
 log = logging.getLogger(__name__)
 
-ENCODER = Path("models/encoder")
 DATA_PARALLEL = "evaluate.data_parallel"
 
 
@@ -233,7 +233,7 @@ def make_systems(inputs: SystemInputs) -> Systems:
     """The systems of the params, on the best device; `contextlib.closing` frees what they hold."""
     teacher, params = inputs.embed.teacher, inputs.evaluate
     return Systems(
-        encoder_dir=ENCODER,
+        encoder_dir=ENCODER_DIR,
         open_teacher=partial(_open_teacher, inputs),
         teacher_prompt=teacher.prompt,
         answers=make_answers(inputs),
@@ -254,7 +254,7 @@ def _open_teacher(inputs: SystemInputs) -> Iterator[Teacher]:
     """The teacher in the space that the student was trained in."""
     workers = inputs.evaluate.data_parallel
     with open_teacher(inputs.embed.teacher, inputs.backbone, workers, knob=DATA_PARALLEL) as teacher:
-        yield in_trained_space(teacher, ENCODER)
+        yield in_trained_space(teacher, ENCODER_DIR)
 
 
 def _with_cache(params: EvaluateParams, system: System) -> AbstractContextManager[System]:
@@ -297,7 +297,7 @@ def encoder_artifact() -> Artifact:
     Raises:
         ArtifactError: it is missing or damaged.
     """
-    return open_artifact(ENCODER, "encoder")
+    return open_artifact(ENCODER_DIR, "encoder")
 
 
 def manifest_params(inputs: SystemInputs, **own: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pipeline.core import artifacts
 from pipeline.core import schemas as contracts
 from pipeline.core.artifacts import Artifact
 from pipeline.core.config import PARAMS_FILE, Params, load
+from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import RunRecord, record, setup_logging, user_errors, work_dir
 from pipeline.generate.engines import prepare_environment
@@ -24,8 +25,6 @@ from pipeline.generate.params import GenerateParams
 
 log = logging.getLogger(__name__)
 
-QUERIES_DIR = Path("data/queries")
-RESPONSES_DIR = Path("data/responses")
 WINDOW_ROWS = 4096  # prompts are sorted by length within so many
 
 

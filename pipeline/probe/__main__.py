@@ -12,13 +12,12 @@ import typer
 
 from pipeline.core.artifacts import create, to_json
 from pipeline.core.config import PARAMS_FILE, Params, load
-from pipeline.core.run import RESULTS, RunRecord, record, setup_logging, user_errors, work_dir
+from pipeline.core.paths import DELTAS_TABLE, PROBE_DIR, ROWS_TABLE
+from pipeline.core.run import RunRecord, record, setup_logging, user_errors, work_dir
 from pipeline.evaluate.build import SystemInputs, encoder_artifact, make_systems, manifest_params, own_instructions
 from pipeline.evaluate.deltas import deltas_table
 from pipeline.generate.engines import prepare_environment
 from pipeline.probe.base import ProbeContext, find_probe, probe_params
-
-OUT = RESULTS / "probe"
 
 
 class Inputs(SystemInputs):
@@ -49,14 +48,14 @@ def run(inputs: Inputs, name: str, params: Params, run_record: RunRecord) -> Non
         )
         result = find_probe(name).run(params, context)
     with create(
-        OUT / name,
+        PROBE_DIR / name,
         kind="probe",
         params=manifest_params(inputs, probe=name, settings=params.model_dump()),
         models={system: facts["identity"] for system, facts in result.systems.items()},
         inputs=[encoder, *result.inputs],
     ) as out:
-        out.write_table("rows.parquet", result.rows)
-        out.write_table("deltas.parquet", deltas_table(result.deltas))
+        out.write_table(ROWS_TABLE, result.rows)
+        out.write_table(DELTAS_TABLE, deltas_table(result.deltas))
         content = {"probe": name, "metrics": result.metrics, "systems": result.systems}
         (out.path / "result.json").write_text(to_json(content), encoding="utf-8")
         for file, text in result.pages.items():
@@ -74,7 +73,7 @@ def main(
     with user_errors():
         inputs = load(params, Inputs)
         settings = probe_params(inputs.probes, name, str(params))
-        with record("probe", OUT / f"{name}.json") as run_record:
+        with record("probe", PROBE_DIR / f"{name}.json") as run_record:
             run(inputs, name, settings, run_record)
 
 

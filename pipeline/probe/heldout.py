@@ -1,11 +1,10 @@
 """The held-out rows: queries that training never saw, with the backbone's response and its target."""
 
-from pathlib import Path
-
 import pyarrow as pa
 
 from pipeline.core.artifacts import Artifact, open_artifact
 from pipeline.core.errors import EvaluationError, TrainingError
+from pipeline.core.paths import HELDOUT_TABLE, QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR
 
 
 def heldout_rows() -> tuple[tuple[Artifact, ...], pa.Table]:
@@ -19,11 +18,9 @@ def heldout_rows() -> tuple[tuple[Artifact, ...], pa.Table]:
     """
     from pipeline.train.data import join
 
-    queries, responses, targets = (
-        open_artifact(Path("data") / kind, kind) for kind in ("queries", "responses", "targets")
-    )
+    queries, responses, targets = (open_artifact(path, path.name) for path in (QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR))
     try:
-        table = join(queries.read("heldout.parquet"), responses.read(), targets.read())
+        table = join(queries.read(HELDOUT_TABLE), responses.read(), targets.read())
     except TrainingError as error:
         raise EvaluationError(f"held-out queries: {error}") from None
     return (queries, responses, targets), table

@@ -11,6 +11,7 @@ import typer
 
 from pipeline.core.artifacts import write_bytes
 from pipeline.core.config import PARAMS_FILE, Params, load
+from pipeline.core.paths import REPORT_PAGES
 from pipeline.core.run import setup_logging, user_errors
 from pipeline.report import ReportParams
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from pipeline.report.sections import Checked
 
 log = logging.getLogger(__name__)
-
-PAGES = ("results/report.html", "results/report.md")
 
 
 class Inputs(Params):
@@ -45,15 +44,15 @@ def run(inputs: Inputs, params: Path = PARAMS_FILE) -> None:
     content = gather(inputs.report.title, inputs.suites, inputs.probes, checked=checked, params=written)
     for line in content.missing:
         log.warning("missing from the report: %s", line)
-    for page, text in zip(PAGES, (render_html(content), render_markdown(content)), strict=True):
-        write_bytes(Path(page), text.encode())
+    for page, text in zip(REPORT_PAGES, (render_html(content), render_markdown(content)), strict=True):
+        write_bytes(page, text.encode())
 
 
 def _checked() -> "Checked":
     from pipeline.report.sections import check
 
     log.info("audit: reading every artifact (report.audit: false leaves it out)")
-    checked = check(Path(), PAGES)
+    checked = check(Path(), REPORT_PAGES)
     for finding in checked.findings:
         log.warning("audit: %s", finding.line())
     log.info("audit: %s, after %.1f s", checked.verdict, checked.seconds)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.core.artifacts import read_manifest
 from pipeline.core.errors import ArtifactError
+from pipeline.core.paths import ENCODER_DIR, EVALUATE_DIR, HELDOUT_CURVE, LOSS_CURVE, PROBE_DIR, RESULTS_DIR
 from pipeline.evaluate.comparison import Comparison, compare
 from pipeline.probe.descriptions import LOWER_IS_BETTER, UNINSTRUCTED
 from pipeline.report.cost import Machine, StageRun, machines, stage_run
@@ -83,11 +84,11 @@ def gather(
     content = Content(title, checked, params)
     for stage, artifact in chain_of(root).items():
         _add_artifact(content, root, artifact)
-        _record(content, root / "results" / f"{stage}.json", stage)
+        _record(content, root / RESULTS_DIR / f"{stage}.json", stage)
     content.teacher = teacher_facts(root, content.records.get("teach"))
     _add_training(content, content.records.get("train"))
-    content.curve = _curve(content, root / "results/train/loss.csv")
-    content.heldout = _curve(content, root / "results/train/heldout.csv")
+    content.curve = _curve(content, root / LOSS_CURVE)
+    content.heldout = _curve(content, root / HELDOUT_CURVE)
     measured = [*_add_suites(content, root, suites), *_add_probes(content, root, probes)]
     content.paper = against_paper(load_published(), _backbone(root), measured)
     content.machines = machines(content.records)
@@ -100,7 +101,7 @@ def gather(
 def _add_suites(content: Content, root: Path, suites: Mapping[str, Any]) -> list[Measured]:
     measured = []
     for name, settings in suites.items():
-        if record := _record(content, root / "results/evaluate" / f"{name}.json", f"evaluate {name}"):
+        if record := _record(content, root / EVALUATE_DIR / f"{name}.json", f"evaluate {name}"):
             comparison = _without_known_prompting(content, compare(name, record), record)
             content.suites.append(comparison)
             measured.append(Measured(comparison, settings))
@@ -110,7 +111,7 @@ def _add_suites(content: Content, root: Path, suites: Mapping[str, Any]) -> list
 def _add_probes(content: Content, root: Path, probes: Mapping[str, Any]) -> list[Measured]:
     measured = []
     for name, settings in probes.items():
-        if record := _record(content, root / "results/probe" / f"{name}.json", f"probe {name}"):
+        if record := _record(content, root / PROBE_DIR / f"{name}.json", f"probe {name}"):
             comparison = compare(name, record, LOWER_IS_BETTER.get(name, ()))
             if name in UNINSTRUCTED:
                 comparison = replace(comparison, prompting={})
@@ -131,7 +132,7 @@ def _without_known_prompting(content: Content, comparison: Comparison, record: M
 def _backbone(root: Path) -> str | None:
     """The name of the trained encoder's backbone, None without an encoder."""
     try:
-        identity = read_manifest(root / "models/encoder").manifest.models.get("backbone")
+        identity = read_manifest(root / ENCODER_DIR).manifest.models.get("backbone")
     except ArtifactError:
         return None
     return str(identity["name"]) if isinstance(identity, dict) and "name" in identity else None
@@ -227,6 +228,6 @@ def _add_probe(content: Content, root: Path, comparison: Comparison) -> None:
     content.probes.append(comparison)
     if comparison.name == "interpret":
         try:
-            content.samples = read_samples(root / "results/probe/interpret")
+            content.samples = read_samples(root / PROBE_DIR / "interpret")
         except ArtifactError as error:
             content.missing.append(str(error))

@@ -11,16 +11,8 @@ from pipeline.audit.findings import Finding
 from pipeline.audit.lock import LOCK
 from pipeline.core.artifacts import MANIFEST, read_manifest
 from pipeline.core.errors import ArtifactError
-from pipeline.core.paths import TRAINED_TEACHER
+from pipeline.core.paths import EVALUATE_DIR, PROBE_DIR, STAGE_ARTIFACTS
 from pipeline.report.sections import trained_here
-
-STAGES = {
-    "collect": "data/queries",
-    "generate": "data/responses",
-    "teach": TRAINED_TEACHER.as_posix(),
-    "embed": "data/targets",
-    "train": "models/encoder",
-}
 
 
 class State(StrEnum):
@@ -72,8 +64,8 @@ def pipeline_graph(
         stubs: stages and artifacts that a stub made.
         findings: of an audit, None where none was run.
     """
-    last = {f"evaluate {name}": f"results/evaluate/{name}" for name in suites}
-    last |= {f"probe {name}": f"results/probe/{name}" for name in probes}
+    last = {f"evaluate {name}": (EVALUATE_DIR / name).as_posix() for name in suites}
+    last |= {f"probe {name}": (PROBE_DIR / name).as_posix() for name in probes}
     known: dict[str, Node] = {}
     chain = chain_of(root)
     for stage, artifact in (chain | last).items():
@@ -84,7 +76,7 @@ def pipeline_graph(
 
 def chain_of(root: Path) -> dict[str, str]:
     """The stages up to the encoder with their artifacts; teach only where a teacher was asked of it."""
-    return {stage: artifact for stage, artifact in STAGES.items() if stage != "teach" or trained_here(root)}
+    return {stage: path.as_posix() for stage, path in STAGE_ARTIFACTS.items() if stage != "teach" or trained_here(root)}
 
 
 def _node(

@@ -14,7 +14,7 @@ from pipeline.audit import audit
 from pipeline.audit.findings import Finding, Verified
 from pipeline.core.artifacts import read_manifest
 from pipeline.core.errors import ArtifactError
-from pipeline.core.paths import TRAINED, TRAINED_TEACHER
+from pipeline.core.paths import ROWS_TABLE, TARGETS_DIR, TEACHER_DIR, TRAINED_KIND
 from pipeline.evaluate.comparison import Comparison, Row, system_order
 
 
@@ -50,7 +50,7 @@ def read_samples(folder: Path) -> list[Sample]:
             to_embedding=row.get("cosine_embedding"),
             vocabulary=_words(row.get("vocabulary") or []),
         )
-        for row in read_manifest(folder).read("rows.parquet").to_pylist()
+        for row in read_manifest(folder).read(ROWS_TABLE).to_pylist()
     ]
 
 
@@ -94,7 +94,7 @@ class Checked:
         return f"no findings in {len(self.verified)} artifacts ({read:,} bytes read), {compared}"
 
 
-def check(root: Path, being_written: Sequence[str]) -> Checked:
+def check(root: Path, being_written: Sequence[Path]) -> Checked:
     """Audit the workspace; `being_written` are files that dvc.lock cannot know yet."""
     started = monotonic()
     found = audit(root, being_written=being_written)
@@ -205,7 +205,7 @@ def _spread(row: Row, at: Sequence[int]) -> Spread | None:
 
 _MEANING = {
     "llm2vec": "a published LLM2Vec, trained without labels: the paper's own teacher where the backbone is the paper's",
-    TRAINED: "trained here from unlabeled text: the paper's figures are for another teacher",
+    TRAINED_KIND: "trained here from unlabeled text: the paper's figures are for another teacher",
     "backbone": "the backbone itself, not trained for embedding: the run needs no other model",
     "sentence-transformers": "a published embedder, which may have been trained on labelled pairs: to beat it is not "
     "the paper's claim",
@@ -235,14 +235,14 @@ class TeacherFacts:
 def teacher_facts(root: Path, trained: Mapping[str, Any] | None) -> TeacherFacts | None:
     """Of the workspace's targets; None where there are none. `trained` is the record of the stage teach, if it ran."""
     try:
-        manifest = read_manifest(root / "data/targets").manifest
+        manifest = read_manifest(root / TARGETS_DIR).manifest
     except ArtifactError:
         return None
     identity = manifest.models.get("teacher")
     if not isinstance(identity, dict):
         return None
     kind = _kind(identity)
-    record = (trained or {}) if kind == TRAINED else {}
+    record = (trained or {}) if kind == TRAINED_KIND else {}
     transform = manifest.params.get("transform") or {"kind": "none"}
     meaning = _MEANING.get(kind, "") + _text_of(record)
     return TeacherFacts(kind, meaning, transform["kind"], _scores(record), record.get("worse_than_mean_pooling"))
@@ -251,7 +251,7 @@ def teacher_facts(root: Path, trained: Mapping[str, Any] | None) -> TeacherFacts
 def trained_here(root: Path) -> bool:
     """Whether the workspace holds a teacher that the stage teach was asked for."""
     try:
-        return bool(read_manifest(root / TRAINED_TEACHER).manifest.params.get("asked"))
+        return bool(read_manifest(root / TEACHER_DIR).manifest.params.get("asked"))
     except ArtifactError:
         return False
 
@@ -266,8 +266,8 @@ def _text_of(record: Mapping[str, Any]) -> str:
 
 def _kind(identity: Mapping[str, Any]) -> str:
     adapters = [str(adapter.get("name", "")) for adapter in identity.get("adapters", ())]
-    own = bool(adapters) and all(name.startswith(f"{TRAINED_TEACHER.as_posix()}/") for name in adapters)
-    return TRAINED if own else str(identity.get("kind", ""))
+    own = bool(adapters) and all(name.startswith(f"{TEACHER_DIR.as_posix()}/") for name in adapters)
+    return TRAINED_KIND if own else str(identity.get("kind", ""))
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -18,7 +18,7 @@ from pipeline.backbone.loading import BackboneParams, identify, load_config
 from pipeline.core.artifacts import Artifact, create, open_artifact
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import TeacherError
-from pipeline.core.paths import TRAINED, TRAINED_TEACHER
+from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR, TEACHER_DIR, TRAINED_KIND
 from pipeline.core.row_store import locked
 from pipeline.core.run import RunRecord, record, setup_logging, user_errors, work_dir
 from pipeline.embed.teachers import TeacherParams
@@ -67,9 +67,9 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
         WorkError: the disk is full, or another process does the same work.
     """
     kind = inputs.embed.teacher.kind
-    if kind != TRAINED:
+    if kind != TRAINED_KIND:
         log.info("no teacher is trained: embed.teacher.kind is %s", kind)
-        with create(TRAINED_TEACHER, kind="teacher", params={"asked": False, "embed.teacher.kind": kind}):
+        with create(TEACHER_DIR, kind="teacher", params={"asked": False, "embed.teacher.kind": kind}):
             pass
         facts.update(asked=False, kind=kind)
         return
@@ -82,7 +82,7 @@ def _teach(inputs: Inputs, facts: RunRecord, work: Path) -> None:
     from pipeline.teach.quality import find_quality_tasks, verdict
 
     params, teacher = inputs.teach, inputs.embed.teacher
-    made_from = [open_artifact(Path("data") / kind, kind) for kind in ("queries", "responses")]
+    made_from = [open_artifact(path, path.name) for path in (QUERIES_DIR, RESPONSES_DIR)]
     # Before hours of training, what would be missed after them.
     tasks = find_quality_tasks(params.quality, Path(inputs.evaluate.local_dir))
     check_positions(load_config(inputs.backbone), teacher.max_tokens, "backbone")
@@ -179,9 +179,7 @@ def _write(inputs: Inputs, phases: "Mapping[str, Finished]", made_from: list[Art
     params = inputs.teach.model_dump(mode="json", exclude={"checkpoint_every", "on_worse", "quality"})
     reading = {"template": teacher.template, "pooling": teacher.pooling}
     described: dict[str, Any] = {"asked": True, "teach": params, **reading}
-    with create(
-        TRAINED_TEACHER, kind="teacher", params=described, models={"backbone": backbone}, inputs=made_from
-    ) as out:
+    with create(TEACHER_DIR, kind="teacher", params=described, models={"backbone": backbone}, inputs=made_from) as out:
         for name, phase in phases.items():
             shutil.copytree(phase.adapter, out.path / name)
         card = model_card(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline.core.artifacts import Artifact, bytes_sha256
 from pipeline.core.errors import TeacherError
+from pipeline.core.paths import TRAIN_TABLE
 from pipeline.core.readers import HubSource, LocalSource, read_texts
 from pipeline.core.run import progress
 from pipeline.embed.teachers.template import Reader, Tokens
@@ -56,13 +57,13 @@ def corpus_texts(
         for source in sources:
             yield from progress(read_texts(source, local_dir), total=None, desc=f"read {source.label}")
     if corpus in ("queries", "both"):
-        yield from queries.read("train.parquet", ["text"])["text"].to_pylist()
+        yield from queries.read(TRAIN_TABLE, ["text"])["text"].to_pylist()
     if corpus in ("responses", "both"):
         yield from _answers(queries, responses)
 
 
 def _answers(queries: Artifact, responses: Artifact) -> Iterator[str]:
-    trained = set(queries.read("train.parquet", ["id"])["id"].to_pylist())
+    trained = set(queries.read(TRAIN_TABLE, ["id"])["id"].to_pylist())
     columns = ["id", "response", "finish_reason"]
     for batch in responses.batches(columns, BATCH_ROWS):
         for row_id, text, finish in zip(*(batch[name].to_pylist() for name in columns), strict=True):

@@ -24,7 +24,17 @@ from pipeline.core.artifacts import Artifact, create, digest_of, open_artifact, 
 from pipeline.core.code_digest import code_digest
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import TrainingError
-from pipeline.core.run import RESULTS, RunRecord, record, setup_logging, user_errors, work_dir
+from pipeline.core.paths import (
+    ENCODER_DIR,
+    HELDOUT_CURVE,
+    HELDOUT_TABLE,
+    LOSS_CURVE,
+    QUERIES_DIR,
+    RESPONSES_DIR,
+    TARGETS_DIR,
+    TRAIN_TABLE,
+)
+from pipeline.core.run import RunRecord, record, setup_logging, user_errors, work_dir
 from pipeline.core.target_transform import TRANSFORM_FILE, load_transform
 from pipeline.parallel.launch import relaunch
 from pipeline.parallel.ranks import is_first, launched, member, wanted
@@ -36,9 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ENCODER = Path("models/encoder")
-CURVE = RESULTS / "train" / "loss.csv"
-HELDOUT = RESULTS / "train" / "heldout.csv"
 # For processes that wait while the first one reads a large backbone from a slow disk; NCCL gives up after 10 minutes.
 PATIENCE = timedelta(hours=2)
 # Modules that decide a training step with all they import: an edit there voids a checkpoint.
@@ -67,11 +74,11 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     from pipeline.backbone.loading import load_tokenizer
     from pipeline.train.build import assemble
 
-    artifacts = [open_artifact(Path("data") / kind, kind) for kind in ("queries", "responses", "targets")]
+    artifacts = [open_artifact(path, path.name) for path in (QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR)]
     identity = _checked_identity(inputs.backbone, artifacts[1])
     tokenizer = load_tokenizer(inputs.backbone)
     formatter = _formatter(inputs, tokenizer)
-    rows = _rows(inputs.train, artifacts, "train.parquet", tokenizer, formatter)
+    rows = _rows(inputs.train, artifacts, TRAIN_TABLE, tokenizer, formatter)
     heldout = _heldout(inputs.train, artifacts, tokenizer, formatter)
     trainer = assemble(
         inputs.train,
@@ -94,7 +101,7 @@ def _checked_identity(params: BackboneParams, responses: Artifact) -> dict[str, 
     wrote = responses.manifest.models.get("backbone")
     if wrote != identity:
         raise TrainingError(
-            f"data/responses was written by {wrote}, backbone in params is {identity}: run generate and embed again"
+            f"{RESPONSES_DIR} was written by {wrote}, backbone in params is {identity}: run generate and embed again"
         )
     return identity
 
@@ -125,9 +132,9 @@ def _heldout(
     train: TrainParams, artifacts: Sequence[Artifact], tokenizer: Any, formatter: PromptFormatter
 ) -> "TrainingRows | None":
     """The held-out rows; None where the queries have none (collect.heldout_fraction 0)."""
-    if not artifacts[0].read("heldout.parquet").num_rows:
+    if not artifacts[0].read(HELDOUT_TABLE).num_rows:
         return None
-    return _rows(train, artifacts, "heldout.parquet", tokenizer, formatter)
+    return _rows(train, artifacts, HELDOUT_TABLE, tokenizer, formatter)
 
 
 def _checkpoint_path(inputs: Inputs, identity: dict[str, str], artifacts: Sequence[Artifact]) -> Path:
@@ -167,7 +174,7 @@ def _write(
     )
     params = {"train": inputs.train.model_dump(), "backbone": inputs.backbone.model_dump()}
     with create(
-        ENCODER,
+        ENCODER_DIR,
         kind="encoder",
         params=params,
         models={"backbone": identity, "teacher": teacher},
@@ -186,8 +193,8 @@ def _write(
             sources={name: fates["train"] for name, fates in artifacts[0].manifest.counts.items() if name != "all"},
             params=params,
         )
-    _write_csv(CURVE, _LOSSES, trainer.curve)
-    _write_csv(HELDOUT, _SCORES, trainer.validation.curve if trainer.validation else [])
+    _write_csv(LOSS_CURVE, _LOSSES, trainer.curve)
+    _write_csv(HELDOUT_CURVE, _SCORES, trainer.validation.curve if trainer.validation else [])
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, float]]) -> None:

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 
 from pipeline.core.artifacts import create, write_json
+from pipeline.core.paths import REPORT_PAGES
 from pipeline.evaluate.comparison import Cell
-from pipeline.report.__main__ import PAGES, Inputs, run
+from pipeline.report.__main__ import Inputs, run
 from pipeline.report.charts import curve_svg, running_mean
 from pipeline.report.content import gather
 from pipeline.report.render import cell, interval, label, number, percent, render_html, render_markdown, seconds, signed
@@ -278,11 +279,11 @@ def test_the_audit_is_on_both_pages_and_can_be_left_out(made: Path) -> None:
 
 
 def test_the_pages_being_written_are_no_finding(made: Path) -> None:
-    outs = "".join(f"    - {{path: {page}, md5: {'0' * 32}}}\n" for page in PAGES)
+    outs = "".join(f"    - {{path: {page}, md5: {'0' * 32}}}\n" for page in REPORT_PAGES)
     Path("dvc.lock").write_text(f"stages:\n  report:\n    outs:\n{outs}")
-    Path(PAGES[0]).write_text("of the run before")
+    REPORT_PAGES[0].write_text("of the run before")
     assert len(check(Path(), []).findings) == 2
-    assert check(Path(), PAGES).findings == []
+    assert check(Path(), REPORT_PAGES).findings == []
 
 
 def test_params_versions_and_costs_are_on_both_pages(made: Path) -> None:

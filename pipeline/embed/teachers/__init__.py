@@ -8,7 +8,7 @@ from pipeline.backbone.loading import BackboneParams, DType, identify
 from pipeline.core.artifacts import open_artifact
 from pipeline.core.config import Params
 from pipeline.core.errors import TeacherError
-from pipeline.core.paths import TRAINED_TEACHER
+from pipeline.core.paths import TEACHER_DIR
 from pipeline.embed.teachers.template import SLOT, TEMPLATES, Pooling, template_of
 
 if TYPE_CHECKING:
@@ -114,11 +114,9 @@ def _trained(params: TeacherParams, backbone: BackboneParams) -> TeacherParams:
         ArtifactError: they are missing or damaged.
         TeacherError: none were asked for, or they were trained on another backbone or another reading of the text.
     """
-    found = open_artifact(TRAINED_TEACHER, "teacher").manifest
+    found = open_artifact(TEACHER_DIR, "teacher").manifest
     if not found.params.get("asked"):
-        raise TeacherError(
-            f"embed.teacher.kind: {params.kind}, but {TRAINED_TEACHER} holds no teacher: run teach again"
-        )
+        raise TeacherError(f"embed.teacher.kind: {params.kind}, but {TEACHER_DIR} holds no teacher: run teach again")
     wanted: dict[str, Any] = {
         "backbone": identify(backbone.name, backbone.revision),
         "template": params.template,
@@ -127,8 +125,8 @@ def _trained(params: TeacherParams, backbone: BackboneParams) -> TeacherParams:
     for key, value in wanted.items():
         made = found.models.get(key) if key == "backbone" else found.params.get(key)
         if made != value:
-            raise TeacherError(f"{TRAINED_TEACHER} was trained with {key} {made}, params say {value}: run teach again")
-    adapters = [AdapterParams(name=str(TRAINED_TEACHER / phase)) for phase in ("mntp", "simcse")]
+            raise TeacherError(f"{TEACHER_DIR} was trained with {key} {made}, params say {value}: run teach again")
+    adapters = [AdapterParams(name=str(TEACHER_DIR / phase)) for phase in ("mntp", "simcse")]
     return params.model_copy(update={"adapters": adapters})
 
 
