@@ -109,7 +109,8 @@ def switch(path: Path, name: str, memory: int) -> list[str]:
         raise ParamsError(f"unknown backbone '{name}' (known: {', '.join(presets())})")
     preset = presets()[name]
     if memory not in preset.micro_batch_size:
-        raise ParamsError(f"--memory {memory}: known are {', '.join(map(str, preset.micro_batch_size))}")
+        known = ", ".join(map(str, preset.micro_batch_size))
+        raise ParamsError(f"no batch sizes for {memory} GB (known: {known})", argument="memory")
     read_yaml(path)  # says what is wrong with the file, if anything is
     yaml = _round_trip()
     content = yaml.load(path.read_text(encoding="utf-8"))

@@ -226,7 +226,7 @@ def test_there_and_back_restores_the_real_params(workspace: Path) -> None:
 def test_mistakes_are_named(params: Path) -> None:
     with pytest.raises(ParamsError, match=r"unknown backbone 'gpt' \(known: qwen3-0.6b"):
         switch(params, "gpt", 80)
-    with pytest.raises(ParamsError, match="--memory 48: known are 24, 80"):
+    with pytest.raises(ParamsError, match=r"memory: no batch sizes for 48 GB \(known: 24, 80\)"):
         switch(params, "qwen3-4b", 48)
     params.write_text("backbone: {name: a}\n")
     with pytest.raises(ParamsError, match="embed.teacher: missing"):

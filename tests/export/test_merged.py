@@ -343,7 +343,7 @@ def test_the_command(workspace: Path, tiny_backbone: Callable[..., Path]) -> Non
     assert failed.exit_code == 1
     assert failed.stderr.startswith("error: none is not an encoder")
     failed = CliRunner().invoke(app, ["export-merged", str(model), "other", "--dtype", "half"])
-    assert failed.stderr.startswith("error: --dtype half: known are")
+    assert failed.stderr.startswith("error: --dtype: unknown value 'half'")
 
 
 VLLM = """

@@ -498,7 +498,7 @@ def test_the_commands(folders: Path, workspace: Path) -> None:
     assert call("import-official", folders / "rows", "ours") == (0, f"{folders / 'rows'} -> ours\n")
     assert call("export-official", "ours", "theirs") == (0, "ours -> theirs\n")
     assert call("import-official", "gone", "x") == (1, "error: folder gone does not exist\n")
-    assert call("export-official", "ours", "x", "--dtype", "half")[1].startswith("error: --dtype half: known are")
+    assert call("export-official", "ours", "x", "--dtype", "half")[1].startswith("error: --dtype: unknown value 'half'")
     first = read_checkpoint(folders / "rows")
     second = read_checkpoint(Path("theirs"))
     assert torch.equal(first.rows, second.rows)

@@ -1,0 +1,79 @@
+"""Commands that read and write other formats: import-official, export-official, export-st, export-merged."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import DTYPES, ModelArgument, one_of
+
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; a new one.")]
+RecordedOption = Annotated[str | None, typer.Option(help="Name or folder to use in place of the recorded one.")]
+
+
+def import_official(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint of the authors: a folder, or a hub name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The encoder folder to write; a new one.")],
+    backbone: RecordedOption = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of a checkpoint on the hub.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Longest input in tokens, new ones included; 512 by default, as theirs.")
+    ] = None,
+) -> None:
+    """Make an encoder of a checkpoint of the paper's authors. Nothing in it is run."""
+    from pipeline.export.official.import_ import import_official
+
+    _print(source, out, import_official(source, out, backbone=backbone, revision=revision, max_length=max_length))
+
+
+def export_official(
+    model: ModelArgument,
+    out: OutArgument,
+    backbone: RecordedOption = None,
+    dtype: Annotated[str, typer.Option(help=f"That their package computes in: {DTYPES}")] = "float32",
+) -> None:
+    """Write an encoder as a checkpoint that the package of the paper's authors reads."""
+    from pipeline.backbone.loading import DType
+
+    chosen = one_of(DType, dtype, "dtype")
+    from pipeline.export.official.export import export_official
+
+    _print(model, out, export_official(model, out, backbone=backbone, dtype=chosen))
+
+
+def _print(source: str | Path, out: Path, remarks: Iterable[str]) -> None:
+    print("\n".join([f"{source} -> {out}", *(f"note: {remark}" for remark in remarks)]))
+
+
+def export_st(
+    model: ModelArgument,
+    out: OutArgument,
+    results: Annotated[Path | None, typer.Option(help="Folder of results: scores for the model card.")] = None,
+) -> None:
+    """Write an encoder as a sentence-transformers folder to give away, with its scores in the model card."""
+    from pipeline.export.publish import publish
+
+    scored = publish(model, out, results)
+    print("\n".join([f"{model} -> {out}", *(f"scores of {name}" for name in scored)]))
+
+
+def export_merged(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    backbone: Annotated[str | None, typer.Option(help="Name or folder in place of the recorded backbone.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Of the written weights: {DTYPES}")] = "float32",
+) -> None:
+    """Write a standard checkpoint for engines that run no code of ours: vLLM, plain sentence-transformers."""
+    from pipeline.backbone.loading import DType
+
+    chosen = one_of(DType, dtype, "dtype")
+    from pipeline.encoder.folder.st_files import st_prompts
+    from pipeline.export.merged.export import export_merged, usage
+    from pipeline.tasks.instructions import load_instructions
+
+    prompts = st_prompts(load_instructions())
+    merged = export_merged(model, out, prompts=prompts, dtype=chosen, backbone=backbone)
+    kind = "its" if chosen == "float32" else f"with weights rounded to {chosen}, its"
+    print(f"{out}: {kind} embeddings in float32 are the encoder's up to {merged.difference:.1g} of their length")
+    print("\n".join(usage(out, merged.shape)))

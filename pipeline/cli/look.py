@@ -1,0 +1,61 @@
+"""Commands that look at a run: audit, inspect."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.audit import AuditReport
+
+
+def audit(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False) -> None:
+    """Verify every artifact: hashes, schemas, ids, models, dvc.lock. Exits with 1 on any finding."""
+    from pipeline.audit import audit as run_audit
+
+    report = run_audit()
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        _print_audit(report)
+    sys.exit(bool(report.findings))
+
+
+def _print_audit(report: "AuditReport") -> None:
+    for finding in report.findings:
+        print(finding.line())
+    for name in report.not_made:
+        print(f"{name}: not made yet", file=sys.stderr)
+    if report.findings:
+        print(f"{len(report.findings)} findings", file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("artifact", "rows", "files", "bytes", "counts")
+    for item in report.verified:
+        rows = f"{item.rows:,}" if item.rows else ""
+        table.add_row(item.artifact, rows, str(item.files), f"{item.bytes:,}", item.note)
+    Console().print(table)
+    locked = "no dvc.lock" if report.locked is None else f"{report.locked} outs agree with dvc.lock"
+    print(f"no findings in {len(report.verified)} artifacts, {locked}")
+
+
+def inspect(
+    stage: Annotated[str, typer.Argument(help="collect, generate, teach, embed, train, evaluate, probe or report.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="How many rows.")] = 5,
+    row: Annotated[
+        str | None, typer.Option("--id", help="An id, or its beginning: that row through all stages.")
+    ] = None,
+) -> None:
+    """Show what a stage counted, made and failed at, or one row through all stages."""
+    from rich.console import Console
+
+    from pipeline.audit.inspect import check_stage, counts, failures, show, trace
+
+    check_stage(stage)
+    tables = [trace(row)] if row is not None else [counts(stage), show(stage, n), failures(stage, n)]
+    for table in tables:
+        if table is not None:
+            Console().print(table)

@@ -1,0 +1,84 @@
+"""What the commands share: options, checks of their values, the loading of an encoder, errors for people."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from typer.models import ArgumentInfo
+
+from pipeline.core.errors import ParamsError, nested_in
+from pipeline.core.run import user_errors
+
+if TYPE_CHECKING:
+    from pipeline.encoder.inference import Encoder
+
+DTYPES = "bfloat16, float16 or float32."
+_MODEL = "An encoder folder, as train writes it."
+_TEXTS = "Texts: .txt (one a line), .jsonl, .csv or .parquet."
+
+ModelOption = Annotated[Path, typer.Option("--model", help=_MODEL)]
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help=_MODEL)]
+InputOption = Annotated[Path, typer.Option("--input", help=_TEXTS)]
+OptionalInputOption = Annotated[Path | None, typer.Option("--input", help=_TEXTS)]
+ColumnOption = Annotated[str | None, typer.Option(help="Column of the texts.  [default: text]")]
+PromptOption = Annotated[str, typer.Option(help="Instruction put before each text.")]
+DTypeOption = Annotated[str, typer.Option(help=DTYPES)]
+BackboneOption = Annotated[
+    str | None, typer.Option("--backbone", help="Where the backbone lies, in place of the recorded folder or hub name.")
+]
+OtherBackboneOption = Annotated[
+    bool, typer.Option("--allow-other-backbone", help="Take a backbone that the encoder was not trained on too.")
+]
+ParamsOption = Annotated[Path, typer.Option("--params", help="The params file.")]
+
+
+def printing_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with its errors as one line each; an error about an argument begins with the option.
+
+    A component's argument is taken for the command's parameter of that name.
+    """
+    parameters = inspect.signature(command).parameters.values()
+    options = {parameter.name: _written(parameter) for parameter in parameters}
+
+    @wraps(command)
+    def run(**arguments: Any) -> None:
+        with user_errors(), nested_in(names=options):
+            command(**arguments)
+
+    return run
+
+
+def _written(parameter: inspect.Parameter) -> str:
+    """A parameter as the user writes it: `--max-length`, `MODEL`."""
+    [info] = parameter.annotation.__metadata__
+    if isinstance(info, ArgumentInfo):
+        return info.metavar or parameter.name.upper()
+    long = [name for name in info.param_decls or () if name.startswith("--")]
+    return long[0] if long else f"--{parameter.name.replace('_', '-')}"
+
+
+def one_of(kinds: Any, value: str, argument: str) -> Any:
+    """`value` as one of the values of the Literal `kinds`.
+
+    Raises:
+        ParamsError: it is none of them.
+    """
+    if value not in get_args(kinds):
+        raise ParamsError(f"unknown value '{value}' (known: {', '.join(get_args(kinds))})", argument=argument)
+    return value
+
+
+def load_encoder(model: Path, dtype: str, backbone: str | None, allow_other_backbone: bool) -> "Encoder":
+    """An encoder on the best device of this machine; see `Encoder.load`."""
+    from pipeline.backbone.device import best_device
+    from pipeline.backbone.loading import DType
+
+    chosen = one_of(DType, dtype, "dtype")
+    from pipeline.encoder.inference import Encoder
+
+    return Encoder.load(
+        model, device=best_device(), dtype=chosen, backbone=backbone, allow_other_backbone=allow_other_backbone
+    )

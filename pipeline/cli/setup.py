@@ -1,0 +1,48 @@
+"""Commands about the params file: params, backbone."""
+
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import ParamsOption
+from pipeline.core.config import PARAMS_FILE
+
+
+def params(path: ParamsOption = PARAMS_FILE) -> None:
+    """Check the whole params file, and say what each stage will run, on what, with how much memory."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pipeline.cli.plan import load_all, make_plan
+
+    plan = make_plan(load_all(path))
+    table = Table("stage", "what", "on what", show_lines=True)
+    for line in plan.lines:
+        table.add_row(*map(escape, line))
+    Console().print(table)
+    print("Estimates are upper bounds for rows of full length; their formulas: pipeline/optim/memory.py.")
+    for remark in plan.remarks:
+        print(f"note: {remark}")
+
+
+def backbone(
+    name: Annotated[str | None, typer.Argument(help="A preset; without one, they are listed.")] = None,
+    memory: Annotated[int, typer.Option(help="GPU memory in GB that the micro-batch is sized for: 24 or 80.")] = 80,
+    path: ParamsOption = PARAMS_FILE,
+) -> None:
+    """Switch the params file to a backbone and its teacher. Comments and all else stay as they are."""
+    from pipeline.cli.presets import presets, switch
+
+    if name is not None:
+        changes = switch(path, name, memory)
+        print("\n".join(changes) or f"{path} has these params already")
+        return
+    for known, preset in presets().items():
+        size = f"{preset.shape.parameters() / 1e9:.1f}B"
+        pin = preset.backbone.revision or "not pinned"
+        teacher, rate = ("published", "") if preset.published else ("trained here", " (a guess)")
+        print(
+            f"{known:<14} {size:>5}  {preset.backbone.name:<36} {pin[:12]:<12}  "
+            f"teacher: {teacher:<12}  rate {preset.learning_rate:g}{rate}"
+        )
