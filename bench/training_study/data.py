@@ -75,18 +75,18 @@ class HiddenStates:
 
     def __init__(self, backbone: Any, tokenizer: Any, cache: Path) -> None:
         """Files go to `cache`, which belongs to one set of data and one backbone."""
-        from pipeline.encoder.passes.select import fast_passes
+        from pipeline.encoder.passes.select import make_passes
 
         self.backbone, self.tokenizer, self._cache = backbone, tokenizer, cache
-        self.passes = fast_passes(backbone)
+        self.passes = make_passes(backbone)
         cache.mkdir(parents=True, exist_ok=True)
 
     def rows(self, start: str, count: int, seed: int) -> Any:
         """The token rows `[count, d]` of a start."""
-        from pipeline.encoder.token_init import token_start
+        from pipeline.encoder.token_init import token_init
 
         words = WORDS if start == "words" else None
-        return token_start(start, words, self.tokenizer)(self.backbone.get_input_embeddings(), count, seed)  # type: ignore[arg-type]
+        return token_init(start, words, self.tokenizer)(self.backbone.get_input_embeddings(), count, seed)  # type: ignore[arg-type]
 
     def prompts(self, template: str, texts: Sequence[str]) -> list[list[int]]:
         """Prompt token ids."""

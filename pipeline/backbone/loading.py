@@ -156,7 +156,7 @@ def _cannot_load(params: BackboneParams, error: Exception) -> BackboneError:
 # A model once more: modules and config of its own over the very tensors of the first.
 
 
-def twin(model: Any) -> Any:
+def share_weights(model: Any) -> Any:
     """A copy of the modules that shares every parameter and buffer, and what bitsandbytes keeps beside them."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     beside = (getattr(module, name, None) for module in model.modules() for name in ("state", "quant_state"))

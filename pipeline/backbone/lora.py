@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from pipeline.backbone.loading import twin
+from pipeline.backbone.loading import share_weights
 from pipeline.core.artifacts import write_json
 from pipeline.core.config import Params
 from pipeline.core.errors import TrainingError
@@ -59,7 +59,7 @@ def add_adapter(
     import torch
     from peft import LoraConfig, get_peft_model
 
-    adapted = twin(backbone)
+    adapted = share_weights(backbone)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type=None)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -16,7 +16,7 @@ _CPU_BLOCK = 8192
 
 
 @dataclass(frozen=True)
-class LogitShape:
+class LogitTransform:
     """What a head does to its projection: `logits = cap(scale * projection)`, `cap(x) = softcap * tanh(x / softcap)`.
 
     Attributes:
@@ -70,7 +70,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, shape: LogitShape, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        transform: LogitTransform,
+        chunk: int,
     ) -> Tensor:
         total = at_least_float32(hidden.new_zeros(()))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -78,7 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), chunk):
             rows = slice(start, start + chunk)
             logits = _project(hidden[rows], weight, bias, buffer)
-            tanh = shape.apply_(logits)
+            tanh = transform.apply_(logits)
             picked = labels[rows, None]
             at_labels = logits.gather(1, picked)
             # In place, one buffer from logits to softmax to gradient.
@@ -91,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     logits.mul_(tanh.square_().neg_().add_(1.0))
                 gradient[rows] = _project_back(logits, weight)
         ctx.save_for_backward(gradient)
-        ctx.scale = shape.scale
+        ctx.scale = transform.scale
         return total
 
     @staticmethod
@@ -106,7 +112,7 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    shape: LogitShape = LogitShape(),  # frozen
+    transform: LogitTransform = LogitTransform(),  # frozen
     chunk: int | None = None,
 ) -> Tensor:
     """Sum over rows of the cross-entropy of a head's logits against `labels`, in float32 or better.
@@ -116,11 +122,11 @@ def linear_cross_entropy(
         weight: `[V, d]` of the frozen head, gets none.
         labels: `[M]` token ids.
         bias: `[V]` of the frozen head, gets none.
-        shape: from the projection to the logits.
+        transform: from the projection to the logits.
         chunk: rows whose `[chunk, V]` logits exist at a time; None chooses by the vocabulary.
     """
     rows = chunk or chunk_rows(len(weight), hidden.device)
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, shape, rows)  # type: ignore[no-untyped-call]
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, transform, rows)  # type: ignore[no-untyped-call]
 
 
 # Where sums must not be taken in half precision.
@@ -131,7 +137,7 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def logit_shape(backbone: Any) -> LogitShape:
+def logit_transform(backbone: Any) -> LogitTransform:
     """What the head of a causal LM does, read from its config and verified on a few tokens.
 
     Raises:
@@ -142,31 +148,31 @@ def logit_shape(backbone: Any) -> LogitShape:
         raise BackboneError(f"the head of {name} is a {type(head).__name__}, not a plain projection")
     if any(parameter.requires_grad for parameter in head.parameters()):
         raise BackboneError(f"the head of {name} is trained")
-    shape = _configured(backbone.config.get_text_config())
-    difference = _difference(backbone, head, shape)
+    transform = _configured(backbone.config.get_text_config())
+    difference = _difference(backbone, head, transform)
     tolerance = 0.02 if backbone.dtype in (torch.bfloat16, torch.float16) else 1e-4
     if not difference <= tolerance:
         raise BackboneError(
-            f"the head of {name} does more than this code knows: its logits differ from {shape} "
+            f"the head of {name} does more than this code knows: its logits differ from {transform} "
             f"by {difference:.2g} of the largest (limit {tolerance})"
         )
-    return shape
+    return transform
 
 
-def _configured(config: Any) -> LogitShape:
+def _configured(config: Any) -> LogitTransform:
     # Granite divides, Cohere and Falcon-H1 multiply.
     scale = (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "lm_head_multiplier", None) or 1.0)
-    return LogitShape(
+    return LogitTransform(
         scale / (getattr(config, "logits_scaling", None) or 1.0), getattr(config, "final_logit_softcapping", None)
     )
 
 
 @torch.no_grad()
-def _difference(backbone: Any, head: nn.Linear, shape: LogitShape) -> float:
+def _difference(backbone: Any, head: nn.Linear, transform: LogitTransform) -> float:
     """Largest difference between the described logits and the model's own, relative to its largest logit."""
     ids = torch.arange(1, 9, device=head.weight.device)[None] % len(head.weight)
     own = at_least_float32(backbone(input_ids=ids, use_cache=False).logits)
     hidden = backbone.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     described = at_least_float32(F.linear(hidden, head.weight, head.bias))
-    shape.apply_(described)
+    transform.apply_(described)
     return float((described - own).abs().max() / own.abs().max())

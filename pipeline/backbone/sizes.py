@@ -17,7 +17,7 @@ _NORMS = {
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-class Shape(Params):
+class ModelSizes(Params):
     """Sizes of a decoder-only transformer with a gated feed-forward network."""
 
     layers: int
@@ -57,7 +57,7 @@ class Shape(Params):
         return self.embedding_parameters() + self.layers * self.layer_parameters()
 
 
-def shape_from_config(config: Mapping[str, Any]) -> Shape | None:
+def sizes_from_config(config: Mapping[str, Any]) -> ModelSizes | None:
     """The sizes that a config.json states; None where it states them otherwise, or for a mixture of experts."""
     config = config.get("text_config", config)
     if any(config.get(key) for key in _EXPERTS):
@@ -65,7 +65,7 @@ def shape_from_config(config: Mapping[str, Any]) -> Shape | None:
     try:
         heads, kind = config["num_attention_heads"], config.get("model_type", "")
         norms, head_norms = _NORMS.get(kind, (2, False))
-        return Shape(
+        return ModelSizes(
             layers=config["num_hidden_layers"],
             hidden=config["hidden_size"],
             intermediate=config["intermediate_size"],

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.backbone.loading import DTYPE_BYTES, BackboneParams
-from pipeline.backbone.sizes import Shape, shape_from_config
+from pipeline.backbone.sizes import ModelSizes, sizes_from_config
 from pipeline.cli.presets import preset_of
 from pipeline.collect.params import CollectParams
 from pipeline.core.artifacts import read_manifest
@@ -116,20 +116,20 @@ def make_plan(params: AllParams, root: Path = Path()) -> Plan:
     return plan
 
 
-def shape_of(backbone: BackboneParams, root: Path = Path()) -> Shape | None:
+def shape_of(backbone: BackboneParams, root: Path = Path()) -> ModelSizes | None:
     """The backbone's sizes from its config where it is at hand, else from the presets, else None."""
     config = root / backbone.name / "config.json"
     if config.is_file():
-        return shape_from_config(json.loads(config.read_text(encoding="utf-8")))
+        return sizes_from_config(json.loads(config.read_text(encoding="utf-8")))
     preset = preset_of(backbone.name)
     return preset.shape if preset else _shape_from_cache(backbone)
 
 
-def _shape_from_cache(backbone: BackboneParams) -> Shape | None:
+def _shape_from_cache(backbone: BackboneParams) -> ModelSizes | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(backbone.name, "config.json", revision=backbone.revision)
-    return shape_from_config(json.loads(Path(found).read_text(encoding="utf-8"))) if isinstance(found, str) else None
+    return sizes_from_config(json.loads(Path(found).read_text(encoding="utf-8"))) if isinstance(found, str) else None
 
 
 def expected_rows(params: AllParams, root: Path = Path()) -> tuple[int | None, bool]:
@@ -171,7 +171,7 @@ def _generate_text(params: AllParams, rows: int | None) -> str:
     return f"{generate.engine}, {how}; {_tokens(rows, generate.max_new_tokens)} written"
 
 
-def _generate_memory(params: AllParams, shape: Shape | None) -> str:
+def _generate_memory(params: AllParams, shape: ModelSizes | None) -> str:
     if shape is None:
         return f"{params.backbone.name}, {params.generate.dtype}"
     weights = shape.parameters() * DTYPE_BYTES[params.generate.dtype]
@@ -196,7 +196,7 @@ def _check_quality(teach: TeachParams) -> None:
         raise EvaluationError(f"teach.quality: {error}") from None
 
 
-def _teach_memory(params: AllParams, shape: Shape | None) -> str:
+def _teach_memory(params: AllParams, shape: ModelSizes | None) -> str:
     memory = params.teach.dtype if shape is None else teach_memory_line(params.teach, shape)
     return f"{params.backbone.name}, {memory}"
 
@@ -226,13 +226,13 @@ def _train_text(params: AllParams, rows: int | None) -> str:
     return f"{count}; {train.compression_tokens} compression + {train.thought_tokens} thought tokens, {train.template}"
 
 
-def _train_memory(params: AllParams, shape: Shape | None) -> str:
+def _train_memory(params: AllParams, shape: ModelSizes | None) -> str:
     backbone = params.backbone
     memory = backbone.dtype if shape is None else memory_line(params.train, backbone.dtype, shape)
     return f"{backbone.name}, {memory}"
 
 
-def _remarks(params: AllParams, shape: Shape | None, root: Path) -> list[str]:
+def _remarks(params: AllParams, shape: ModelSizes | None, root: Path) -> list[str]:
     found = [f"{key}: {name} is not pinned: set the commit" for key, name in _unpinned(params, root)]
     if engine_facts(params.generate.engine).stub:
         found.append(f"generate.engine: {params.generate.engine} is a stub, its answers mean nothing")

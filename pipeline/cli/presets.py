@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from pipeline.backbone.loading import BackboneParams
-from pipeline.backbone.sizes import Shape
+from pipeline.backbone.sizes import ModelSizes
 from pipeline.core.artifacts import write_bytes
 from pipeline.core.config import Params, read_yaml, validate
 from pipeline.core.errors import ParamsError
@@ -48,7 +48,7 @@ class Preset(Params):
     teacher: PresetTeacher
     learning_rate: float
     micro_batch_size: dict[int, int]
-    shape: Shape
+    shape: ModelSizes
 
     @property
     def published(self) -> bool:

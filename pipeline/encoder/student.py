@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbone.output_head import at_least_float32
-from pipeline.encoder.token_init import TokenStart, vocabulary_rows
+from pipeline.encoder.token_init import TokenInit, vocabulary_rows
 
 
 class Student(nn.Module):
@@ -53,7 +53,7 @@ def new_student(
     compression_tokens: int,
     thought_tokens: int,
     seed: int,
-    start: TokenStart = vocabulary_rows,
+    start: TokenInit = vocabulary_rows,
 ) -> Student:
     """A student for `backbone`: random projections as in the paper, and token rows as `start` gives them."""
     embeddings = backbone.get_input_embeddings()

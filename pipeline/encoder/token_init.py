@@ -20,17 +20,17 @@ from pipeline.core.errors import TrainingError
 if TYPE_CHECKING:
     from torch import Tensor
 
-StartKind = Literal["vocabulary", "random", "mean", "words"]
+TokenInitKind = Literal["vocabulary", "random", "mean", "words"]
 
 # Of the covariance, in transformers' `resize_token_embeddings(mean_resizing=True)`.
 SHRUNK = 1e-9
 _CHUNK = 16_384
 
 
-class TokenStartParams(Params):
+class TokenInitParams(Params):
     """Key `train.token_start`."""
 
-    kind: StartKind = "vocabulary"
+    kind: TokenInitKind = "vocabulary"
     words: str | None = None
 
     @model_validator(mode="after")
@@ -40,7 +40,7 @@ class TokenStartParams(Params):
         return self
 
 
-class TokenStart(Protocol):
+class TokenInit(Protocol):
     """Gives the new tokens their first rows."""
 
     def __call__(self, embeddings: Any, count: int, seed: int) -> "Tensor":
@@ -55,7 +55,7 @@ class TokenStart(Protocol):
         ...
 
 
-def token_start(kind: StartKind, words: str | None, tokenizer: Any) -> TokenStart:
+def token_init(kind: TokenInitKind, words: str | None, tokenizer: Any) -> TokenInit:
     """The start of params `train.token_start`.
 
     Raises:
@@ -76,7 +76,7 @@ def token_start(kind: StartKind, words: str | None, tokenizer: Any) -> TokenStar
 
 
 def vocabulary_rows(embeddings: Any, count: int, seed: int) -> "Tensor":
-    """A `TokenStart`: different random vocabulary rows.
+    """A `TokenInit`: different random vocabulary rows.
 
     They have the mean and the spread of the vocabulary and lie where the backbone expects inputs, and they differ from
     each other: identical tokens would receive nearly identical gradients. As a start for the closed form they beat the
@@ -90,7 +90,7 @@ def vocabulary_rows(embeddings: Any, count: int, seed: int) -> "Tensor":
 
 @dataclass(frozen=True)
 class NormalRows:
-    """A `TokenStart`: a normal with the mean and (times `covariance`) the covariance of the vocabulary.
+    """A `TokenInit`: a normal with the mean and (times `covariance`) the covariance of the vocabulary.
 
     Drawn without the covariance matrix: standard normal weights of the V centred rows, over the root of V, sum to just
     that distribution. It costs count x V x d and no decomposition, and works where the matrix is singular.
@@ -99,7 +99,7 @@ class NormalRows:
     covariance: float = 1.0
 
     def __call__(self, embeddings: Any, count: int, seed: int) -> "Tensor":
-        """See `TokenStart`."""
+        """See `TokenInit`."""
         import torch
 
         size, device = _size(embeddings), embeddings.weight.device
@@ -113,7 +113,7 @@ class NormalRows:
 
 @dataclass(frozen=True)
 class WordRows:
-    """A `TokenStart`: rows of these tokens in their order, again from the first where they are too few.
+    """A `TokenInit`: rows of these tokens in their order, again from the first where they are too few.
 
     Where they are too many, each row is the mean of a run of neighbours.
     """
@@ -121,7 +121,7 @@ class WordRows:
     ids: tuple[int, ...]
 
     def __call__(self, embeddings: Any, count: int, seed: int) -> "Tensor":
-        """See `TokenStart`; nothing is drawn."""
+        """See `TokenInit`; nothing is drawn."""
         import torch
 
         repeated = self.ids * math.ceil(count / len(self.ids))

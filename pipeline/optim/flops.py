@@ -8,11 +8,11 @@ not counted: what a slower way of computing the same adds lowers the utilisation
 
 from collections.abc import Iterable
 
-from pipeline.backbone.sizes import Shape
+from pipeline.backbone.sizes import ModelSizes
 
 
 def step_flops(
-    shape: Shape,
+    shape: ModelSizes,
     lengths: Iterable[tuple[int, int]],
     *,
     compression_tokens: int,

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 
 from pipeline.backbone.loading import DTYPE_BYTES, DType, Quantize
 from pipeline.backbone.lora import LoraParams
-from pipeline.backbone.sizes import Shape
+from pipeline.backbone.sizes import ModelSizes
 
 # CUDA context, cuBLAS and attention workspaces, and fragments that the allocator cannot use.
 OVERHEAD = 1_500_000_000
@@ -84,7 +84,7 @@ class PassTokens:
 
 
 @dataclass(frozen=True)
-class Lora:
+class LoraSizes:
     """Adapters on the linear maps of each layer that `targets` names."""
 
     rank: int
@@ -122,7 +122,7 @@ class StepSettings:
     recompute_attention: bool = False
     chunk: int | None = None
     quantize: Quantize | None = None
-    lora: Lora | None = None
+    lora: LoraSizes | None = None
     shards: int = 1
 
     @property
@@ -172,7 +172,7 @@ class StepMemory:
         return sum(asdict(self).values())
 
 
-def step_memory(shape: Shape, tokens: PassTokens, settings: StepSettings) -> StepMemory:
+def step_memory(shape: ModelSizes, tokens: PassTokens, settings: StepSettings) -> StepMemory:
     """The most that a step holds at once on one device, without `OVERHEAD`.
 
     Args:
@@ -183,7 +183,7 @@ def step_memory(shape: Shape, tokens: PassTokens, settings: StepSettings) -> Ste
     return max(moments(shape, tokens, settings), key=lambda memory: memory.total)
 
 
-def moments(shape: Shape, tokens: PassTokens, settings: StepSettings) -> list[StepMemory]:
+def moments(shape: ModelSizes, tokens: PassTokens, settings: StepSettings) -> list[StepMemory]:
     """Where a step may hold most: in the prefix, after the query pass, at the logits, at the start of backward."""
     base = StepMemory(weight_bytes(shape, settings), TRAINED * trained_parameters(shape, settings))
     kept = replace(
@@ -219,7 +219,7 @@ def largest(cost: Callable[[int], StepMemory], limit: int, end: int) -> int | No
     return bisect_right(range(1, end + 1), limit, key=lambda number: cost(number).total + OVERHEAD) or None
 
 
-def weight_bytes(shape: Shape, settings: StepSettings) -> int:
+def weight_bytes(shape: ModelSizes, settings: StepSettings) -> int:
     """Bytes of the frozen backbone on one device; embeddings and output head are never quantised."""
     each = QUANTIZED[settings.quantize] if settings.quantize else settings.number
     layer, embeddings = shape.layer_parameters() * each, shape.embedding_parameters() * settings.number
@@ -229,25 +229,25 @@ def weight_bytes(shape: Shape, settings: StepSettings) -> int:
     return round(shape.layers * layer / settings.shards + embeddings + 2 * layer)
 
 
-def trained_parameters(shape: Shape, settings: StepSettings) -> int:
+def trained_parameters(shape: ModelSizes, settings: StepSettings) -> int:
     """New tokens, reconstruction d -> d and alignment d -> width with their biases, and adapters."""
     projections = (shape.hidden + 1) * (shape.hidden + (settings.width or shape.hidden))
     return settings.new_tokens * shape.hidden + projections + adapter_parameters(shape, settings)
 
 
-def adapter_parameters(shape: Shape, settings: StepSettings) -> int:
+def adapter_parameters(shape: ModelSizes, settings: StepSettings) -> int:
     if settings.lora is None:
         return 0
     widths = _linear_widths(shape)
     return shape.layers * settings.lora.rank * sum(sum(widths[name]) for name in settings.lora.targets)
 
 
-def kv_bytes(shape: Shape, dtype: DType) -> int:
+def kv_bytes(shape: ModelSizes, dtype: DType) -> int:
     """Bytes of keys and values of one token in all layers."""
     return 2 * shape.layers * shape.keys * DTYPE_BYTES[dtype]
 
 
-def layer_bytes(shape: Shape, settings: StepSettings) -> int:
+def layer_bytes(shape: ModelSizes, settings: StepSettings) -> int:
     """Bytes that autograd keeps of one token in one layer."""
     norms = shape.norms * FLOAT32 * (shape.hidden + 1)
     if shape.head_norms:
@@ -259,7 +259,7 @@ def layer_bytes(shape: Shape, settings: StepSettings) -> int:
     return norms + attention + settings.number * (3 * shape.intermediate + inputs)
 
 
-def adapter_bytes(shape: Shape, settings: StepSettings) -> int:
+def adapter_bytes(shape: ModelSizes, settings: StepSettings) -> int:
     """Bytes that autograd keeps of one token in one layer for the adapters, which compute in float32."""
     if settings.lora is None:
         return 0
@@ -269,20 +269,20 @@ def adapter_bytes(shape: Shape, settings: StepSettings) -> int:
     return FLOAT32 * (sum(copies.values()) + settings.lora.rank * len(targets))
 
 
-def adapter_widths(shape: Shape, settings: StepSettings) -> int:
+def adapter_widths(shape: ModelSizes, settings: StepSettings) -> int:
     """Widths of the inputs of one layer's adapters, summed."""
     widths = _linear_widths(shape)
     return sum(widths[name][0] for name in settings.lora.targets) if settings.lora else 0
 
 
-def prefix_bytes(shape: Shape, tokens: PassTokens, settings: StepSettings) -> int:
+def prefix_bytes(shape: ModelSizes, tokens: PassTokens, settings: StepSettings) -> int:
     """Bytes of a frozen prefix that attention keeps for the backward pass."""
     if not settings.prefix_is_frozen:
         return 0
     return tokens.query * 2 * shape.layers * settings.number * _key_width(shape, settings)
 
 
-def query_bytes(shape: Shape, tokens: PassTokens, settings: StepSettings) -> int:
+def query_bytes(shape: ModelSizes, tokens: PassTokens, settings: StepSettings) -> int:
     """Bytes that autograd keeps of the query pass, without a frozen prefix."""
     new = tokens.rows * settings.new_tokens
     each = shape.layers * (layer_bytes(shape, settings) + adapter_bytes(shape, settings)) + once_bytes(shape, settings)
@@ -293,7 +293,7 @@ def query_bytes(shape: Shape, tokens: PassTokens, settings: StepSettings) -> int
     return (new + tokens.query) * (each + mask_bytes(shape, seen, settings))
 
 
-def response_bytes(shape: Shape, tokens: PassTokens, settings: StepSettings) -> int:
+def response_bytes(shape: ModelSizes, tokens: PassTokens, settings: StepSettings) -> int:
     """Bytes that autograd keeps of the response pass, without the logits; of checkpoints, the layers' inputs only."""
     row = _response_row(tokens, settings)
     if settings.checkpoint_responses:
@@ -302,7 +302,7 @@ def response_bytes(shape: Shape, tokens: PassTokens, settings: StepSettings) -> 
     return row * (shape.layers * layer_bytes(shape, settings) + once_bytes(shape, settings) + mask)
 
 
-def logit_bytes(shape: Shape, tokens: PassTokens, settings: StepSettings) -> int:
+def logit_bytes(shape: ModelSizes, tokens: PassTokens, settings: StepSettings) -> int:
     """Bytes of the cross-entropy; of the fused one, also the hidden states, those that predict, and their gradient."""
     if not settings.fused_cross_entropy:
         return _response_row(tokens, settings) * PLAIN_LOGIT * shape.vocabulary
@@ -320,35 +320,35 @@ def _response_row(tokens: PassTokens, settings: StepSettings) -> int:
     return tokens.rows * settings.compression_tokens + tokens.response
 
 
-def _key_width(shape: Shape, settings: StepSettings) -> int:
+def _key_width(shape: ModelSizes, settings: StepSettings) -> int:
     return shape.keys if settings.packed else shape.queries
 
 
-def once_bytes(shape: Shape, settings: StepSettings) -> int:
+def once_bytes(shape: ModelSizes, settings: StepSettings) -> int:
     """Of one token, kept once and not by each layer: the final norm, the rotations."""
     return FLOAT32 * (shape.hidden + 1) + 2 * settings.number * shape.head_dim
 
 
-def mask_bytes(shape: Shape, seen: int, settings: StepSettings) -> int:
+def mask_bytes(shape: ModelSizes, seen: int, settings: StepSettings) -> int:
     """Of one token: attention turns a padding mask into numbers, and each layer keeps its own."""
     return 0 if settings.packed else shape.layers * settings.number * seen
 
 
-def _live_bytes(shape: Shape, tokens: int, settings: StepSettings) -> int:
+def _live_bytes(shape: ModelSizes, tokens: int, settings: StepSettings) -> int:
     """Of these tokens inside one feed-forward network, and the weights that are unpacked for it."""
     unpacked = settings.number * shape.hidden * shape.intermediate if settings.quantize else 0
     return unpacked + tokens * settings.number * 3 * (shape.hidden + shape.intermediate)
 
 
-def _linear_widths(shape: Shape) -> dict[str, tuple[int, int]]:
+def _linear_widths(shape: ModelSizes) -> dict[str, tuple[int, int]]:
     """Widths of input and output of a layer's linear maps."""
     d, m, q, k = shape.hidden, shape.intermediate, shape.queries, shape.keys
     return dict(zip(ALL_LINEAR, ((d, q), (d, k), (d, k), (q, d), (d, m), (d, m), (m, d)), strict=True))
 
 
-def lora_of(lora: LoraParams) -> Lora:
+def lora_sizes(lora: LoraParams) -> LoraSizes:
     """The adapters of the params, as far as memory is concerned."""
-    return Lora(lora.rank, _adapted(lora.targets))
+    return LoraSizes(lora.rank, _adapted(lora.targets))
 
 
 def _adapted(targets: Sequence[str]) -> tuple[str, ...]:

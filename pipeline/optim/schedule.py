@@ -6,24 +6,24 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-Shape = Literal["constant", "linear", "cosine"]
+ScheduleKind = Literal["constant", "linear", "cosine"]
 
 
-def rate_factor(step: int, warmup: int, total: int, shape: Shape = "linear") -> float:
+def rate_factor(step: int, warmup: int, total: int, kind: ScheduleKind = "linear") -> float:
     """Linear warm-up to 1 over `warmup` steps, then constant, or down to 0 at `total`, straight or as half a cosine.
 
     Args:
         step: counts from 0.
         warmup: steps.
         total: steps.
-        shape: of the way after the warm-up.
+        kind: of the way after the warm-up.
     """
     if step < warmup:
         return (step + 1) / warmup
-    if shape == "constant":
+    if kind == "constant":
         return 1.0
     left = min(1.0, max(0.0, (total - step) / max(1, total - warmup)))
-    return left if shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+    return left if kind == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 
 # Stopping between two steps when a signal asks for it: Ctrl-C, or SIGTERM from a spot instance's end.

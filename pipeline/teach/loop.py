@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from pipeline.core.errors import TeacherError
 from pipeline.core.run import progress
 from pipeline.optim.batching import Batches
-from pipeline.optim.schedule import Shape, rate_factor, stop_requested
+from pipeline.optim.schedule import ScheduleKind, rate_factor, stop_requested
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Schedule:
 
     steps: int
     learning_rate: float
-    shape: Shape
+    shape: ScheduleKind
     warmup_steps: int
     weight_decay: float
     max_grad_norm: float

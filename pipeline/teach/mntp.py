@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from pipeline.backbone.output_head import LogitShape
+    from pipeline.backbone.output_head import LogitTransform
 
 
 def mask_token_id(tokenizer: "PreTrainedTokenizerBase", mask_token: str) -> int:
@@ -86,7 +86,7 @@ class MntpObjective:
         rows: Sequence[Tokens],
         *,
         head: Any,
-        shape: "LogitShape",
+        shape: "LogitTransform",
         fraction: float,
         mask_id: int,
         micro_batch_size: int,
@@ -132,5 +132,5 @@ class MntpObjective:
         labels = torch.tensor([label for row in masked for label in row.labels], device=device)
         at = torch.tensor(predicting(masked), device=device)
         return linear_cross_entropy(
-            states.index_select(0, at), self._head.weight, labels, bias=self._head.bias, shape=self._shape
+            states.index_select(0, at), self._head.weight, labels, bias=self._head.bias, transform=self._shape
         )

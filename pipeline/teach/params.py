@@ -14,7 +14,7 @@ from pipeline.backbone.lora import LoraParams
 from pipeline.core.bootstrap import BootstrapParams
 from pipeline.core.config import Params
 from pipeline.core.readers import Source
-from pipeline.optim.schedule import Shape
+from pipeline.optim.schedule import ScheduleKind
 
 Corpus = Literal["responses", "queries", "both", "sources"]
 PhaseName = Literal["mntp", "simcse"]
@@ -85,7 +85,7 @@ class TeachParams(Params):
     mntp: MntpParams = Field(default_factory=MntpParams)
     simcse: SimcseParams = Field(default_factory=SimcseParams)
     # The published runs decay over epochs of their corpus and are stopped at 1,000 steps: their rate hardly falls.
-    schedule: Shape = Field(default="constant", description="of the learning rate; linear and cosine end at 0")
+    schedule: ScheduleKind = Field(default="constant", description="of the learning rate; linear and cosine end at 0")
     warmup_steps: int = Field(default=0, ge=0, description="of each phase")
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)

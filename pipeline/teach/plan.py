@@ -12,7 +12,7 @@ On a CPU masks are numbers of the activations' size.
 
 from dataclasses import replace
 
-from pipeline.backbone.sizes import Shape
+from pipeline.backbone.sizes import ModelSizes
 from pipeline.optim.memory import (
     FUSED_LOGIT,
     TRAINED,
@@ -25,7 +25,7 @@ from pipeline.optim.memory import (
     chunk_positions,
     largest,
     layer_bytes,
-    lora_of,
+    lora_sizes,
     mask_bytes,
     once_bytes,
     weight_bytes,
@@ -37,9 +37,9 @@ GB = 1e9
 MASK = 1
 
 
-def phase_memory(teach: TeachParams, phase: MntpParams | SimcseParams, shape: Shape) -> StepMemory:
+def phase_memory(teach: TeachParams, phase: MntpParams | SimcseParams, shape: ModelSizes) -> StepMemory:
     """The most that a step of a phase holds at once on one device, without `OVERHEAD`."""
-    settings = StepSettings(dtype=teach.dtype, packed=False, lora=lora_of(phase.lora))
+    settings = StepSettings(dtype=teach.dtype, packed=False, lora=lora_sizes(phase.lora))
     rows = min(phase.micro_batch_size, phase.batch_size)
     if isinstance(phase, SimcseParams) and rows == phase.batch_size:
         rows *= 2  # the graphs of both readings are kept
@@ -58,7 +58,7 @@ def phase_memory(teach: TeachParams, phase: MntpParams | SimcseParams, shape: Sh
     return replace(memory, logits=logits + 3 * hidden * settings.number * shape.hidden)
 
 
-def _dropped(phase: MntpParams | SimcseParams, shape: Shape, settings: StepSettings) -> int:
+def _dropped(phase: MntpParams | SimcseParams, shape: ModelSizes, settings: StepSettings) -> int:
     """Bytes that dropout keeps of one token in one layer, on top of the adapters' inputs."""
     kept = 0
     if phase.lora.dropout:
@@ -69,14 +69,14 @@ def _dropped(phase: MntpParams | SimcseParams, shape: Shape, settings: StepSetti
     return kept
 
 
-def teach_memory_line(teach: TeachParams, shape: Shape) -> str:
+def teach_memory_line(teach: TeachParams, shape: ModelSizes) -> str:
     """What both phases take, in words."""
     phases: dict[str, MntpParams | SimcseParams] = {"MNTP": teach.mntp, "SimCSE": teach.simcse}
     told = (f"{name} {phase_memory(teach, phase, shape).total / GB:.1f} GB" for name, phase in phases.items())
     return f"{teach.dtype}, at most {', '.join(told)}"
 
 
-def fitting_rows(teach: TeachParams, phase: MntpParams | SimcseParams, shape: Shape, limit: float) -> int:
+def fitting_rows(teach: TeachParams, phase: MntpParams | SimcseParams, shape: ModelSizes, limit: float) -> int:
     """The power of two of texts of one forward pass, at most a batch, that fits into `limit` bytes; at least 1."""
     rows = largest(
         lambda count: phase_memory(teach, phase.model_copy(update={"micro_batch_size": count}), shape),

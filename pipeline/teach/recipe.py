@@ -200,10 +200,10 @@ class Recipe:
         return load_backbone(self._backbone.model_copy(update={"dtype": params.dtype}), device)
 
     def _mntp(self, rows: Sequence[Tokens]) -> tuple[Objective, dict[str, Any], dict[str, Any]]:
-        from pipeline.backbone.output_head import logit_shape
+        from pipeline.backbone.output_head import logit_transform
 
         params, lm = self._params.mntp, self._lm
-        shape = logit_shape(lm)  # as the causal model that its config describes
+        shape = logit_transform(lm)  # as the causal model that its config describes
         body = self._bidirectional()
         adapted, trained = self._adapted(body, "mntp", params.lora)
         noise = Noise(adapted, 0.0)

@@ -10,12 +10,12 @@ import numpy as np
 from pipeline.backbone.loading import BackboneParams, load_backbone
 from pipeline.backbone.lora import adapter_parameters, add_adapter
 from pipeline.backbone.sharding import load_sharded
-from pipeline.backbone.sizes import shape_from_config
-from pipeline.encoder.passes.adapted import AdaptedPasses
+from pipeline.backbone.sizes import sizes_from_config
+from pipeline.encoder.passes.adapted import AdaptedQueryPass
 from pipeline.encoder.passes.plain import Passes
 from pipeline.encoder.passes.select import make_passes
 from pipeline.encoder.student import Student, input_embeddings, new_student
-from pipeline.encoder.token_init import token_start
+from pipeline.encoder.token_init import token_init
 from pipeline.optim.batching import deal, epoch_order, micro_batches
 from pipeline.train.data import TrainingRows
 from pipeline.train.params import TrainParams
@@ -63,7 +63,7 @@ def assemble(
         compression_tokens=params.compression_tokens,
         thought_tokens=params.thought_tokens,
         seed=params.seed,
-        start=token_start(params.token_start.kind, params.token_start.words, tokenizer),
+        start=token_init(params.token_start.kind, params.token_start.words, tokenizer),
     )
     adapted = add_adapter(backbone, **params.lora.model_dump(), seed=params.seed) if params.lora else None
     passes = _passes(params, backbone, adapted)
@@ -76,7 +76,7 @@ def assemble(
         None if heldout is None else _validation(params, heldout, padded=passes.padded),
         {} if adapted is None else adapter_parameters(adapted),
         checkpoint,
-        shape_from_config(backbone.config.to_dict()),
+        sizes_from_config(backbone.config.to_dict()),
     )
     if not trainer.resume() and params.warm_start.enabled:
         trainer.facts["warm_start_ridge"] = warm_start_student(student, passes, rows, params, backbone, frame_ids)
@@ -91,7 +91,8 @@ def _passes(params: TrainParams, backbone: Any, adapted: Any) -> Passes:
     if adapted is None:
         return passes
     # What a query's prefix computes depends on the adapter, which is trained.
-    return AdaptedPasses(make_passes(adapted, **{**settings, "frozen_prefix": False}), passes, adapted)
+    query_pass = make_passes(adapted, **{**settings, "frozen_prefix": False}).query_pass
+    return Passes(AdaptedQueryPass(query_pass, adapted), passes.response_pass)
 
 
 def _validation(params: TrainParams, heldout: TrainingRows, *, padded: bool) -> Validation:
@@ -125,7 +126,7 @@ def warm_start_student(
     """
     words = input_embeddings(backbone).float().cpu().numpy()
     chosen = np.sort(epoch_order(len(rows), 0, params.seed)[: params.warm_start.rows]).tolist()
-    statistics = accumulate(student, passes, rows, chosen, params.micro_batch_size)
+    statistics = accumulate(student, passes.query_pass, rows, chosen, params.micro_batch_size)
     frame = frame_rows(words, frame_ids, student.compression_tokens)
     norm = float(np.linalg.norm(words, axis=-1).mean())
     return warm_start(student, statistics, frame, norm, params.warm_start.ridge)

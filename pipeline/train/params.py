@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pipeline.backbone.loading import Keep, Quantize, Template
 from pipeline.backbone.lora import LoraParams
 from pipeline.core.config import Params
-from pipeline.encoder.token_init import TokenStartParams
+from pipeline.encoder.token_init import TokenInitParams
 from pipeline.parallel.devices import Count
 
 Score = Literal["cosine", "top1", "mrr", "recon"]
@@ -58,7 +58,7 @@ class TrainParams(Params):
 
     compression_tokens: int = Field(ge=1)
     thought_tokens: int = Field(ge=0)
-    token_start: TokenStartParams = Field(default_factory=TokenStartParams)
+    token_start: TokenInitParams = Field(default_factory=TokenInitParams)
     lora: LoraParams | None = None
     template: Template
     max_query_tokens: int = Field(ge=1)

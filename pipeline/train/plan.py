@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from pipeline.backbone.loading import DType
-from pipeline.backbone.sizes import Shape
-from pipeline.optim.memory import OVERHEAD, PassTokens, StepMemory, StepSettings, largest, lora_of, step_memory
+from pipeline.backbone.sizes import ModelSizes
+from pipeline.optim.memory import OVERHEAD, PassTokens, StepMemory, StepSettings, largest, lora_sizes, step_memory
 from pipeline.parallel.devices import visible_gpus
 from pipeline.train.params import TrainParams
 
@@ -34,7 +34,7 @@ def step_settings(train: TrainParams, dtype: DType) -> StepSettings:
         # The kernels that `auto` may choose keep more: the estimate stays an upper bound.
         recompute_attention=train.passes.packed and train.passes.attention == "segments",
         quantize=train.quantize,
-        lora=None if lora is None else lora_of(lora),
+        lora=None if lora is None else lora_sizes(lora),
         shards=_processes(train) if train.shard_backbone else 1,
     )
 
@@ -52,13 +52,13 @@ def pass_tokens(train: TrainParams, count: int) -> PassTokens:
     return PassTokens.worst(count, most_rows, train.max_query_tokens, train.max_response_tokens, extra)
 
 
-def train_memory(shape: Shape, dtype: DType, train: TrainParams) -> StepMemory:
+def train_memory(shape: ModelSizes, dtype: DType, train: TrainParams) -> StepMemory:
     """The most that a training step with these params holds at once on one device."""
     count = train.max_tokens_per_batch or train.micro_batch_size
     return step_memory(shape, pass_tokens(train, count), step_settings(train, dtype))
 
 
-def memory_line(train: TrainParams, dtype: DType, shape: Shape) -> str:
+def memory_line(train: TrainParams, dtype: DType, shape: ModelSizes) -> str:
     """The most that a step holds, with its parts."""
     found = train_memory(shape, dtype, train)
     activations = found.prefix + found.activations + found.workspace
@@ -70,7 +70,7 @@ def memory_line(train: TrainParams, dtype: DType, shape: Shape) -> str:
     return f"{batch} at a time: at most {found.total / GB:.1f} GB ({shown})"
 
 
-def memory_remarks(train: TrainParams, dtype: DType, shape: Shape) -> list[str]:
+def memory_remarks(train: TrainParams, dtype: DType, shape: ModelSizes) -> list[str]:
     """What would fit on the smallest visible GPU, if these params do not."""
     limit, needed = gpu_bytes(), train_memory(shape, dtype, train).total + OVERHEAD
     if limit is None or needed <= limit:
@@ -91,7 +91,7 @@ def memory_remarks(train: TrainParams, dtype: DType, shape: Shape) -> list[str]:
     return [f"{taken}. The largest that fits, {', '.join(fits)}"]
 
 
-def _largest_count(shape: Shape, train: TrainParams, settings: StepSettings, limit: int) -> str:
+def _largest_count(shape: ModelSizes, train: TrainParams, settings: StepSettings, limit: int) -> str:
     row = train.max_query_tokens + train.max_response_tokens + settings.extra_tokens
     end = train.batch_size * (row if train.max_tokens_per_batch else 1)
     found = largest(lambda count: step_memory(shape, pass_tokens(train, count), settings), limit, end)

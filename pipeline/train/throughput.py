@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.backbone.sizes import Shape
+from pipeline.backbone.sizes import ModelSizes
 from pipeline.optim.flops import step_flops
 
 
@@ -20,7 +20,7 @@ class Throughput:
         adapter_parameters: of LoRA.
     """
 
-    shape: Shape | None
+    shape: ModelSizes | None
     width: int
     compression_tokens: int
     thought_tokens: int

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.backbone.sizes import Shape
+from pipeline.backbone.sizes import ModelSizes
 from pipeline.core.errors import TrainingError
 from pipeline.core.run import progress
 from pipeline.optim.schedule import any_process, rate_factor, stop_requested
@@ -53,7 +53,7 @@ class Trainer:
     validation: Validation | None = None
     adapter: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
-    shape: Shape | None = None
+    shape: ModelSizes | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     _resumed: bool = field(default=False, init=False)

@@ -23,7 +23,7 @@ import torch
 
 from pipeline.core.errors import TrainingError
 from pipeline.core.run import progress
-from pipeline.encoder.passes.plain import Passes
+from pipeline.encoder.passes.plain import QueryPass
 from pipeline.encoder.student import Student
 from pipeline.train.data import TrainingRows
 from pipeline.train.ridge import LinearMap, Moments, fit_ridge, reciprocal_rank
@@ -130,13 +130,13 @@ def _check_finite(rows: Sequence[int], hidden: np.ndarray, targets: np.ndarray) 
 
 @torch.inference_mode()
 def accumulate(
-    student: Student, passes: Passes, rows: TrainingRows, chosen: Sequence[int], batch_size: int
+    student: Student, query_pass: QueryPass, rows: TrainingRows, chosen: Sequence[int], batch_size: int
 ) -> Statistics:
     """Statistics of one query pass over the chosen rows, queries of like length together.
 
     Args:
         student: gives the token rows; its projections play no part.
-        passes: how batches run through the frozen backbone.
+        query_pass: through the frozen backbone.
         rows: the training rows.
         chosen: which of them.
         batch_size: rows of one forward pass.
@@ -147,7 +147,7 @@ def accumulate(
     for start in progress(starts, total=len(starts), desc="warm start", unit="batch"):
         numbers = order[start : start + batch_size]
         at = [int(chosen[number]) for number in numbers]
-        hidden = passes.query_pass([rows.query_ids[row] for row in at], student.tokens, student.compression_tokens)
+        hidden = query_pass([rows.query_ids[row] for row in at], student.tokens, student.compression_tokens)
         statistics.add(numbers, hidden.cpu().numpy(), rows.targets[at])
     return statistics
 

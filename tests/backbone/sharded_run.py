@@ -64,14 +64,14 @@ def kept(backbone: Any) -> float:
 
 def run(folders: list[Path], out: Path, accelerator: Any) -> None:
     """Train on each backbone, both ways, and write what the first process has."""
-    from pipeline.encoder.passes.plain import PlainPasses
+    from pipeline.encoder.passes.plain import plain_passes
     from pipeline.encoder.passes.select import make_passes
 
     found = {}
     for folder in folders:
         backbone = load_sharded(BackboneParams(name=str(folder), dtype="float32"), accelerator)
         ways = {
-            "plain": PlainPasses(backbone),
+            "plain": plain_passes(backbone),
             "fast": make_passes(backbone, share_prefix=False),
             "lean": make_passes(backbone, share_prefix=False, checkpoint_responses=True),
         }

@@ -152,7 +152,7 @@ def test_a_quantised_backbone_trains_nearly_as_the_whole_one(
     pytest.importorskip("bitsandbytes")
     import torch
 
-    from pipeline.encoder.passes.select import fast_passes
+    from pipeline.encoder.passes.select import make_passes
     from pipeline.encoder.student import new_student
     from pipeline.train.losses import Batch, loss_sums
 
@@ -160,7 +160,7 @@ def test_a_quantised_backbone_trains_nearly_as_the_whole_one(
     for setting in (None, quantize):
         model = load_backbone(params, quantize=setting)
         student = new_student(model, 5, compression_tokens=2, thought_tokens=1, seed=0)
-        sums = loss_sums(student, fast_passes(model), Batch([[5, 6, 7], [8]], [[9, 2], [4]], torch.ones(2, 5)), "mean")
+        sums = loss_sums(student, make_passes(model), Batch([[5, 6, 7], [8]], [[9, 2], [4]], torch.ones(2, 5)), "mean")
         (sums.align + sums.recon).backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in student.parameters()]))
     assert not any(parameter.requires_grad for parameter in model.parameters())

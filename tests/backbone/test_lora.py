@@ -14,8 +14,8 @@ from pipeline.backbone.loading import BackboneParams, Quantize, load_backbone
 from pipeline.backbone.lora import LoraParams, adapter_parameters, add_adapter, load_adapter, save_adapter
 from pipeline.core.config import validate
 from pipeline.core.errors import ParamsError, TrainingError
-from pipeline.encoder.passes.adapted import AdaptedPasses
-from pipeline.encoder.passes.plain import PlainPasses
+from pipeline.encoder.passes.adapted import AdaptedQueryPass
+from pipeline.encoder.passes.plain import Passes, PlainQueryPass, PlainResponsePass
 from pipeline.encoder.student import new_student
 from pipeline.train.losses import Batch, loss_sums
 from tests.conftest import tiny_model
@@ -47,7 +47,11 @@ def merged(backbone: Any, adapter: Any) -> Any:
 
 
 def query(model: Any, tokens: Tensor) -> Tensor:
-    return PlainPasses(model).query_pass(QUERIES, tokens, 2)
+    return PlainQueryPass(model)(QUERIES, tokens, 2)
+
+
+def passes_of(backbone: Any, made: Any) -> Passes:
+    return Passes(AdaptedQueryPass(PlainQueryPass(made), made), PlainResponsePass(backbone))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
@@ -86,7 +90,7 @@ def test_adapters_learn_in_float32_and_the_backbone_answers_as_before(dtype: tor
     before = backbone(input_ids=ids).logits
     made = adapted(backbone, trained=False)
     assert {parameter.dtype for parameter in adapter_parameters(made).values()} == {torch.float32}
-    passes = AdaptedPasses(PlainPasses(made), PlainPasses(backbone), made)
+    passes = passes_of(backbone, made)
     student = new_student(backbone, 5, compression_tokens=2, thought_tokens=1, seed=0)
     batch = Batch(QUERIES, RESPONSES, torch.ones(2, 5))
     optimizer = torch.optim.AdamW(adapter_parameters(made).values(), lr=1e-2)
@@ -108,7 +112,7 @@ def test_a_checkpointed_response_pass_runs_again_without_the_adapter() -> None:
 
     backbone = tiny_model().double()
     made = adapted(backbone)
-    plain = AdaptedPasses(PlainPasses(made), PlainPasses(backbone), made)
+    plain = passes_of(backbone, made)
     gradients = []
     for recompute in (False, True):
         tokens = torch.full((3, 32), 0.1, dtype=torch.float64, requires_grad=True)
@@ -148,7 +152,10 @@ def test_targets() -> None:
 def test_dropout_draws_where_it_trains_and_the_same_again_after_a_resume() -> None:
     backbone, tokens = tiny_model(), torch.randn(3, 32)
     made = adapted(backbone, dropout=0.5)
-    passes, state = AdaptedPasses(PlainPasses(made), PlainPasses(backbone), made), torch.random.get_rng_state()
+    passes, state = (
+        passes_of(backbone, made),
+        torch.random.get_rng_state(),
+    )
     with torch.no_grad():
         still = passes.query_pass(QUERIES, tokens, 2)
     assert torch.equal(still, query(made, tokens))
@@ -168,7 +175,7 @@ def test_adapters_on_a_quantised_backbone(quantize: Quantize, tiny_backbone: Cal
     pytest.importorskip("bitsandbytes")
     backbone = load_backbone(BackboneParams(name=str(tiny_backbone("llama")), dtype="float32"), quantize=quantize)
     made, tokens = adapted(backbone), torch.randn(3, 32)
-    passes = AdaptedPasses(PlainPasses(made), PlainPasses(backbone), made)
+    passes = passes_of(backbone, made)
     soft = passes.query_pass(QUERIES, tokens, 2)
     passes.response_pass(soft, RESPONSES)[0].backward()
     parameters = adapter_parameters(made).values()

@@ -5,12 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.backbone.output_head import LogitShape, chunk_rows, linear_cross_entropy
+from pipeline.backbone.output_head import LogitTransform, chunk_rows, linear_cross_entropy
 
-SHAPES = [LogitShape(), LogitShape(scale=0.25), LogitShape(softcap=1.5), LogitShape(scale=3.0, softcap=0.7)]
+SHAPES = [
+    LogitTransform(),
+    LogitTransform(scale=0.25),
+    LogitTransform(softcap=1.5),
+    LogitTransform(scale=3.0, softcap=0.7),
+]
 
 
-def reference(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, shape: LogitShape) -> Tensor:
+def reference(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, shape: LogitTransform) -> Tensor:
     logits = F.linear(hidden, weight, bias) * shape.scale
     if shape.softcap is not None:
         logits = shape.softcap * torch.tanh(logits / shape.softcap)
@@ -20,12 +25,12 @@ def reference(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | Non
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100, None])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_loss_and_gradient_in_float64(chunk: int | None, shape: LogitShape, with_bias: bool) -> None:
+def test_loss_and_gradient_in_float64(chunk: int | None, shape: LogitTransform, with_bias: bool) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(7, 4).double().requires_grad_(), torch.randn(11, 4).double()
     labels, bias = torch.randint(0, 11, (7,)), torch.randn(11).double() if with_bias else None
     expected = reference(hidden, weight, labels, bias, shape)
-    loss = linear_cross_entropy(hidden, weight, labels, bias=bias, shape=shape, chunk=chunk)
+    loss = linear_cross_entropy(hidden, weight, labels, bias=bias, transform=shape, chunk=chunk)
     assert loss.dtype == torch.float64
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
     (gradient,) = torch.autograd.grad(3 * loss, hidden)
@@ -44,7 +49,7 @@ def test_half_precision_sums_in_float32() -> None:
     hidden, weight = torch.randn(300, 16).bfloat16().requires_grad_(), torch.randn(50, 16).bfloat16()
     labels = torch.randint(0, 50, (300,))
     loss = linear_cross_entropy(hidden, weight, labels, chunk=64)
-    expected = reference(hidden.float(), weight.float(), labels, None, LogitShape())
+    expected = reference(hidden.float(), weight.float(), labels, None, LogitTransform())
     (gradient,) = torch.autograd.grad(loss, hidden)
     (right,) = torch.autograd.grad(expected, hidden)
     assert (loss.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)

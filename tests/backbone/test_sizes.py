@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.backbone.sizes import shape_from_config
+from pipeline.backbone.sizes import sizes_from_config
 from tests.conftest import tiny_model
 
 CONFIG = {
@@ -20,7 +20,7 @@ CONFIG = {
 )
 def test_the_sizes_of_real_architectures(architecture: str, norms: int, head_norms: bool) -> None:
     model = tiny_model(architecture)
-    shape = shape_from_config(model.config.to_dict())
+    shape = sizes_from_config(model.config.to_dict())
     assert shape is not None
     assert (shape.layers, shape.heads, shape.kv_heads, shape.head_dim) == (3, 4, 2, 8)
     weights = [parameter.numel() for parameter in model.parameters() if parameter.ndim == 2]
@@ -40,25 +40,25 @@ def test_the_biases_of_qwen2() -> None:
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    shape = shape_from_config(config.to_dict())
+    shape = sizes_from_config(config.to_dict())
     assert shape is not None and shape.bias
     counted = {name: parameter.numel() for name, parameter in model.named_parameters() if "norm" not in name}
     assert shape.parameters() == sum(counted.values())
 
 
 def test_what_a_config_may_leave_out_or_nest() -> None:
-    shape = shape_from_config({"text_config": CONFIG})
+    shape = sizes_from_config({"text_config": CONFIG})
     assert shape is not None
     assert (shape.kv_heads, shape.head_dim, shape.tied) == (4, 8, True)
 
 
 @pytest.mark.parametrize("config", [{}, CONFIG | {"num_experts": 8}, CONFIG | {"num_local_experts": 8}])
 def test_what_has_no_such_sizes(config: dict[str, Any]) -> None:
-    assert shape_from_config(config) is None
+    assert sizes_from_config(config) is None
 
 
 @pytest.mark.models
 def test_a_real_config(small_lm: Path) -> None:
-    shape = shape_from_config(json.loads((small_lm / "config.json").read_text()))
+    shape = sizes_from_config(json.loads((small_lm / "config.json").read_text()))
     assert shape is not None
     assert shape.parameters() == pytest.approx(134.5e6, rel=0.001)

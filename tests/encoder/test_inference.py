@@ -19,7 +19,7 @@ from pipeline.core.target_transform import TargetTransform
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.encoder.folder.write import write_encoder
 from pipeline.encoder.inference import Encoder
-from pipeline.encoder.passes.plain import PlainPasses
+from pipeline.encoder.passes.plain import PlainQueryPass, plain_passes
 from pipeline.encoder.passes.prompt_reader import PaddedReader
 from pipeline.encoder.student import new_student
 from pipeline.lens import decode, decode_soft_prompts
@@ -82,7 +82,7 @@ def test_however_texts_are_batched_they_embed_as_the_definition_says(architectur
     encoder = make_encoder(architecture, template, max_query_tokens=64)
     instruction = "Generate a passage that answers:"
     texts = ["same size", "long " * 9, "size same", "", "a", "long " * 200]
-    plain = PlainPasses(encoder.model)
+    plain = plain_passes(encoder.model)
     expected = []
     for text in texts:
         prompt = encoder._format(f"{instruction} {text}").token_ids
@@ -113,7 +113,7 @@ class CountingReader:
 @pytest.mark.parametrize("padded", [False, True])
 def test_passes_hold_few_tokens_the_longest_first(padded: bool) -> None:
     encoder = make_encoder(template="raw", max_query_tokens=64)
-    reader = CountingReader(PaddedReader(PlainPasses(encoder.model)) if padded else encoder._reader)
+    reader = CountingReader(PaddedReader(PlainQueryPass(encoder.model)) if padded else encoder._reader)
     encoder._reader = reader
     texts = [letter * length for letter, length in zip("abcdefg", (1, 2, 3, 10, 11, 20, 60), strict=True)]
     encoder.encode(texts, batch_tokens=32)  # each text has 4 new tokens
@@ -240,7 +240,7 @@ def test_an_adapter_embeds_and_the_backbone_alone_decodes(workspace: Path, tiny_
     plain, encoder = Encoder.load(Path("plain")), Encoder.load(Path("lora"))
     [ids] = encoder.tokenizer(["q"])["input_ids"]
     with torch.no_grad():
-        hidden = PlainPasses(adapted).query_pass([ids], encoder.student.tokens, 2)
+        hidden = plain_passes(adapted).query_pass([ids], encoder.student.tokens, 2)
     np.testing.assert_allclose(encoder.hidden_states(["q"]), hidden.numpy(), atol=1e-5)
     assert np.abs(encoder.encode(["q"]) - plain.encode(["q"])).max() > 1e-3
     soft = encoder.soft_prompts(["q"])

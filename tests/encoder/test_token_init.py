@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from pipeline.core.config import validate
 from pipeline.core.errors import ParamsError, TrainingError
-from pipeline.encoder.passes.plain import PlainPasses
+from pipeline.encoder.passes.plain import plain_passes
 from pipeline.encoder.student import new_student
-from pipeline.encoder.token_init import NormalRows, StartKind, TokenStartParams, WordRows, token_start
+from pipeline.encoder.token_init import NormalRows, TokenInitKind, TokenInitParams, WordRows, token_init
 from pipeline.train.losses import Batch, loss_sums
 from tests.conftest import tiny_model, tiny_tokenizer
 
@@ -60,7 +60,7 @@ def test_mean_is_where_transformers_starts_added_tokens() -> None:
     with warnings.catch_warnings(record=True):
         resized.resize_token_embeddings(260 + 2000)
     theirs = resized.get_input_embeddings().weight[260:]
-    ours = token_start("mean", None, None)(model.get_input_embeddings(), 2000, seed=0)
+    ours = token_init("mean", None, None)(model.get_input_embeddings(), 2000, seed=0)
     mean = model.get_input_embeddings().weight.mean(0)
     torch.testing.assert_close((ours - mean).std(), (theirs - mean).std(), rtol=0.05, atol=0)
     assert (ours - mean).abs().max() < 1e-5
@@ -79,25 +79,25 @@ def test_words_in_their_order_again_or_averaged() -> None:
 
 def test_words_are_those_of_the_tokenizer() -> None:
     tokenizer, embeddings = tiny_tokenizer(), vocabulary()
-    start = token_start("words", "hi", tokenizer)
+    start = token_init("words", "hi", tokenizer)
     ids = tokenizer.convert_tokens_to_ids(["h", "i"])
     assert torch.equal(start(embeddings, 2, 0), embeddings.weight[ids])
     with pytest.raises(TrainingError, match="train.token_start.words: '' gives 0 tokens, at least 1 is needed"):
-        token_start("words", "", tokenizer)
+        token_init("words", "", tokenizer)
 
 
 @pytest.mark.parametrize("content", [{"kind": "words"}, {"kind": "mean", "words": "x"}, {"kind": "zeros"}])
 def test_words_belong_to_their_kind(content: dict[str, Any]) -> None:
     with pytest.raises(ParamsError, match="kind"):
-        validate(content, TokenStartParams, where="params.yaml")
+        validate(content, TokenInitParams, where="params.yaml")
 
 
 @pytest.mark.parametrize("kind", ["vocabulary", "random", "mean", "words"])
-def test_gemma_tokens_start_on_the_scale_of_its_inputs(kind: StartKind) -> None:
+def test_gemma_tokens_start_on_the_scale_of_its_inputs(kind: TokenInitKind) -> None:
     """Gemma multiplies embeddings by sqrt(d) on the way in."""
     embeddings = tiny_model("gemma3").get_input_embeddings()
     inputs = embeddings(torch.arange(260))
-    rows = token_start(kind, "abcdefghijklmnop", tiny_tokenizer())(embeddings, 16, seed=0)
+    rows = token_init(kind, "abcdefghijklmnop", tiny_tokenizer())(embeddings, 16, seed=0)
     assert rows.dtype == torch.float32
     expected = inputs.mean(0).norm() if kind == "mean" else inputs.norm(dim=-1).mean()
     torch.testing.assert_close(rows.norm(dim=-1).mean(), expected, rtol=0.15, atol=0)
@@ -105,14 +105,14 @@ def test_gemma_tokens_start_on_the_scale_of_its_inputs(kind: StartKind) -> None:
 
 @pytest.mark.parametrize("kind", ["vocabulary", "random", "mean", "words"])
 @pytest.mark.parametrize(("compression", "thought"), [(1, 0), (1, 20), (100, 0), (100, 20)])
-def test_any_number_of_tokens_trains(kind: StartKind, compression: int, thought: int) -> None:
+def test_any_number_of_tokens_trains(kind: TokenInitKind, compression: int, thought: int) -> None:
     model = tiny_model("qwen3")
     student = new_student(
         model, 5, compression_tokens=compression, thought_tokens=thought, seed=0,
-        start=token_start(kind, "why", tiny_tokenizer()),
+        start=token_init(kind, "why", tiny_tokenizer()),
     )  # fmt: skip
     assert student.tokens.shape == (compression + thought, 32)
-    sums = loss_sums(student, PlainPasses(model), Batch([[5, 6], [7]], [[8, 2], [9]], torch.zeros(2, 5)), "mean")
+    sums = loss_sums(student, plain_passes(model), Batch([[5, 6], [7]], [[8, 2], [9]], torch.zeros(2, 5)), "mean")
     (sums.align + sums.recon).backward()  # type: ignore[no-untyped-call]
     gradient = student.tokens.grad
     assert gradient is not None
@@ -122,6 +122,6 @@ def test_any_number_of_tokens_trains(kind: StartKind, compression: int, thought:
 def test_starts_follow_the_seed() -> None:
     embeddings = vocabulary()
     for kind in ("vocabulary", "random", "mean"):
-        start = token_start(kind, None, None)  # type: ignore[arg-type]
+        start = token_init(kind, None, None)  # type: ignore[arg-type]
         assert torch.equal(start(embeddings, 4, 1), start(embeddings, 4, 1))
         assert not torch.equal(start(embeddings, 4, 1), start(embeddings, 4, 2))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.backbone.sizes import Shape, shape_from_config
+from pipeline.backbone.sizes import ModelSizes, sizes_from_config
 from pipeline.optim.flops import step_flops
 from tests.conftest import tiny_model
 
@@ -36,7 +36,7 @@ def test_the_packed_step(architecture: str) -> None:
     from pipeline.encoder.passes.select import make_passes
 
     model = tiny_model(architecture)
-    shape = shape_from_config(model.config.to_dict())
+    shape = sizes_from_config(model.config.to_dict())
     assert shape is not None
     expected = step_flops(shape, LENGTHS, compression_tokens=4, thought_tokens=2, width=24)
     rectangles = sum(6 * (query + 6) + (4 + response) ** 2 for query, response in LENGTHS)
@@ -46,24 +46,24 @@ def test_the_packed_step(architecture: str) -> None:
 
 def test_a_step_with_adapters_needs_gradients_through_the_query() -> None:
     from pipeline.backbone.lora import add_adapter
-    from pipeline.encoder.passes.adapted import AdaptedPasses
-    from pipeline.encoder.passes.plain import PlainPasses
+    from pipeline.encoder.passes.adapted import AdaptedQueryPass
+    from pipeline.encoder.passes.plain import Passes, PlainQueryPass, PlainResponsePass
 
     model = tiny_model("llama")
     adapted = add_adapter(model, rank=4, alpha=8, dropout=0.0, targets="all-linear", seed=0)
     adapters = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    shape = shape_from_config(model.config.to_dict())
+    shape = sizes_from_config(model.config.to_dict())
     assert shape is not None
     longest = [(max(query for query, _ in LENGTHS), max(response for _, response in LENGTHS))] * len(LENGTHS)
     padded = step_flops(shape, longest, compression_tokens=4, width=24, adapter_parameters=adapters)
     # The padded passes project the soft prompts through the output head too.
     head = 4 * len(LENGTHS) * 4 * shape.hidden * shape.vocabulary
-    passes = AdaptedPasses(PlainPasses(adapted), PlainPasses(model), adapted)
+    passes = Passes(AdaptedQueryPass(PlainQueryPass(adapted), adapted), PlainResponsePass(model))
     assert counted(adapted, passes) == pytest.approx(padded + head, rel=0.001)
 
 
 def test_a_long_prefix_costs_its_forward_pass() -> None:
-    shape = Shape(layers=2, hidden=4, intermediate=8, heads=2, kv_heads=1, head_dim=3, vocabulary=10, tied=True)
+    shape = ModelSizes(layers=2, hidden=4, intermediate=8, heads=2, kv_heads=1, head_dim=3, vocabulary=10, tied=True)
     short, long = (step_flops(shape, [(query, 5)], compression_tokens=1) for query in (1, 1001))
     linear = 1000 * 2 * 2 * shape.layer_parameters()
     rectangles = 4 * 2 * 6 * (1001**2 - 1 + 3 * 1000)

@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import pytest
 
-from pipeline.backbone.sizes import Shape, shape_from_config
+from pipeline.backbone.sizes import ModelSizes, sizes_from_config
 from pipeline.optim.memory import (
     OVERHEAD,
     QUANTIZED,
-    Lora,
+    LoraSizes,
     PassTokens,
     StepMemory,
     StepSettings,
@@ -32,7 +32,7 @@ from pipeline.optim.memory import (
 )
 from tests.conftest import tiny_model
 
-TINY = Shape(layers=2, hidden=4, intermediate=8, heads=2, kv_heads=1, head_dim=3, vocabulary=10, tied=True)
+TINY = ModelSizes(layers=2, hidden=4, intermediate=8, heads=2, kv_heads=1, head_dim=3, vocabulary=10, tied=True)
 N, CHUNK = 5, 32
 QUERIES, RESPONSES = (30, 50, 40), (70, 45, 60)
 
@@ -101,7 +101,7 @@ def check_kept(model: Any, dtype: str, switches: Switches, within: float) -> Non
 
     from pipeline.encoder.passes.select import make_passes
 
-    shape = shape_from_config(model.config.to_dict())
+    shape = sizes_from_config(model.config.to_dict())
     assert shape is not None
     tokens, settings = tokens_of(switches["packed"]), settings_of(dtype, switches)
     passes = make_passes(model, **cast(Any, switches), chunk=CHUNK)
@@ -148,18 +148,18 @@ def test_bytes_that_autograd_keeps_of_adapters(dtype: Any) -> None:
     import torch
 
     from pipeline.backbone.lora import add_adapter
-    from pipeline.encoder.passes.plain import PlainPasses
+    from pipeline.encoder.passes.plain import plain_passes
 
     model = tiny_model("llama").to(getattr(torch, dtype))
     adapted = add_adapter(model, rank=4, alpha=8, dropout=0.0, targets="all-linear", seed=0)
-    shape = shape_from_config(model.config.to_dict())
+    shape = sizes_from_config(model.config.to_dict())
     assert shape is not None
-    settings = StepSettings(dtype=dtype, compression_tokens=N, packed=False, lora=Lora(4))
+    settings = StepSettings(dtype=dtype, compression_tokens=N, packed=False, lora=LoraSizes(4))
     adapters = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     without = StepSettings(dtype=dtype, compression_tokens=N)
     assert trained_parameters(shape, settings) - trained_parameters(shape, without) == adapters
     new = torch.randn(N, shape.hidden, requires_grad=True)
-    passes = PlainPasses(adapted)
+    passes = plain_passes(adapted)
     found = kept_bytes(adapted, lambda: passes.query_pass(row_ids(QUERIES, shape.vocabulary), new, N))
     assert query_bytes(shape, tokens_of(False), settings) == pytest.approx(found, rel=0.08)
 
@@ -180,7 +180,7 @@ def test_the_peak_of_a_step(switches: Switches, vocabulary: int, tmp_path: Path)
         num_key_value_heads=2, pad_token_id=None,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    shape = shape_from_config(config.to_dict())
+    shape = sizes_from_config(config.to_dict())
     assert shape is not None
     student, passes = Student(64, 64, N), make_passes(model, **cast(Any, switches), chunk=CHUNK)
     queries, responses = (row_ids(lengths, vocabulary) for lengths in (QUERIES, RESPONSES))
@@ -261,7 +261,7 @@ def test_attention_that_is_computed_again_keeps_less() -> None:
 
 
 def test_adapters_end_the_frozen_prefix() -> None:
-    tokens, settings = PassTokens.full(2, 50, 5), StepSettings(lora=Lora(1, ("q_proj", "v_proj")))
+    tokens, settings = PassTokens.full(2, 50, 5), StepSettings(lora=LoraSizes(1, ("q_proj", "v_proj")))
     assert prefix_bytes(TINY, tokens, settings) == 0
     assert query_bytes(TINY, tokens, settings) > 4 * query_bytes(TINY, tokens, StepSettings())
     adapters = trained_parameters(TINY, settings) - trained_parameters(TINY, StepSettings())

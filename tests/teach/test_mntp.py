@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.backbone.output_head import LogitShape, logit_shape
+from pipeline.backbone.output_head import LogitTransform, logit_transform
 from pipeline.core.errors import TeacherError
 from pipeline.embed.teachers.template import Tokens
 from pipeline.optim.batching import Batches
@@ -22,7 +22,7 @@ def objective(rows: list[Tokens], *, dropout: float = 0.0, micro: int = 4) -> tu
     body, trained, lm = adapted(dropout=dropout)
     noise = Noise(body, 0.0)
     made = MntpObjective(
-        body, noise, rows, head=lm.get_output_embeddings(), shape=logit_shape(lm), fraction=0.2, mask_id=MASK,
+        body, noise, rows, head=lm.get_output_embeddings(), shape=logit_transform(lm), fraction=0.2, mask_id=MASK,
         micro_batch_size=micro, seed=0,
     )  # fmt: skip
     return made, trained
@@ -77,7 +77,15 @@ def test_logits_meet_the_labels_that_come_next() -> None:
     body_only: Any = body
     noise: Any = None
     made = MntpObjective(
-        body_only, noise, rows, head=head, shape=LogitShape(), fraction=0.5, mask_id=MASK, micro_batch_size=4, seed=0
+        body_only,
+        noise,
+        rows,
+        head=head,
+        shape=LogitTransform(),
+        fraction=0.5,
+        mask_id=MASK,
+        micro_batch_size=4,
+        seed=0,
     )
     assert float(made.loss_sum(masked)) == pytest.approx(0.0, abs=1e-5)
     shifted = [Masked(row.ids, row.positions, [label + 1 for label in row.labels]) for row in masked]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.backbone.sizes import shape_from_config
+from pipeline.backbone.sizes import sizes_from_config
 from pipeline.cli.presets import presets
 from pipeline.teach import plan as memory
 from pipeline.teach.params import TeachParams
@@ -17,7 +17,7 @@ TEXTS = [letter * 60 for letter in "abcd"]
 
 
 def shape() -> Any:
-    found = shape_from_config(adapted()[2].config.to_dict())
+    found = sizes_from_config(adapted()[2].config.to_dict())
     assert found is not None
     return found
 

@@ -7,7 +7,7 @@ import pytest
 from pipeline.backbone.lora import LoraParams
 from pipeline.cli.plan import load_all
 from pipeline.cli.presets import presets
-from pipeline.optim.memory import OVERHEAD, Lora, PassTokens, StepSettings, step_memory
+from pipeline.optim.memory import OVERHEAD, LoraSizes, PassTokens, StepSettings, step_memory
 from pipeline.train import plan as train_plan
 from pipeline.train.params import TrainParams
 from pipeline.train.plan import memory_line, memory_remarks, pass_tokens, step_settings, train_memory
@@ -47,7 +47,7 @@ def test_params_become_settings() -> None:
     )
     assert step_settings(train, "float16") == StepSettings(
         dtype="float16", compression_tokens=4, thought_tokens=3, packed=False, fused_cross_entropy=False,
-        checkpoint_responses=True, quantize="8bit", lora=Lora(LoraParams().rank, ("q_proj",)),
+        checkpoint_responses=True, quantize="8bit", lora=LoraSizes(LoraParams().rank, ("q_proj",)),
     )  # fmt: skip
     every = step_settings(changed(lora={}), "bfloat16").lora
     assert every is not None and len(every.targets) == 7

@@ -2,11 +2,11 @@
 
 import pytest
 
-from pipeline.backbone.sizes import Shape
+from pipeline.backbone.sizes import ModelSizes
 from pipeline.optim.flops import step_flops
 from pipeline.train.throughput import Throughput
 
-SHAPE = Shape(
+SHAPE = ModelSizes(
     layers=2, hidden=8, intermediate=16, heads=2, kv_heads=1, head_dim=4, vocabulary=50, tied=True
 )  # fmt: skip
 LENGTHS = [(3, 5), (10, 2)]

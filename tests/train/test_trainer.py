@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.core.errors import TrainingError
-from pipeline.encoder.passes.plain import PlainPasses
+from pipeline.encoder.passes.plain import plain_passes
 from pipeline.encoder.passes.select import make_passes
 from pipeline.encoder.student import new_student
 from pipeline.train.data import TrainingRows
@@ -55,7 +55,7 @@ def make_trainer(
     if heldout_rows is not None:
         validation = Validation(heldout_rows, [[row] for row in range(len(heldout_rows))], params.heldout.select)
     return Trainer(
-        student, PlainPasses(backbone), rows, params, Accelerator(cpu=True), validation, checkpoint=checkpoint
+        student, plain_passes(backbone), rows, params, Accelerator(cpu=True), validation, checkpoint=checkpoint
     )
 
 
@@ -106,7 +106,7 @@ def test_the_reconstruction_loss_is_a_mean_over_tokens_of_the_step() -> None:
 
 def test_the_alignment_alone_runs_no_response_pass() -> None:
     trainer = make_trainer(stop_after_steps=2, recon_weight=0.0)
-    trainer.passes.response_pass = None
+    trainer.passes.response_pass = None  # type: ignore[assignment]
     trainer.run()
     assert math.isnan(trainer.curve[-1]["recon"])
     assert trainer.curve[-1]["loss"] == trainer.curve[-1]["align"]
@@ -122,9 +122,9 @@ def test_numbers_of_tokens(compression: int, thought: int) -> None:
 
 def test_backbone_stays_frozen() -> None:
     trainer = make_trainer(stop_after_steps=2)
-    before = {name: value.clone() for name, value in trainer.passes._lm.state_dict().items()}
+    before = {name: value.clone() for name, value in trainer.passes.query_pass._lm.state_dict().items()}
     trainer.run()
-    assert all(torch.equal(before[name], value) for name, value in trainer.passes._lm.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in trainer.passes.query_pass._lm.state_dict().items())
 
 
 def test_resume_is_bit_equal(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_gradients_of_a_large_batch_survive_float16() -> None:
     gradients = {}
     for dtype in (torch.float32, torch.float16):
         trainer = make_trainer(rows, batch_size=512, micro_batch_size=64, align_weight=0.0)
-        trainer.passes = PlainPasses(tiny_model().to(dtype))
+        trainer.passes = plain_passes(tiny_model().to(dtype))
         torch.nn.init.normal_(trainer.student.reconstruction.weight, std=0.1, generator=torch.manual_seed(0))
         trainer._accumulate(list(range(512)))
         gradients[dtype] = trainer.student.tokens.grad.flatten()

@@ -101,19 +101,14 @@ def test_rows_that_are_not_finite_are_named() -> None:
         Statistics(4, 6).add(range(20), hidden, targets)
 
 
-class CountingPasses:
+class CountingQueryPass:
     """Hidden states that say which query they are of: its length, plus the token's row."""
 
     padded = False
 
-    def query_pass(self, query_ids: Sequence[Sequence[int]], tokens: torch.Tensor, read: int) -> torch.Tensor:
+    def __call__(self, query_ids: Sequence[Sequence[int]], tokens: torch.Tensor, read: int) -> torch.Tensor:
         lengths = torch.tensor([float(len(ids)) for ids in query_ids])
         return lengths[:, None, None] + tokens[-read:]
-
-    def response_pass(
-        self, soft_prompts: torch.Tensor, response_ids: Sequence[Sequence[int]]
-    ) -> tuple[torch.Tensor, int]:
-        raise AssertionError("the closed form reads no response")
 
 
 def test_accumulate_takes_the_chosen_rows_with_their_targets() -> None:
@@ -121,7 +116,7 @@ def test_accumulate_takes_the_chosen_rows_with_their_targets() -> None:
     queries = [[0] * length for length in lengths]
     rows = TrainingRows(list("abcdef"), queries, [[1]] * 6, np.array(lengths, np.float32)[:, None] * 10)
     student = Student(hidden=2, width=1, compression_tokens=1)
-    statistics = accumulate(student, CountingPasses(), rows, [0, 2, 3, 5], batch_size=3)
+    statistics = accumulate(student, CountingQueryPass(), rows, [0, 2, 3, 5], batch_size=3)
     total = sum(moments.mean * moments.count for moments, _, _ in statistics.folds())
     np.testing.assert_allclose(total, [19.0, 19.0])
     for moments, features, targets in statistics.folds():

@@ -16,7 +16,7 @@ from pipeline.backbone.attention.flex import flex_packed_attention
 from pipeline.backbone.attention.grouped import group_attention
 from pipeline.backbone.attention.per_segment import segment_attention
 from pipeline.backbone.attention.varlen import varlen_attention
-from pipeline.backbone.loading import twin
+from pipeline.backbone.loading import share_weights
 from pipeline.core.errors import BackboneError
 
 Implementation = Literal["segments", "varlen", "flex"]
@@ -82,12 +82,12 @@ def use_attention(backbone: Any, implementation: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def packed_twin(backbone: Any, implementation: str) -> Any:
+def with_packed_attention(backbone: Any, implementation: str) -> Any:
     """The backbone once more, over the same tensors, that attends to packed rows always.
 
     Nothing of it is switched to and fro, so threads may share it, and the backbone itself may generate meanwhile.
     """
-    packed = twin(backbone)
+    packed = share_weights(backbone)
     packed.get_decoder().config._attn_implementation = _registered(implementation)
     return packed
 

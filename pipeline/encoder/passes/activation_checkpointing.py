@@ -1,8 +1,8 @@
-"""Gradient checkpointing of decoder layers that stay in eval mode.
+"""Activation checkpointing of decoder layers that stay in eval mode.
 
-transformers' own needs train mode, which drops key-value caches without a word and switches dropout on, and computes
-again with whatever attention the config names by then. Here the layers' forward is wrapped while a block runs, and each
-recomputation, which happens in the backward pass, enters the surroundings that the forward pass had.
+transformers' own needs train mode, which silently drops key-value caches and enables dropout, and recomputes with
+whatever attention the config names by then. Here the layers' forward is wrapped while a block runs, and each
+recomputation, which happens in the backward pass, enters the context that the forward pass had.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.core.errors import BackboneError
 
-Surroundings = Callable[[], AbstractContextManager[None]]
+ContextFactory = Callable[[], AbstractContextManager[None]]
 
 
-def recomputable_layers(backbone: Any) -> list[Any]:
+def checkpointable_layers(backbone: Any) -> list[Any]:
     """The decoder layers, as transformers marks them.
 
     Raises:
@@ -32,13 +32,13 @@ def recomputable_layers(backbone: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def recomputed(layers: list[Any], surroundings: Surroundings) -> Iterator[None]:
-    """Inside the block, which runs within `surroundings`, layers keep their inputs only and run again in backward."""
+def checkpointing(layers: list[Any], context: ContextFactory) -> Iterator[None]:
+    """Inside the block, which runs within `context`, layers keep their inputs only and run again in backward."""
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = partial(_checkpointed, layer.forward, surroundings)
+        layer.forward = partial(_checkpointed, layer.forward, context)
     try:
-        with surroundings():
+        with context():
             yield
     finally:
         for layer, forward in zip(layers, before, strict=True):
@@ -48,9 +48,9 @@ def recomputed(layers: list[Any], surroundings: Surroundings) -> Iterator[None]:
                 layer.forward = forward
 
 
-def _checkpointed(forward: Callable[..., Any], surroundings: Surroundings, *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(forward: Callable[..., Any], context: ContextFactory, *args: Any, **kwargs: Any) -> Any:
     def run(*args: Any, **kwargs: Any) -> Any:
-        with surroundings():
+        with context():
             return forward(*args, **kwargs)
 
     return checkpoint(run, *args, use_reentrant=False, **kwargs)

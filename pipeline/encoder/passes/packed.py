@@ -2,7 +2,7 @@
 
 The frozen prefix of a query influences nothing that is trained, so it runs without autograd into a key-value cache, and
 only the new tokens run with autograd against it. What all queries of a batch begin with (a chat template, an
-instruction) runs once. Loss and gradients equal `PlainPasses` up to rounding.
+instruction) runs once. Loss and gradients equal the plain ones up to rounding.
 """
 
 from collections.abc import Sequence
@@ -17,29 +17,47 @@ from transformers import DynamicCache
 from pipeline.backbone.attention.registry import use_attention
 from pipeline.backbone.attention.segments import Segments, shared_prefix
 from pipeline.backbone.output_head import at_least_float32
-from pipeline.encoder.passes.activation_checkpointing import Surroundings
-from pipeline.encoder.passes.response import LaidOut, ResponseLoss, Responses
+from pipeline.encoder.passes.activation_checkpointing import ContextFactory
+from pipeline.encoder.passes.response import ComposedResponsePass, ResponseBatch, ResponseLoss
 
 
 class PackedBackbone:
-    """A causal LM that runs packed rows."""
+    """A causal LM that runs packed rows with one attention."""
 
     def __init__(self, backbone: Any, attention: str) -> None:
-        """`attention` is how packed rows attend."""
         self._lm, self._attention = backbone, attention
         self.embed = backbone.get_input_embeddings()
 
-    def words(self, rows: Sequence[Sequence[int]]) -> Tensor:
+    def embedded(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Input embeddings `[sum of lengths, d]` of token ids."""
         return self.embed(flat(rows, self.embed.weight.device))
 
     def hidden(self, row: Tensor, segments: Segments, cache: DynamicCache | None = None) -> Tensor:
-        """Final-normed hidden states `[T, d]` of a packed row `[T, d]`; a cache grows by it."""
+        """Final-normed hidden states `[T, d]` of a packed row `[T, d]`, which is added to the cache."""
         with use_attention(self._lm, self._attention):
             output = self._lm.get_decoder()(
                 **packed_arguments(row, segments), past_key_values=cache, use_cache=cache is not None
             )
         return output.last_hidden_state[0]
+
+    def read(
+        self,
+        rows: Sequence[Sequence[int]],
+        tokens: Tensor,
+        count: int,
+        shared: int = 0,
+        cache: DynamicCache | None = None,
+    ) -> Tensor:
+        """Hidden states `[B, count, d]` of the last `count` of the new `tokens` `[N, d]` behind each row of ids.
+
+        `cache` holds `shared` tokens that all rows go on from.
+        """
+        words = self.embedded(rows)
+        row = interleave(torch.split(words, [len(ids) for ids in rows]), [tokens.to(words.dtype)] * len(rows))
+        lengths = [len(ids) + len(tokens) for ids in rows]
+        hidden = self.hidden(row, Segments.of(lengths, shared=shared), cache)
+        ends = torch.tensor(list(accumulate(lengths)), device=row.device)[:, None]
+        return at_least_float32(hidden[ends + torch.arange(-count, 0, device=row.device)])
 
 
 def packed_arguments(row: Tensor, segments: Segments) -> dict[str, Any]:
@@ -57,38 +75,30 @@ def interleave(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     return torch.cat([part for pair in zip(first, second, strict=True) for part in pair])
 
 
-class PackedQueries:
+class PackedQueryPass:
     """`QueryPass` in one row, with autograd through the queries: for a backbone that is trained."""
 
     padded = False
 
     def __init__(self, backbone: PackedBackbone) -> None:
-        """`backbone` runs packed rows."""
         self._backbone = backbone
 
-    def query_pass(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
-        """See `QueryPass.query_pass`."""
-        words = self._backbone.words(query_ids)
-        new = tokens.to(words.dtype)
-        row = interleave(torch.split(words, [len(ids) for ids in query_ids]), [new] * len(query_ids))
-        lengths = [len(ids) + len(tokens) for ids in query_ids]
-        hidden = self._backbone.hidden(row, Segments.of(lengths))
-        ends = torch.tensor(list(accumulate(lengths)), device=row.device)[:, None]
-        return at_least_float32(hidden[ends + torch.arange(-read, 0, device=row.device)])
+    def __call__(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
+        """See `QueryPass`."""
+        return self._backbone.read(query_ids, tokens, read)
 
 
-class FrozenPackedQueries:
+class FrozenPackedQueryPass:
     """`QueryPass` whose queries run without autograd into a cache, and whose new tokens run with it."""
 
     padded = False
 
     def __init__(self, backbone: PackedBackbone, *, share_prefix: bool = True) -> None:
-        """Args: backbone: runs packed rows; share_prefix: run what all queries of a batch begin with once, in a
-        forward pass of its own where there is such a beginning."""
+        """`share_prefix`: the common beginning of a batch's queries, if any, runs once, in a forward of its own."""
         self._backbone, self._share_prefix = backbone, share_prefix
 
-    def query_pass(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
-        """See `QueryPass.query_pass`."""
+    def __call__(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
+        """See `QueryPass`."""
         rows, count = len(query_ids), len(tokens)
         shared = shared_prefix(query_ids) if self._share_prefix else 0
         cache = self._prefixes(query_ids, shared)
@@ -108,15 +118,15 @@ class FrozenPackedQueries:
 
     def _extend(self, cache: DynamicCache, rows: Sequence[Sequence[int]], shared: int) -> None:
         segments = Segments.of([len(ids) for ids in rows], shared=shared)
-        self._backbone.hidden(self._backbone.words(rows), segments, cache)
+        self._backbone.hidden(self._backbone.embedded(rows), segments, cache)
 
 
-def packed_responses(backbone: Any, loss: ResponseLoss, surroundings: Surroundings) -> Responses:
-    """The response pass over one packed row; `surroundings` must set the attention."""
-    return Responses(partial(_lay_out, backbone.get_input_embeddings()), loss, surroundings, padded=False)
+def packed_response_pass(backbone: Any, loss: ResponseLoss, context: ContextFactory) -> ComposedResponsePass:
+    """The response pass over one packed row; `context` must set the attention."""
+    return ComposedResponsePass(partial(_lay_out, backbone.get_input_embeddings()), loss, context, padded=False)
 
 
-def _lay_out(embed: Any, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> LaidOut:
+def _lay_out(embed: Any, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> ResponseBatch:
     labels = flat(response_ids, embed.weight.device)
     lengths = [len(ids) for ids in response_ids]
     soft = soft_prompts.to(embed.weight.dtype)
@@ -126,4 +136,4 @@ def _lay_out(embed: Any, soft_prompts: Tensor, response_ids: Sequence[Sequence[i
     ends = accumulate(n + length for length in lengths)
     predicting = [torch.arange(end - length - 1, end - 1) for length, end in zip(lengths, ends, strict=True)]
     arguments = packed_arguments(row, Segments.of([n + length for length in lengths]))
-    return LaidOut(arguments, torch.cat(predicting).to(row.device), labels)
+    return ResponseBatch(arguments, torch.cat(predicting).to(row.device), labels)

@@ -1,7 +1,7 @@
 """Padded batches with a frozen prefix: for every architecture with a key-value cache.
 
 Queries are padded on the left, so that the new tokens of all rows stand together behind the cache (sliding windows
-count from the end); responses on the right, where causality hides the padding by itself.
+count from the end); responses on the right, where causality alone hides the padding.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from transformers import DynamicCache
 
 from pipeline.backbone.output_head import at_least_float32
 from pipeline.backbone.prompting import pad_left, pad_right
-from pipeline.encoder.passes.activation_checkpointing import Surroundings
-from pipeline.encoder.passes.response import LaidOut, ResponseLoss, Responses
+from pipeline.encoder.passes.activation_checkpointing import ContextFactory
+from pipeline.encoder.passes.response import ComposedResponsePass, ResponseBatch, ResponseLoss
 
 
-class FrozenPaddedQueries:
+class FrozenPaddedQueryPass:
     """`QueryPass` whose queries run without autograd into a cache, and whose new tokens run with it."""
 
     padded = True
@@ -27,8 +27,8 @@ class FrozenPaddedQueries:
         """`backbone` is a frozen causal LM in eval mode."""
         self._lm, self._embed = backbone, backbone.get_input_embeddings()
 
-    def query_pass(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
-        """See `QueryPass.query_pass`."""
+    def __call__(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
+        """See `QueryPass`."""
         ids, mask = (tensor.to(self._embed.weight.device) for tensor in pad_left(query_ids))
         cache = self._prefix(ids, mask)
         new = tokens.to(self._embed.weight.dtype).expand(len(ids), -1, -1)
@@ -54,12 +54,12 @@ class FrozenPaddedQueries:
         return cache
 
 
-def padded_responses(backbone: Any, loss: ResponseLoss, surroundings: Surroundings) -> Responses:
+def padded_response_pass(backbone: Any, loss: ResponseLoss, context: ContextFactory) -> ComposedResponsePass:
     """The response pass over rows padded on the right."""
-    return Responses(partial(_lay_out, backbone.get_input_embeddings()), loss, surroundings, padded=True)
+    return ComposedResponsePass(partial(_lay_out, backbone.get_input_embeddings()), loss, context, padded=True)
 
 
-def _lay_out(embed: Any, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> LaidOut:
+def _lay_out(embed: Any, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> ResponseBatch:
     ids, mask = (tensor.to(embed.weight.device) for tensor in pad_right(response_ids))
     soft = soft_prompts.to(embed.weight.dtype)
     rows, n = soft.shape[:2]
@@ -70,4 +70,4 @@ def _lay_out(embed: Any, soft_prompts: Tensor, response_ids: Sequence[Sequence[i
     }
     # The last soft prompt predicts the first response token.
     before = torch.arange(rows * width, device=ids.device).view(rows, width)[:, n - 1 : -1]
-    return LaidOut(arguments, before[mask == 1], ids[mask == 1])
+    return ResponseBatch(arguments, before[mask == 1], ids[mask == 1])

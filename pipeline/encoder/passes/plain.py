@@ -1,7 +1,7 @@
 """The two passes through the frozen backbone, plain: padded batches, one forward each, full logits.
 
-This is the version to read and to test faster ones against. `Passes` is the seam: training and inference ask for
-these two functions and know nothing of padding, caches or packing.
+This is the reference that faster passes are tested against. Training and inference use `Passes` and know nothing of
+padding, caches or packing.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class QueryPass(Protocol):
         """See the class."""
         ...
 
-    def query_pass(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
+    def __call__(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
         """Final-normed hidden states `[B, read, d]` of the last `read` new tokens, in float32 or better.
 
         Args:
@@ -51,7 +51,7 @@ class ResponsePass(Protocol):
         """See the class."""
         ...
 
-    def response_pass(self, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+    def __call__(self, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
         """Cross-entropy of the responses given only the soft prompts.
 
         Args:
@@ -59,53 +59,40 @@ class ResponsePass(Protocol):
             response_ids: token ids of each response, EOS included where there is one.
 
         Returns:
-            The sum over all response tokens (a scalar in float32 or better), and how many tokens that is.
+            The sum over all response tokens (a scalar in float32 or better), and the number of these tokens.
         """
         ...
 
 
-class Passes(QueryPass, ResponsePass, Protocol):
+@dataclass
+class Passes:
     """How a batch runs through the backbone."""
 
-
-@dataclass(frozen=True)
-class PairedPasses:
-    """`Passes` of a query pass and a response pass that know nothing of each other."""
-
-    queries: QueryPass
-    responses: ResponsePass
+    query_pass: QueryPass
+    response_pass: ResponsePass
 
     @property
     def padded(self) -> bool:
-        """See `QueryPass`."""
-        return self.queries.padded or self.responses.padded
-
-    def query_pass(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
-        """See `QueryPass.query_pass`."""
-        return self.queries.query_pass(query_ids, tokens, read)
-
-    def response_pass(self, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
-        """See `ResponsePass.response_pass`."""
-        return self.responses.response_pass(soft_prompts, response_ids)
+        """Whether one of them is."""
+        return self.query_pass.padded or self.response_pass.padded
 
 
-class PlainPasses:
-    """Both passes as the paper writes them down."""
+def plain_passes(backbone: Any) -> Passes:
+    """Both passes as the paper writes them down, for any frozen causal LM of transformers in eval mode."""
+    return Passes(PlainQueryPass(backbone), PlainResponsePass(backbone))
+
+
+class PlainQueryPass:
+    """`QueryPass` with autograd through the whole query."""
 
     padded = True
 
     def __init__(self, backbone: Any) -> None:
-        """`backbone` is any causal LM of transformers, frozen and in eval mode."""
-        self._lm = backbone
-        self._embed = backbone.get_input_embeddings()
+        self._lm, self._embed = backbone, backbone.get_input_embeddings()
 
-    @property
-    def _device(self) -> torch.device:
-        return self._embed.weight.device
-
-    def query_pass(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
-        """See `QueryPass.query_pass`."""
-        ids, mask = (tensor.to(self._device) for tensor in pad_left(query_ids))
+    def __call__(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
+        """See `QueryPass`."""
+        ids, mask = (tensor.to(self._embed.weight.device) for tensor in pad_left(query_ids))
         new = tokens.to(self._embed.weight.dtype).expand(len(query_ids), -1, -1)
         embeds = torch.cat([self._embed(ids), new], dim=1)
         mask = torch.cat([mask, mask.new_ones(new.shape[:2])], dim=1)
@@ -114,9 +101,18 @@ class PlainPasses:
         output = body(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
         return at_least_float32(output.last_hidden_state[:, -read:])
 
-    def response_pass(self, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
-        """See `ResponsePass.response_pass`."""
-        ids, mask = (tensor.to(self._device) for tensor in pad_right(response_ids))
+
+class PlainResponsePass:
+    """`ResponsePass` that makes the logits of all positions."""
+
+    padded = True
+
+    def __init__(self, backbone: Any) -> None:
+        self._lm, self._embed = backbone, backbone.get_input_embeddings()
+
+    def __call__(self, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+        """See `ResponsePass`."""
+        ids, mask = (tensor.to(self._embed.weight.device) for tensor in pad_right(response_ids))
         soft = soft_prompts.to(self._embed.weight.dtype)
         embeds = torch.cat([soft, self._embed(ids)], dim=1)
         full_mask = torch.cat([mask.new_ones(soft.shape[:2]), mask], dim=1)

@@ -1,11 +1,11 @@
-"""Each fast path is a switch; what the backbone cannot do falls back, with a warning, to what it can.
+"""The passes that a backbone can run. An option that it cannot do is replaced, with a warning, by what it can.
 
     packed                one row without padding (else: padded batches)
     frozen_prefix         queries run without autograd into a cache (else: autograd through the whole query)
     fused_cross_entropy   chunked, at response positions only (else: all logits)
     checkpoint_responses  layers of the response pass keep their inputs only and run again in the backward pass
 
-With all of them off the passes are `PlainPasses`, and every combination equals those in loss and gradients up to
+With all of them off the passes are the plain ones, and every combination equals those in loss and gradients up to
 rounding. What is built is compared with them on a few tokens before it is used.
 """
 
@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,26 +27,26 @@ from pipeline.backbone.attention.registry import (
 )
 from pipeline.backbone.attention.segments import Segments
 from pipeline.core.errors import BackboneError
-from pipeline.encoder.passes.activation_checkpointing import Surroundings, recomputable_layers, recomputed
-from pipeline.encoder.passes.packed import FrozenPackedQueries, PackedBackbone, PackedQueries, packed_responses
-from pipeline.encoder.passes.padded import FrozenPaddedQueries, padded_responses
-from pipeline.encoder.passes.plain import PairedPasses, Passes, PlainPasses, QueryPass, ResponsePass
+from pipeline.encoder.passes.activation_checkpointing import ContextFactory, checkpointable_layers, checkpointing
+from pipeline.encoder.passes.packed import (
+    FrozenPackedQueryPass,
+    PackedBackbone,
+    PackedQueryPass,
+    packed_response_pass,
+)
+from pipeline.encoder.passes.padded import FrozenPaddedQueryPass, padded_response_pass
+from pipeline.encoder.passes.plain import Passes, QueryPass, ResponsePass, plain_passes
 from pipeline.encoder.passes.response import FusedLoss, LogitsLoss, ResponseLoss
 
 log = logging.getLogger(__name__)
 
-P = TypeVar("P")
+C = TypeVar("C")
 # What a library raises where an architecture does not fit.
-MISFITS = (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError)
+_MISFITS = (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError)
 # Largest relative differences of values and of gradients from the plain ones. Deep models amplify rounding, in half
-# precision to a good part of a gradient: there only one that is cut off (1.0) can be told from an honest one.
-LIMITS = (1e-3, 0.05)
-HALF_LIMITS = (0.1, 0.99)
-
-
-def fast_passes(backbone: Any) -> Passes:
-    """The fastest passes that the backbone can do."""
-    return make_passes(backbone)
+# precision to a good part of a gradient: there only one that is cut off (1.0) differs from an honest one.
+_LIMITS = (1e-3, 0.05)
+_HALF_LIMITS = (0.1, 0.99)
 
 
 def make_passes(
@@ -60,7 +60,7 @@ def make_passes(
     chunk: int | None = None,
     share_prefix: bool = True,
 ) -> Passes:
-    """Passes with these switches on, as far as the backbone can.
+    """Passes with these options, as far as the backbone can.
 
     Args:
         backbone: a causal LM in eval mode; if parts of it are trained, no prefix is frozen.
@@ -68,86 +68,108 @@ def make_passes(
         frozen_prefix: see the module.
         fused_cross_entropy: see the module.
         checkpoint_responses: see the module.
-        attention: how packed rows attend; `auto` chooses and says why.
+        attention: how packed rows attend; `auto` logs its choice.
         chunk: response positions whose logits exist at a time; None chooses by the vocabulary.
-        share_prefix: run what all queries of a batch begin with once; off where all processes must run the same number
-            of forward passes.
+        share_prefix: run the common beginning of a batch's queries once; off where all processes must run the same
+            number of forward passes.
 
     Raises:
-        BackboneError: `attention` names what cannot run here, or no layer can be checkpointed.
+        BackboneError: `attention` cannot run here, or no layer can be checkpointed.
     """
-    plain = PlainPasses(backbone)
+    plain = plain_passes(backbone)
     if not (packed or frozen_prefix or fused_cross_entropy or checkpoint_responses):
         return plain
-    check = _Check(backbone, plain)
+    probe = _Probe(backbone)
+    compare_queries = Comparison(backbone, probe.query_values, plain.query_pass)
+    compare_responses = Comparison(backbone, probe.response_values, plain.response_pass)
     frozen_prefix = frozen_prefix and _is_frozen(backbone)
     attentions = packed_attentions(backbone, attention) if packed else []
     loss = _fused_loss(backbone, chunk) if fused_cross_entropy else None
-    layers = recomputable_layers(backbone) if checkpoint_responses else None
-    queries = first_equal(_query_passes(backbone, attentions, frozen_prefix, share_prefix), check.queries)
-    responses = first_equal(_response_passes(backbone, attentions, loss, layers), check.responses)
-    return PairedPasses(queries or plain, responses or plain) if queries or responses else plain
+    layers = checkpointable_layers(backbone) if checkpoint_responses else None
+    queries = compare_queries.first_equal(_query_passes(backbone, attentions, frozen_prefix, share_prefix))
+    responses = compare_responses.first_equal(_response_passes(backbone, attentions, loss, layers))
+    return Passes(queries or plain.query_pass, responses or plain.response_pass)
 
 
-class _Check:
-    """Compares passes with the plain ones on a few tokens: what they compute, and its gradients."""
+class Comparison(Generic[C]):
+    """Compares what candidates compute with what the plain way computes."""
 
-    def __init__(self, backbone: Any, plain: PlainPasses) -> None:
-        """Raises BackboneError if the backbone cannot even run the plain ones."""
-        self._embed = backbone.get_input_embeddings()
-        self._limits = HALF_LIMITS if backbone.dtype in (torch.bfloat16, torch.float16) else LIMITS
-        begin, *rest = (self._words(number, length) for number, length in enumerate((3, 9, 2, 14)))
-        self._query_ids = [begin + words for words in rest]
-        self._response_ids = [self._words(number, length) for number, length in enumerate((6, 1, 11), start=4)]
+    def __init__(
+        self,
+        backbone: Any,
+        compute: Callable[[C], list[Tensor]],
+        plain: C,
+        names: tuple[str, ...] = ("values", "gradients"),
+    ) -> None:
+        """`compute` gives a tensor for each of `names`.
+
+        Raises:
+            BackboneError: the backbone cannot even run the plain way.
+        """
+        half = backbone.dtype in (torch.bfloat16, torch.float16)
+        self._compute, self._names, self._limits = compute, names, _HALF_LIMITS if half else _LIMITS
         try:
-            self._queries, self._responses = self._query_values(plain), self._response_values(plain)
-        except MISFITS as error:
+            self._expected = compute(plain)
+        except _MISFITS as error:
             raise BackboneError(f"{type(backbone).__name__} cannot run on input embeddings: {error}") from None
 
-    def queries(self, candidate: QueryPass) -> str | None:
-        """What is wrong with a query pass, if anything."""
-        return self._obstacle(lambda: self._query_values(candidate), self._queries)
-
-    def responses(self, candidate: ResponsePass) -> str | None:
-        """What is wrong with a response pass, if anything."""
-        return self._obstacle(lambda: self._response_values(candidate), self._responses)
-
-    def _obstacle(self, compute: Callable[[], list[Tensor]], expected: list[Tensor]) -> str | None:
-        try:
-            found = compute()
-        except MISFITS as error:
-            return str(error).strip().split("\n")[0]
-        for what, limit, value, right in zip(("values", "gradients"), self._limits, found, expected, strict=True):
-            difference = float((value - right).norm() / right.norm())
-            if not difference <= limit:
-                return f"its {what} differ from the plain ones by {difference:.2g} (limit {limit})"
+    def first_equal(self, candidates: Iterator[tuple[str, C]]) -> C | None:
+        """The first of named candidates that equals the plain way; a warning for each before it."""
+        for name, candidate in candidates:
+            obstacle = self._obstacle(candidate)
+            if obstacle is None:
+                return candidate
+            log.warning("%s cannot be used on this backbone: %s", name, obstacle)
         return None
 
-    def _query_values(self, queries: QueryPass) -> list[Tensor]:
-        tokens = self._rows(self._words(8, 3))
-        hidden = queries.query_pass(self._query_ids, tokens, 2)
+    def _obstacle(self, candidate: C) -> str | None:
+        try:
+            found = self._compute(candidate)
+        except _MISFITS as error:
+            return str(error).strip().split("\n")[0]
+        for name, limit, value, expected in zip(self._names, self._limits, found, self._expected, strict=False):
+            difference = float((value - expected).norm() / expected.norm())
+            if not difference <= limit:
+                return f"its {name} differ from the plain ones by {difference:.2g} (limit {limit})"
+        return None
+
+
+def probe_ids(embed: Any, number: int, length: int) -> list[int]:
+    """Row `number` of token ids from all over the vocabulary but its beginning, where special tokens are."""
+    vocabulary = len(embed.weight)
+    first = vocabulary // 50
+    return [first + 7919 * (100 * number + place) % (vocabulary - first) for place in range(length)]
+
+
+class _Probe:
+    """A few tokens to run passes on: what they compute, and its gradients."""
+
+    def __init__(self, backbone: Any) -> None:
+        self._embed = backbone.get_input_embeddings()
+        begin, *rest = (probe_ids(self._embed, number, length) for number, length in enumerate((3, 9, 2, 14)))
+        self._query_ids = [begin + ids for ids in rest]
+        self._response_ids = [probe_ids(self._embed, number, length) for number, length in ((4, 6), (5, 1), (6, 11))]
+
+    def query_values(self, query_pass: QueryPass) -> list[Tensor]:
+        tokens = self._rows(8, 3)
+        hidden = query_pass(self._query_ids, tokens, 2)
         weights = torch.linspace(-1, 1, hidden.numel(), device=hidden.device).view_as(hidden)
         return [hidden.detach(), *torch.autograd.grad((hidden * weights).sum(), tokens)]
 
-    def _response_values(self, responses: ResponsePass) -> list[Tensor]:
-        soft_prompts = self._rows(self._words(9, 6)).view(3, 2, -1)
-        loss, _ = responses.response_pass(soft_prompts, self._response_ids)
+    def response_values(self, response_pass: ResponsePass) -> list[Tensor]:
+        soft_prompts = self._rows(9, 6).view(3, 2, -1)
+        loss, _ = response_pass(soft_prompts, self._response_ids)
         return [loss.detach(), *torch.autograd.grad(loss, soft_prompts)]
 
-    def _words(self, number: int, length: int) -> list[int]:
-        """Token ids from all over the vocabulary but its beginning, where special tokens are."""
-        vocabulary = len(self._embed.weight)
-        first = vocabulary // 50
-        return [first + 7919 * (100 * number + place) % (vocabulary - first) for place in range(length)]
-
-    def _rows(self, ids: list[int]) -> Tensor:
-        return self._embed(torch.tensor(ids, device=self._embed.weight.device)).detach().requires_grad_()
+    def _rows(self, number: int, length: int) -> Tensor:
+        ids = torch.tensor(probe_ids(self._embed, number, length), device=self._embed.weight.device)
+        return self._embed(ids).detach().requires_grad_()
 
 
 def _is_frozen(backbone: Any) -> bool:
     frozen = not any(parameter.requires_grad for parameter in backbone.parameters())
     if not frozen:
-        log.info("train.passes: parts of the backbone are trained, so no prefix is frozen")
+        log.info("frozen_prefix: parts of the backbone are trained, so no prefix is frozen")
     return frozen
 
 
@@ -159,7 +181,7 @@ def packed_attentions(backbone: Any, requested: Attention) -> list[Implementatio
     except BackboneError as error:
         log.warning("%s; its batches are padded", error)
         return []
-    log.info("train.passes: packed rows attend with %s: %s", chosen, reason)
+    log.info("attention: packed rows attend with %s: %s", chosen, reason)
     return [chosen, "segments"] if requested == "auto" and chosen != "segments" else [chosen]
 
 
@@ -167,8 +189,8 @@ def _run_packed(backbone: Any, attention: str) -> None:
     rows = PackedBackbone(backbone, attention)
     try:
         with torch.no_grad():
-            rows.hidden(rows.words([[1, 2, 3], [4]]), Segments.of([3, 1]))
-    except MISFITS as error:
+            rows.hidden(rows.embedded([[1, 2, 3], [4]]), Segments.of([3, 1]))
+    except _MISFITS as error:
         raise BackboneError(f"{type(backbone).__name__} cannot be packed ({error})") from None
 
 
@@ -183,36 +205,24 @@ def _fused_loss(backbone: Any, chunk: int | None) -> ResponseLoss | None:
 def _query_passes(
     backbone: Any, attentions: list[Implementation], frozen_prefix: bool, share_prefix: bool
 ) -> Iterator[tuple[str, QueryPass]]:
-    """Query passes to try, and what to call them."""
     for attention in attentions:
         rows = PackedBackbone(backbone, attention)
-        packed = FrozenPackedQueries(rows, share_prefix=share_prefix) if frozen_prefix else PackedQueries(rows)
+        packed = FrozenPackedQueryPass(rows, share_prefix=share_prefix) if frozen_prefix else PackedQueryPass(rows)
         yield f"the packed query pass with {attention} attention", packed
     if frozen_prefix:
-        yield "the query pass with a frozen prefix", FrozenPaddedQueries(backbone)
+        yield "the query pass with a frozen prefix", FrozenPaddedQueryPass(backbone)
 
 
 def _response_passes(
     backbone: Any, attentions: list[Implementation], loss: ResponseLoss | None, layers: list[Any] | None
 ) -> Iterator[tuple[str, ResponsePass]]:
-    """Response passes to try, and what to call them."""
+    chosen = loss or LogitsLoss(backbone)
 
-    def around(surroundings: Surroundings) -> Surroundings:
-        return surroundings if layers is None else partial(recomputed, layers, surroundings)
+    def checkpointed(context: ContextFactory) -> ContextFactory:
+        return context if layers is None else partial(checkpointing, layers, context)
 
     for attention in attentions:
-        surroundings = around(partial(use_attention, backbone, attention))
-        packed = packed_responses(backbone, loss or LogitsLoss(backbone), surroundings)
-        yield f"the packed response pass with {attention} attention", packed
+        context = checkpointed(partial(use_attention, backbone, attention))
+        yield f"the packed response pass with {attention} attention", packed_response_pass(backbone, chosen, context)
     if loss or layers:
-        yield "the padded response pass", padded_responses(backbone, loss or LogitsLoss(backbone), around(nullcontext))
-
-
-def first_equal(candidates: Iterator[tuple[str, P]], obstacle: Callable[[P], str | None]) -> P | None:
-    """The first candidate with no obstacle; a warning for each before it."""
-    for name, candidate in candidates:
-        found = obstacle(candidate)
-        if found is None:
-            return candidate
-        log.warning("%s cannot be used on this backbone: %s", name, found)
-    return None
+        yield "the padded response pass", padded_response_pass(backbone, chosen, checkpointed(nullcontext))

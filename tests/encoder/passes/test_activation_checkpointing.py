@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pipeline.core.errors import BackboneError
-from pipeline.encoder.passes.activation_checkpointing import recomputable_layers
-from pipeline.encoder.passes.plain import PlainPasses
+from pipeline.encoder.passes.activation_checkpointing import checkpointable_layers
+from pipeline.encoder.passes.plain import plain_passes
 from pipeline.encoder.passes.select import make_passes
 from tests.conftest import tiny_model
 from tests.encoder.passes.exact_models import difference, exact_model, loss_and_gradients
@@ -40,13 +40,13 @@ def test_checkpointed_layers_keep_little_more_than_their_inputs() -> None:
 
 def test_the_model_is_as_before_during_and_after() -> None:
     model = exact_model("gemma3")
-    forwards = [layer.forward for layer in recomputable_layers(model)]
+    forwards = [layer.forward for layer in checkpointable_layers(model)]
     passes = make_passes(model, checkpoint_responses=True)
     found = loss_and_gradients(model, passes, [[5, 6], [7]], RESPONSES)
-    expected = loss_and_gradients(model, PlainPasses(model), [[5, 6], [7]], RESPONSES)
+    expected = loss_and_gradients(model, plain_passes(model), [[5, 6], [7]], RESPONSES)
     assert max(difference(found, expected).values()) < 1e-9
-    assert [layer.forward for layer in recomputable_layers(model)] == forwards
-    assert not any("forward" in vars(layer) for layer in recomputable_layers(model))
+    assert [layer.forward for layer in checkpointable_layers(model)] == forwards
+    assert not any("forward" in vars(layer) for layer in checkpointable_layers(model))
     assert model.config._attn_implementation == "sdpa"
     assert not any(module.training for module in model.modules())
 
@@ -60,7 +60,7 @@ def test_a_backward_pass_in_parts_and_out_of_order() -> None:
     sum(losses, torch.zeros(())).backward()
     for prompts, ids in zip(soft, RESPONSES, strict=True):
         alone = prompts.detach().requires_grad_()
-        PlainPasses(model).response_pass(alone, [ids])[0].backward()
+        plain_passes(model).response_pass(alone, [ids])[0].backward()
         torch.testing.assert_close(prompts.grad, alone.grad, rtol=1e-9, atol=1e-12)
 
 
@@ -68,4 +68,4 @@ def test_a_backbone_without_marked_layers_is_refused(monkeypatch: pytest.MonkeyP
     model = tiny_model()
     monkeypatch.setattr(model, "get_decoder", lambda: torch.nn.Linear(2, 2))
     with pytest.raises(BackboneError, match="LlamaForCausalLM has no layers that can be checkpointed"):
-        recomputable_layers(model)
+        checkpointable_layers(model)

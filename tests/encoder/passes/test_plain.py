@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.encoder.passes.plain import PlainPasses
+from pipeline.encoder.passes.plain import plain_passes
 from tests.conftest import tiny_model
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3"]
@@ -12,7 +12,7 @@ ARCHITECTURES = ["llama", "qwen3", "gemma3"]
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_query_pass_ignores_padding(architecture: str) -> None:
-    passes = PlainPasses(tiny_model(architecture))
+    passes = plain_passes(tiny_model(architecture))
     tokens = torch.randn(4, 32)
     short, long = [5, 6, 7], list(range(10, 40))
     together = passes.query_pass([short, long], tokens, read=3)
@@ -26,7 +26,7 @@ def test_query_pass_equals_vocabulary_tokens(architecture: str) -> None:
     """New tokens that copy vocabulary rows give the hidden states of those words."""
     model = tiny_model(architecture)
     rows = model.get_input_embeddings()(torch.tensor([8, 9]))
-    hidden = PlainPasses(model).query_pass([[5, 6]], rows, read=2)
+    hidden = plain_passes(model).query_pass([[5, 6]], rows, read=2)
     expected = model.get_decoder()(input_ids=torch.tensor([[5, 6, 8, 9]])).last_hidden_state[:, 2:]
     torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-4)
 
@@ -36,7 +36,7 @@ def test_response_pass_is_cross_entropy_row_by_row(architecture: str) -> None:
     model = tiny_model(architecture)
     soft = torch.randn(2, 3, 32)
     responses = [[4, 5, 6, 2], [7, 2]]
-    total, count = PlainPasses(model).response_pass(soft, responses)
+    total, count = plain_passes(model).response_pass(soft, responses)
     expected = torch.tensor(0.0)
     for prompts, ids in zip(soft, responses, strict=True):
         embeds = torch.cat([prompts[None], model.get_input_embeddings()(torch.tensor([ids]))], dim=1)
@@ -49,7 +49,7 @@ def test_response_pass_is_cross_entropy_row_by_row(architecture: str) -> None:
 
 def test_gradients_reach_tokens_and_soft_prompts_only() -> None:
     model = tiny_model()
-    passes = PlainPasses(model)
+    passes = plain_passes(model)
     tokens = torch.randn(3, 32, requires_grad=True)
     hidden = passes.query_pass([[5, 6]], tokens, read=2)
     loss, _ = passes.response_pass(hidden, [[4, 2]])

@@ -1,4 +1,4 @@
-"""Every combination of switches computes what the plain passes do: loss and all trained gradients, in float64."""
+"""Every combination of options computes what the plain passes do: loss and all trained gradients, in float64."""
 
 import itertools
 import logging
@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.encoder.passes.plain import Passes, PlainPasses
+from pipeline.encoder.passes.plain import Passes, PlainQueryPass, PlainResponsePass, plain_passes
 from pipeline.encoder.passes.select import make_passes
 from pipeline.encoder.student import Student, new_student
 from tests.conftest import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from tests.encoder.passes.exact_models import configured
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3"]
-SWITCHES = ("packed", "frozen_prefix", "fused_cross_entropy", "checkpoint_responses")
-ON_OR_OFF = [dict(zip(SWITCHES, values, strict=True)) for values in itertools.product([True, False], repeat=4)]
+OPTIONS = ("packed", "frozen_prefix", "fused_cross_entropy", "checkpoint_responses")
+ON_OR_OFF = [dict(zip(OPTIONS, values, strict=True)) for values in itertools.product([True, False], repeat=4)]
 
 Rows = Sequence[Sequence[int]]
 # Lengths around gemma3's window of 16, one token, and a row of the longest that the models take.
@@ -63,7 +63,7 @@ def step(passes: Passes, student: Student, queries: Rows, responses: Rows) -> tu
 
 def assert_equal_steps(model: Any, passes: Passes, case: tuple[Rows, Rows], tolerance: float, **tokens: int) -> None:
     student = trained(model, tokens.get("thoughts", 2), tokens.get("tokens", 3))
-    expected, gradients = step(PlainPasses(model), student, *case)
+    expected, gradients = step(plain_passes(model), student, *case)
     found, others = step(passes, student, *case)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
     for name, gradient in gradients.items():
@@ -71,14 +71,12 @@ def assert_equal_steps(model: Any, passes: Passes, case: tuple[Rows, Rows], tole
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("switches", ON_OR_OFF, ids=lambda on: "+".join(name for name, is_on in on.items() if is_on))
-def test_switches_change_nothing(
-    architecture: str, switches: dict[str, bool], caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("options", ON_OR_OFF, ids=lambda on: "+".join(name for name, is_on in on.items() if is_on))
+def test_switches_change_nothing(architecture: str, options: dict[str, bool], caplog: pytest.LogCaptureFixture) -> None:
     model = double(architecture)
-    passes = make_passes(model, **switches)
+    passes = make_passes(model, **options)
     assert "cannot" not in caplog.text
-    assert passes.padded is not switches["packed"]
+    assert passes.padded is not options["packed"]
     for case in CASES.values():
         assert_equal_steps(model, passes, case, 1e-9)
 
@@ -114,12 +112,14 @@ def test_a_chat_template_is_a_shared_beginning() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_in_float32(architecture: str) -> None:
     model = tiny_model(architecture)
-    for switches in ({}, {"checkpoint_responses": True}, {"packed": False}):
-        assert_equal_steps(model, make_passes(model, **switches), CASES["mixed lengths"], 1e-4)
+    for options in ({}, {"checkpoint_responses": True}, {"packed": False}):
+        assert_equal_steps(model, make_passes(model, **options), CASES["mixed lengths"], 1e-4)
 
 
 def test_all_off_is_the_plain_version() -> None:
-    assert isinstance(make_passes(tiny_model(), **dict.fromkeys(SWITCHES, False)), PlainPasses)
+    passes = make_passes(tiny_model(), **dict.fromkeys(OPTIONS, False))
+    assert isinstance(passes.query_pass, PlainQueryPass)
+    assert isinstance(passes.response_pass, PlainResponsePass)
 
 
 def test_a_head_that_does_more_falls_back_to_its_own_logits(caplog: pytest.LogCaptureFixture) -> None:
@@ -167,7 +167,7 @@ def test_a_backbone_that_is_trained_freezes_no_prefix(caplog: pytest.LogCaptureF
     model = double("llama")
     weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
     gradients = []
-    for passes in (PlainPasses(model), make_passes(model)):
+    for passes in (plain_passes(model), make_passes(model)):
         weight.grad = None
         passes.query_pass(CASES["mixed lengths"][0], torch.ones(2, 32).double(), 1).square().sum().backward()
         gradients.append(weight.grad)
