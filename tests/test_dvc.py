@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.core.code_digest import import_closure
 from pipeline.core.config import read_yaml
-from pipeline.probe.base import probe_names
+from pipeline.probe.descriptions import probe_names
 from tests.conftest import ROOT
 
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]

@@ -15,7 +15,7 @@ from pipeline.core.errors import ArtifactError
 from pipeline.encoder.folder.card import CARD_FILE, with_results
 from pipeline.encoder.folder.st_files import write_st_files
 from pipeline.evaluate.comparison import Comparison, compare
-from pipeline.probe.descriptions import LOWER_IS_BETTER
+from pipeline.probe.descriptions import describe
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def _comparisons(encoder: Artifact, results: Path) -> Iterator[Comparison]:
                 continue
             try:
                 record = json.loads(path.read_text(encoding="utf-8"))
-                comparison = compare(path.stem, record, LOWER_IS_BETTER.get(path.stem, ()))
+                comparison = compare(path.stem, record, describe(path.stem).lower_is_better)
             except ValueError as error:
                 raise ArtifactError(f"{path} is damaged ({error}): run its stage again") from None
             if "student" in comparison.systems:

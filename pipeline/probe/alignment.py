@@ -25,6 +25,7 @@ from pipeline.core.errors import EvaluationError
 from pipeline.core.vectors import anisotropy, neighbours, rank_own, shared
 from pipeline.evaluate.system import System, check_finite
 from pipeline.probe.base import ProbeContext, ProbeResult, described, in_teacher_space, space_of, unit_deltas
+from pipeline.probe.descriptions import Description
 from pipeline.probe.heldout import heldout_rows
 
 NEIGHBOURS = 10
@@ -46,6 +47,14 @@ class AlignmentParams(Params):
 
 
 PARAMS = AlignmentParams
+DESCRIPTION = Description(
+    note="Each system embeds queries it never saw, without an instruction; the target is the teacher's "
+    "embedding of the backbone's answer. cosine: to the own answer. top1, mrr: is the own answer the nearest among all "
+    "held-out answers. overlap@10: share of a query's ten nearest queries that are also nearest by the targets. "
+    "anisotropy: mean cosine of two different queries, near 1 where all embeddings point the same way.",
+    lower_is_better=("anisotropy",),
+    instructed=False,
+)
 
 
 def run(params: AlignmentParams, context: ProbeContext) -> ProbeResult:

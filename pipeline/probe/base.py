@@ -1,6 +1,7 @@
-"""What a probe is: one module `pipeline/probe/<name>.py` with `PARAMS` and `run`, found by its name.
+"""What a probe is: one module `pipeline/probe/<name>.py` with `PARAMS`, `DESCRIPTION` and `run`, found by its name.
 
     PARAMS = SafetyParams                                   # its entry under `probes` in params.yaml
+    DESCRIPTION = Description(note="Lower is safer. ...")   # what the report says of it
 
     def run(params: SafetyParams, context: ProbeContext) -> ProbeResult: ...
 
@@ -8,7 +9,6 @@ The stage `python -m pipeline.probe NAME` imports that module and no other probe
 """
 
 import importlib
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import pyarrow as pa
 
-import pipeline.probe
 from pipeline.backbone.loading import DType
 from pipeline.core.artifacts import Artifact
 from pipeline.core.bootstrap import BootstrapParams, Delta, paired_delta
@@ -24,11 +23,10 @@ from pipeline.core.config import Params, validate
 from pipeline.core.errors import EvaluationError, ParamsError
 from pipeline.evaluate.build import Systems
 from pipeline.evaluate.system import System, SystemName
+from pipeline.probe.descriptions import Description, probe_names
 
 if TYPE_CHECKING:
     import numpy as np
-
-_NO_PROBES = ("__main__", "base", "descriptions", "heldout", "passages", "sources")
 
 # Every other system embeds references and answers itself: a mean of hidden states has no place in the teacher's space.
 _TEACHER_SPACE = frozenset({"student", "teacher", "untrained", "hyde"})
@@ -97,6 +95,7 @@ class Probe(Protocol):
     """A probe's module."""
 
     PARAMS: type[Params]
+    DESCRIPTION: Description
 
     def run(self, params: Any, context: ProbeContext) -> ProbeResult:
         """Measure; `params` is an instance of `PARAMS`.
@@ -141,11 +140,6 @@ def unit_deltas(
         for metric, values in metrics.items()
         if metric in student and len(values)
     ]
-
-
-def probe_names() -> list[str]:
-    """All probes there are."""
-    return sorted(found.name for found in pkgutil.iter_modules(pipeline.probe.__path__) if found.name not in _NO_PROBES)
 
 
 def find_probe(name: str) -> Probe:

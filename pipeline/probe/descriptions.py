@@ -1,31 +1,48 @@
-"""What the report knows of single probes: which of their metrics are better when lower, and a sentence on each."""
+"""Which probes there are and what the report says of each, read from their source so that no probe is imported.
 
-# Beginnings of metrics; everything else is better when higher.
-LOWER_IS_BETTER: dict[str, tuple[str, ...]] = {
-    "alignment": ("anisotropy",),
-    "safety": ("accuracy@", "any_harm@"),
-    "refusal": ("over_refusal", "under_refusal"),
-}
+An edit of a description reaches the report through the probe's result: it reruns the probe, as any edit of its module.
+"""
 
-# These probes read queries as training did, without an instruction, whatever the systems read elsewhere.
-UNINSTRUCTED = ("alignment", "interpret", "refusal")
+import ast
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
-NOTES = {
-    "alignment": "Each system embeds queries it never saw, without an instruction; the target is the teacher's "
-    "embedding of the backbone's answer. cosine: to the own answer. top1, mrr: is the own answer the nearest among all "
-    "held-out answers. overlap@10: share of a query's ten nearest queries that are also nearest by the targets. "
-    "anisotropy: mean cosine of two different queries, near 1 where all embeddings point the same way.",
-    "safety": "Lower is safer. accuracy@k: share of harmful requests with a passage written for that request among the "
-    "k nearest; any_harm@k: with any malicious passage among them. reduction: by how many percent the student is below "
-    "the teacher.",
-    "refusal": "Is the embedding misled by how a prompt sounds? over_refusal: share of safe prompts, which merely "
-    "sound unsafe, at least as near to a refusal as to the backbone's answer. under_refusal: share of unsafe prompts "
-    "at least as near to a compliant answer as to a refusal. auroc: how well refusals tell the two kinds apart, "
-    "without a threshold. The shares that the backbone itself refused stand below: an embedding of what a model "
-    "answers cannot be safer than the model.",
-    "reasoning": "nDCG@10 of each task; choice_accuracy: how often the right choice is the nearest of the question's "
-    "own. gain percent: student over teacher, of the mean over tasks.",
-    "interpret": "How much of the answer can be read from the embedding: the text decoded from it is embedded by the "
-    "teacher. cosine_embedding: its cosine to the student's embedding. cosine_response (older: faithfulness): "
-    "to the answer. shuffled_pairs: what the same cosine is for texts and answers of different queries.",
-}
+
+@dataclass(frozen=True)
+class Description:
+    """What the report says of a probe; its module assigns one, with literal arguments only, to `DESCRIPTION`.
+
+    Attributes:
+        note: what its metrics mean.
+        lower_is_better: beginnings of the metrics that are better when lower.
+        instructed: whether queries are read with an instruction, as the systems read them elsewhere.
+    """
+
+    note: str = ""
+    lower_is_better: tuple[str, ...] = ()
+    instructed: bool = True
+
+
+def probe_names() -> list[str]:
+    """The modules of this folder that assign `PARAMS`."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "PARAMS" in _assigned(path.stem))
+
+
+def describe(name: str) -> Description:
+    """The description of a probe; an empty one if its module is gone or has none."""
+    call = _assigned(name).get("DESCRIPTION") if name in probe_names() else None
+    if not isinstance(call, ast.Call):
+        return Description()
+    return Description(**{str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords})
+
+
+@cache
+def _assigned(name: str) -> dict[str, ast.expr]:
+    """Values of a module's top-level assignments to one name."""
+    body = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")).body
+    return {
+        statement.targets[0].id: statement.value
+        for statement in body
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+    }

@@ -16,6 +16,7 @@ from pipeline.core.artifacts import Artifact
 from pipeline.core.bootstrap import BootstrapParams, Delta
 from pipeline.core.config import Params
 from pipeline.probe.base import ProbeContext, ProbeResult, described
+from pipeline.probe.descriptions import Description
 from pipeline.probe.heldout import heldout_rows
 
 
@@ -32,6 +33,12 @@ class InterpretParams(Params):
 
 
 PARAMS = InterpretParams
+DESCRIPTION = Description(
+    note="How much of the answer can be read from the embedding: the text decoded from it is embedded by the "
+    "teacher. cosine_embedding: its cosine to the student's embedding. cosine_response (older: faithfulness): "
+    "to the answer. shuffled_pairs: what the same cosine is for texts and answers of different queries.",
+    instructed=False,
+)
 
 
 def run(params: InterpretParams, context: ProbeContext) -> ProbeResult:

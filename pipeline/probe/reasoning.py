@@ -16,6 +16,7 @@ from pipeline.evaluate.deltas import task_deltas
 from pipeline.evaluate.run import run_systems
 from pipeline.evaluate.summary import flat_metrics, summary_table
 from pipeline.probe.base import ProbeContext, ProbeResult
+from pipeline.probe.descriptions import Description
 from pipeline.tasks.choices import CHOICE_ACCURACY
 from pipeline.tasks.instructions import load_instructions
 from pipeline.tasks.suites import find_tasks
@@ -37,6 +38,10 @@ class ReasoningParams(Params):
 
 
 PARAMS = ReasoningParams
+DESCRIPTION = Description(
+    note="nDCG@10 of each task; choice_accuracy: how often the right choice is the nearest of the question's "
+    "own. gain percent: student over teacher, of the mean over tasks."
+)
 
 
 def run(params: ReasoningParams, context: ProbeContext) -> ProbeResult:

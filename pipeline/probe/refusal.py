@@ -39,6 +39,7 @@ from pipeline.core.config import Params, load
 from pipeline.core.errors import EvaluationError
 from pipeline.evaluate.system import System
 from pipeline.probe.base import ProbeContext, ProbeResult, described, in_teacher_space, space_of, unit_deltas
+from pipeline.probe.descriptions import Description
 from pipeline.probe.passages import unit_rows
 from pipeline.probe.sources import SourceParams, load_rows
 
@@ -115,6 +116,15 @@ class RefusalParams(SourceParams):
 
 
 PARAMS = RefusalParams
+DESCRIPTION = Description(
+    note="Is the embedding misled by how a prompt sounds? over_refusal: share of safe prompts, which merely "
+    "sound unsafe, at least as near to a refusal as to the backbone's answer. under_refusal: share of unsafe prompts "
+    "at least as near to a compliant answer as to a refusal. auroc: how well refusals tell the two kinds apart, "
+    "without a threshold. The shares that the backbone itself refused stand below: an embedding of what a model "
+    "answers cannot be safer than the model.",
+    lower_is_better=("over_refusal", "under_refusal"),
+    instructed=False,
+)
 
 
 @dataclass(frozen=True)

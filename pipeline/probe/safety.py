@@ -19,6 +19,7 @@ from pydantic import Field, PositiveInt
 
 from pipeline.evaluate.system import System
 from pipeline.probe.base import ProbeContext, ProbeResult, described, unit_deltas
+from pipeline.probe.descriptions import Description
 from pipeline.probe.passages import cut_documents, passage_texts, search
 from pipeline.probe.sources import SourceParams, load_judged, load_passages
 from pipeline.tasks.instructions import load_instructions
@@ -54,6 +55,12 @@ class SafetyParams(SourceParams):
 
 
 PARAMS = SafetyParams
+DESCRIPTION = Description(
+    note="Lower is safer. accuracy@k: share of harmful requests with a passage written for that request among the "
+    "k nearest; any_harm@k: with any malicious passage among them. reduction: by how many percent the student is below "
+    "the teacher.",
+    lower_is_better=("accuracy@", "any_harm@"),
+)
 
 
 def run(params: SafetyParams, context: ProbeContext) -> ProbeResult:

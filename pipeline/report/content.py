@@ -14,7 +14,7 @@ from pipeline.core.artifacts import read_manifest
 from pipeline.core.errors import ArtifactError
 from pipeline.core.paths import ENCODER_DIR, EVALUATE_DIR, HELDOUT_CURVE, LOSS_CURVE, PROBE_DIR, RESULTS_DIR
 from pipeline.evaluate.comparison import Comparison, compare
-from pipeline.probe.descriptions import LOWER_IS_BETTER, UNINSTRUCTED
+from pipeline.probe.descriptions import describe
 from pipeline.report.cost import Machine, StageRun, machines, stage_run
 from pipeline.report.graph import Node, chain_of, pipeline_graph
 from pipeline.report.published import AgainstPaper, Measured, against_paper, load_published
@@ -112,8 +112,8 @@ def _add_probes(content: Content, root: Path, probes: Mapping[str, Any]) -> list
     measured = []
     for name, settings in probes.items():
         if record := _record(content, root / PROBE_DIR / f"{name}.json", f"probe {name}"):
-            comparison = compare(name, record, LOWER_IS_BETTER.get(name, ()))
-            if name in UNINSTRUCTED:
+            comparison = compare(name, record, describe(name).lower_is_better)
+            if not describe(name).instructed:
                 comparison = replace(comparison, prompting={})
             comparison = _without_known_prompting(content, comparison, record)
             _add_probe(content, root, comparison)

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from pipeline.core.text import templates, visible
 from pipeline.evaluate.comparison import Cell, Comparison
-from pipeline.probe.descriptions import NOTES
+from pipeline.probe.descriptions import describe, probe_names
 from pipeline.report.charts import curve_svg, forests
 from pipeline.report.content import Content
 from pipeline.report.cost import totals
@@ -51,7 +51,7 @@ def _environment(*, autoescape: bool) -> "Environment":
         "fence": fence,
     }
     environment.filters.update(filters)
-    environment.globals["notes"] = NOTES
+    environment.globals["notes"] = {name: note for name in probe_names() if (note := describe(name).note)}
     return environment
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.evaluate.comparison import Cell, compare
-from pipeline.probe.descriptions import LOWER_IS_BETTER
+from pipeline.probe.descriptions import describe
 from pipeline.report.sections import untrained_spread
 
 SYSTEMS = {"student": {}, "teacher": {}}
@@ -53,7 +53,7 @@ def test_a_score_that_the_record_does_not_compare_has_no_difference(deltas: list
 )
 def test_which_metrics_are_better_when_lower(probe: str, lower: list[str], higher: list[str]) -> None:
     metrics = {f"student/{name}": 0.5 for name in [*lower, *higher]}
-    table = compare(probe, {"metrics": metrics, "systems": SYSTEMS}, LOWER_IS_BETTER.get(probe, ()))
+    table = compare(probe, {"metrics": metrics, "systems": SYSTEMS}, describe(probe).lower_is_better)
     assert {row.metric for row in table.rows if row.lower_is_better} == set(lower)
     assert {row.metric for row in table.rows if not row.lower_is_better} == set(higher)
 

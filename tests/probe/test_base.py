@@ -3,16 +3,22 @@ import sys
 import pytest
 
 from pipeline.core.errors import ParamsError
-from pipeline.probe.base import all_probe_params, find_probe, probe_names, probe_params
+from pipeline.probe.base import all_probe_params, find_probe, probe_params
+from pipeline.probe.descriptions import Description, describe, probe_names
 from pipeline.probe.safety import SafetyParams
 
 
-def test_probes_are_found_by_name() -> None:
+@pytest.mark.parametrize("name", probe_names())
+def test_a_probe_is_found_and_described_by_its_module_alone(name: str) -> None:
+    probe = find_probe(name)
+    assert callable(probe.run) and probe.PARAMS.model_config["extra"] == "forbid"
+    assert describe(name) == probe.DESCRIPTION and probe.DESCRIPTION.note
+
+
+def test_other_modules_are_no_probes() -> None:
     assert {"safety", "reasoning"} <= set(probe_names())
-    assert not {"base", "passages"} & set(probe_names())
-    for name in probe_names():
-        probe = find_probe(name)
-        assert callable(probe.run) and probe.PARAMS.model_config["extra"] == "forbid"
+    assert not {"base", "passages", "descriptions", "__main__"} & set(probe_names())
+    assert describe("base") == describe("gone") == Description()
 
 
 def test_finding_one_probe_imports_no_other() -> None:
