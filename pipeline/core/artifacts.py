@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import ArtifactError, WorkError
+from pipeline.core.fault_points import fault_point
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -103,6 +104,7 @@ def write_bytes(path: Path, content: bytes | pa.Buffer) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             Path(name).chmod(0o644)
+            fault_point("file.rename")
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
@@ -219,8 +221,10 @@ def create(
 def _replace_folder(target: Path, new: Path) -> None:
     # Two renames, not a removal and a rename: deleting a large artifact takes long enough to be killed in.
     replaced = Path(f"{new}.old")
+    fault_point("artifact.commit")
     if target.exists():
         target.rename(replaced)
+    fault_point("artifact.swap")
     new.rename(target)
     fsync_path(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.core.artifacts import bytes_sha256, digest_of, disk_errors, file_sha256, fsync_path, write_bytes
+from pipeline.core.fault_points import fault_point
 from pipeline.core.row_store import locked
 from pipeline.core.run import work_dir
 
@@ -34,7 +35,9 @@ class Parts:
         """Write a part once all of it is there; `made_of` serialises to JSON."""
         key = _key(place, made_of)
         self._paths[key] = self._folder / f"{key}-{bytes_sha256(content)[:16]}{self._suffix}"
+        fault_point("part_store.commit")
         write_bytes(self._paths[key], content)
+        fault_point("part_store.committed")
         return self._paths[key]
 
     def find(self, place: int, made_of: Any) -> Path | None:

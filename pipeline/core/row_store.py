@@ -37,6 +37,7 @@ from pipeline.core.artifacts import (
     write_parquet,
 )
 from pipeline.core.errors import WorkError
+from pipeline.core.fault_points import fault_point
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +197,9 @@ class ShardStore:
             self._sizes[shard] = _bytes_in_memory(shard)
 
     def _commit(self, table: pa.Table) -> None:
+        fault_point("row_store.commit")
         self._write_shard(table)
+        fault_point("row_store.committed")
         self._ids.update(table["id"].to_pylist())
 
     def _write_shard(self, table: pa.Table) -> None:
@@ -223,6 +226,7 @@ class ShardStore:
         self._write_shard(
             pa.concat_tables([pq.read_table(old, schema=self.schema, partitioning=None) for old in group])
         )
+        fault_point("row_store.merge")
         for old in group:
             old.unlink()
             del self._sizes[old]

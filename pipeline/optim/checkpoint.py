@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from pipeline.core.artifacts import bytes_sha256, disk_errors, write_bytes
 from pipeline.core.errors import TrainingError
+from pipeline.core.fault_points import fault_point
 
 _SLOTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -41,8 +42,10 @@ def save_checkpoint(
     content = save(
         {name: value.cpu().contiguous() for name, value in tensors.items()}, {"progress": json.dumps(progress)}
     )
+    fault_point("checkpoint.commit")
     with disk_errors(path):
         write_bytes(path, bytes_sha256(content).encode() + content)
+    fault_point("checkpoint.committed")
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,18 @@
 import itertools
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from pipeline.core import artifacts
+from pipeline.core import artifacts, fault_points
 from pipeline.core.artifacts import MANIFEST, Artifact, create, damaged_files, open_artifact, read_manifest
 from pipeline.core.errors import ArtifactError, WorkError
+from tests.conftest import ROOT
 
 
 def table(*values: int) -> pa.Table:
@@ -102,6 +106,22 @@ def test_leftovers_of_a_killed_run_go(tmp_path: Path) -> None:
     leftover.mkdir()
     (leftover / "a.parquet").write_bytes(b"half")
     make(tmp_path / "out", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("point", "left"), [("artifact.commit", [1]), ("artifact.swap", None)])
+def test_a_killed_write_leaves_the_old_artifact_or_none_and_the_next_one_is_clean(
+    tmp_path: Path, point: str, left: list[int] | None
+) -> None:
+    make(tmp_path / "out", 1)
+    code = "import sys, pathlib; from tests.core.test_artifacts import make; make(pathlib.Path(sys.argv[1]), 2)"
+    command, environment = [sys.executable, "-c", code, str(tmp_path / "out")], {fault_points.VARIABLE: f"{point}:1"}
+    assert subprocess.run(command, cwd=ROOT, env=os.environ | environment).returncode == -signal.SIGKILL
+    if left is None:
+        assert not (tmp_path / "out").exists()
+    else:
+        assert open_artifact(tmp_path / "out", "numbers").read()["value"].to_pylist() == left
+    assert make(tmp_path / "out", 2).read()["value"].to_pylist() == [2]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

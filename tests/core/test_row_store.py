@@ -2,11 +2,11 @@
 
 import itertools
 import logging
+import os
 import random
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from pipeline.core import fault_points
 from pipeline.core import row_store as shards
 from pipeline.core.artifacts import write_parquet
 from pipeline.core.errors import WorkError
@@ -275,13 +276,14 @@ def table_bytes_without_compaction(root: Path) -> list[bytes]:
 
 # --- other processes ------------------------------------------------------------------------------------------------
 
+FLUSH_ROWS = 7
 WRITER = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-import test_shards as t
+from tests.core import test_row_store as t
 root, log, delay = Path(sys.argv[1]), open(sys.argv[2], "a"), float(sys.argv[3])
-with t.store(root, flush_rows=7) as work:
+t.shards.COMPACT_ABOVE = 4
+with t.store(root, flush_rows=t.FLUSH_ROWS) as work:
     print("open", flush=True)
     for row_id in t.ids(600):
         if row_id not in work:
@@ -291,10 +293,10 @@ with t.store(root, flush_rows=7) as work:
 """
 
 
-def writer(root: Path, log: Path, delay: float = 0.0) -> subprocess.Popen[str]:
-    code = textwrap.dedent(WRITER).format(tests=str(Path(__file__).parent))
-    command = [sys.executable, "-c", code, str(root), str(log), str(delay)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def writer(root: Path, log: Path, *, delay: float = 0.0, kill_at: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WRITER, str(root), str(log), str(delay)]
+    environment = {**os.environ, fault_points.VARIABLE: kill_at}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def wait_until_open(process: subprocess.Popen[str]) -> None:
@@ -329,26 +331,31 @@ def test_a_store_that_failed_to_open_leaves_no_lock(tmp_path: Path, monkeypatch:
     assert caught.tb is not None  # the failed store is still referenced: its lock was released, not collected
 
 
-def test_killed_20_times_at_random_moments_the_result_is_byte_equal(tmp_path: Path) -> None:
+KILLS = (
+    "row_store.commit:1",
+    "file.rename:3",  # the first is that of fingerprint.json
+    "row_store.committed:2",
+    "row_store.merge:1",
+    "row_store.commit:5",
+)
+
+
+@pytest.mark.parametrize("kills", [KILLS, pytest.param(KILLS * 4, marks=pytest.mark.slow)], ids=["5 kills", "20 kills"])
+def test_killed_at_any_point_the_result_is_byte_equal(tmp_path: Path, kills: tuple[str, ...]) -> None:
     fill(tmp_path / "clean", ids(600))
-    work, log, moments = tmp_path / "work", tmp_path / "log", random.Random(0)
-    kills = 0
-    for _ in range(20):
-        process = writer(work, log, delay=0.002)
-        wait_until_open(process)
-        time.sleep(moments.uniform(0.0, 0.1))
-        if process.poll() is None:
-            kill(process)
-            kills += 1
+    work, log = tmp_path / "work", tmp_path / "log"
+    for point in kills:
+        process = writer(work, log, kill_at=point)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, point
     last = writer(work, log)
     last.communicate(timeout=60)
     assert last.returncode == 0
-    assert kills >= 15
     assert table_bytes(work, ids(600)) == table_bytes(tmp_path / "clean", ids(600))
     computed = log.read_text().split()
     assert set(computed) == set(ids(600))
-    # A kill loses at most the rows of one unwritten shard, the one in flight among them.
-    assert len(computed) - len(set(computed)) <= 7 * kills
+    # A kill loses at most the rows of one unwritten shard.
+    assert len(computed) - len(set(computed)) <= FLUSH_ROWS * len(kills)
 
 
 def test_a_full_disk_keeps_what_was_committed(small_disk: Path) -> None:
