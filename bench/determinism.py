@@ -25,8 +25,8 @@ def answers(dtype: str, prompts: int, new_tokens: int, order: int, sequences: in
     """Text by number of the prompt."""
     from pipeline.backbone.loading import BackboneParams, load_tokenizer
     from pipeline.backbone.prompting import PromptFormatter
-    from pipeline.generate.engines import build_engine, prepare_environment
     from pipeline.generate.engines.base import Prompt, Sampling
+    from pipeline.generate.engines.registry import build_engine, prepare_environment
 
     prepare_environment("vllm")
     backbone = BackboneParams(name=str(BACKBONE))

@@ -37,8 +37,8 @@ def prompts(count: int) -> list[list[int]]:
 def ours(arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens and seconds of the project's engine, with its own automatic choices."""
     from pipeline.backbone.loading import BackboneParams
-    from pipeline.generate.engines import build_engine, prepare_environment
     from pipeline.generate.engines.base import Prompt, Sampling
+    from pipeline.generate.engines.registry import build_engine, prepare_environment
 
     prepare_environment("vllm")
     rows = prompts(arguments.prompts)

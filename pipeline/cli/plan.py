@@ -25,7 +25,7 @@ from pipeline.core.paths import QUERIES_DIR, REPORT_PAGES, TRAINED_KIND
 from pipeline.embed.params import EmbedParams
 from pipeline.evaluate.params import EvaluateParams
 from pipeline.evaluate.plan import EvaluationPlan, mteb_tasks
-from pipeline.generate.engines import engine_facts
+from pipeline.generate.engines.registry import ENGINES
 from pipeline.generate.params import GenerateParams
 from pipeline.optim.memory import kv_bytes
 from pipeline.probe.base import all_probe_params
@@ -234,7 +234,7 @@ def _train_memory(params: AllParams, shape: ModelSizes | None) -> str:
 
 def _remarks(params: AllParams, shape: ModelSizes | None, root: Path) -> list[str]:
     found = [f"{key}: {name} is not pinned: set the commit" for key, name in _unpinned(params, root)]
-    if engine_facts(params.generate.engine).stub:
+    if ENGINES[params.generate.engine].stub:
         found.append(f"generate.engine: {params.generate.engine} is a stub, its answers mean nothing")
     if params.embed.teacher.kind == "hash":
         found.append("embed.teacher.kind: hash is a stub, its targets mean nothing")

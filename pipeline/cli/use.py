@@ -134,7 +134,7 @@ def decode(
 ) -> None:
     """Print the answer that the embedding of each text holds, or write all that can be read of it to a file."""
     from pipeline.encoder.folder.read import read_config
-    from pipeline.generate.engines import prepare_environment
+    from pipeline.generate.engines.registry import prepare_environment
     from pipeline.lens.decoding import EngineName
     from pipeline.lens.sources import check_options, open_source
 

@@ -65,8 +65,8 @@ def load(path: Path, model: type[M], *, whole_file: bool = False) -> M:
     return validate(wanted, model, where=str(path))
 
 
-def validate(content: dict[str, Any], model: type[M], *, where: str) -> M:
-    """`content` as `model`; `where` names its origin in the messages.
+def validate(content: dict[str, Any], model: type[M], *, where: str = "") -> M:
+    """`content` as `model`; `where` names its origin in the messages, if given.
 
     Raises:
         ParamsError: with one line for each mistake.
@@ -74,7 +74,8 @@ def validate(content: dict[str, Any], model: type[M], *, where: str) -> M:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        lines = [f"{where}: {_explain(problem, model)}" for problem in error.errors()]
+        prefix = f"{where}: " if where else ""
+        lines = [f"{prefix}{_explain(problem, model)}" for problem in error.errors()]
         raise ParamsError("\n".join(lines)) from None
 
 

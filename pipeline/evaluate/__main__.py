@@ -19,7 +19,7 @@ from pipeline.evaluate.build import SystemInputs, encoder_artifact, make_systems
 from pipeline.evaluate.deltas import deltas_table, task_deltas
 from pipeline.evaluate.run import SystemResults, run_systems
 from pipeline.evaluate.summary import flat_metrics, seed_spread, summary_table, write_mteb_format
-from pipeline.generate.engines import prepare_environment
+from pipeline.generate.engines.registry import prepare_environment
 from pipeline.tasks.instructions import load_instructions
 from pipeline.tasks.suites import SuiteParams, find_tasks
 

@@ -32,7 +32,7 @@ from pipeline.evaluate.embedding_cache import CachedSystem
 from pipeline.evaluate.params import AnswersParams, EvaluateParams, ModelParams
 from pipeline.evaluate.system import BARE, BareSystem, InstructedSystem, System, SystemName
 from pipeline.generate.answer_cache import Answers
-from pipeline.generate.engines import EngineName
+from pipeline.generate.engines.registry import ENGINES
 from pipeline.generate.params import GenerateParams
 from pipeline.parallel.devices import places, worker_count
 
@@ -273,10 +273,10 @@ def make_answers(inputs: SystemInputs) -> Answers:
     return Answers.of(inputs.backbone, generate, work_dir("answers"), keeps_engine=keep)
 
 
-def _keeps_engine(params: AnswersParams, engine: EngineName, device: str) -> bool:
+def _keeps_engine(params: AnswersParams, engine: str, device: str) -> bool:
     if params.keep_engine is not None:
         return params.keep_engine
-    if device != "cpu" and engine != "openai":
+    if device != "cpu" and ENGINES[engine].runs_on != "endpoint":
         log.info("answers: the engine stops after each round, so that the GPU is free (evaluate.answers.keep_engine)")
         return False
     return True

@@ -5,27 +5,27 @@ python -m pipeline.generate [--params params.yaml]
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pyarrow as pa
 import typer
 
 from pipeline.backbone.loading import BackboneParams, identify
-from pipeline.core import artifacts
-from pipeline.core import schemas as contracts
-from pipeline.core.artifacts import Artifact
+from pipeline.core.artifacts import Artifact, create, open_artifact
 from pipeline.core.config import PARAMS_FILE, Params, load
+from pipeline.core.errors import section
 from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import RunRecord, record, setup_logging, user_errors, work_dir
-from pipeline.generate.engines import prepare_environment
+from pipeline.core.schemas import RESPONSES, check_ids, check_table
+from pipeline.generate.engines.registry import ENGINES, prepare_environment
 from pipeline.generate.generator import answer_content, make_generator, rows_per_part
-from pipeline.generate.outcomes import STORE, ResponseCounts
 from pipeline.generate.params import GenerateParams
+from pipeline.generate.response_counts import STORE, ResponseCounts
 
 log = logging.getLogger(__name__)
 
-WINDOW_ROWS = 4096  # prompts are sorted by length within so many
+WINDOW_ROWS = 4096  # prompts that are sorted by length together
 
 
 class Inputs(Params):
@@ -42,7 +42,7 @@ def read_ids(queries: Artifact) -> pa.Array:
         ContractError: an id occurs twice.
     """
     ids = queries.read(columns=["id"]).sort_by("id").column("id")
-    contracts.check_ids(ids, str(queries.path))
+    check_ids(ids, str(queries.path))
     return ids.combine_chunks()
 
 
@@ -55,38 +55,32 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
         EngineError: the engine broke, or too many rows failed.
         WorkError: the disk is full, or another process does the same work.
     """
-    params = inputs.generate
+    params, counts = inputs.generate, ResponseCounts()
     prepare_environment(params.engine)
-    queries = artifacts.open_artifact(QUERIES_DIR, "queries")
+    queries = open_artifact(QUERIES_DIR, "queries")
     ids = read_ids(queries)
-    identity = identify(inputs.backbone.name, inputs.backbone.revision)
+    models = {"backbone": identify(inputs.backbone.name, inputs.backbone.revision)}
     content = answer_content(inputs.backbone, params)
-    with ShardStore(work_dir("generate"), STORE, {"backbone": identity, **content}) as store:
+    with section("generate"), ShardStore(work_dir("generate"), STORE, {**models, **content}) as store:
         generator = make_generator(inputs.backbone, params, store)
         generator.run(ids, queries.batches(["id", "text"], WINDOW_ROWS))
-        parts = generator.tables(ids, rows_per_part(params.max_new_tokens))
-        counts = _write(parts, content, {"backbone": identity}, queries)
+        parts = counts.through(generator.tables(ids, rows_per_part(params.max_new_tokens)))
+        with create(RESPONSES_DIR, kind="responses", params=content, models=models, inputs=[queries]) as out:
+            out.write_parts(map(_checked, parts), RESPONSES)
+            out.counts = counts.summary()
     log.info("responses: %s", counts.summary())
-    stub = {"stub": "answers are the prompts themselves"} if content["generate"]["stub"] else {}
+    stub = ENGINES[params.engine].stub
     facts.update(
         engine=params.engine,
         counts=counts.summary(),
         histograms=counts.histograms(),
         **generator.facts.summary(),
-        **stub,
+        **({"stub": stub} if stub else {}),
     )
 
 
-def _write(parts: Any, content: dict[str, Any], models: dict[str, Any], queries: Artifact) -> ResponseCounts:
-    counts = ResponseCounts()
-    with artifacts.create(RESPONSES_DIR, kind="responses", params=content, models=models, inputs=[queries]) as out:
-        out.write_parts(map(_checked, counts.through(parts)), contracts.RESPONSES)
-        out.counts = counts.summary()
-    return counts
-
-
 def _checked(table: pa.Table) -> pa.Table:
-    contracts.check_table(table, contracts.RESPONSES, str(RESPONSES_DIR))
+    check_table(table, RESPONSES, str(RESPONSES_DIR))
     return table
 
 

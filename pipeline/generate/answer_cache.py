@@ -1,7 +1,7 @@
-"""The backbone's own answers to texts of an evaluation, each asked for once.
+"""The backbone's own answers to texts of an evaluation, each generated once.
 
-They come from the engine of section `generate` and stay in a store in the work folder, keyed by the prompt, so that no
-later run, suite or probe asks for them again.
+The engine of section `generate` writes them; a store in the work folder, keyed by the prompt, keeps them for later
+runs, suites and probes.
 """
 
 import gc
@@ -17,25 +17,25 @@ import pyarrow as pa
 
 from pipeline.backbone.loading import BackboneParams, identify
 from pipeline.core.artifacts import bytes_sha256
+from pipeline.core.errors import section
 from pipeline.core.row_store import ShardStore
 from pipeline.generate.engines.base import Completion, Engine, Prompt, Sampling
 from pipeline.generate.generator import Generator, answer_content, make_generator
-from pipeline.generate.outcomes import STORE
 from pipeline.generate.params import GenerateParams
+from pipeline.generate.response_counts import STORE
 
 log = logging.getLogger(__name__)
 
-WINDOW_ROWS = 4096  # prompts are tokenised, and sorted by length, within so many
+WINDOW_ROWS = 4096  # prompts that are tokenised and sorted by length together
 
 
 class Answers:
-    """Answers prompts; what the store lacks is generated.
+    """Answers prompts from a store and generates the missing ones.
 
-    The engine starts at the first prompt that the store lacks and stays until `close`, or for that one call only where
-    it must not keep its memory.
+    The engine starts at the first missing prompt.
 
     Attributes:
-        keeps_engine: whether it stays.
+        keeps_engine: the engine runs until `close`; otherwise it stops after each call, which frees its memory.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Answers:
         *,
         keeps_engine: bool = True,
     ) -> None:
-        """Set what is called when answers are asked for.
+        """Nothing is called before the first prompt.
 
         Args:
-            open_store: opens the store (schema `outcomes.STORE`); it is closed after each call, and so is its lock.
+            open_store: opens the store (schema `response_counts.STORE`); each call closes it and releases its lock.
             make: the Generator over a store, its engine not loaded yet.
-            identity: gives what decides an answer besides its prompt.
+            identity: what decides an answer besides its prompt.
             keeps_engine: see the class.
         """
         self._open_store, self._make, self._identity = open_store, make, identity
@@ -60,7 +60,7 @@ class Answers:
 
     @classmethod
     def of(cls, backbone: BackboneParams, params: GenerateParams, work: Path, *, keeps_engine: bool = True) -> Self:
-        """By the engine of the params, kept in stores below `work`."""
+        """Answers by the engine of the params, in stores below `work`."""
 
         @cache
         def identity() -> dict[str, Any]:
@@ -75,16 +75,16 @@ class Answers:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The backbone and all that decides an answer to a prompt; serialises to JSON."""
+        """The backbone and all else that decides an answer besides its prompt; serialises to JSON."""
         return dict(self._identity())
 
     def __call__(self, prompts: Sequence[str]) -> list[str | None]:
-        """An answer to each prompt, None where the engine failed on it; such a prompt is asked again by the next call.
+        """An answer to each prompt, None where the engine failed; the next call tries a failed prompt again.
 
         Raises:
             BackboneError: the backbone cannot be used.
-            EngineError: the engine broke, or more prompts failed than `generate.max_failed_fraction`.
-            WorkError: the disk is full, or another process asks for the same backbone's answers.
+            EngineError: the engine broke, or more than `max_failed_fraction` of the prompts failed.
+            WorkError: the disk is full, or another process uses the store.
         """
         ids = [answer_id(prompt) for prompt in prompts]
         texts = dict(zip(ids, prompts, strict=True))
@@ -103,23 +103,24 @@ class Answers:
 
     def _generate(self, store: ShardStore, texts: Mapping[str, str]) -> None:
         ids = pa.array(sorted(texts), pa.string())
-        generator = self._make(store)
-        load = generator.load_engine
         try:
-            replace(generator, load_engine=lambda: self._kept(load)).run(ids, _windows(texts))
+            with section("generate"):
+                generator = self._make(store)
+                load = generator.load_engine
+                replace(generator, load_engine=lambda: self._shared(load)).run(ids, _windows(texts))
         finally:
             if not self.keeps_engine:
                 self.close()
 
-    def _kept(self, load: Callable[[], Engine]) -> Engine:
+    def _shared(self, load: Callable[[], Engine]) -> Engine:
         if self._engine is None:
             _return_gpu_memory()
             self._engine = load()
-        return _KeptEngine(self._engine)
+        return _SharedEngine(self._engine)
 
 
-class _KeptEngine:
-    """An engine whose user cannot close it."""
+class _SharedEngine:
+    """An engine whose user does not close it: `Answers` does."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -129,7 +130,7 @@ class _KeptEngine:
         return self._engine.generate(prompts, sampling)
 
     def close(self) -> None:
-        """The owner does that."""
+        """Nothing; see the class."""
 
 
 def answer_id(prompt: str) -> str:
@@ -144,7 +145,7 @@ def _windows(texts: Mapping[str, str]) -> Iterator[pa.Table]:
 
 
 def _return_gpu_memory() -> None:
-    """Systems that are gone leave their memory with torch, where an engine in another process cannot have it."""
+    """Free the memory that torch caches for finished systems, so that an engine in another process gets it."""
     if "torch" not in sys.modules:
         return
     import torch

@@ -1,7 +1,7 @@
 """Let the backbone answer every query, row by row into a resumable store.
 
-Only finished answers enter the store. A row that failed is kept apart in memory, recorded with its reason in the
-artifact, and tried again by the next run; so an id never has two rows.
+Only finished answers enter the store. A failed row stays in memory, goes into the artifact with its reason, and is
+tried again by the next run; so an id never has two rows.
 """
 
 import hashlib
@@ -24,22 +24,23 @@ from pipeline.core.artifacts import PART_BYTES, write_json
 from pipeline.core.errors import EngineError
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import gpu_memory_mib, progress
-from pipeline.generate.engines import build_engine, engine_facts
 from pipeline.generate.engines.base import Completion, Engine, Prompt, Sampling
-from pipeline.generate.outcomes import DROPPED, STORE, failures
+from pipeline.generate.engines.registry import build_engine
 from pipeline.generate.params import GenerateParams
+from pipeline.generate.response_counts import DROPPED, STORE, failures
 from pipeline.generate.response_text import strip_thinking
 
 log = logging.getLogger(__name__)
+
 BYTES_PER_TOKEN = 8
 BYTES_PER_ROW = 256
-# So many failures in one pass, if they exceed the limit too, are no bad luck: the hours left are not worth spending.
+# Failures in one pass that end the run at once if they also exceed the limit: a long run would fail hours later.
 HOPELESS = 1000
 
 
 @dataclass
 class GenerationFacts:
-    """What a run did; volatile, so it goes to results/."""
+    """Counts and times of a run, for its record."""
 
     rows: int = 0
     reused_rows: int = 0
@@ -53,7 +54,7 @@ class GenerationFacts:
     gpu_memory_mib: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """All facts, with the tokens per second that follow."""
+        """All facts, and tokens per second."""
         seconds = self.generate_seconds or float("inf")
         return {
             **vars(self),
@@ -64,23 +65,23 @@ class GenerationFacts:
         }
 
 
-class _Asked(NamedTuple):
+class _Query(NamedTuple):
     prompt: Prompt
     truncated: bool
 
 
 @dataclass
 class Generator:
-    """The work of one run.
+    """One run over all queries.
 
     Attributes:
-        store: holds the finished rows (schema `outcomes.STORE`).
-        load_engine: starts the engine; not called when nothing is left to do.
+        store: the finished rows (schema `response_counts.STORE`).
+        load_engine: starts the engine; not called if every row is finished.
         formatter: turns a text into prompt tokens.
         sampling: decoding params.
-        seed: of all rows.
+        seed: each row's seed follows from this and its id.
         max_failed_fraction: share of failed rows (0 to 1) above which the run fails.
-        drop_too_long: a query that the formatter must cut is recorded as dropped, not asked.
+        drop_too_long: record a query that the formatter must cut as dropped, without an answer.
         strip_thinking: leave `<think>` blocks out of the answers.
     """
 
@@ -94,14 +95,14 @@ class Generator:
     strip_thinking: bool = True
     facts: GenerationFacts = field(default_factory=GenerationFacts)
     failed: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _retries: dict[str, _Asked] = field(default_factory=dict)
+    _retries: dict[str, _Query] = field(default_factory=dict)
 
     def run(self, ids: pa.Array, batches: Iterable[pa.Table]) -> None:
-        """Answer the queries that the store lacks; those that fail are tried twice.
+        """Answer the queries that the store lacks; failed ones are tried twice.
 
         Args:
             ids: of all queries.
-            batches: the queries (columns `id`, `text`); within a batch the longest prompts go first.
+            batches: the queries (columns `id`, `text`); the longest prompts of a batch come first.
 
         Raises:
             EngineError: the engine broke, or too many rows failed; finished rows are kept.
@@ -109,58 +110,59 @@ class Generator:
         self.facts.rows = len(ids)
         self.facts.reused_rows = sum(row_id in self.store for row_id in ids.to_pylist())
         if self.facts.reused_rows:
-            log.info("generate: %d of %d rows are done already", self.facts.reused_rows, len(ids))
-        todo = self._todo(batches)
-        if first := next(todo, None):
-            self._answer(chain([first], todo))
+            log.info("generate: %d of %d rows are already finished", self.facts.reused_rows, len(ids))
+        missing = self._missing(batches)
+        if first := next(missing, None):
+            self._answer(chain([first], missing))
         self.store.flush()
         self._check_answered(ids)
         self._check_failed()
 
     def tables(self, ids: pa.Array, rows_per_table: int) -> Iterator[pa.Table]:
-        """Rows of the sorted `ids` in schema `outcomes.STORE`, in tables of `rows_per_table` rows."""
+        """Rows of the sorted `ids` in schema `response_counts.STORE`, in tables of `rows_per_table` rows."""
         for start in range(0, len(ids), rows_per_table):
             part = ids[start : start + rows_per_table]
             failed = pa.Table.from_pylist([self.failed[i] for i in part.to_pylist() if i in self.failed], schema=STORE)
             done = part.filter(pc.invert(pc.is_in(part, failed["id"].combine_chunks())))
             yield pa.concat_tables([self.store.take(done), failed]).sort_by("id")
 
-    def _todo(self, batches: Iterable[pa.Table]) -> Iterator[_Asked]:
+    def _missing(self, batches: Iterable[pa.Table]) -> Iterator[_Query]:
         for batch in batches:
             rows = zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True)
-            missing = [(row_id, text) for row_id, text in rows if row_id not in self.store]
-            asked = []
-            for (row_id, _), prompt in zip(missing, self.formatter.batch([text for _, text in missing]), strict=True):
-                one = Prompt(row_id, prompt.token_ids, row_seed(self.seed, row_id), prompt.text)
-                if prompt.truncated and self.drop_too_long:
-                    self.store.add(_row(_Asked(one, True), "", "error", f"{DROPPED}: longer than max_prompt_tokens"))
+            missing = {row_id: text for row_id, text in rows if row_id not in self.store}
+            queries = []
+            for row_id, formatted in zip(missing, self.formatter.batch(list(missing.values())), strict=True):
+                prompt = Prompt(row_id, formatted.token_ids, row_seed(self.seed, row_id), formatted.text)
+                query = _Query(prompt, formatted.truncated)
+                if query.truncated and self.drop_too_long:
+                    self.store.add(_row(query, "", "error", f"{DROPPED}: longer than max_prompt_tokens"))
                     self.facts.dropped_rows += 1
                 else:
-                    asked.append(_Asked(one, prompt.truncated))
-            # The longest first: what needs most memory fails at once, and no long row is left alone at the end.
-            yield from sorted(asked, key=lambda each: -len(each.prompt.token_ids))
+                    queries.append(query)
+            # The longest first: too little memory shows at once, and no long row is left alone at the end.
+            yield from sorted(queries, key=lambda query: -len(query.prompt.token_ids))
 
-    def _answer(self, todo: Iterator[_Asked]) -> None:
+    def _answer(self, queries: Iterator[_Query]) -> None:
         started = monotonic()
         with closing(self.load_engine()) as engine:
             self.facts.startup_seconds = monotonic() - started
             log.info("generate: the engine started in %.1f s", self.facts.startup_seconds)
             started = monotonic()
             try:
-                self._pass(engine, todo, initial=self.facts.reused_rows)
+                self._pass(engine, queries, initial=self.facts.reused_rows)
                 if self.failed:
-                    log.warning("generate: %d rows failed (%s): once more", len(self.failed), self._reasons())
+                    log.warning("generate: %d rows failed (%s), second try", len(self.failed), self._reasons())
                     self.facts.retried_rows = len(self.failed)
-                    again, self.failed, self._retries = sorted(self._retries.items()), {}, {}
-                    self._pass(engine, (each for _, each in again), initial=self.facts.rows - len(again))
+                    retries, self.failed, self._retries = sorted(self._retries.items()), {}, {}
+                    self._pass(engine, (query for _, query in retries), initial=self.facts.rows - len(retries))
             finally:
                 self.facts.generate_seconds = monotonic() - started
                 self.facts.gpu_memory_mib = gpu_memory_mib()
 
-    def _pass(self, engine: Engine, todo: Iterable[_Asked], initial: int) -> None:
-        in_flight: dict[str, _Asked] = {}
+    def _pass(self, engine: Engine, queries: Iterable[_Query], initial: int) -> None:
+        in_flight: dict[str, _Query] = {}
         started, tokens = monotonic(), 0
-        with closing(self._completions(engine, todo, in_flight)) as completions:
+        with closing(self._completions(engine, queries, in_flight)) as completions:
             bar = progress(completions, total=self.facts.rows, desc="generate", initial=initial)
             for completion in bar:
                 self._record(completion, in_flight.pop(completion.id))
@@ -171,30 +173,30 @@ class Generator:
                 bar.set_postfix_str(f"{rate:.0f} tokens/s{failed}", refresh=False)
 
     def _completions(
-        self, engine: Engine, todo: Iterable[_Asked], in_flight: dict[str, _Asked]
+        self, engine: Engine, queries: Iterable[_Query], in_flight: dict[str, _Query]
     ) -> GeneratorOf[Completion, None, None]:
         def prompts() -> Iterator[Prompt]:
-            for each in todo:
-                in_flight[each.prompt.id] = each
-                yield each.prompt
+            for query in queries:
+                in_flight[query.prompt.id] = query
+                yield query.prompt
 
         yield from engine.generate(prompts(), self.sampling)
 
-    def _record(self, completion: Completion, asked: _Asked) -> None:
+    def _record(self, completion: Completion, query: _Query) -> None:
         if completion.finish_reason == "error":
-            self.failed[completion.id] = _row(asked, "", "error", completion.error or "no reason given")
-            self._retries[completion.id] = asked
+            self.failed[completion.id] = _row(query, "", "error", completion.error or "no reason given")
+            self._retries[completion.id] = query
             if len(self.failed) >= HOPELESS and self._too_many_failed():
                 self._check_failed()
             return
         text = completion.text
         if self.strip_thinking:
             text = strip_thinking(text, opened=self._opens_thinking, cut=completion.finish_reason == "length")
-        row = _row(asked, text, completion.finish_reason)
+        row = _row(query, text, completion.finish_reason)
         row |= {"response_tokens": completion.response_tokens, "thinking": text != completion.text}
         self.store.add(row)
         self.facts.computed_rows += 1
-        self.facts.prompt_tokens += len(asked.prompt.token_ids)
+        self.facts.prompt_tokens += len(query.prompt.token_ids)
         self.facts.response_tokens += completion.response_tokens
 
     @cached_property
@@ -214,30 +216,29 @@ class Generator:
         if not self.failed:
             listing.unlink(missing_ok=True)
             return
-        reasons = {row_id: row["error"] for row_id, row in sorted(self.failed.items())}
-        write_json(listing, reasons)
+        write_json(listing, {row_id: row["error"] for row_id, row in sorted(self.failed.items())})
         limit, rows = self.max_failed_fraction, self.facts.rows
         what = f"{len(self.failed)} of {rows} rows failed ({self._reasons()}), e.g. id {min(self.failed)}"
         if self._too_many_failed():
             raise EngineError(
-                f"generate: {what}; generate.max_failed_fraction is {limit}. Finished rows are kept; {listing} lists "
-                "the failed ones"
+                f"{what}; the limit is {limit}. Finished rows are kept; {listing} lists the failed ones",
+                argument="max_failed_fraction",
             )
-        log.warning("generate: %s; within generate.max_failed_fraction %s", what, limit)
+        log.warning("generate: %s; within max_failed_fraction %s", what, limit)
 
     def _reasons(self) -> str:
         return ", ".join(f"{count} x {reason}" for reason, count in failures(self.failed.values()).most_common(5))
 
 
-def _row(asked: _Asked, response: str, finish_reason: str, error: str | None = None) -> dict[str, Any]:
+def _row(query: _Query, response: str, finish_reason: str, error: str | None = None) -> dict[str, Any]:
     return {
-        "id": asked.prompt.id,
+        "id": query.prompt.id,
         "response": response,
         "finish_reason": finish_reason,
-        "prompt_tokens": len(asked.prompt.token_ids),
+        "prompt_tokens": len(query.prompt.token_ids),
         "response_tokens": 0,
         "error": error,
-        "truncated": asked.truncated,
+        "truncated": query.truncated,
         "thinking": False,
     }
 
@@ -248,48 +249,35 @@ def row_seed(seed: int, row_id: str) -> int:
 
 
 def rows_per_part(max_new_tokens: int) -> int:
-    """Rows that keep a part of the responses below `PART_BYTES`."""
+    """Most rows of a part of the responses below `PART_BYTES`."""
     return max(1, PART_BYTES // (BYTES_PER_ROW + BYTES_PER_TOKEN * max_new_tokens))
-
-
-# The sections `backbone` and `generate` as work: the engine that they name, and a Generator around it.
-#
-# Shared by the stage generate and by evaluations that ask the backbone.
 
 
 def answer_content(backbone: BackboneParams, params: GenerateParams) -> dict[str, Any]:
     """What decides an answer besides the backbone's weights and the prompt; serialises to JSON."""
-    return {
-        "generate": params.content(engine_facts(params.engine)),
-        "chat_template_kwargs": backbone.chat_template_kwargs,
-    }
-
-
-def load_engine(backbone: BackboneParams, params: GenerateParams) -> Engine:
-    """The engine of the params.
-
-    Raises:
-        EngineError: it cannot start.
-    """
-    return build_engine(
-        params.engine,
-        backbone,
-        dtype=params.dtype,
-        max_prompt_tokens=params.max_prompt_tokens,
-        max_new_tokens=params.max_new_tokens,
-        options=params.options,
-        tensor_parallel=params.tensor_parallel,
-        data_parallel=params.data_parallel,
-        batch_invariant=params.batch_invariant,
-    )
+    return {"generate": params.content(), "chat_template_kwargs": backbone.chat_template_kwargs}
 
 
 def make_generator(backbone: BackboneParams, params: GenerateParams, store: ShardStore) -> Generator:
-    """The work of the params, its engine not loaded yet.
+    """A Generator by the sections `backbone` and `generate`, its engine not loaded yet.
 
     Raises:
         BackboneError: the tokenizer cannot be used.
     """
+
+    def load_engine() -> Engine:
+        return build_engine(
+            params.engine,
+            backbone,
+            dtype=params.dtype,
+            max_prompt_tokens=params.max_prompt_tokens,
+            max_new_tokens=params.max_new_tokens,
+            options=params.options,
+            tensor_parallel=params.tensor_parallel,
+            data_parallel=params.data_parallel,
+            batch_invariant=params.batch_invariant,
+        )
+
     formatter = PromptFormatter(
         load_tokenizer(backbone),
         "chat",
@@ -299,7 +287,7 @@ def make_generator(backbone: BackboneParams, params: GenerateParams, store: Shar
     )
     return Generator(
         store=store,
-        load_engine=lambda: load_engine(backbone, params),
+        load_engine=load_engine,
         formatter=formatter,
         sampling=params.sampling,
         seed=params.seed,

@@ -6,27 +6,27 @@ from pydantic import Field
 
 from pipeline.backbone.loading import DType
 from pipeline.core.config import Params
-from pipeline.generate.engines import EngineFacts, EngineName
 from pipeline.generate.engines.base import Sampling
+from pipeline.generate.engines.registry import ENGINES, EngineName
 from pipeline.parallel.devices import Count
 
-VERSION = 1  # goes up when the same answer of an engine gives another row
+VERSION = 1  # goes up if the same answer of an engine gives another row
 
 TooLong = Literal["keep_start", "keep_end", "drop"]
 
 
 class GenerateParams(Params):
-    """Section `generate`."""
+    """How the backbone answers the queries."""
 
     engine: EngineName
     dtype: DType = Field(description="of the weights that generate")
     max_new_tokens: int = Field(ge=1)
     max_prompt_tokens: int = Field(ge=1, description="template included")
-    too_long: TooLong = Field(default="keep_start", description="what becomes of a query that is longer")
+    too_long: TooLong = Field(default="keep_start", description="what happens to a longer query")
     temperature: float = Field(default=0.0, ge=0, description="0 = greedy")
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = Field(default=0, ge=0, description="of sampling; each row has its own, derived from this and its id")
-    strip_thinking: bool = Field(default=True, description="leave out <think> blocks that come all the same")
+    strip_thinking: bool = Field(default=True, description="leave out <think> blocks of the answers")
     max_failed_fraction: float = Field(
         default=0.01, ge=0, le=1, description="more failed rows than this fail the stage"
     )
@@ -40,11 +40,13 @@ class GenerateParams(Params):
         """The decoding params that engines take."""
         return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
-    def content(self, facts: EngineFacts) -> dict[str, Any]:
-        """What decides the bytes of a row: all params but those of speed and tolerance."""
-        options = {key: value for key, value in self.options.items() if key not in facts.speed_options}
-        no_matter = {"max_failed_fraction", "data_parallel", "tensor_parallel"}
+    def content(self) -> dict[str, Any]:
+        """The params that decide the bytes of a row: all but those of speed and tolerance."""
+        entry = ENGINES[self.engine]
+        engine = entry.engine()
+        options = {key: value for key, value in self.options.items() if key not in engine.SPEED_OPTIONS}
+        excluded = {"max_failed_fraction", "data_parallel", "tensor_parallel"}
         if self.temperature == 0:
-            no_matter |= {"seed", "top_p"}
-        versions = {"version": VERSION, "engine_version": facts.version}
-        return self.model_dump(exclude=no_matter) | versions | {"options": options, "stub": facts.stub}
+            excluded |= {"seed", "top_p"}
+        versions = {"version": VERSION, "engine_version": engine.VERSION}
+        return self.model_dump(exclude=excluded) | versions | {"options": options, "stub": bool(entry.stub)}

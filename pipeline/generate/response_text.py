@@ -1,10 +1,10 @@
-"""What an answer's text says about itself: thinking that does not belong to it, and a loop that it ended in."""
+"""Defects of an answer's text: a thinking block before it, and a repetition loop at its end."""
 
 from collections.abc import Iterator
 
 _START, _END = "<think>", "</think>"
 
-# A loop is an ending that repeats itself at least COPIES times over at least LOOP_CHARS characters.
+# A loop is an ending of at least COPIES copies of a piece and at least LOOP_CHARS characters.
 COPIES = 4
 LOOP_CHARS = 100
 LONGEST_PIECE = 500
@@ -12,15 +12,15 @@ _KEY_CHARS = 16
 
 
 def strip_thinking(text: str, *, opened: bool = False, cut: bool = False) -> str:
-    """`text` without the `<think>` block that it begins with, and the space around that.
+    """`text` without its leading `<think>` block and the space around it.
 
-    A block without an end is the whole text; where the prompt opened it, only the cut tells. Tags further on belong to
-    the answer: it may be about them.
+    A block without an end is the whole text; if the prompt opened it, `cut` shows that. Later tags belong to the
+    answer, which may be about them.
 
     Args:
         text: an answer.
         opened: the prompt opened the block already, as some templates do.
-        cut: the answer ended at the limit of tokens, not by itself.
+        cut: the answer ended at the token limit.
     """
     begins = text.lstrip().startswith(_START)
     if not begins and not (opened and (cut or _END in text)):
@@ -29,11 +29,10 @@ def strip_thinking(text: str, *, opened: bool = False, cut: bool = False) -> str
 
 
 def ends_in_loop(text: str) -> bool:
-    """Whether `text` ends by saying the same thing over and over, as degenerate greedy decoding does.
+    """Whether `text` ends in a loop, as degenerate greedy decoding does.
 
     True if its last characters, at least `LOOP_CHARS` of them, are at least `COPIES` copies of one piece of at most
-    `LONGEST_PIECE` characters; the first and the last copy may be cut. Copies that differ, in a counter for example,
-    are no loop here.
+    `LONGEST_PIECE` characters; the first and the last copy may be cut. Copies must be equal, so a counter is no loop.
     """
     text = text.rstrip()
     if len(text) < LOOP_CHARS:
@@ -48,7 +47,7 @@ def _repeats(text: str, length: int, period: int) -> bool:
 
 
 def _periods(text: str) -> Iterator[int]:
-    """Distances at which the last few characters occur again, the nearest first: no other distance can repeat."""
+    """Distances at which the last few characters recur, nearest first: a loop has one of these periods."""
     key = text[-_KEY_CHARS:]
     first = max(0, len(text) - len(key) - LONGEST_PIECE)
     at = text.rfind(key, first, len(text) - 1)

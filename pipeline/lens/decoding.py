@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.backbone.loading import BackboneParams
 from pipeline.core.errors import EngineError
 from pipeline.core.run import progress
-from pipeline.generate.engines.base import Completion, Sampling, SoftPrompt
+from pipeline.generate.engines.base import Completion, EngineSetup, Sampling, SoftPrompt
 from pipeline.generate.engines.transformers import stop_token_ids
 
 if TYPE_CHECKING:
@@ -185,11 +185,13 @@ def vllm_decoder(
     from pipeline.generate.engines.vllm import VllmEngine
     from pipeline.generate.engines.vllm_defaults import token_bytes
 
-    engine = VllmEngine(
-        backbone,
-        max_model_len=compression_tokens + max_new_tokens,
-        options={**_OPTIONS, **(options or {})},
-        per_token=token_bytes(_text_config(backbone), backbone.dtype),
+    engine = VllmEngine.load(
+        EngineSetup(
+            backbone,
+            max_model_len=compression_tokens + max_new_tokens,
+            options={**_OPTIONS, **(options or {})},
+            token_bytes=token_bytes(_text_config(backbone), backbone.dtype),
+        )
     )
     with closing(engine):
         yield lambda soft_prompts: _decode(engine, backbone, soft_prompts, max_new_tokens, show_progress)

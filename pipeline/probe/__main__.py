@@ -16,7 +16,7 @@ from pipeline.core.paths import DELTAS_TABLE, PROBE_DIR, ROWS_TABLE
 from pipeline.core.run import RunRecord, record, setup_logging, user_errors, work_dir
 from pipeline.evaluate.build import SystemInputs, encoder_artifact, make_systems, manifest_params, own_instructions
 from pipeline.evaluate.deltas import deltas_table
-from pipeline.generate.engines import prepare_environment
+from pipeline.generate.engines.registry import prepare_environment
 from pipeline.probe.base import ProbeContext, find_probe, probe_params
 
 

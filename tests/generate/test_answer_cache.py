@@ -1,4 +1,4 @@
-"""The backbone's answers: asked for once, by an engine that starts once, kept in the store."""
+"""The backbone's answers: generated once, by an engine that starts once, and kept in the store."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,8 +14,8 @@ from pipeline.core.row_store import ShardStore
 from pipeline.generate.answer_cache import Answers
 from pipeline.generate.engines.base import Completion, Prompt, Sampling
 from pipeline.generate.generator import Generator
-from pipeline.generate.outcomes import STORE
 from pipeline.generate.params import GenerateParams
+from pipeline.generate.response_counts import STORE
 from tests.conftest import tiny_tokenizer
 
 
@@ -113,7 +113,7 @@ def test_a_failed_prompt_has_no_answer_and_is_asked_again(tmp_path: Path) -> Non
 
 
 def test_too_many_failures_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"2 of 3 rows failed .*generate.max_failed_fraction is 0.5"):
+    with pytest.raises(EngineError, match=r"^generate\.max_failed_fraction: 2 of 3 rows failed .*0\.5"):
         answers(tmp_path, Shouting(refused={"a", "b"}))(["a", "b", "c"])
 
 

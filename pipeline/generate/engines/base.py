@@ -1,9 +1,10 @@
 """What every generation engine is: prompts in as token ids, completions out as they finish."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
+from pipeline.backbone.loading import BackboneParams
 from pipeline.core.schemas import FinishReason
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SoftPrompt:
-    """A row to complete that begins with vectors `[n, d]` in place of tokens; only some engines take it."""
+    """A row that begins with vectors `[n, d]` in place of tokens; only vLLM takes it."""
 
     id: str
     embeds: "torch.Tensor"
@@ -35,13 +36,18 @@ class SoftPrompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine wrote for one prompt. `error` says why where `finish_reason` is "error"."""
+    """An engine's answer to one prompt; `error` is the reason where `finish_reason` is "error"."""
 
     id: str
     text: str
     finish_reason: FinishReason
     response_tokens: int
     error: str | None = None
+
+    @classmethod
+    def failed(cls, row_id: str, error: str) -> Self:
+        """A row without an answer."""
+        return cls(row_id, "", "error", 0, error)
 
 
 @dataclass(frozen=True)
@@ -52,14 +58,42 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
 
+    def arguments(self, seed: int) -> dict[str, Any]:
+        """The params of a row under the names that vLLM and OpenAI's protocol share; a greedy row has no seed."""
+        arguments = {"max_tokens": self.max_new_tokens, "temperature": self.temperature, "top_p": self.top_p}
+        return arguments | ({"seed": seed} if self.temperature else {})
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """What an engine is loaded with; each reads what it needs.
+
+    Attributes:
+        backbone: the model, in the dtype it runs in.
+        max_model_len: positions of a prompt and its answer together.
+        options: the engine's own options.
+        token_bytes: bytes of a token in the KV cache; None if unknown.
+        tensor_parallel: GPUs that the model is split over.
+        batch_invariant: answers do not depend on which rows share a batch.
+        memory_share: part of the machine's free memory that this engine may use, 0 to 1.
+    """
+
+    backbone: BackboneParams
+    max_model_len: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    token_bytes: int | None = None
+    tensor_parallel: int = 1
+    batch_invariant: bool = False
+    memory_share: float = 1.0
+
 
 class Engine(Protocol):
-    """A loaded backbone that completes prompts; used as a context manager, which frees it."""
+    """A loaded backbone that completes prompts; `contextlib.closing` frees it."""
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
         """Yield one completion a prompt, in any order, as soon as each is finished.
 
-        A prompt that fails yields a completion with `finish_reason` "error"; the others go on.
+        A prompt that fails yields a completion with `finish_reason` "error"; the others are not affected.
 
         Raises:
             EngineError: the engine itself broke.
@@ -68,4 +102,27 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free its processes and memory."""
+        ...
+
+
+class LoadableEngine(Engine, Protocol):
+    """The class of an engine in the registry.
+
+    Attributes:
+        VERSION: goes up when the same prompt and params may give another answer.
+        SPEED_OPTIONS: options that change how fast an answer comes and not which; they stay out of fingerprints and
+            manifests.
+    """
+
+    VERSION: ClassVar[int]
+    SPEED_OPTIONS: ClassVar[frozenset[str]]
+
+    @classmethod
+    def load(cls, setup: EngineSetup) -> Self:
+        """Start the engine.
+
+        Raises:
+            EngineError: it is not installed, refuses an option or cannot start.
+            BackboneError: the backbone cannot be loaded.
+        """
         ...

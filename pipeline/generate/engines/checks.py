@@ -1,25 +1,26 @@
-"""What engines check before they start and before they take a prompt, and how they name what went wrong."""
+"""Checks before an engine starts and before it takes a prompt, and how failures are described."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from pipeline.backbone.loading import BackboneParams
 from pipeline.core.config import Params, validate
 from pipeline.core.errors import EngineError, ParamsError
+from pipeline.generate.engines.base import Completion, Prompt
 
 M = TypeVar("M", bound=Params)
 
 
 def parse_options(options: Mapping[str, Any], model: type[M]) -> M:
-    """`generate.options` as an engine's own model.
+    """Options as an engine's own model.
 
     Raises:
         EngineError: with one line for each unknown, missing or mistyped option.
     """
     try:
-        return validate(dict(options), model, where="generate.options")
+        return validate(dict(options), model)
     except ParamsError as error:
-        raise EngineError(str(error)) from None
+        raise EngineError(str(error), argument="options") from None
 
 
 def context_length(backbone: BackboneParams, config: Any, max_prompt_tokens: int, max_new_tokens: int) -> int:
@@ -32,8 +33,9 @@ def context_length(backbone: BackboneParams, config: Any, max_prompt_tokens: int
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and wanted > limit:
         raise EngineError(
-            f"generate.max_prompt_tokens ({max_prompt_tokens}) + generate.max_new_tokens ({max_new_tokens}) = {wanted} "
-            f"tokens, but backbone '{backbone.name}' has {limit} positions: lower one of them"
+            f"{max_prompt_tokens} + max_new_tokens ({max_new_tokens}) = {wanted} tokens, but backbone "
+            f"'{backbone.name}' has {limit} positions: lower one of them",
+            argument="max_prompt_tokens",
         )
     return wanted
 
@@ -43,6 +45,25 @@ def too_long(prompt_tokens: int, max_new_tokens: int, positions: int) -> str | N
     if prompt_tokens + max_new_tokens <= positions:
         return None
     return f"prompt too long: {prompt_tokens} tokens + {max_new_tokens} new ones exceed {positions}"
+
+
+def split_fitting(
+    prompts: Iterable[Prompt], max_new_tokens: int, positions: int
+) -> tuple[list[Prompt], list[Completion]]:
+    """The prompts that fit into `positions` with their answers, and the failures of the others."""
+    fitting, refused = list[Prompt](), list[Completion]()
+    for prompt in prompts:
+        if reason := too_long(len(prompt.token_ids), max_new_tokens, positions):
+            refused.append(Completion.failed(prompt.id, reason))
+        else:
+            fitting.append(prompt)
+    return fitting, refused
+
+
+def stop_tokens(*eos: int | list[int] | None) -> list[int]:
+    """Every token that one of these EOS settings names, ascending."""
+    named = [token for setting in eos for token in (setting if isinstance(setting, list) else [setting])]
+    return sorted({token for token in named if token is not None})
 
 
 def describe(error: BaseException) -> str:

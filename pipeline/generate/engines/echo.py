@@ -1,20 +1,20 @@
-"""A stub for tests and dry runs of the pipeline: answers with the prompt itself and says that it is a stub."""
+"""A stub for tests and dry runs: answers with the prompt itself."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar, Self
 
 from pydantic import Field
 
-from pipeline.backbone.loading import BackboneParams, load_tokenizer
+from pipeline.backbone.loading import load_tokenizer
 from pipeline.core.config import Params
-from pipeline.generate.engines.base import Completion, Prompt, Sampling
-
-VERSION = 1
-SPEED_OPTIONS = frozenset({"delay"})
+from pipeline.core.schemas import FinishReason
+from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Sampling
+from pipeline.generate.engines.checks import parse_options
 
 
 class EchoOptions(Params):
-    """`generate.options` of this engine."""
+    """Options of this engine."""
 
     delay: float = Field(default=0.0, ge=0, description="seconds that a row takes")
 
@@ -25,14 +25,18 @@ class EchoEngine:
     An answer depends on its prompt alone, so it is the same in every batch and after every resume.
     """
 
+    VERSION: ClassVar[int] = 1
+    SPEED_OPTIONS: ClassVar[frozenset[str]] = frozenset(EchoOptions.model_fields)
+
     def __init__(self, decode: Callable[[list[int]], str], delay: float = 0.0) -> None:
-        """`decode` turns token ids into text; `delay` is the time in seconds that a row takes."""
+        """`decode` turns token ids into text; `delay` is in seconds a row."""
         self._decode, self._delay = decode, delay
 
     @classmethod
-    def load(cls, backbone: BackboneParams, delay: float = 0.0) -> "EchoEngine":
-        """An echo that decodes with the backbone's tokenizer; the model itself is not loaded."""
-        tokenizer = load_tokenizer(backbone)
+    def load(cls, setup: EngineSetup) -> Self:
+        """Load the backbone's tokenizer, which decodes; the model itself is not loaded."""
+        delay = parse_options(setup.options, EchoOptions).delay
+        tokenizer = load_tokenizer(setup.backbone)
         return cls(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), delay)
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
@@ -41,12 +45,8 @@ class EchoEngine:
             if self._delay:
                 time.sleep(self._delay)
             kept = prompt.token_ids[: sampling.max_new_tokens]
-            yield Completion(
-                id=prompt.id,
-                text=f"stub answer: {self._decode(kept)}",
-                finish_reason="stop" if len(kept) == len(prompt.token_ids) else "length",
-                response_tokens=len(kept),
-            )
+            reason: FinishReason = "stop" if len(kept) == len(prompt.token_ids) else "length"
+            yield Completion(prompt.id, f"stub answer: {self._decode(kept)}", reason, len(kept))
 
     def close(self) -> None:
         """Nothing to free."""

@@ -1,20 +1,21 @@
-"""An endpoint as engine: any server that speaks OpenAI's protocol, on the network or on this machine.
+"""Any server that speaks OpenAI's protocol, on the network or on this machine.
 
-An event loop in a thread of its own sends the requests; prompts are taken and answers given in the caller's thread.
+An event loop in its own thread sends the requests; prompts are read and answers yielded in the caller's thread.
 """
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import cached_property
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from pipeline.backbone.loading import BackboneParams, load_tokenizer
 from pipeline.core.errors import EngineError
 from pipeline.core.schemas import FinishReason
-from pipeline.generate.engines.base import Completion, Prompt, Sampling
+from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Sampling
 from pipeline.generate.engines.checks import parse_options
 from pipeline.generate.engines.openai_client import (
     ROW_STATUSES,
@@ -31,39 +32,29 @@ from pipeline.generate.engines.openai_client import (
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
-SPEED_OPTIONS = frozenset(
-    {
-        "api_key_env",
-        "attempts",
-        "base_url",
-        "concurrency",
-        "requests_per_minute",
-        "timeout_seconds",
-        "tokens_per_minute",
-    }
-)
-
 NO_MODEL_LIST_STATUSES = frozenset({404, 405, 501})
 FINISH_REASONS: Mapping[str | None, FinishReason] = {"stop": "stop", "length": "length"}
 
 
 class OpenAIEngine:
-    """Keeps `concurrency` requests in flight and yields each answer as it comes."""
+    """Keeps `concurrency` requests in flight and yields each answer as it arrives."""
 
-    def __init__(self, backbone: BackboneParams, *, max_model_len: int, options: Mapping[str, Any]) -> None:
-        """Connect, and ask one short question that shows whether the server takes requests of this form.
+    VERSION: ClassVar[int] = 1
+    SPEED_OPTIONS: ClassVar[frozenset[str]] = frozenset(OpenAIOptions.model_fields) - {"model", "api", "extra_body"}
+
+    def __init__(self, backbone: BackboneParams, options: OpenAIOptions, *, max_model_len: int) -> None:
+        """Connect, and send one short request to check that the server accepts this form.
 
         Args:
-            backbone: the model that the server is expected to serve; only its tokenizer is used here.
+            backbone: the model that the server serves; only its tokenizer is used here.
+            options: of the server.
             max_model_len: positions of a prompt and its answer together.
-            options: see `OpenAIOptions`.
 
         Raises:
-            EngineError: an option is wrong, a package is missing, or the server is not there, does not serve the
-                model or refuses the request.
+            EngineError: a package is missing, or the server cannot be reached, does not serve the model or refuses the
+                request.
         """
-        self._options = parse_options(options, OpenAIOptions)
+        self._options = options
         self._secret = read_secret(self._options.api_key_env)
         self._client = make_client(self._options, self._secret)
         self._backbone = backbone
@@ -74,9 +65,13 @@ class OpenAIEngine:
         self._most_tokens = max_model_len
         self._in_flight: set[Future[Completion]] = set()
         self._failed_in_a_row = 0
-        self._count: Callable[[str], int] | None = None
         self._prompts_compared = False
         self._connect()
+
+    @classmethod
+    def load(cls, setup: EngineSetup) -> Self:
+        """Connect to the server."""
+        return cls(setup.backbone, parse_options(setup.options, OpenAIOptions), max_model_len=setup.max_model_len)
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
         """See `Engine.generate`; answers come in the order in which they finish."""
@@ -97,7 +92,7 @@ class OpenAIEngine:
             self._cancel()
 
     def close(self) -> None:
-        """Give up what is in flight and close the connections."""
+        """Cancel the requests in flight and close the connections."""
         self._cancel()
         self._resources.close()
 
@@ -137,7 +132,8 @@ class OpenAIEngine:
             listed = ", ".join(sorted(served)[:10]) or "nothing"
             listed += f" and {len(served) - 10} more" if len(served) > 10 else ""
             raise EngineError(
-                f"generate.options.model: {self._options.base_url} does not serve '{self._model}' (it serves: {listed})"
+                f"{self._options.base_url} does not serve '{self._model}' (it serves: {listed})",
+                argument="options.model",
             )
 
     async def _check_request(self) -> None:
@@ -149,7 +145,7 @@ class OpenAIEngine:
             raise self._broken(error) from None
         if not getattr(response, "choices", None):
             raise EngineError(
-                f"generate.options.base_url: {self._options.base_url} answers, but not in OpenAI's protocol"
+                f"{self._options.base_url} answers, but not in OpenAI's protocol", argument="options.base_url"
             )
 
     # --- one row ----------------------------------------------------------------------------------------------------
@@ -178,13 +174,9 @@ class OpenAIEngine:
     async def _request(self, prompt: Prompt, sampling: Sampling) -> Any:
         arguments: dict[str, Any] = {
             "model": self._model,
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
             "extra_body": dict(self._options.extra_body),
+            **sampling.arguments(prompt.seed),
         }
-        if sampling.temperature:
-            arguments["seed"] = prompt.seed
         if self._options.api == "completions":
             return await self._client.completions.create(prompt=prompt.token_ids, **arguments)
         if kwargs := self._backbone.chat_template_kwargs:
@@ -195,55 +187,54 @@ class OpenAIEngine:
     def _completion(self, prompt: Prompt, response: Any) -> Completion:
         choices = getattr(response, "choices", None)
         if not choices:
-            return Completion(prompt.id, "", "error", 0, "no answer in the server's response")
+            return Completion.failed(prompt.id, "no answer in the server's response")
         text = valid_text((choices[0].text if self._options.api == "completions" else choices[0].message.content) or "")
         reason = FINISH_REASONS.get(choices[0].finish_reason)
         if reason is None:
-            return Completion(prompt.id, "", "error", 0, f"the server finished it with '{choices[0].finish_reason}'")
+            return Completion.failed(prompt.id, f"the server finished it with '{choices[0].finish_reason}'")
         if response.usage is None:
-            return Completion(prompt.id, text, reason, self._count_tokens(text))
+            tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            return Completion(prompt.id, text, reason, len(tokens))
         self._compare_prompts(len(prompt.token_ids), response.usage.prompt_tokens)
         return Completion(prompt.id, text, reason, response.usage.completion_tokens)
 
-    def _count_tokens(self, text: str) -> int:
-        if self._count is None:
-            log.info("engine openai: the server reports no usage: tokens are counted with the backbone's tokenizer")
-            tokenizer = load_tokenizer(self._backbone)
-            self._count = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return self._count(text)
+    @cached_property
+    def _tokenizer(self) -> Any:
+        log.info("engine openai: the server reports no usage: tokens are counted with the backbone's tokenizer")
+        return load_tokenizer(self._backbone)
 
     def _compare_prompts(self, ours: int, theirs: int) -> None:
         if not self._prompts_compared and ours != theirs:
             log.warning(
                 "engine openai: the server's prompt has %d tokens, the backbone's own %d: its chat template or model "
-                "differs (generate.options.api: completions sends our tokens)", theirs, ours,
+                "differs (options.api: completions sends our tokens)", theirs, ours,
             )  # fmt: skip
         self._prompts_compared = True
 
     # --- failures ---------------------------------------------------------------------------------------------------
 
     def _failed(self, prompt: Prompt, error: Exception) -> Completion:
-        """The row's own failure.
+        """A failure that concerns this row alone.
 
         Raises:
-            EngineError: it is not the row's own.
+            EngineError: it concerns every row.
         """
         if is_transient(error):
             self._failed_in_a_row += 1
             if self._failed_in_a_row > 2 * self._options.concurrency:
-                raise self._broken(
-                    error, f"{self._failed_in_a_row} rows failed without an answer between them, "
-                ) from None
+                raise self._broken(error, f"{self._failed_in_a_row} rows failed in a row, ") from None
         elif getattr(error, "status_code", None) not in ROW_STATUSES:
             raise self._broken(error) from None
-        return Completion(prompt.id, "", "error", 0, valid_text(self._secret.cleared(reason_of(error))))
+        return Completion.failed(prompt.id, valid_text(self._secret.cleared(reason_of(error))))
 
     def _broken(self, error: Exception, what: str = "") -> EngineError:
-        hints = {
-            401: f"the key: environment variable {self._options.api_key_env} (generate.options.api_key_env)",
-            403: f"the key: environment variable {self._options.api_key_env} (generate.options.api_key_env)",
-            404: "generate.options.base_url (with its /v1) and generate.options.model",
-        }
-        hint = hints.get(getattr(error, "status_code", 0), "generate.options.base_url")
-        said = self._secret.cleared(f"{what}{reason_of(error)}")
-        return EngineError(f"the endpoint {self._options.base_url} cannot be used: {said}; see {hint}")
+        argument, hint = "base_url", ""
+        match getattr(error, "status_code", 0):
+            case 401 | 403:
+                argument, hint = "api_key_env", f"; the key is environment variable {self._options.api_key_env}"
+            case 404:
+                hint = "; check it (with its /v1) and options.model"
+        reason = self._secret.cleared(f"{what}{reason_of(error)}")
+        return EngineError(
+            f"the endpoint {self._options.base_url} cannot be used: {reason}{hint}", argument=f"options.{argument}"
+        )

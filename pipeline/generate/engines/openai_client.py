@@ -1,11 +1,12 @@
-"""What talking to an endpoint takes: its options, the key, the pace, which failures to try again, and their names.
+"""Client of an OpenAI endpoint: options, key, rate limits, which failures are retried, and their descriptions.
 
-The key comes from an environment variable and goes nowhere but into the request: what a server says about a failure
-is cleared of it before it is logged, raised or stored.
+The key comes from an environment variable and goes into the request only: it is removed from a server's message
+before that is logged, raised or stored.
 """
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import time
@@ -24,16 +25,16 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-# The first wait before a retry, and the longest that we choose ourselves.
+# The first wait before a retry, and the longest unless the server asks for more.
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
-# Statuses that speak of one request; all other failures that waiting does not cure concern every row.
+# Statuses that concern one request; all other permanent failures concern every row.
 ROW_STATUSES = frozenset({400, 413, 422})
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
 
 
 class OpenAIOptions(Params):
-    """`generate.options` of this engine."""
+    """Options of this engine."""
 
     base_url: str = Field(description="with the version, e.g. http://127.0.0.1:8000/v1")
     model: str | None = Field(default=None, description="the server's name of the model; null = backbone.name")
@@ -63,7 +64,7 @@ class OpenAIOptions(Params):
 
 @dataclass(frozen=True)
 class Secret:
-    """A key that does not show itself."""
+    """A key that its `repr` hides."""
 
     _value: str
 
@@ -72,7 +73,7 @@ class Secret:
         return text.replace(self._value, "***") if self._value else text
 
     def reveal(self) -> str:
-        """The key itself, for the client alone."""
+        """The key itself."""
         return self._value
 
     def __repr__(self) -> str:
@@ -81,13 +82,13 @@ class Secret:
 
 @dataclass(frozen=True)
 class Pace:
-    """Limits of requests and of tokens a minute."""
+    """Rate limits: requests and tokens a minute."""
 
     requests: "AsyncLimiter | None"
     tokens: "AsyncLimiter | None"
 
     async def wait(self, tokens: int) -> None:
-        """Wait until one more request of `tokens` tokens may start."""
+        """Wait until a request of `tokens` tokens may start."""
         if self.requests:
             await self.requests.acquire()
         if self.tokens:
@@ -102,19 +103,19 @@ def limiter(per_minute: float | None, largest: int) -> "AsyncLimiter | None":
 
 
 def read_secret(variable: str) -> Secret:
-    """The key in the environment; empty for a server that wants none.
+    """The key in the environment; empty for a server without one.
 
     Raises:
-        EngineError: a variable that the user chose is not set.
+        EngineError: a variable other than the default is not set.
     """
     value = os.environ.get(variable, "").strip()
     if not value and variable != KEY_VARIABLE:
-        raise EngineError(f"generate.options.api_key_env: environment variable {variable} is not set")
+        raise EngineError(f"environment variable {variable} is not set", argument="options.api_key_env")
     return Secret(value)
 
 
 def make_client(options: OpenAIOptions, secret: Secret) -> "AsyncOpenAI":
-    """The client; retries are ours.
+    """A client without retries, which the engine does itself.
 
     Raises:
         EngineError: a package is missing.
@@ -125,7 +126,7 @@ def make_client(options: OpenAIOptions, secret: Secret) -> "AsyncOpenAI":
         from openai import AsyncOpenAI
     except ImportError as error:
         raise EngineError(
-            f"generate.engine: openai needs a package ({describe(error)}): it comes with `pip install -e .`"
+            f"openai needs a package ({describe(error)}): it comes with `pip install -e .`", argument="engine"
         ) from None
     return AsyncOpenAI(
         base_url=options.base_url,
@@ -139,7 +140,7 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
     import openai
 
-    if isinstance(error, json.JSONDecodeError):  # a reply that was cut on its way, which the client passes on as it is
+    if isinstance(error, json.JSONDecodeError):  # a truncated reply
         return True
     if isinstance(error, openai.APIStatusError):
         return error.status_code in TRANSIENT_STATUSES or error.status_code >= 500
@@ -147,7 +148,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def wait_seconds(state: "RetryCallState") -> float:
-    """What the server asks for; else twice as long each time, with jitter so that rows do not come back together."""
+    """The server's `Retry-After`; else doubling waits with jitter, so that rows do not return together."""
     from tenacity import wait_exponential, wait_random
 
     asked = retry_after(state.outcome.exception() if state.outcome else None)
@@ -158,27 +159,24 @@ def wait_seconds(state: "RetryCallState") -> float:
 
 
 def retry_after(error: BaseException | None) -> float | None:
-    """Seconds that the server's `Retry-After` names, as a number or as a date."""
+    """Seconds of the server's `Retry-After`, given as a number or as a date."""
     header = getattr(getattr(error, "response", None), "headers", {}).get("retry-after")
     if header is None:
         return None
-    try:
+    with suppress(ValueError):
         return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError):
         return max(0.0, parsedate_to_datetime(header).timestamp() - time())
-    except ValueError:
-        return None
+    return None
 
 
 def valid_text(text: str) -> str:
-    """Text that UTF-8 can hold: halves of surrogate pairs, left by servers that cut within an emoji, become U+FFFD."""
+    """Text that UTF-8 can hold: half surrogate pairs, from servers that cut within an emoji, become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def reason_of(error: Exception) -> str:
-    """A failure as `kind: what the server said`."""
+    """A failure as `kind: message`."""
     import openai
 
     if not isinstance(error, openai.APIStatusError):

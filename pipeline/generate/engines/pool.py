@@ -1,7 +1,7 @@
 """Several engines, one process and one group of GPUs each, behind the interface of one.
 
-The owner holds the prompts, and each engine asks for the next few when it has room: the work is balanced by how fast
-each is, rows are disjoint, and no more prompts are in memory than the engines have in hand.
+Each engine asks the owner for the next few prompts when it has room: faster engines get more rows, rows are disjoint,
+and only the prompts that engines work on are in memory.
 """
 
 import logging
@@ -20,7 +20,7 @@ from pipeline.parallel.worker_pool import Channel, Workers
 
 log = logging.getLogger(__name__)
 
-# Prompts that an engine gets at once. It asks for the next ones while it still has as many.
+# Prompts that an engine gets at once. It asks for the next ones while it still has this many.
 CHUNK = 8
 
 
@@ -40,17 +40,17 @@ class Chunk(NamedTuple):
 
 
 class Abort(NamedTuple):
-    """To a worker: nobody waits for this round any more."""
+    """To a worker: stop this round."""
 
     round: int
 
 
-class Ready(NamedTuple):
+class EngineReady(NamedTuple):
     """From a worker: its engine is loaded."""
 
 
 class Want(NamedTuple):
-    """From a worker: the next prompts, please."""
+    """From a worker: it needs the next prompts."""
 
     round: int
 
@@ -69,7 +69,7 @@ class Done(NamedTuple):
 
 
 class ParallelEngine:
-    """An engine in each place, all fed from one stream of prompts."""
+    """Several engine processes, fed from one stream of prompts."""
 
     def __init__(self, load: Callable[[], Engine], where: Sequence[Place]) -> None:
         """Start the processes and wait until all engines are loaded.
@@ -79,13 +79,15 @@ class ParallelEngine:
             where: a place for each.
 
         Raises:
-            PipelineError: what an engine raised when it was loaded, or EngineError if its process died.
+            PipelineError: an engine's error while it was loaded, or EngineError if its process died.
         """
         started = time.monotonic()
         self._workers = Workers(partial(serve, load), where, kind="engine process", error=EngineError)
         self._round = 0
         try:
-            self._await_ready()
+            waiting = set(range(len(self._workers)))
+            while waiting:
+                waiting -= {index for index, _ in self._workers.receive()}
         except BaseException:
             self.close()
             raise
@@ -93,7 +95,7 @@ class ParallelEngine:
         log.info("%d engine processes (%s), ready after %.1f s", len(where), names, time.monotonic() - started)
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
-        """See `Engine.generate`; when a process dies, all that was finished is yielded first."""
+        """See `Engine.generate`; if a process dies, all finished rows are yielded first."""
         self._round += 1
         source = iter(prompts)
         running = set(range(len(self._workers)))
@@ -117,24 +119,19 @@ class ParallelEngine:
         """Stop the processes."""
         self._workers.close()
 
-    def _await_ready(self) -> None:
-        waiting = set(range(len(self._workers)))
-        while waiting:
-            waiting -= {index for index, _ in self._workers.receive()}
-
     def _received(self) -> list[tuple[int, Any]]:
-        """What came for this round; a round that was aborted may still send."""
+        """Messages of this round; an aborted round may still send."""
         return [(index, message) for index, message in self._workers.receive() if message.round == self._round]
 
     def _chunk(self, source: Iterator[Prompt]) -> Chunk:
-        taken = list(islice(source, CHUNK))
-        return Chunk(self._round, taken, last=len(taken) < CHUNK)
+        prompts = list(islice(source, CHUNK))
+        return Chunk(self._round, prompts, last=len(prompts) < CHUNK)
 
 
 def serve(load: Callable[[], Engine], channel: Channel) -> None:
     """A worker's work: load an engine, then complete round after round."""
     with closing(load()) as engine:
-        channel.send(Ready())
+        channel.send(EngineReady())
         while True:
             message = channel.receive()
             if isinstance(message, Start):
@@ -142,11 +139,11 @@ def serve(load: Callable[[], Engine], channel: Channel) -> None:
 
 
 class _Aborted(Exception):
-    """The owner gave the round up."""
+    """The owner stopped the round."""
 
 
 class _Round:
-    """One round of a worker: its prompts as they arrive, as an iterator for the engine."""
+    """One round of a worker: an iterator over its prompts as they arrive."""
 
     def __init__(self, channel: Channel, start: Start) -> None:
         self._channel, self._number, self._sampling = channel, start.round, start.sampling

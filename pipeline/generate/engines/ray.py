@@ -1,6 +1,6 @@
 """vLLM on a Ray cluster, through Ray Data's batch inference: one engine a GPU, or one over several.
 
-Chunks of prompts go out while earlier ones are worked on, and answers come back chunk by chunk; the engines stay up
+Chunks of prompts are sent while earlier ones are worked on, and answers return chunk by chunk; the engines stay up
 from the first prompt to the last.
 """
 
@@ -12,13 +12,13 @@ from itertools import islice
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from time import monotonic
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from pipeline.backbone.loading import BackboneParams, load_config, load_tokenizer
 from pipeline.core.errors import EngineError
 from pipeline.core.schemas import FinishReason
-from pipeline.generate.engines.base import Completion, Prompt, Sampling
-from pipeline.generate.engines.checks import describe, too_long
+from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Sampling
+from pipeline.generate.engines.checks import describe, split_fitting, stop_tokens
 from pipeline.generate.engines.ray_cluster import (
     Connection,
     Layout,
@@ -29,13 +29,11 @@ from pipeline.generate.engines.ray_cluster import (
     processor_config,
     split_options,
 )
-from pipeline.generate.engines.vllm import SPEED_OPTIONS as VLLM_SPEED_OPTIONS
+from pipeline.generate.engines.vllm import VllmEngine
 from pipeline.parallel.reaper import Reaper
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
-SPEED_OPTIONS = VLLM_SPEED_OPTIONS | frozenset(RayOptions.model_fields)
 CLOSE_SECONDS = 10.0
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception)\b")
 
@@ -43,56 +41,64 @@ ERROR_LINE = re.compile(r"[\w.]+(Error|Exception)\b")
 class RayEngine:
     """Feeds one endless data set and reads its answers."""
 
+    VERSION: ClassVar[int] = 1
+    SPEED_OPTIONS: ClassVar[frozenset[str]] = VllmEngine.SPEED_OPTIONS | frozenset(RayOptions.model_fields)
+
     def __init__(
-        self, backbone: BackboneParams, *, max_model_len: int, options: Mapping[str, Any], tensor_parallel: int = 1
+        self, backbone: BackboneParams, options: RayOptions, arguments: Mapping[str, Any], *, max_model_len: int
     ) -> None:
         """Connect to Ray or start it, start the engines and let one of them answer a token.
 
         Args:
-            backbone: the model, in the dtype it runs in; a folder must be there under the same path on every machine.
+            backbone: the model, in the dtype it runs in; a folder must have the same path on every machine.
+            options: of the cluster.
+            arguments: of vLLM's `EngineArgs`.
             max_model_len: positions of a prompt and its answer together.
-            options: `RayOptions`, and arguments of vLLM's `EngineArgs`.
-            tensor_parallel: GPUs that each engine splits the model over.
 
         Raises:
-            EngineError: Ray is not installed or cannot be reached, an option is wrong, or no engine starts.
+            EngineError: Ray cannot be reached, or no engine starts.
         """
         started = monotonic()
-        import_ray()
-        ours, arguments = split_options(options)
-        arguments |= {"tensor_parallel_size": tensor_parallel}
         self._max_model_len = max_model_len
-        self._timeout, self._chunk_rows = ours.timeout_seconds, ours.chunk_rows
+        self._timeout, self._chunk_rows = options.timeout_seconds, options.chunk_rows
         self._stops = stop_ids(backbone)
         self._reaper, self._connection = Reaper(), Connection()
         try:
             with own_sigterm():
-                self._connection.open(ours)
-                self._layout = choose_layout(self._connection.resources(), ours, arguments)
-                self._start(backbone, ours, arguments)
+                self._connection.open(options)
+                self._layout = choose_layout(self._connection.resources(), options, arguments)
+                self._start(backbone, options, arguments)
         except BaseException:
             self.close()
             raise
         log.info("engine ray: %d engines, the first up in %.0f s", self._layout.replicas, monotonic() - started)
 
+    @classmethod
+    def load(cls, setup: EngineSetup) -> Self:
+        """Connect to Ray and start the engines; options are `RayOptions` and arguments of vLLM's `EngineArgs`.
+
+        Raises:
+            EngineError: Ray is not installed, an option is wrong, or no engine starts.
+        """
+        import_ray()
+        options, arguments = split_options(setup.options)
+        arguments |= {"tensor_parallel_size": setup.tensor_parallel}
+        return cls(setup.backbone, options, arguments, max_model_len=setup.max_model_len)
+
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
-        """See `Engine.generate`; answers come chunk by chunk."""
+        """See `Engine.generate`; answers return chunk by chunk."""
         waiting = iter(prompts)
         in_flight: set[str] = set()
         while True:
             while len(in_flight) < self._layout.window_rows and (chunk := list(islice(waiting, self._chunk_rows))):
-                fitting = []
-                for prompt in chunk:
-                    if reason := too_long(len(prompt.token_ids), sampling.max_new_tokens, self._max_model_len):
-                        yield Completion(prompt.id, "", "error", 0, reason)
-                    else:
-                        fitting.append(prompt)
+                fitting, refused = split_fitting(chunk, sampling.max_new_tokens, self._max_model_len)
+                yield from refused
                 self._stream.send(fitting, sampling)
                 in_flight |= {prompt.id for prompt in fitting}
             if not in_flight:
                 return
             for row in self._stream.receive(self._timeout):
-                # A machine that was lost can bring a row twice, and an abandoned call leaves rows behind.
+                # A lost machine can return a row twice, and an abandoned call leaves rows behind.
                 if row["id"] in in_flight:
                     in_flight.remove(row["id"])
                     yield completion(row, sampling, self._stops)
@@ -104,8 +110,8 @@ class RayEngine:
         self._connection.close()
         self._reaper.close()
 
-    def _start(self, backbone: BackboneParams, ours: RayOptions, arguments: Mapping[str, Any]) -> None:
-        config = processor_config(backbone, self._max_model_len, self._layout, ours, arguments)
+    def _start(self, backbone: BackboneParams, options: RayOptions, arguments: Mapping[str, Any]) -> None:
+        config = processor_config(backbone, self._max_model_len, self._layout, options, arguments)
         self._stream = Stream(config, self._layout, self._max_model_len)
         first = Prompt("start", [min(self._stops, default=0)], 0)
         self._stream.send([first], Sampling(max_new_tokens=1))
@@ -116,7 +122,7 @@ class RayEngine:
 
 
 class Stream:
-    """The endless data set: chunks in, rows out. A thread reads, so that a wait can end."""
+    """The endless data set: chunks in, rows out. A thread reads, so that a wait can time out."""
 
     def __init__(self, config: Any, layout: Layout, max_tokens: int) -> None:
         """Start the data set; the engines of `config` start with it."""
@@ -136,7 +142,7 @@ class Stream:
         self._thread.start()
 
     def send(self, prompts: list[Prompt], sampling: Sampling) -> None:
-        """Hand over at most `chunk_rows` prompts."""
+        """Send at most `chunk_rows` prompts."""
         from pipeline.generate.engines.ray_feed import chunk_table
 
         if not prompts:
@@ -147,17 +153,18 @@ class Stream:
         self._sent += 1
 
     def receive(self, timeout: float) -> list[dict[str, Any]]:
-        """Some rows that came back, at least one block of them; padding is left out.
+        """The next block of answered rows, without padding.
 
         Raises:
-            EngineError: the data set broke, or nothing came in `timeout` seconds.
+            EngineError: the data set broke, or nothing arrived in `timeout` seconds.
         """
         try:
             received = self._received.get(timeout=timeout)
         except Empty:
             raise EngineError(
-                f"Ray gave no answer for {timeout:g} s (generate.options.timeout_seconds). `ray status` shows whether "
-                "the cluster has what the engines wait for"
+                f"Ray gave no answer for {timeout:g} s. `ray status` shows whether the cluster has what the engines "
+                "wait for",
+                argument="options.timeout_seconds",
             ) from None
         if isinstance(received, Exception):
             raise EngineError(f"Ray stopped: {last_error(received)} (its logs are in its session folder)") from received
@@ -213,28 +220,22 @@ class Stream:
 
 def row_of(prompt: Prompt, chunk: int, sampling: Sampling) -> dict[str, Any]:
     """A prompt as a row of the feed."""
-    params: dict[str, Any] = {
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-    }
-    if sampling.temperature:
-        params["seed"] = prompt.seed
-    return {"id": prompt.id, "chunk": chunk, "tokenized_prompt": prompt.token_ids, "sampling": json.dumps(params)}
+    arguments = json.dumps(sampling.arguments(prompt.seed))
+    return {"id": prompt.id, "chunk": chunk, "tokenized_prompt": prompt.token_ids, "sampling": arguments}
 
 
 def completion(row: Mapping[str, Any], sampling: Sampling, stops: Collection[int]) -> Completion:
-    """An answered row. Ray Data does not hand on why vLLM stopped; it follows from the answer's length and end."""
+    """An answered row. Ray Data drops vLLM's finish reason; it follows from the answer's length and last token."""
     if error := row.get("__inference_error__"):
-        return Completion(row["id"], "", "error", 0, error.splitlines()[0])
-    tokens = int(row["tokens"])  # a float, where a row beside it has an error
+        return Completion.failed(row["id"], error.splitlines()[0])
+    tokens = int(row["tokens"])  # a float where another row of the block has an error
     full = tokens >= sampling.max_new_tokens and row["last"] not in stops
     reason: FinishReason = "length" if full else "stop"
     return Completion(row["id"], row["text"], reason, tokens)
 
 
 def last_error(error: Exception) -> str:
-    """What an error of Ray is about: the innermost one, which stands last in its message below the traceback."""
+    """The innermost error of Ray's, which is the last in its message, below the traceback."""
     lines = str(error).strip().splitlines()
     starts = [index for index, line in enumerate(lines) if ERROR_LINE.match(line)]
     if not starts:
@@ -246,10 +247,9 @@ def stop_ids(backbone: BackboneParams) -> frozenset[int]:
     """The tokens at which vLLM ends an answer: EOS of the tokenizer, the config and the generation config."""
     from transformers import GenerationConfig
 
-    named = [load_tokenizer(backbone).eos_token_id, load_config(backbone).eos_token_id]
+    eos = [load_tokenizer(backbone).eos_token_id, load_config(backbone).eos_token_id]
     try:
-        named.append(GenerationConfig.from_pretrained(backbone.name, revision=backbone.revision).eos_token_id)
+        eos.append(GenerationConfig.from_pretrained(backbone.name, revision=backbone.revision).eos_token_id)
     except OSError:
         log.debug("'%s' has no generation config", backbone.name)
-    ids = [token for entry in named for token in (entry if isinstance(entry, list) else [entry])]
-    return frozenset(token for token in ids if token is not None)
+    return frozenset(stop_tokens(*eos))

@@ -1,6 +1,5 @@
-"""Where the engines of a Ray cluster run: options, connection, how many engines on what, and their arguments."""
+"""Ray clusters: options, connection, how many engines run on what, and the engines' arguments."""
 
-import difflib
 import logging
 import math
 import os
@@ -19,18 +18,24 @@ from pipeline.backbone.loading import BackboneParams
 from pipeline.core.config import Params
 from pipeline.core.errors import EngineError
 from pipeline.generate.engines.checks import describe, parse_options
-from pipeline.generate.engines.vllm import RESERVED
+from pipeline.generate.engines.vllm import check_arguments, fixed_arguments
 from pipeline.generate.engines.vllm_defaults import CPU_KV_CACHE_BYTES, CPU_SEQUENCES, GPU_SEQUENCES
+from pipeline.generate.engines.vllm_environment import QUIET, set_defaults
 
 log = logging.getLogger(__name__)
 
-# With fewer logical CPUs beside the engines' own, Ray Data waits for itself without a word.
+# With fewer logical CPUs beside the engines' own, Ray Data deadlocks silently.
 SPARE_CPUS = 3
 STOP_SECONDS = 10.0
+RAY_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+}
 
 
 class RayOptions(Params):
-    """The part of `generate.options` that is not for vLLM."""
+    """The options that are not vLLM's."""
 
     address: str | None = Field(default=None, description="auto, ray://..., host:port; null = $RAY_ADDRESS or local")
     replicas: int | None = Field(default=None, ge=1, description="engines; null = as many as the GPUs allow")
@@ -42,7 +47,7 @@ class RayOptions(Params):
 
 @dataclass(frozen=True)
 class Layout:
-    """How the engines lie on the cluster; `sequences` run at once in each."""
+    """How the engines lie on the cluster: `devices` each; `sequences` run at once in each."""
 
     on_gpu: bool
     devices: int
@@ -52,7 +57,7 @@ class Layout:
 
     @property
     def chunks_at_once(self) -> int:
-        """Chunks that an engine works on: twice what runs at once, so that a chunk's last rows idle nothing."""
+        """Chunks that an engine works on: twice what runs at once, so that it stays busy during a chunk's last rows."""
         return max(2, math.ceil(2 * self.sequences / self.chunk_rows))
 
     @property
@@ -62,7 +67,7 @@ class Layout:
 
 
 class Connection:
-    """Ray, found or started."""
+    """A connection to Ray, which is started if there is none."""
 
     def __init__(self) -> None:
         self._ours = False
@@ -88,25 +93,25 @@ class Connection:
             )
         except Exception as error:
             # Ray raises many kinds here: no cluster, other version, no port, no memory for the object store.
-            raise EngineError(f"generate.options.address: no Ray at '{address}' ({describe(error)})") from None
+            raise EngineError(f"no Ray at '{address}' ({describe(error)})", argument="options.address") from None
         self._ours = True
         log.info("engine ray: %s", "started on this machine" if address == "local" else f"cluster {address}")
 
     def resources(self) -> dict[str, float]:
-        """What the cluster has, by Ray's names (CPU, GPU)."""
+        """The cluster's resources by Ray's names (CPU, GPU)."""
         import ray
 
         return dict(ray.cluster_resources())
 
     def close(self) -> None:
-        """Leave the cluster; stop Ray, to its last process, if it was started here."""
+        """Leave the cluster; stop all processes of a Ray that was started here."""
         if not self._ours:
             return
         import ray
 
         started = self._descendants() - self._others
         ray.shutdown()
-        # Workers outlive Ray's own processes by some seconds, with the memory of their engines.
+        # Workers outlive Ray's own processes by some seconds, and keep the memory of their engines.
         _, alive = psutil.wait_procs(started, timeout=STOP_SECONDS)
         for process in alive:
             with suppress(psutil.NoSuchProcess):
@@ -119,7 +124,7 @@ class Connection:
 
 @contextmanager
 def own_sigterm() -> Iterator[None]:
-    """Put the handler of SIGTERM back: Ray's own, set by each `ray.init`, leaves without a word about what is kept."""
+    """Restore the handler of SIGTERM: Ray's own, set by each `ray.init`, exits without our message."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -129,26 +134,15 @@ def own_sigterm() -> Iterator[None]:
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[RayOptions, dict[str, Any]]:
-    """`generate.options` as ours and vLLM's.
+    """Options as Ray's and vLLM's.
 
     Raises:
         EngineError: an option is unknown, mistyped, or follows from other params.
     """
     arguments = {name: value for name, value in options.items() if name not in RayOptions.model_fields}
     ours = parse_options({name: value for name, value in options.items() if name not in arguments}, RayOptions)
-    for name in arguments:
-        _check_argument(name)
+    check_arguments(arguments, _known_arguments() if arguments else (), RayOptions.model_fields)
     return ours, arguments
-
-
-def _check_argument(name: str) -> None:
-    if name in RESERVED:
-        raise EngineError(f"generate.options: '{name}' is not an option here, it follows from {RESERVED[name]}")
-    known = _known_arguments()
-    if known and name not in known:
-        close = difflib.get_close_matches(name, [*known, *RayOptions.model_fields], n=1)
-        hint = f" (did you mean '{close[0]}'?)" if close else ""
-        raise EngineError(f"generate.options: neither the engine ray nor vLLM's EngineArgs has '{name}'{hint}")
 
 
 def _known_arguments() -> set[str]:
@@ -161,18 +155,18 @@ def _known_arguments() -> set[str]:
 
 
 def import_ray() -> Any:
-    """The package, quiet.
+    """The package, with its logging off.
 
     Raises:
         EngineError: it is not installed.
     """
-    set_environment()
+    set_defaults(RAY_QUIET | QUIET)
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise EngineError(
-            f"generate.engine: ray cannot be imported ({describe(error)}): install it with `pip install -e .[ray]`"
+            f"ray cannot be imported ({describe(error)}): install it with `pip install -e .[ray]`", argument="engine"
         ) from None
     _quiet()
     return ray
@@ -180,21 +174,8 @@ def import_ray() -> Any:
 
 def _quiet() -> None:
     for name in ("ray", "ray.data", "ray.llm", "ray._private.worker", "vllm"):
-        # What they report as an error reaches the user as an EngineError.
+        # Their errors reach the user as an EngineError.
         logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-def set_environment() -> None:
-    """Set what Ray and vLLM read when they are imported. What the user set stays."""
-    defaults = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_BACKEND_LOG_LEVEL": "fatal",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
 
 
 def enough_cpus(options: RayOptions) -> int:
@@ -212,7 +193,7 @@ def choose_layout(resources: Mapping[str, float], options: RayOptions, arguments
     devices = int(arguments.get("tensor_parallel_size", 1)) * int(arguments.get("pipeline_parallel_size", 1))
     if gpus and devices > gpus:
         raise EngineError(
-            f"one engine takes {devices} GPUs (generate.tensor_parallel), the Ray cluster has {gpus}: lower it"
+            f"one engine takes {devices} GPUs, the Ray cluster has {gpus}: lower it", argument="tensor_parallel"
         )
     replicas = options.replicas
     if replicas is None:
@@ -222,8 +203,9 @@ def choose_layout(resources: Mapping[str, float], options: RayOptions, arguments
         log.warning("engine ray: %d engines take %d GPUs, the cluster has %d now", replicas, replicas * devices, gpus)
     if cpus < replicas + SPARE_CPUS:
         raise EngineError(
-            f"Ray has {cpus} logical CPUs, {replicas} engines need {replicas + SPARE_CPUS}: raise "
-            "generate.options.num_cpus of a local Ray, or lower generate.options.replicas"
+            f"Ray has {cpus} logical CPUs, {replicas} engines need {replicas + SPARE_CPUS}: lower it, or raise "
+            "num_cpus of a local Ray",
+            argument="options.replicas",
         )
     sequences = int(arguments.get("max_num_seqs", GPU_SEQUENCES if gpus else CPU_SEQUENCES))
     return Layout(bool(gpus), devices, replicas, sequences, options.chunk_rows)
@@ -232,7 +214,7 @@ def choose_layout(resources: Mapping[str, float], options: RayOptions, arguments
 def processor_config(
     backbone: BackboneParams, max_model_len: int, layout: Layout, options: RayOptions, arguments: Mapping[str, Any]
 ) -> Any:
-    """The configuration of `ray.data.llm` for these engines: token ids in, no stage but the engine.
+    """The configuration of `ray.data.llm` for these engines: token ids in, and no stage but the engine.
 
     Raises:
         EngineError: this Ray has no `ray.data.llm`.
@@ -240,8 +222,8 @@ def processor_config(
     try:
         from ray.data.llm import vLLMEngineProcessorConfig
     except ImportError as error:
-        raise EngineError(f"generate.engine: ray.data.llm cannot be imported ({describe(error)})") from None
-    _quiet()  # again: importing it sets levels of its own
+        raise EngineError(f"ray.data.llm cannot be imported ({describe(error)})", argument="engine") from None
+    _quiet()  # importing it sets levels of its own
     return vLLMEngineProcessorConfig(
         model_source=_everywhere(backbone.name),
         engine_kwargs=engine_arguments(backbone, max_model_len, layout, arguments),
@@ -259,7 +241,7 @@ def processor_config(
 
 
 def _everywhere(name: str) -> str:
-    """A folder by its full path: the engines run in another working directory."""
+    """A folder as its absolute path: the engines run in another working directory."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
@@ -270,21 +252,12 @@ def engine_arguments(
     automatic: dict[str, Any] = {"enable_prefix_caching": True, "max_num_seqs": layout.sequences}
     if not layout.on_gpu:
         automatic |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
-    return automatic | dict(arguments) | {
-        "revision": backbone.revision,
-        "tokenizer_revision": backbone.revision,
-        "trust_remote_code": backbone.trust_remote_code,
-        "dtype": backbone.dtype,
-        "max_model_len": max_model_len,
-        "seed": 0,
-        "disable_log_stats": True,
-    }  # fmt: skip
+    return automatic | dict(arguments) | fixed_arguments(backbone, max_model_len)
 
 
 def engine_environment(layout: Layout) -> dict[str, str]:
-    """Environment variables of the engines, which on other machines know nothing of this one's."""
-    variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    variables |= {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
+    """Environment variables of the engines, which on other machines do not inherit this one's."""
+    variables = QUIET | {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
     if layout.on_gpu:
         return variables
     threads = max(1, (os.cpu_count() or 1) // layout.replicas)

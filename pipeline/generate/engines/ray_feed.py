@@ -1,9 +1,9 @@
-"""Prompts into a running Ray Data pipeline, answers out of it, without an end in between.
+"""Prompts into a running Ray Data pipeline, answers out of it.
 
-Ray Data starts the engines of a data set with it and stops them with it. So one data set lives as long as the engine
-here: its only read task asks an actor for one chunk of prompts after the other, and waits where none is there yet.
+Ray Data starts and stops its engines with the data set. So one data set lives as long as the engine: its only read
+task asks an actor for one chunk of prompts after the other, and waits for the next.
 
-What is defined here runs on other machines, where this package need not be installed: `ship` sends it along.
+This code runs on other machines, where this package need not be installed: `ship` sends it there.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ import ray
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-# Ray Data makes floats of integers that share a column with a null, and a float kills vLLM: hence sampling params as
-# text until the last moment, and the same keys in all rows of a chunk.
+# Ray Data makes floats of integers that share a column with a null, and vLLM fails on floats: hence sampling params as
+# text up to the engine, and the same keys in all rows of a chunk.
 ERROR = "__inference_error__"
 CHUNK = pa.schema(
     [
@@ -30,22 +30,22 @@ CHUNK = pa.schema(
         ("filler", pa.binary()),
     ]
 )
-# A row with an error is passed on by every stage of `ray.data.llm` and reaches no engine.
+# Every stage of `ray.data.llm` passes a row with an error on, so it reaches no engine.
 PADDING = {"id": "", "chunk": -1, "tokenized_prompt": [], ERROR: "padding", "filler": b""}
 ROW_BYTES = 384
 TOKEN_BYTES = 8
 
 
 def block_bytes(rows: int, tokens: int) -> int:
-    """More bytes than any chunk of `rows` prompts of at most `tokens` tokens has without filler."""
+    """Upper bound of the bytes of `rows` prompts of at most `tokens` tokens, without filler."""
     return rows * (ROW_BYTES + TOKEN_BYTES * tokens)
 
 
 def chunk_table(rows: Sequence[Mapping[str, Any]], size: int, more_than_bytes: int) -> pa.Table:
     """Rows (columns `id`, `chunk`, `tokenized_prompt`, `sampling`), at least one, as a table of exactly `size`.
 
-    Ray Data hands a batch on when it has all its rows, and a block when it exceeds the block size: hence the padding
-    and the filler. Without them the last prompts would wait for ever.
+    Ray Data passes a batch on once it has all its rows, and a block once it exceeds the block size: without padding and
+    filler the last prompts would wait for ever.
     """
     complete = [{ERROR: "", "filler": b"", **row} for row in rows]
     complete += [PADDING | {"sampling": rows[0]["sampling"]}] * (size - len(rows))
@@ -55,7 +55,7 @@ def chunk_table(rows: Sequence[Mapping[str, Any]], size: int, more_than_bytes: i
 
 
 class Feed:
-    """An actor that keeps each chunk until it is answered, so that Ray can read it again when a machine is lost."""
+    """An actor that keeps each chunk until it is answered, so that Ray can read it again if a machine is lost."""
 
     def __init__(self) -> None:
         self._chunks: dict[int, pa.Table | None] = {}
@@ -68,7 +68,7 @@ class Feed:
             self._changed.notify_all()
 
     async def get(self, number: int) -> pa.Table | None:
-        """Chunk `number`, as soon as it is there; without rows once it is answered."""
+        """Chunk `number`, once it is added; without rows after it is answered."""
         async with self._changed:
             await self._changed.wait_for(lambda: number in self._chunks)
             return self._chunks[number]
@@ -79,10 +79,10 @@ class Feed:
 
 
 class Prompts(Datasource):  # type: ignore[misc]
-    """What the feed holds, as a source of Ray Data with one read task."""
+    """The feed's chunks as a source of Ray Data with one read task."""
 
     def __init__(self, feed: Any) -> None:
-        """`feed` is the handle of a `Feed` actor."""
+        """`feed`: handle of a `Feed` actor."""
         super().__init__()
         self._feed = feed
 
@@ -112,7 +112,7 @@ def before(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def after(row: dict[str, Any]) -> dict[str, Any]:
-    """What is wanted of an answered row; rows with an error do not come here."""
+    """The columns to keep of an answered row; rows with an error skip this."""
     tokens = row["generated_tokens"]
     last = int(tokens[-1]) if len(tokens) else -1
     return {"id": row["id"], "chunk": row["chunk"], "text": row["generated_text"], "tokens": len(tokens), "last": last}

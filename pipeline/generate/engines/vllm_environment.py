@@ -1,7 +1,8 @@
-"""What vLLM needs of the machine: the environment variables that it reads, and what its GPUs and memory say."""
+"""The environment variables that vLLM reads, and the machine's GPUs and memory."""
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import psutil
@@ -14,7 +15,7 @@ from pipeline.parallel.devices import own_cores, visible_gpus
 
 log = logging.getLogger(__name__)
 
-# What decides how many threads compute on a CPU, and where.
+# They decide how many threads compute on a CPU, and where.
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
@@ -26,37 +27,46 @@ THREAD_VARIABLES = (
     "VLLM_CPU_OMP_THREADS_BIND",
 )
 SPIN_COUNT = "10000"
-# Below this, vLLM's batch-invariant kernels do not run.
+# vLLM's batch-invariant kernels need at least this compute capability.
 BATCH_INVARIANT_CAPABILITY = (8, 0)
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+def set_defaults(variables: Mapping[str, str]) -> None:
+    """Set environment variables that the user did not set."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 def prepare_environment() -> None:
-    """Set what OpenMP and CUDA read when torch is first imported. What the user set stays."""
+    """Set variables that OpenMP and CUDA read when torch is first imported; the user's stay."""
     if "OMP_WAIT_POLICY" not in os.environ:
         # Threads that spin for ever starve each other as soon as anything else runs; ones that never spin lose a
         # quarter of the time to waking up (docs/results-log.md). A few microseconds cover the usual wait.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-    # Looking for a GPU must not start CUDA in this process: vLLM's own processes could not start it again.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    # Without a number vLLM falls back to one thread on the CPU.
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(own_cores())))
+        set_defaults({"GOMP_SPINCOUNT": SPIN_COUNT})
+    set_defaults(
+        {
+            # Looking for a GPU must not start CUDA in this process: vLLM's own processes could not start it again.
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+            # Without a number vLLM falls back to one thread on the CPU.
+            "OMP_NUM_THREADS": str(len(own_cores())),
+        }
+    )
 
 
 def set_environment(on_gpu: bool, batch_invariant: bool) -> None:
-    """Set what vLLM reads when it is imported. What the user set stays."""
+    """Set variables that vLLM reads when it is imported; the user's stay."""
     prepare_environment()
-    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    if not on_gpu:
-        log.info("engine vllm: no GPU found: on the CPU, in this process (less memory)")
-        bound = ", ".join(f"{name}={os.environ[name]}" for name in THREAD_VARIABLES if name in os.environ)
-        log.info("engine vllm: threads: %s (cores: %d; these variables can be set)", bound, len(own_cores()))
-        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    else:
+    set_defaults(QUIET)
+    if on_gpu:
         # A forked engine process would inherit the lock of the store, and hold it when this one is killed.
-        defaults["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+        set_defaults({"VLLM_WORKER_MULTIPROC_METHOD": "spawn"})
+    else:
+        log.info("engine vllm: no GPU found: on the CPU, in this process (less memory)")
+        threads = ", ".join(f"{name}={os.environ[name]}" for name in THREAD_VARIABLES if name in os.environ)
+        log.info("engine vllm: threads: %s (cores: %d; these variables can be set)", threads, len(own_cores()))
+        set_defaults({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
     if batch_invariant:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
 
@@ -65,21 +75,23 @@ def check_batch_invariance() -> None:
     """Raises EngineError unless vLLM's batch-invariant kernels run here; to be called after `set_environment`."""
     if best_device() != "cuda":
         raise EngineError(
-            "generate.batch_invariant: vLLM's batch-invariant kernels need a GPU, and none is found. On a CPU set it "
-            "to false and generate.dtype: float32, whose greedy answers hardly ever depend on the batch"
+            "vLLM's batch-invariant kernels need a GPU, and none is found. On a CPU set it to false and dtype to "
+            "float32, whose greedy answers hardly ever depend on the batch",
+            argument="batch_invariant",
         )
     from vllm.platforms import current_platform
 
     if current_platform.is_cuda() and not current_platform.has_device_capability(BATCH_INVARIANT_CAPABILITY):
         found, needed = current_platform.get_device_capability(), BATCH_INVARIANT_CAPABILITY
         raise EngineError(
-            f"generate.batch_invariant: this GPU has compute capability {found.major}.{found.minor}, vLLM's "
-            f"batch-invariant kernels need {needed[0]}.{needed[1]}: set it to false, or generate.dtype: float32"
+            f"this GPU has compute capability {found.major}.{found.minor}, vLLM's batch-invariant kernels need "
+            f"{needed[0]}.{needed[1]}: set it to false, or dtype to float32",
+            argument="batch_invariant",
         )
 
 
 def fullest_gpu(count: int) -> Gpu | None:
-    """Of the first `count` visible GPUs the one with the least free memory; asks NVML, so no CUDA context is made."""
+    """Of the first `count` visible GPUs the one with the least free memory, by NVML, so without a CUDA context."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda():
@@ -93,7 +105,7 @@ def fullest_gpu(count: int) -> Gpu | None:
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
-        log.warning("engine vllm: the GPU's memory cannot be asked for (%s)", describe(error))
+        log.warning("engine vllm: the GPU's memory is not known (%s)", describe(error))
         return None
     return min((Gpu(int(info.total), int(info.free)) for info in infos), key=lambda gpu: gpu.free)
 
@@ -104,5 +116,5 @@ def _nvml_memory(pynvml: Any, name: str) -> Any:
 
 
 def free_memory(share: float) -> int:
-    """Bytes of a CPU machine's memory that one of several equal engines may count on."""
+    """Bytes of a CPU machine's free memory for an engine that gets this share."""
     return int(psutil.virtual_memory().available * share)

@@ -19,11 +19,11 @@ import pytest
 from pipeline.backbone.loading import BackboneParams, load_tokenizer
 from pipeline.backbone.prompting import PromptFormatter
 from pipeline.core.errors import EngineError
-from pipeline.generate.engines import build_engine, engine_facts
-from pipeline.generate.engines import openai_client as endpoint
-from pipeline.generate.engines.base import Completion, Prompt, Sampling
+from pipeline.generate.engines import openai_client
+from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Sampling
 from pipeline.generate.engines.openai import OpenAIEngine
-from pipeline.generate.generator import failures
+from pipeline.generate.engines.registry import build_engine
+from pipeline.generate.response_counts import failures
 from tests.generate.engines.fake_endpoint import FakeEndpoint, Fault
 from tests.stage_runs import finish, folder_bytes, kept_rows, start, wait_until, write_params, write_queries
 
@@ -39,13 +39,13 @@ def server() -> Iterator[FakeEndpoint]:
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(openai_client, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 def engine(server: FakeEndpoint, chat_template_kwargs: dict[str, Any] | None = None, **options: Any) -> OpenAIEngine:
     backbone = BackboneParams(name="org/model", chat_template_kwargs=chat_template_kwargs or {})
-    return OpenAIEngine(backbone, max_model_len=40, options={"base_url": server.url} | options)
+    return OpenAIEngine.load(EngineSetup(backbone, 40, {"base_url": server.url} | options))
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -100,7 +100,7 @@ def test_length_and_stranger_finishes(server: FakeEndpoint) -> None:
 def test_without_usage_the_tokenizer_counts(server: FakeEndpoint, tiny_backbone: Callable[..., Path]) -> None:
     server.usage, server.models = False, None
     backbone = BackboneParams(name=str(tiny_backbone()))
-    with closing(OpenAIEngine(backbone, max_model_len=40, options={"base_url": server.url})) as loaded:
+    with closing(OpenAIEngine.load(EngineSetup(backbone, 40, {"base_url": server.url}))) as loaded:
         [found] = loaded.generate(prompts(1), SAMPLING)
     assert found.response_tokens == len("answer: question 0")  # its tokens are bytes
 
@@ -171,7 +171,7 @@ def paced(requests: float | None, tokens: float | None, costs: list[int]) -> flo
     """Seconds by the loop's clock until requests of these costs may all start, 40 tokens being the largest."""
 
     async def run() -> float:
-        pace = endpoint.Pace(endpoint.limiter(requests, 1), endpoint.limiter(tokens, 40))
+        pace = openai_client.Pace(openai_client.limiter(requests, 1), openai_client.limiter(tokens, 40))
         await asyncio.gather(*(pace.wait(cost) for cost in costs))
         return loop.time()
 
@@ -221,12 +221,12 @@ def test_retry_after_as_number_date_and_nonsense() -> None:
         def __init__(self, header: str | None) -> None:
             self.response = type("R", (), {"headers": {"retry-after": header} if header else {}})()
 
-    assert endpoint.retry_after(Said("1.5")) == 1.5
-    assert endpoint.retry_after(Said("Wed, 21 Oct 2015 07:28:00 GMT")) == 0
-    assert endpoint.retry_after(Said("Wed, 21 Oct 2099 07:28:00 GMT")) > 10**6  # type: ignore[operator]
-    assert endpoint.retry_after(Said("soon")) is None
-    assert endpoint.retry_after(Said(None)) is None
-    assert endpoint.retry_after(ValueError()) is None
+    assert openai_client.retry_after(Said("1.5")) == 1.5
+    assert openai_client.retry_after(Said("Wed, 21 Oct 2015 07:28:00 GMT")) == 0
+    assert openai_client.retry_after(Said("Wed, 21 Oct 2099 07:28:00 GMT")) > 10**6  # type: ignore[operator]
+    assert openai_client.retry_after(Said("soon")) is None
+    assert openai_client.retry_after(Said(None)) is None
+    assert openai_client.retry_after(ValueError()) is None
 
 
 def test_a_row_fails_alone_with_its_reason(server: FakeEndpoint) -> None:
@@ -284,23 +284,23 @@ def stops(server: FakeEndpoint, message: str, count: int = 50, **options: Any) -
         list(loaded.generate(iter(prompts(count)), SAMPLING))
 
 
-@pytest.mark.parametrize(("status", "hint"), [(401, "api_key_env"), (403, "api_key_env"), (404, r"options\.model")])
-def test_what_concerns_every_row_stops_at_once(server: FakeEndpoint, status: int, hint: str) -> None:
+@pytest.mark.parametrize(("status", "option"), [(401, "api_key_env"), (403, "api_key_env"), (404, "base_url")])
+def test_a_failure_of_every_row_stops_at_once(server: FakeEndpoint, status: int, option: str) -> None:
     server.fault = lambda text, count: refused(status, "go away") if text == "question 9" else None
-    stops(server, rf"{server.url} cannot be used: HTTP {status}: go away; see .*{hint}")
+    stops(server, rf"^options\.{option}: .*{server.url} cannot be used: HTTP {status}: go away;")
     assert len(server.asked()) <= 9 + 2 * 4
 
 
 def test_a_server_that_breaks_down_stops_the_run(server: FakeEndpoint) -> None:
     server.fault = lambda text, count: None if text in ("Hello", "question 0") else refused(503, "overloaded")
-    stops(server, "9 rows failed without an answer between them, HTTP 503: overloaded", attempts=1)
+    stops(server, "9 rows failed in a row, HTTP 503: overloaded", attempts=1)
     assert len(server.asked()) < 40
 
 
 def test_a_server_that_goes_away_stops_the_run() -> None:
     with FakeEndpoint().serving() as server:
         loaded = engine(server, concurrency=2, attempts=2)
-    with closing(loaded), pytest.raises(EngineError, match="5 rows failed .*APIConnectionError"):
+    with closing(loaded), pytest.raises(EngineError, match=r"^options\.base_url: .*5 rows failed .*APIConnectionError"):
         list(loaded.generate(iter(prompts(50)), SAMPLING))
 
 
@@ -316,17 +316,17 @@ def test_no_server_names_its_url() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    cannot_start(FakeEndpoint(url=url), rf"{url} cannot be used: APIConnectionError.*generate\.options\.base_url")
+    cannot_start(FakeEndpoint(url=url), rf"^options\.base_url: .*{url} cannot be used: APIConnectionError")
 
 
 def test_a_model_that_is_not_served_is_named_with_those_that_are(server: FakeEndpoint) -> None:
     server.models = ["b/other", "a/other"]
-    cannot_start(server, r"generate\.options\.model: .* does not serve 'org/model' \(it serves: a/other, b/other\)")
+    cannot_start(server, r"^options\.model: .* does not serve 'org/model' \(it serves: a/other, b/other\)")
     with closing(engine(server, model="b/other")):
         assert server.requests[0]["model"] == "b/other"
 
 
-def test_a_server_without_a_list_of_models_is_believed(server: FakeEndpoint, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_without_a_list_of_models_is_used(server: FakeEndpoint, caplog: pytest.LogCaptureFixture) -> None:
     server.models = None
     with caplog.at_level(logging.INFO):
         assert len(answers(server, 2)) == 2
@@ -346,12 +346,12 @@ def test_a_page_that_is_no_endpoint(server: FakeEndpoint) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"concurency": 3}, r"generate\.options: concurency: unknown key \(did you mean 'concurrency'\?\)"),
-        ({"concurrency": "3"}, r"generate\.options: concurrency: .*integer"),
-        ({"api": "responses"}, r"generate\.options: api: "),
+        ({"concurency": 3}, r"^options: concurency: unknown key \(did you mean 'concurrency'\?\)"),
+        ({"concurrency": "3"}, r"^options: concurrency: .*integer"),
+        ({"api": "responses"}, r"^options: api: "),
         ({"base_url": "localhost:8000"}, r"base_url: .*must be a URL with http:// or https://"),
         ({"base_url": "http://me:word@host/v1"}, r"base_url: .*must hold no user name or password"),
-        ({"api_key_env": "NOT_SET_ANYWHERE"}, "environment variable NOT_SET_ANYWHERE is not set"),
+        ({"api_key_env": "NOT_SET_ANYWHERE"}, r"^options\.api_key_env: .*NOT_SET_ANYWHERE"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
@@ -363,10 +363,11 @@ def test_a_missing_package_says_where_it_comes_from(monkeypatch: pytest.MonkeyPa
     cannot_start(FakeEndpoint(url="http://127.0.0.1:1/v1"), r"it comes with `pip install -e \.`")
 
 
-def test_where_the_server_is_changes_no_fingerprint() -> None:
-    facts = engine_facts("openai")
-    assert {"base_url", "concurrency", "api_key_env"} <= facts.speed_options
-    assert not {"model", "api", "extra_body"} & facts.speed_options
+def test_the_servers_address_and_speed_change_no_fingerprint() -> None:
+    assert {
+        "api_key_env", "attempts", "base_url", "concurrency", "requests_per_minute", "timeout_seconds",
+        "tokens_per_minute",
+    } == OpenAIEngine.SPEED_OPTIONS  # fmt: skip
 
 
 # --- the key --------------------------------------------------------------------------------------------------------

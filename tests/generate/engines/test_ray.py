@@ -19,9 +19,8 @@ from pipeline.backbone.loading import BackboneParams, load_tokenizer
 from pipeline.backbone.prompting import PromptFormatter
 from pipeline.core.artifacts import open_artifact
 from pipeline.core.errors import EngineError
-from pipeline.generate.engines import build_engine, engine_facts
 from pipeline.generate.engines.base import Completion, Prompt, Sampling
-from pipeline.generate.engines.ray import completion, last_error, row_of, stop_ids
+from pipeline.generate.engines.ray import RayEngine, completion, last_error, row_of, stop_ids
 from pipeline.generate.engines.ray_cluster import (
     Layout,
     RayOptions,
@@ -33,6 +32,7 @@ from pipeline.generate.engines.ray_cluster import (
     processor_config,
     split_options,
 )
+from pipeline.generate.engines.registry import build_engine
 from tests.stage_runs import finish, kept_rows, start, wait_until, write_params, write_queries
 
 BACKBONE = BackboneParams(name="org/model", revision="abc", dtype="float32")
@@ -136,9 +136,9 @@ def test_options_are_ours_or_vllms() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"replicas": "3"}, r"generate\.options: replicas: .*integer"),
-        ({"chunk_rows": 0}, r"generate\.options: chunk_rows: .*greater"),
-        ({"dtype": "float32"}, r"'dtype' is not an option here, it follows from generate\.dtype"),
+        ({"replicas": "3"}, r"^options: replicas: .*integer"),
+        ({"chunk_rows": 0}, r"^options: chunk_rows: .*greater"),
+        ({"dtype": "float32"}, r"^options\.dtype: .*follows from dtype"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
@@ -149,14 +149,14 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_an_option_that_neither_knows_suggests_one_of_either(environment: None) -> None:
     pytest.importorskip("vllm")
-    with pytest.raises(EngineError, match=r"has 'replica' \(did you mean 'replicas'\?\)"):
+    with pytest.raises(EngineError, match=r"^options\.replica: .*\(did you mean 'replicas'\?\)"):
         split_options({"replica": 3})
-    with pytest.raises(EngineError, match=r"has 'max_nun_seqs' \(did you mean 'max_num_seqs'\?\)"):
+    with pytest.raises(EngineError, match=r"^options\.max_nun_seqs: .*\(did you mean 'max_num_seqs'\?\)"):
         split_options({"max_nun_seqs": 3})
 
 
 def test_options_of_the_cluster_change_no_fingerprint() -> None:
-    speed = engine_facts("ray").speed_options
+    speed = RayEngine.SPEED_OPTIONS
     assert {"address", "replicas", "chunk_rows", "num_cpus", "max_num_seqs", "gpu_memory_utilization"} <= speed
     assert "quantization" not in speed
 
@@ -187,11 +187,9 @@ def test_one_engine_without_gpus_and_the_options_over_the_automatic_choices() ->
 
 
 def test_what_does_not_fit_is_refused_before_ray_waits_for_it() -> None:
-    with pytest.raises(EngineError, match=r"takes 4 GPUs \(generate\.tensor_parallel\), the Ray cluster has 2"):
+    with pytest.raises(EngineError, match=r"^tensor_parallel: .*4 GPUs, the Ray cluster has 2"):
         choose_layout({"GPU": 2, "CPU": 64}, RayOptions(), {"tensor_parallel_size": 4})
-    with pytest.raises(
-        EngineError, match=r"Ray has 4 logical CPUs, 2 engines need 5: raise generate\.options\.num_cpus"
-    ):
+    with pytest.raises(EngineError, match=r"^options\.replicas: Ray has 4 logical CPUs, 2 engines need 5: .*num_cpus"):
         choose_layout({"CPU": 4}, RayOptions(replicas=2), {})
     assert enough_cpus(RayOptions(replicas=500)) == 503
 

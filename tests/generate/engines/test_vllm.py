@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ import pytest
 from pipeline.backbone.loading import BackboneParams, load_tokenizer
 from pipeline.backbone.prompting import PromptFormatter
 from pipeline.core.errors import EngineError
-from pipeline.generate.engines import build_engine
-from pipeline.generate.engines.base import Completion, Prompt, Sampling
-from pipeline.generate.engines.vllm import CPU_KV_CACHE_VARIABLE, SPEED_OPTIONS, VllmEngine, _automatic, _check_options
+from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Sampling
+from pipeline.generate.engines.registry import build_engine
+from pipeline.generate.engines.vllm import CPU_KV_CACHE_VARIABLE, VllmEngine, _automatic, check_arguments
 from pipeline.generate.engines.vllm_defaults import Choice
 from pipeline.generate.engines.vllm_environment import check_batch_invariance, set_environment
 from tests.conftest import ROOT
@@ -54,31 +53,29 @@ def answers(engine: Any, prompts: list[Prompt]) -> dict[str, Completion]:
 
 def test_missing_vllm_names_the_extras_and_the_fallback(monkeypatch: pytest.MonkeyPatch, environment: None) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    message = r"(?s)vllm cannot be imported.*\[gpu\].*\[cpu\].*generate\.engine: transformers"
+    message = r"(?s)^engine: vllm cannot be imported.*\[gpu\].*\[cpu\].*transformers"
     with pytest.raises(EngineError, match=message):
-        VllmEngine(BackboneParams(name="org/model"), max_model_len=8, options={})
+        VllmEngine.load(EngineSetup(BackboneParams(name="org/model"), 8))
 
 
 def test_unknown_option_suggests_the_known_one() -> None:
-    arguments = make_dataclass("EngineArgs", [("max_num_seqs", int)])
-    with pytest.raises(EngineError, match=r"no 'max_nun_seqs' \(did you mean 'max_num_seqs'\?\)"):
-        _check_options(arguments, {"max_nun_seqs": 4})
+    with pytest.raises(EngineError, match=r"^options\.max_nun_seqs: .*\(did you mean 'max_num_seqs'\?\)"):
+        check_arguments({"max_nun_seqs": 4}, {"max_num_seqs"})
 
 
 @pytest.mark.parametrize("wrong", ["64", None, 0])
-def test_a_wrong_number_of_sequences_is_said(wrong: object) -> None:
-    arguments = make_dataclass("EngineArgs", [("max_num_seqs", int)])
-    with pytest.raises(EngineError, match=rf"max_num_seqs is {wrong!r}, must be a number of at least 1"):
-        _check_options(arguments, {"max_num_seqs": wrong})
+def test_a_wrong_number_of_sequences_is_refused(wrong: object) -> None:
+    with pytest.raises(EngineError, match=rf"^options\.max_num_seqs: {wrong!r}, "):
+        check_arguments({"max_num_seqs": wrong}, {"max_num_seqs"})
 
 
 def test_random_weights_are_no_matter_of_speed() -> None:
-    assert "load_format" not in SPEED_OPTIONS
+    assert "load_format" not in VllmEngine.SPEED_OPTIONS
 
 
 def test_the_stage_sets_openmp_before_torch_is_imported() -> None:
     code = (
-        "import os, sys; import pipeline.generate; from pipeline.generate.engines import prepare_environment\n"
+        "import os, sys; import pipeline.generate; from pipeline.generate.engines.registry import prepare_environment\n"
         "prepare_environment('vllm')\n"
         "names = 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'OMP_NUM_THREADS', 'PYTORCH_NVML_BASED_CUDA_CHECK'\n"
         "print('torch' in sys.modules, *(os.environ[name] for name in names))"
@@ -91,7 +88,7 @@ def test_the_stage_sets_openmp_before_torch_is_imported() -> None:
     assert output.stdout.split() == [b"False", b"PASSIVE", b"10000", b"7", b"1"]
 
 
-def test_each_automatic_choice_is_said_unless_an_option_makes_it(
+def test_each_automatic_choice_is_logged_unless_an_option_makes_it(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(CPU_KV_CACHE_VARIABLE, raising=False)
@@ -100,7 +97,7 @@ def test_each_automatic_choice_is_said_unless_an_option_makes_it(
         chosen = _automatic(choices, 96, {"max_num_seqs": 3})
     assert chosen == {"enable_prefix_caching": True, "kv_cache_memory_bytes": 7}
     assert "kv_cache_memory_bytes = 7 (enough)" in caplog.text
-    assert "max_model_len = 96 (generate.max_prompt_tokens + generate.max_new_tokens" in caplog.text
+    assert "max_model_len = 96 (max_prompt_tokens + max_new_tokens)" in caplog.text
     assert "max_num_seqs" not in caplog.text
 
 
@@ -113,19 +110,19 @@ def test_vllms_own_variable_decides_the_cache(
     assert "VLLM_CPU_KVCACHE_SPACE=4 decides the KV cache" in caplog.text
 
 
-@pytest.mark.parametrize(("name", "knob"), [("tensor_parallel_size", "tensor_parallel"), ("dtype", "dtype")])
-def test_an_option_that_other_params_decide(name: str, knob: str) -> None:
-    with pytest.raises(EngineError, match=rf"'{name}' is not an option here, it follows from generate\.{knob}"):
-        _check_options(make_dataclass("EngineArgs", [name]), {name: 2})
+@pytest.mark.parametrize(("name", "argument"), [("tensor_parallel_size", "tensor_parallel"), ("dtype", "dtype")])
+def test_an_option_that_other_arguments_decide(name: str, argument: str) -> None:
+    with pytest.raises(EngineError, match=rf"^options\.{name}: .*follows from {argument}"):
+        check_arguments({name: 2}, {name})
 
 
 def test_batch_invariance_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(EngineError, match=r"batch-invariant kernels need a GPU, .* generate\.dtype: float32"):
+    with pytest.raises(EngineError, match=r"^batch_invariant: .*need a GPU, .*dtype to float32"):
         check_batch_invariance()
 
 
-def test_the_environment_is_set_and_said(
+def test_the_environment_is_set_and_logged(
     environment: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")

@@ -1,4 +1,4 @@
-"""What became of the rows that the backbone was asked: counted as the responses are written."""
+"""Counts of the responses, taken as they are written."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,44 +11,43 @@ from pipeline.core.run import Histogram
 from pipeline.core.schemas import FINISH_REASONS, RESPONSES
 from pipeline.generate.response_text import ends_in_loop
 
-# Counted in the manifest, so a resumed run must know these of the rows that it finds done.
+# The last two are counted in the manifest, so a resumed run must know them of finished rows.
 STORE = RESPONSES.append(pa.field("truncated", pa.bool_(), nullable=False)).append(
     pa.field("thinking", pa.bool_(), nullable=False)  # a block of it was stripped
 )
-DROPPED = "dropped"  # the kind of error of a row that params.yaml leaves out
+DROPPED = "dropped"  # kind of error of a row that is too long and so not generated
+
+
+UNUSUAL = ("empty_responses", "truncated_prompts", "stripped_thinking", "repetition_loops")
 
 
 def failures(rows: Iterable[Mapping[str, Any]]) -> Counter[str]:
-    """How many rows failed for each kind of reason (what comes before its first colon)."""
+    """Failed rows by kind of error, which is its text up to the first colon."""
     return Counter(str(row["error"]).split(":")[0] for row in rows)
 
 
 class ResponseCounts:
-    """Rows by finish reason and by what is unusual about them; tokens of prompts and answers."""
+    """Rows by finish reason and by what is unusual about them, and histograms of their tokens."""
 
     def __init__(self) -> None:
         self._reasons: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
-        self._unusual: Counter[str] = Counter()
+        self._unusual = dict.fromkeys(UNUSUAL, 0)
         self._prompt_tokens, self._response_tokens = Histogram(), Histogram()
 
     def through(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """The tables (schema `STORE`) as `contracts.RESPONSES`, counted."""
+        """Count the tables (schema `STORE`) and yield them in schema `RESPONSES`."""
         for table in tables:
             self._count(table)
             yield table.select(RESPONSES.names)
 
     def summary(self) -> dict[str, Any]:
         """The counts so far."""
-        unusual = ("empty_responses", "truncated_prompts", "stripped_thinking", "repetition_loops")
-        return {
-            "finish_reason": {reason: self._reasons[reason] for reason in FINISH_REASONS},
-            **{name: self._unusual[name] for name in unusual},
-            "errors": dict(self._errors),
-        }
+        reasons = {reason: self._reasons[reason] for reason in FINISH_REASONS}
+        return {"finish_reason": reasons, **self._unusual, "errors": dict(self._errors)}
 
     def histograms(self) -> dict[str, dict[str, int]]:
-        """Rows by tokens: of the prompts that were sent, and of the answers that came."""
+        """Answered rows by tokens of the prompt and of the answer."""
         return {
             "prompt_tokens": self._prompt_tokens.summary(),
             "response_tokens": self._response_tokens.summary(),

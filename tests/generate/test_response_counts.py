@@ -1,11 +1,11 @@
-"""What became of rows, counted as they pass."""
+"""Counts of responses as they pass."""
 
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.core.schemas import RESPONSES
-from pipeline.generate.outcomes import STORE, ResponseCounts
+from pipeline.generate.response_counts import STORE, ResponseCounts
 
 
 def row(row_id: str, **columns: Any) -> dict[str, Any]:
