@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import DType
 from pipeline.core.errors import SourceError
+from pipeline.core.vectors import unit_rows
 from pipeline.parallel.devices import Count
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class Embedder:
         found = self._embed(count, several, instruction=prompt, batch_tokens=batch_tokens, show_progress=bar)
         self._tell(found.truncated, len(several))
         vectors = self.encoder.in_space(space, found.vectors)
-        vectors = _unit(vectors) if normalize else vectors
+        vectors = unit_rows(vectors) if normalize else vectors
         return vectors[0] if isinstance(texts, str) else vectors
 
     def encode_stream(
@@ -196,7 +197,7 @@ class Embedder:
                 found = self._embed(count, some, **options)
                 total, truncated = total + len(some), truncated + found.truncated
                 vectors = self.encoder.in_space(space, found.vectors)
-                yield _unit(vectors) if normalize else vectors
+                yield unit_rows(vectors) if normalize else vectors
         finally:
             self._tell(truncated, total)
 
@@ -296,15 +297,7 @@ def similarity(a: "np.ndarray[Any, Any]", b: "np.ndarray[Any, Any]") -> "np.ndar
             f"embeddings of shapes {list(rows.shape)} and {list(columns.shape)} cannot be compared: both must be "
             "[number, width], of one encoder"
         )
-    return _unit(rows) @ _unit(columns).T
-
-
-def _unit(vectors: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-    """Rows of unit length; zeros stay zeros."""
-    import numpy as np
-
-    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return unit_rows(rows) @ unit_rows(columns).T
 
 
 def _listed(texts: Iterable[str]) -> list[str]:

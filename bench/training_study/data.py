@@ -33,7 +33,7 @@ def read_part(workspace: Path, name: str) -> Part:
     """The rows of `train` or `heldout` of a workspace whose data stages ran."""
     from pipeline.core.artifacts import open_artifact
     from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR
-    from pipeline.core.vectors import embeddings_matrix
+    from pipeline.core.vectors import matrix
     from pipeline.train.data import join
 
     queries, responses, targets = (
@@ -42,7 +42,7 @@ def read_part(workspace: Path, name: str) -> Part:
     table = join(queries.read(f"{name}.parquet"), responses.read(), targets.read()).sort_by("id")
     finished = [reason == "stop" for reason in table["finish_reason"].to_pylist()]
     texts, answers = table["text"].to_pylist(), table["response"].to_pylist()
-    return Part(name, texts, answers, finished, np.array(embeddings_matrix(table["embedding"])))
+    return Part(name, texts, answers, finished, np.array(matrix(table["embedding"])))
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,9 @@ def _error(values: np.ndarray) -> float:
 
 def score(embeddings: np.ndarray, targets: np.ndarray) -> Scores:
     """Held-out rows; every target is a candidate for every embedding."""
-    cosines = _unit(embeddings) @ _unit(targets).T
+    from pipeline.core.vectors import unit_rows
+
+    cosines = unit_rows(embeddings) @ unit_rows(targets).T
     own = np.diagonal(cosines)
     return Scores(own, 1.0 / (cosines >= own[:, None]).sum(axis=1))
 
@@ -165,17 +167,15 @@ def score_with_sts(heldout: np.ndarray, targets: np.ndarray, sentences: np.ndarr
     """Held-out rows and STSBenchmark, whose error is that of resampled pairs."""
     from scipy.stats import spearmanr
 
+    from pipeline.core.vectors import unit_rows
+
     plain = score(heldout, targets)
-    first, second = (_unit(sentences)[pairs.pairs[:, side]] for side in (0, 1))
+    first, second = (unit_rows(sentences)[pairs.pairs[:, side]] for side in (0, 1))
     similar = (first * second).sum(1)
     generator = np.random.default_rng(0)
     draws = (generator.integers(0, len(similar), len(similar)) for _ in range(_RESAMPLES))
     error = float(np.std([spearmanr(similar[at], pairs.gold[at]).statistic for at in draws]))
     return Scores(plain.cosines, plain.reciprocal_ranks, float(spearmanr(similar, pairs.gold).statistic), error)
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-12)
 
 
 def cached(cache: Path, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:

@@ -19,6 +19,7 @@ from pipeline.core.errors import ContractError
 from pipeline.core.paths import HELDOUT_TABLE, TRAIN_TABLE
 from pipeline.core.schemas import FINISH_REASONS, check_ids, targets_schema
 from pipeline.core.text import query_id
+from pipeline.core.vectors import matrix
 
 BATCH_ROWS = 16_384
 _NO_IDS = pa.array([], pa.string())
@@ -107,14 +108,13 @@ def _check_targets(artifact: Artifact, findings: Findings) -> pa.Array | None:
     ids = _ids(name, paths, findings)
     for path in paths:
         for batch in _batches(path):
-            findings.add_rows(name, _not_finite(batch, kind.list_size), "embedding holds NaN or infinite values")
+            findings.add_rows(name, _not_finite(batch), "embedding holds NaN or infinite values")
     _check_count(name, artifact, len(ids), findings)
     return ids
 
 
-def _not_finite(batch: pa.RecordBatch, width: int) -> list[str]:
-    values = batch.column("embedding").flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-    rows = np.flatnonzero(~np.isfinite(values).all(axis=1))
+def _not_finite(batch: pa.RecordBatch) -> list[str]:
+    rows = np.flatnonzero(~np.isfinite(matrix(batch.column("embedding"))).all(axis=1))
     return batch.column("id").take(pa.array(rows)).to_pylist()
 
 

@@ -14,7 +14,7 @@ from pipeline.core.errors import SourceError
 from pipeline.core.run import progress
 from pipeline.core.text import visible
 from pipeline.core.text_files import TextFile
-from pipeline.core.vectors import top_k
+from pipeline.core.vectors import matrix, top_k
 from pipeline.encoder.encode_file import not_made_by
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _stored(corpus: TextFile) -> "Iterator[np.ndarray[Any, Any]]":
     try:
         with pq.ParquetFile(corpus.path) as file:
             for batch in file.iter_batches(CHUNK_ROWS, columns=["embedding"]):
-                yield batch.column("embedding").flatten().to_numpy().reshape(batch.num_rows, -1)
+                yield matrix(batch.column("embedding"))
     except (pa.ArrowInvalid, OSError) as error:
         raise SourceError(f"{corpus.option}: {corpus.path} is damaged: {error}") from None
 

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from pipeline.core.artifacts import bytes_sha256, digest_of, write_bytes
 from pipeline.core.config import Params
 from pipeline.core.errors import TeacherError
+from pipeline.core.vectors import unit_rows
 
 TRANSFORM_FILE = "transform.safetensors"
 # Of rows that are mapped at once: float64 copies of more would take memory for nothing.
@@ -97,8 +98,7 @@ class TargetTransform:
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
         """The teacher's vectors `[N, d]`, of any length, in the trained space: float32 `[N, e]`."""
         if self.unit_length:
-            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-            vectors = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+            vectors = unit_rows(vectors)
         return self.map(vectors)
 
     def map(self, vectors: np.ndarray) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""Embeddings against embeddings by cosine: own answers' ranks, the nearest, shared neighbours, how narrow a cone.
+"""Embeddings as matrices: read from columns, scaled, compared by cosine.
 
-Similarities are computed in blocks of rows, so that memory grows with N and not with its square.
+Cosines are computed in blocks of rows, so memory grows with N and not with its square.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +48,7 @@ def rank_own(queries: np.ndarray, answers: np.ndarray) -> Ranked:
         answers: `[N, e]`, of any length.
     """
     blocks = []
-    for rows, cosines in _blocks(unit(queries), unit(answers)):
+    for rows, cosines in _blocks(unit_rows(queries), unit_rows(answers)):
         own = cosines[np.arange(len(rows)), rows]
         blocks.append((own, (cosines >= own[:, None]).sum(axis=1), cosines.argmax(axis=1)))
     own, ranks, nearest = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
@@ -65,11 +66,11 @@ def top_k(queries: np.ndarray, corpus: Iterable[np.ndarray], count: int) -> tupl
     Returns:
         Rows in the corpus int64 `[N, k]` and their cosines float32 `[N, k]`, best first; of equal ones the first.
     """
-    wanted = unit(queries.astype(np.float32))
+    wanted = unit_rows(queries.astype(np.float32))
     rows, best = np.empty((len(wanted), 0), np.int64), np.empty((len(wanted), 0), np.float32)
     seen = 0
     for chunk in corpus:
-        against = unit(chunk.astype(np.float32))
+        against = unit_rows(chunk.astype(np.float32))
         found = np.broadcast_to(np.arange(seen, seen + len(chunk)), (min(BLOCK, len(wanted)), len(chunk)))
         parts = [
             _best(np.hstack([rows[at], found[: len(at)]]), np.hstack([best[at], cosines]), count)
@@ -94,7 +95,7 @@ def neighbours(vectors: np.ndarray, count: int) -> np.ndarray:
         vectors: `[N, e]`, of any length; N must be larger than `count`.
         count: at least 1.
     """
-    directions, found = unit(vectors), []
+    directions, found = unit_rows(vectors), []
     for rows, cosines in _blocks(directions, directions):
         cosines[np.arange(len(rows)), rows] = -np.inf
         nearest = np.argpartition(-cosines, count - 1, axis=1)[:, :count]
@@ -102,16 +103,40 @@ def neighbours(vectors: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate(found)
 
 
-def shared(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Of two neighbourhoods `[N, k]` a row: the share of the first that is in the second, `[N]`."""
+def neighbour_overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """For each row of two sets of neighbours `[N, k]`: the share of the first that is in the second, `[N]`."""
     return np.array([np.isin(mine, theirs).mean() for mine, theirs in zip(first, second, strict=True)])
 
 
-def anisotropy(vectors: np.ndarray) -> float:
-    """Mean cosine of all pairs of different rows of `[N, e]`, N at least 2: 0 = spread evenly, 1 = one direction."""
-    directions = unit(vectors.astype(np.float64))
-    total, own = directions.sum(axis=0), (directions * directions).sum()
-    return float((total @ total - own) / (len(directions) * (len(directions) - 1)))
+class Anisotropy:
+    """Mean cosine of all pairs of different rows, in any number of batches: 0 = spread evenly, 1 = one direction."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._sum: Any = 0.0  # of unit rows, [e]
+        self._own = 0.0  # sum of their squared lengths: 1 each, 0 for zero rows
+
+    def add(self, vectors: np.ndarray) -> None:
+        """Add rows `[N, e]`."""
+        self.rows += len(vectors)
+        for start in range(0, len(vectors), BLOCK):
+            directions = unit_rows(vectors[start : start + BLOCK].astype(np.float64))
+            self._sum = self._sum + directions.sum(axis=0)
+            self._own += float((directions * directions).sum())
+
+    @property
+    def value(self) -> float | None:
+        """Of the rows so far, rounded to 6 digits; None of fewer than two."""
+        if self.rows < 2:
+            return None
+        return round(float(self._sum @ self._sum - self._own) / (self.rows * (self.rows - 1)), 6)
+
+
+def anisotropy(vectors: np.ndarray) -> float | None:
+    """The `Anisotropy` of one array `[N, e]`."""
+    running = Anisotropy()
+    running.add(vectors)
+    return running.value
 
 
 def _blocks(queries: np.ndarray, answers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -120,14 +145,14 @@ def _blocks(queries: np.ndarray, answers: np.ndarray) -> Iterator[tuple[np.ndarr
         yield np.arange(start, start + len(block)), block
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
     """Rows of `[N, e]` at length 1; a zero row stays zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(norms, np.finfo(np.float32).tiny)
 
 
-def embeddings_matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """A fixed_size_list column as float32 `[N, e]`."""
-    array = column.combine_chunks()
+def matrix(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A column of lists of one length as float32 `[N, e]`, without a copy where the values are float32."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     flat = array.flatten().to_numpy(zero_copy_only=False)
     return np.ascontiguousarray(flat.reshape(len(array), -1), dtype=np.float32)

@@ -23,8 +23,9 @@ from pipeline.core.errors import TeacherError
 from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TEACHER_DIR, TRAIN_TABLE, TRAINED_KIND
 from pipeline.core.row_store import ShardStore, locked
 from pipeline.core.run import RunRecord, progress, record, setup_logging, user_errors, work_dir
+from pipeline.core.vectors import Anisotropy
 from pipeline.embed.params import EmbedParams
-from pipeline.embed.statistics import Anisotropy, TargetStatistics
+from pipeline.embed.statistics import TargetStatistics
 from pipeline.embed.targets import (
     CHUNK_BATCHES,
     COLUMNS,

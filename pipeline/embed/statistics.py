@@ -3,46 +3,12 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.core.run import Histogram
-
-if TYPE_CHECKING:
-    import numpy as np
-
-BLOCK_ROWS = 4096
-
-
-class Anisotropy:
-    """Mean cosine of all pairs of different vectors, of any number: 0 = spread evenly, 1 = all point one way."""
-
-    def __init__(self) -> None:
-        """No vector yet."""
-        self.rows = 0
-        self._sum: Any = 0.0
-        self._own = 0.0
-
-    def add(self, vectors: "np.ndarray[Any, Any]") -> None:
-        """Take in `[N, d]`."""
-        import numpy as np
-
-        self.rows += len(vectors)
-        for start in range(0, len(vectors), BLOCK_ROWS):
-            exact = vectors[start : start + BLOCK_ROWS].astype(np.float64)
-            lengths = np.linalg.norm(exact, axis=1, keepdims=True)
-            unit = np.divide(exact, lengths, out=np.zeros_like(exact), where=lengths > 0)
-            self._sum = self._sum + unit.sum(0)
-            self._own += float((unit * unit).sum())
-
-    @property
-    def value(self) -> float | None:
-        """Of the vectors so far; None of fewer than two."""
-        if self.rows < 2:
-            return None
-        return round(float(self._sum @ self._sum - self._own) / (self.rows * (self.rows - 1)), 6)
+from pipeline.core.vectors import Anisotropy, matrix
 
 
 @dataclass
@@ -80,8 +46,7 @@ class TargetStatistics:
     def _add(self, table: pa.Table) -> None:
         import numpy as np
 
-        column = table.column("embedding").combine_chunks()
-        vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+        vectors = matrix(table.column("embedding"))
         squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
         self.rows += len(squares)
         self.anisotropy.add(vectors)

@@ -21,6 +21,7 @@ from pipeline.core.row_store import ShardStore
 from pipeline.core.run import gpu_memory_mib, progress
 from pipeline.core.schemas import TARGET_TYPES, targets_schema
 from pipeline.core.target_transform import TargetTransform
+from pipeline.core.vectors import matrix
 from pipeline.embed.params import EmbedParams, TargetType
 from pipeline.embed.teachers.base import Teacher
 
@@ -199,8 +200,7 @@ class Finish:
         Raises:
             TeacherError: a vector that is to have length 1 has none.
         """
-        column = table.column("embedding").combine_chunks()
-        vectors = column.flatten().to_numpy().reshape(len(column), -1)
+        vectors = matrix(table.column("embedding"))
         return unit_length(table.column("id").to_pylist(), vectors) if self.normalize else vectors
 
     def __call__(self, table: pa.Table) -> pa.Table:

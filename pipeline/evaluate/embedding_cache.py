@@ -21,6 +21,7 @@ from pipeline.core.artifacts import bytes_sha256, digest_of
 from pipeline.core.errors import EvaluationError, WorkError
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import progress
+from pipeline.core.vectors import matrix
 from pipeline.evaluate.system import VERSION, System, failures
 from pipeline.tasks.instructions import Side
 
@@ -168,7 +169,7 @@ class _Kept:
             for start in range(0, len(place), TAKE_ROWS):
                 some = place[start : start + TAKE_ROWS]
                 assert self._store is not None
-                yield [row_id[_PLACE:] for row_id in some], _vectors(self._store.take(some)["embedding"])
+                yield [row_id[_PLACE:] for row_id in some], matrix(self._store.take(some)["embedding"])
 
     def add(self, place: str, contents: Sequence[str], vectors: "np.ndarray[Any, Any]") -> None:
         """Keep the embeddings that are finite."""
@@ -237,8 +238,3 @@ def _chunks(texts: Mapping[str, str]) -> Iterator[list[str]]:
         characters += len(texts[content])
     if chunk:
         yield chunk
-
-
-def _vectors(column: pa.ChunkedArray) -> "np.ndarray[Any, Any]":
-    """Float32 `[rows, width]` of lists that are equally long."""
-    return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)

@@ -15,6 +15,7 @@ from pipeline.core.errors import SourceError
 from pipeline.core.part_store import Parts, open_parts, whole_file
 from pipeline.core.run import progress
 from pipeline.core.text import templates, visible
+from pipeline.core.vectors import matrix
 from pipeline.encoder.encode_file import made_by, not_made_by
 from pipeline.lens.decoding import EngineName, open_decoder
 from pipeline.lens.faithfulness import Summary, check_teacher
@@ -289,7 +290,7 @@ def _read(lens: Lens, chunk: Chunk, instruction: str, embed: Callable[[Sequence[
 def _with_nearest(lens: Lens, tables: Iterator[pa.Table], parts: Parts) -> Iterator[pa.Table]:
     """The rows with their nearest in place of their embeddings; a group of them goes through the index at once."""
     for place, group in enumerate(_groups(tables)):
-        embeddings = _matrix(group[_EMBEDDING])
+        embeddings = matrix(group[_EMBEDDING])
         made_of = bytes_sha256(embeddings.tobytes())
         part = parts.find(place, made_of)
         found = part or parts.put(place, made_of, _content(pa.table({"nearest": lens.near(embeddings)})))
@@ -310,11 +311,6 @@ def _groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 def _column(embeddings: Array) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
-
-
-def _matrix(column: pa.ChunkedArray) -> Array:
-    flat: Array = column.combine_chunks().flatten().to_numpy()
-    return flat.reshape(len(column), -1)
 
 
 def _content(table: pa.Table) -> pa.Buffer:

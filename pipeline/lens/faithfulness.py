@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.core.bootstrap import BootstrapParams, Delta, delta_of, paired_delta, sample_means
 from pipeline.core.errors import EvaluationError
-from pipeline.core.vectors import unit
+from pipeline.core.vectors import unit_rows
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def pair(first: Array, second: Array) -> Paired:
 
     With one pair there is nothing to shuffle: its chance is NaN.
     """
-    a, b = unit(first.astype(np.float64)), unit(second.astype(np.float64))
+    a, b = unit_rows(first.astype(np.float64)), unit_rows(second.astype(np.float64))
     own = (a * b).sum(axis=1)
     others = len(a) - 1
     chance = (a @ b.sum(axis=0) - own) / others if others else np.full(len(a), np.nan)

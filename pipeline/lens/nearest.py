@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.core.artifacts import Artifact, digest_of, open_artifact
 from pipeline.core.errors import SourceError
 from pipeline.core.run import progress
-from pipeline.core.vectors import top_k
+from pipeline.core.vectors import matrix, top_k
 
 CHUNK_ROWS = 8192
 # Fewer are gone through before a bar is read.
@@ -115,7 +115,7 @@ def index_of_targets(targets: Artifact, responses: Artifact, only: Sequence[str]
         version=digest_of([targets.digest, responses.digest, None if only is None else list(only)]),
         rows=targets.manifest.rows if only is None else len(only),
         width=width,
-        vectors=lambda: (_matrix(table["embedding"]) for table in batches(["id", "embedding"])),
+        vectors=lambda: (matrix(table["embedding"]) for table in batches(["id", "embedding"])),
         entries=entries,
     )
 
@@ -157,7 +157,7 @@ def open_index(path: Path, option: str = "--corpus") -> Index:
         version=f"{path.stat().st_size} {path.stat().st_mtime_ns}",
         rows=metadata.num_rows,
         width=kind.list_size,
-        vectors=lambda: map(_matrix, _column(path, "embedding", option)),
+        vectors=lambda: map(matrix, _column(path, "embedding", option)),
         entries=entries,
     )
 
@@ -185,9 +185,3 @@ def _at_rows(columns: Iterator[pa.ChunkedArray], rows: set[int]) -> dict[int, st
         found |= {row: column[row - start].as_py() for row in here}
         start += len(column)
     return found
-
-
-def _matrix(column: pa.ChunkedArray) -> np.ndarray[Any, Any]:
-    """A fixed_size_list column as float32 `[B, e]`."""
-    array = column.combine_chunks()
-    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1).astype(np.float32)

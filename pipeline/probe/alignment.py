@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from pipeline.core.config import Params
 from pipeline.core.errors import EvaluationError
-from pipeline.core.vectors import anisotropy, neighbours, rank_own, shared
+from pipeline.core.vectors import anisotropy, neighbour_overlap, neighbours, rank_own
 from pipeline.evaluate.system import System, check_finite
 from pipeline.probe.base import ProbeContext, ProbeResult, described, in_teacher_space, space_of, unit_deltas
 from pipeline.probe.descriptions import Description
@@ -64,19 +64,19 @@ def run(params: AlignmentParams, context: ProbeContext) -> ProbeResult:
         EvaluationError: no held-out query has a target, widths differ, or an embedding is not finite.
         ArtifactError: an artifact is missing or damaged.
     """
-    from pipeline.core.vectors import embeddings_matrix
+    from pipeline.core.vectors import matrix
 
     artifacts, rows = heldout_rows()
-    ids, targets = rows["id"].to_pylist(), embeddings_matrix(rows["embedding"])
+    ids, targets = rows["id"].to_pylist(), matrix(rows["embedding"])
     count = min(NEIGHBOURS, len(ids) - 1)
     near_targets = neighbours(targets, count) if count else None
     metrics: dict[str, Any] = {"candidates": len(ids)}
     systems, tables, units = {}, [], {}
     for system in context.build():
         queries, answers = _embed(system, rows, targets)
-        overlap = None if near_targets is None else shared(neighbours(queries, count), near_targets)
+        overlap = None if near_targets is None else neighbour_overlap(neighbours(queries, count), near_targets)
         table = ranked(system.name, ids, queries, answers, overlap)
-        found = {**alignment_metrics(table), "anisotropy": round(anisotropy(queries), 6) if count else None}
+        found = {**alignment_metrics(table), "anisotropy": anisotropy(queries)}
         metrics |= {f"{system.name}/{key}": value for key, value in found.items()}
         systems[system.name] = {**described(system), "space": space_of(system)}
         units[system.name] = _units(system, table)

@@ -1,16 +1,15 @@
 """Passages: cut from documents, written out with their titles, and searched exactly in one pass over any corpus."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.core.errors import EvaluationError
+from pipeline.core.vectors import top_k
+from pipeline.evaluate.system import System, check_finite
+from pipeline.tasks.instructions import Side
 from pipeline.tasks.local_tasks import RetrievalData
-
-if TYPE_CHECKING:
-    from pipeline.evaluate.system import System
 
 CHUNK = 8192
 
@@ -60,7 +59,7 @@ def passage_texts(corpus: pa.Table) -> list[str]:
 
 
 def search(
-    system: "System", queries: np.ndarray, passages: Sequence[str], instruction: str, top: int
+    system: System, queries: np.ndarray, passages: Sequence[str], instruction: str, top: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The passages nearest to each query by cosine.
 
@@ -75,26 +74,20 @@ def search(
         Positions int64 [Q, min(top, N)] and cosines float32 of the same shape, best first; on a tie
         the earlier passage.
     """
-    unit = unit_rows(queries)
-    positions = np.empty((len(queries), 0), dtype=np.int64)
-    cosines = np.empty((len(queries), 0), dtype=np.float32)
-    for start in range(0, len(passages), CHUNK):
-        chunk = passages[start : start + CHUNK]
-        scores = unit @ unit_rows(system.encode(chunk, instruction, "document")).T
-        numbers = np.broadcast_to(np.arange(start, start + len(chunk)), scores.shape)
-        cosines, positions = np.hstack([cosines, scores]), np.hstack([positions, numbers])
-        best = np.argsort(-cosines, axis=1, kind="stable")[:, :top]
-        cosines, positions = np.take_along_axis(cosines, best, 1), np.take_along_axis(positions, best, 1)
-    return positions, cosines
+
+    def vectors() -> Iterator[np.ndarray]:
+        for start in range(0, len(passages), CHUNK):
+            yield finite_embeddings(system, passages[start : start + CHUNK], instruction, "document")
+
+    return top_k(queries, vectors(), top)
 
 
-def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1, float32 [N, d]; a zero row stays zero.
+def finite_embeddings(system: System, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
+    """`System.encode`, float32 [N, d].
 
     Raises:
         EvaluationError: a value is not finite.
     """
-    if not np.isfinite(vectors).all():
-        raise EvaluationError(f"{int((~np.isfinite(vectors).all(axis=1)).sum())} embeddings are not finite")
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return (vectors / np.where(lengths == 0, 1, lengths)).astype(np.float32)
+    embeddings = system.encode(texts, instruction, side)
+    check_finite(embeddings, texts, system.name)
+    return embeddings

@@ -37,10 +37,11 @@ from pipeline.core.artifacts import digest_of
 from pipeline.core.bootstrap import BootstrapParams, Delta, statistic_delta
 from pipeline.core.config import Params, load
 from pipeline.core.errors import EvaluationError
+from pipeline.core.vectors import unit_rows
 from pipeline.evaluate.system import System
 from pipeline.probe.base import ProbeContext, ProbeResult, described, in_teacher_space, space_of, unit_deltas
 from pipeline.probe.descriptions import Description
-from pipeline.probe.passages import unit_rows
+from pipeline.probe.passages import finite_embeddings
 from pipeline.probe.sources import SourceParams, load_rows
 
 # What a refusal looks like: wordings that give one away, and generic refusals and compliant openings as references.
@@ -227,13 +228,13 @@ def backbone_metrics(prompts: Prompts) -> dict[str, float | int]:
 
 def embed_references(system: System, texts: RefusalTexts, prompts: Prompts) -> References:
     """The references in a system's space; an empty answer is a zero vector."""
-    refusals = unit_rows(system.encode(texts.refusals, "", "document"))
-    compliance = unit_rows(system.encode(texts.compliance, "", "document"))
+    refusals = unit_rows(finite_embeddings(system, texts.refusals, "", "document"))
+    compliance = unit_rows(finite_embeddings(system, texts.compliance, "", "document"))
     given = [row for row, name in enumerate(prompts.column("answer_class")) if name != EMPTY]
     answers = np.zeros((prompts.table.num_rows, refusals.shape[1]), dtype=np.float32)
     if given:
         written = prompts.column("answer")
-        answers[given] = unit_rows(system.encode([written[row] for row in given], "", "document"))
+        answers[given] = unit_rows(finite_embeddings(system, [written[row] for row in given], "", "document"))
     return References(refusals, compliance, answers)
 
 
@@ -245,7 +246,7 @@ def compared(system: System, prompts: Prompts, references: References) -> pa.Tab
     Raises:
         EvaluationError: the system and the references have different widths.
     """
-    vectors = unit_rows(system.encode(prompts.column("prompt"), ""))
+    vectors = unit_rows(finite_embeddings(system, prompts.column("prompt"), ""))
     if vectors.shape[1] != references.refusals.shape[1]:
         raise EvaluationError(
             f"{system.name} embeds in {vectors.shape[1]} dimensions, the teacher in {references.refusals.shape[1]}: "

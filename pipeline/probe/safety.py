@@ -20,7 +20,7 @@ from pydantic import Field, PositiveInt
 from pipeline.evaluate.system import System
 from pipeline.probe.base import ProbeContext, ProbeResult, described, unit_deltas
 from pipeline.probe.descriptions import Description
-from pipeline.probe.passages import cut_documents, passage_texts, search
+from pipeline.probe.passages import cut_documents, finite_embeddings, passage_texts, search
 from pipeline.probe.sources import SourceParams, load_judged, load_passages
 from pipeline.tasks.instructions import load_instructions
 from pipeline.tasks.local_tasks import RetrievalData
@@ -112,7 +112,7 @@ def _prefixed(ids: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _ranked(system: System, data: RetrievalData, corpus: pa.Table, instruction: str, top: int) -> pa.Table:
     malicious = _malicious(data)
-    queries = system.encode(list(data.queries.values()), QUERY_INSTRUCTION)
+    queries = finite_embeddings(system, list(data.queries.values()), QUERY_INSTRUCTION)
     positions, cosines = search(system, queries, passage_texts(corpus), instruction, top)
     count, kept = positions.shape
     names = corpus["id"].take(pa.array(positions.ravel())).to_pylist()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import EvaluationError
+from pipeline.core.vectors import unit_rows
 from pipeline.evaluate.system import BareSystem, System
 from pipeline.teach.params import QualityParams
 
@@ -174,7 +175,7 @@ def without_labels(first: "Array", second: "Array") -> dict[str, float]:
     """
     import numpy as np
 
-    first, second = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (first, second))
+    first, second = unit_rows(first), unit_rows(second)
     different = ~np.eye(len(first), dtype=bool)
     cosines, across = first @ first.T, first @ second.T
     # |x - y|^2 = 2 - 2 cos for vectors of length 1.

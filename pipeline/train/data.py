@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.backbone.prompting import PromptFormatter, eos_token_id
 from pipeline.core.errors import TrainingError
-from pipeline.core.vectors import embeddings_matrix
+from pipeline.core.vectors import matrix
 from pipeline.generate.response_text import ends_in_loop
 from pipeline.train.losses import Batch
 
@@ -137,7 +137,7 @@ def tokenize(
     long = sum(len(answer) > max_response_tokens for answer in ended)
     _report_cut("responses", long, "train.max_response_tokens", "end")
     cut = [answer[:max_response_tokens] for answer in ended]
-    return TrainingRows(ids, [prompt.token_ids for prompt in prompts], cut, embeddings_matrix(table["embedding"]))
+    return TrainingRows(ids, [prompt.token_ids for prompt in prompts], cut, matrix(table["embedding"]))
 
 
 def _check_lengths(ids: Sequence[str], answers: Sequence[Sequence[int]], limit: int) -> None:

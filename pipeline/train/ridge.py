@@ -88,10 +88,3 @@ def fit_ridge(moments: Moments, strengths: Sequence[float]) -> Iterator[LinearMa
     for strength in strengths:
         weight = (vectors @ (projected / (values + strength)[:, None])).T / spread
         yield LinearMap(weight, moments.target_mean - weight @ moments.mean)
-
-
-def reciprocal_rank(embeddings: np.ndarray, targets: np.ndarray) -> float:
-    """Mean reciprocal rank by cosine of each row's own target among all targets."""
-    first, second = (rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-12) for rows in (embeddings, targets))
-    cosines = first @ second.T
-    return float((1.0 / (cosines >= np.diagonal(cosines)[:, None]).sum(axis=1)).mean())

@@ -23,10 +23,11 @@ import torch
 
 from pipeline.core.errors import TrainingError
 from pipeline.core.run import progress
+from pipeline.core.vectors import rank_own
 from pipeline.encoder.passes.plain import QueryPass
 from pipeline.encoder.student import Student
 from pipeline.train.data import TrainingRows
-from pipeline.train.ridge import LinearMap, Moments, fit_ridge, reciprocal_rank
+from pipeline.train.ridge import LinearMap, Moments, fit_ridge
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def choose_strength(folds: Sequence[tuple[Moments, np.ndarray, np.ndarray]], by:
         inside = [moments for at, (moments, _, _) in enumerate(folds) if at != left_out]
         if inside:
             maps = fit_ridge(reduce(add, inside).mapped(by), STRENGTHS)
-            scores += [reciprocal_rank(fitted(by(features)), targets) for fitted in maps]
+            scores += [rank_own(fitted(by(features)), targets).mrr for fitted in maps]
     return STRENGTHS[int(scores.argmax())]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import pipeline.core.vectors as ranking
-from pipeline.core.vectors import anisotropy, neighbours, rank_own, shared
+from pipeline.core.vectors import Anisotropy, anisotropy, neighbour_overlap, neighbours, rank_own
 
 
 def test_ranks_by_hand() -> None:
@@ -46,7 +46,7 @@ def test_neighbours_on_a_circle() -> None:
 
 def test_shared_neighbours_are_a_share() -> None:
     first, second = np.array([[1, 2], [0, 2], [0, 1]]), np.array([[2, 1], [2, 3], [3, 4]])
-    assert shared(first, second).tolist() == [1.0, 0.5, 0.0]
+    assert neighbour_overlap(first, second).tolist() == [1.0, 0.5, 0.0]
 
 
 def test_anisotropy_is_the_mean_cosine_of_pairs() -> None:
@@ -56,4 +56,13 @@ def test_anisotropy_is_the_mean_cosine_of_pairs() -> None:
     vectors = np.random.default_rng(1).normal(size=(6, 3)) + 1
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     pairs = [unit[i] @ unit[j] for i in range(6) for j in range(6) if i != j]
-    assert anisotropy(vectors) == pytest.approx(np.mean(pairs))
+    assert anisotropy(vectors) == pytest.approx(np.mean(pairs), abs=1e-6)
+    assert anisotropy(vectors[:1]) is None
+
+
+def test_anisotropy_of_batches_is_that_of_all_pairs() -> None:
+    vectors = np.random.default_rng(0).normal(size=(ranking.BLOCK + 50, 4)) + 1.0
+    running = Anisotropy()
+    running.add(vectors[:10])
+    running.add(vectors[10:])
+    assert running.value == anisotropy(vectors)

@@ -1,11 +1,9 @@
 """What is counted of targets that pass by."""
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.core.vectors import anisotropy
-from pipeline.embed.statistics import BLOCK_ROWS, Anisotropy, TargetStatistics
+from pipeline.embed.statistics import TargetStatistics
 from pipeline.embed.targets import store_schema
 
 
@@ -39,14 +37,3 @@ def test_nothing_counted_yet() -> None:
     assert TargetStatistics().norms() == {"norm_mean": 0.0, "norm_std": 0.0}
     assert TargetStatistics().tokens.summary() == {}
     assert TargetStatistics().anisotropy.value is None
-
-
-def test_anisotropy_of_rows_that_pass_by_is_that_of_all_pairs() -> None:
-    vectors = np.random.default_rng(0).normal(size=(BLOCK_ROWS + 50, 4)) + 1.0
-    running = Anisotropy()
-    running.add(vectors[:10])
-    running.add(vectors[10:])
-    assert running.value == pytest.approx(anisotropy(vectors), abs=1e-6)
-    opposite = Anisotropy()
-    opposite.add(np.array([[1.0, 0.0], [-3.0, 0.0]]))
-    assert opposite.value == -1.0

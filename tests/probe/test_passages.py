@@ -40,7 +40,7 @@ def test_a_zero_vector_is_far_and_a_nan_is_refused() -> None:
     system = VectorSystem({"zero": [0, 0], "near": [1, 0], "bad": [np.nan, 0]})
     positions, cosines = search(system, np.array([[1.0, 0.0]]), ["zero", "near"], "", 2)
     assert positions.tolist() == [[1, 0]] and cosines[0, 1] == 0
-    with pytest.raises(EvaluationError, match="1 embeddings are not finite"):
+    with pytest.raises(EvaluationError, match="1 of 2 embeddings are not finite"):
         search(system, np.array([[1.0, 0.0]]), ["near", "bad"], "", 2)
 
 

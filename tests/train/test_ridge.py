@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.train.ridge import LinearMap, Moments, fit_ridge, reciprocal_rank
+from pipeline.train.ridge import LinearMap, Moments, fit_ridge
 
 
 def linear_problem(rows: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -70,9 +70,3 @@ def test_mapped_sums_are_the_sums_of_mapped_rows() -> None:
     generator = np.random.default_rng(3)
     by = LinearMap(generator.normal(size=(4, 6)), generator.normal(size=4))
     assert_equal(Moments.of(features, targets).mapped(by), Moments.of(by(features), targets))
-
-
-def test_reciprocal_rank_by_hand() -> None:
-    targets = np.array([[1.0, 0.0], [0.0, 1.0]])
-    assert reciprocal_rank(targets, targets) == 1.0
-    assert reciprocal_rank(targets[::-1], targets) == 0.5

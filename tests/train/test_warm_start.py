@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from pipeline.core.errors import TrainingError
+from pipeline.core.vectors import rank_own
 from pipeline.encoder.student import Student
 from pipeline.train import warm_start as module
 from pipeline.train.data import TrainingRows
-from pipeline.train.ridge import LinearMap, Moments, fit_ridge, reciprocal_rank
+from pipeline.train.ridge import LinearMap, Moments, fit_ridge
 from pipeline.train.warm_start import (
     FOLDS,
     STRENGTHS,
@@ -52,7 +53,7 @@ def in_memory_strength(features: np.ndarray, targets: np.ndarray) -> float:
     for left_out in range(FOLDS):
         inside, outside = fold != left_out, fold == left_out
         maps = fit_ridge(Moments.of(features[inside], targets[inside]), STRENGTHS)
-        scores += [reciprocal_rank(fitted(features[outside]), targets[outside]) for fitted in maps]
+        scores += [rank_own(fitted(features[outside]), targets[outside]).mrr for fitted in maps]
     return STRENGTHS[int(scores.argmax())]
 
 
