@@ -42,6 +42,12 @@ def test_the_files_that_a_page_names_exist(page: str) -> None:
     assert not [name for name in FILE.findall(CURRENT[page]) if not (ROOT / name).exists()]
 
 
+def test_the_pages_that_the_code_names_exist() -> None:
+    sources = [*(ROOT / "pipeline").rglob("*.py"), *ROOT.glob("params*.yaml")]
+    named = {name for path in sources for name in re.findall(r"docs/[\w-]+\.md", path.read_text(encoding="utf-8"))}
+    assert named <= PAGES.keys()
+
+
 def test_the_modules_of_the_api_page_exist() -> None:
     modules = re.findall(r"^::: (\S+)$", PAGES["docs/api.md"], re.MULTILINE)
     assert modules and not [
