@@ -1,4 +1,4 @@
-"""Stage evaluate: a suite of mteb tasks for every system -> results/evaluate/<suite>/ and <suite>.json beside it.
+"""Stage evaluate: runs a suite of mteb tasks with every system -> results/evaluate/<suite>/ and <suite>.json beside it.
 
 python -m pipeline.evaluate SUITE
 """
@@ -6,18 +6,17 @@ python -m pipeline.evaluate SUITE
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from pipeline.core.artifacts import create
 from pipeline.core.config import PARAMS_FILE, load
-from pipeline.core.errors import ParamsError
+from pipeline.core.errors import ParamsError, nested_in, section
 from pipeline.core.paths import DELTAS_TABLE, EVALUATE_DIR, SUMMARY_TABLE
 from pipeline.core.run import RunRecord, record, setup_logging, user_errors, work_dir
 from pipeline.evaluate.build import SystemInputs, encoder_artifact, make_systems, manifest_params, own_instructions
 from pipeline.evaluate.deltas import deltas_table, task_deltas
-from pipeline.evaluate.run import SystemResults, run_systems
+from pipeline.evaluate.run import run_systems
 from pipeline.evaluate.summary import flat_metrics, seed_spread, summary_table, write_mteb_format
 from pipeline.generate.engines.registry import prepare_environment
 from pipeline.tasks.instructions import load_instructions
@@ -38,11 +37,14 @@ def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
         EvaluationError: a task or its data is missing.
         ArtifactError: the encoder is missing or damaged.
     """
-    params, evaluate = _suite(inputs, suite), inputs.evaluate
+    if suite not in inputs.suites:
+        raise ParamsError(f"suites.{suite}: missing (there are: {', '.join(inputs.suites)})")
+    params, evaluate = inputs.suites[suite], inputs.evaluate
     prepare_environment(inputs.generate.engine)
     encoder = encoder_artifact()
     folders = [Path(evaluate.local_dir) / name for name in params.local]
-    tasks = find_tasks(folders, params.tasks, params.benchmark, params.languages)
+    with section("suites"), nested_in(suite):
+        tasks = find_tasks(folders, params.tasks, params.benchmark, params.languages)
     instructions = load_instructions(own_instructions(inputs))
     with closing(make_systems(inputs)) as systems:
         runs = run_systems(
@@ -72,19 +74,7 @@ def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
         metrics=metrics,
         deltas=[asdict(delta) for delta in deltas],
         seeds=seed_spread(metrics),
-        **_facts(runs),
-    )
-
-
-def _suite(inputs: Inputs, name: str) -> SuiteParams:
-    if name not in inputs.suites:
-        raise ParamsError(f"suites.{name}: missing (there are: {', '.join(inputs.suites)})")
-    return inputs.suites[name]
-
-
-def _facts(runs: list[SystemResults]) -> dict[str, Any]:
-    return {
-        "systems": {
+        systems={
             run.system: {
                 "identity": run.identity,
                 "prompting": run.prompting,
@@ -93,8 +83,8 @@ def _facts(runs: list[SystemResults]) -> dict[str, Any]:
                 "seconds": run.seconds,
             }
             for run in runs
-        }
-    }
+        },
+    )
 
 
 def main(

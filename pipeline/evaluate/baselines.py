@@ -130,7 +130,7 @@ class HydeSystem:
         """The teacher, the backbone, and how it answers."""
         return {"version": HYDE_VERSION, "teacher": self.teacher.identity, "answers": self.answers.identity}
 
-    def reading(self, text: str, instruction: str, side: Side) -> str:
+    def cache_key(self, text: str, instruction: str, side: Side) -> str:
         """Whether it is answered or read, and what."""
         return f"read: {text}" if side == "document" else f"answer: {join_instruction(instruction, text)}"
 
@@ -206,7 +206,7 @@ class ModelSystem:
             return BARE
         return ", ".join(f"{side} prompt {prompt!r}" for side, prompt in self._prompts.items())
 
-    def reading(self, text: str, instruction: str, side: Side) -> str:
+    def cache_key(self, text: str, instruction: str, side: Side) -> str:
         """Prompt and text; the side too where the model tells them apart."""
         read = self._prompts[side] + text
         return read if self._one_sided else f"{side}: {read}"

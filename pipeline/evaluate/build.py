@@ -260,7 +260,7 @@ def _open_teacher(inputs: SystemInputs) -> Iterator[Teacher]:
 def _with_cache(params: EvaluateParams, system: System) -> AbstractContextManager[System]:
     if not params.cache_embeddings:
         return nullcontext(system)
-    return CachedSystem(system, work_dir("embeddings"), dtype=params.dtype)
+    return closing(CachedSystem(system, work_dir("embeddings"), dtype=params.dtype))
 
 
 def make_answers(inputs: SystemInputs) -> Answers:

@@ -1,7 +1,7 @@
-"""The student against every other system: an interval for each task, task type and mean of a suite.
+"""Student minus every other system, with an interval for each task, task type and mean of a suite.
 
-Within a task its queries, pairs or texts are drawn, each task by itself; a mean takes the resamples of its tasks, so
-its interval covers the tasks' own uncertainty and not that other tasks could have been chosen.
+The queries, pairs or texts of each task are resampled independently; a mean combines the resamples of its tasks. Its
+interval covers the uncertainty within the tasks, not the choice of the tasks.
 """
 
 import logging
@@ -18,7 +18,7 @@ from pipeline.core.bootstrap import BootstrapParams, Delta, Sampled, combine, de
 from pipeline.core.run import progress
 from pipeline.evaluate.run import SystemResults
 from pipeline.evaluate.summary import mean_weights, summary_table, task_scores
-from pipeline.evaluate.unit_scores import Findings, Floats, as_counts
+from pipeline.evaluate.unit_scores import Floats, UnitScores, as_counts
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ def task_deltas(
 
     Args:
         tasks: the mteb tasks of the runs.
-        runs: none of them the student: there is nothing to compare.
-        settings: how the intervals are drawn.
-        metric: the score that counts, None = each task's main score. Only main scores get intervals.
+        runs: without the student among them the result is empty.
+        settings: of the bootstrap.
+        metric: the compared score, None = each task's main score. Only main scores get intervals.
     """
     student = next((run for run in runs if run.system == "student"), None)
     if student is None:
@@ -60,7 +60,7 @@ def task_deltas(
             sampled[name] = _difference(name, delta, resampled["student"][name], resampled[other][name])
         for name, weights in mean_weights(types).items():
             sampled[name] = combine([sampled[task] for task in weights], list(weights.values()))
-        deltas += [delta_of(name, other, found, settings) for name, found in sampled.items()]
+        deltas += [delta_of(name, other, sample, settings) for name, sample in sampled.items()]
     return [delta for delta in deltas if not math.isnan(delta.delta)]
 
 
@@ -71,7 +71,7 @@ def deltas_table(deltas: Iterable[Delta]) -> pa.Table:
 
 @dataclass(frozen=True)
 class _Resampled:
-    """A system's score on a task: on all units, and on the resamples, which are the same for every system."""
+    """A system's score on a task: on all units, and on resamples that are the same for every system."""
 
     keys: list[str]
     score: Sampled
@@ -80,33 +80,33 @@ class _Resampled:
 def _resampled(
     tasks: Sequence[Any], run: SystemResults, settings: BootstrapParams, metric: str | None
 ) -> dict[str, _Resampled | None]:
-    """By task; None where the score in question has no findings."""
-    by_task = list(zip(tasks, run.findings, strict=True))
+    """By task; None where the score in question has no unit scores."""
+    by_task = list(zip(tasks, run.unit_scores, strict=True))
     found: dict[str, _Resampled | None] = {}
-    for task, findings in progress(by_task, total=len(by_task), desc=f"resamples of {run.system}", unit="task"):
+    for task, parts in progress(by_task, total=len(by_task), desc=f"resamples of {run.system}", unit="task"):
         name = task.metadata.name
-        counts = findings and metric in (None, task.metadata.main_score)
-        found[name] = _score(name, findings, settings) if counts else None
+        has_units = parts and metric in (None, task.metadata.main_score)
+        found[name] = _resample(name, parts, settings) if has_units else None
     return found
 
 
-def _score(task: str, findings: Sequence[Findings], settings: BootstrapParams) -> _Resampled:
-    parts = [
+def _resample(task: str, parts: Sequence[UnitScores], settings: BootstrapParams) -> _Resampled:
+    samples = [
         sample_statistic(f"{task}/{index}" if index else task, _on_resamples(part), part.units, settings)
-        for index, part in enumerate(findings)
+        for index, part in enumerate(parts)
     ]
-    return _Resampled([part.key for part in findings], combine(parts, [1 / len(parts)] * len(parts)))
+    return _Resampled([part.key for part in parts], combine(samples, [1 / len(samples)] * len(samples)))
 
 
-def _on_resamples(part: Findings) -> Callable[[NDArray[np.int64]], Floats]:
+def _on_resamples(part: UnitScores) -> Callable[[NDArray[np.int64]], Floats]:
     return lambda indices: part.scores(as_counts(indices))
 
 
-def _difference(task: str, delta: float, ours: _Resampled | None, theirs: _Resampled | None) -> Sampled:
-    if ours is None or theirs is None:
+def _difference(task: str, delta: float, student: _Resampled | None, other: _Resampled | None) -> Sampled:
+    if student is None or other is None:
         return Sampled(delta, None, 0)
-    if ours.keys != theirs.keys:
+    if student.keys != other.keys:
         log.warning("%s: no interval: the systems were not measured on the same units", task)
         return Sampled(delta, None, 0)
-    drawn, other = ours.score.replicates, theirs.score.replicates
-    return Sampled(delta, None if drawn is None or other is None else drawn - other, ours.score.units)
+    ours, theirs = student.score.replicates, other.score.replicates
+    return Sampled(delta, None if ours is None or theirs is None else ours - theirs, student.score.units)

@@ -1,4 +1,4 @@
-"""A system behind mteb's encoder protocol: each text gets the instruction of its task and side, cosine compares."""
+"""A system behind mteb's encoder protocol: texts get the instruction of their task and side, cosine compares."""
 
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.core.artifacts import digest_of
-from pipeline.evaluate.system import BARE, System, check_finite, revision_of
+from pipeline.evaluate.system import BARE, System, encode_finite, revision_of
 from pipeline.tasks.instructions import Instructions, Side
 
 if TYPE_CHECKING:
@@ -19,11 +19,11 @@ _FRAMEWORKS = {"sentence-transformers": ["Sentence Transformers", "PyTorch"]}
 
 
 class MtebEncoder:
-    """What `mteb.evaluate` takes as a model.
+    """The model that `mteb.evaluate` runs.
 
-    Its name is `llm2vec-gen/<system>`; its revision changes with all that a score depends on besides the task, so a
-    result cache never serves the scores of other weights, instructions or precision. Results are published under
-    another name and revision: see `published_meta`.
+    Its name is `llm2vec-gen/<system>`. Its revision changes with all that a score depends on besides the task, so the
+    result cache never returns scores of other weights, instructions or precision. Results are published under another
+    name and revision: see `published_meta`.
     """
 
     def __init__(self, system: System, instructions: Instructions, *, dtype: str) -> None:
@@ -53,9 +53,8 @@ class MtebEncoder:
         side: Side = "document" if prompt_type is not None and prompt_type.value == "document" else "query"
         instruction = self._instructions.choose(task_metadata.name, task_metadata.type, side)
         texts = [text for batch in inputs for text in batch["text"]]
-        embeddings = np.asarray(self.system.encode(texts, instruction, side), dtype=np.float32)
-        check_finite(embeddings, texts, f"{self.system.name}, task '{task_metadata.name}', split '{hf_split}'")
-        return embeddings
+        where = f"task '{task_metadata.name}', split '{hf_split}'"
+        return encode_finite(self.system, texts, instruction, side, where=where)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Cosine of each of [N, d] with each of [M, d], [N, M]."""
@@ -71,7 +70,7 @@ class MtebEncoder:
 
 
 def published_meta(system: System, model_name: str | None = None) -> Any:
-    """mteb's ModelMeta under which a system's results can be submitted; what is not known of it stays None.
+    """mteb's ModelMeta under which a system's results can be submitted; unknown fields stay None.
 
     Names: the student `model_name` or `llm2vec-gen/<backbone>-llm2vec-gen`; other systems made of the backbone
     `llm2vec-gen/<backbone>-<system>`, and so do teachers that a model of the hub is only a part of (adapters, a reading
@@ -108,11 +107,11 @@ def _backbone(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _adapted_from(identity: dict[str, Any]) -> str | None:
-    """The model of the hub, or the folder, that a system was made from, where it is not that model itself."""
+    """The model of the hub, or the folder, that a system adapts; None if it is that model itself."""
     backbone = _backbone(identity)
     if "revision" in backbone:
         return str(backbone["name"])
-    return str(identity["name"]) if _made_of(identity) else None
+    return str(identity["name"]) if _is_part(identity) else None
 
 
 def _published_name(system: System, model_name: str | None) -> str:
@@ -125,23 +124,23 @@ def _published_name(system: System, model_name: str | None) -> str:
     name = str(identity.get("name", ""))
     if not name:
         return f"{ORGANISATION}/{system.name}"
-    if _made_of(identity):
+    if _is_part(identity):
         return f"{ORGANISATION}/{PurePath(name).name}-{system.name}"
     return name if "sha256" not in identity and name.count("/") == 1 else f"{LOCAL}/{PurePath(name).name}"
 
 
 def _published_revision(identity: dict[str, Any]) -> str:
-    weights = None if _made_of(identity) else identity.get("sha256") or identity.get("revision")
+    weights = None if _is_part(identity) else identity.get("sha256") or identity.get("revision")
     return str(weights or digest_of(identity))[:40]
 
 
-def _made_of(identity: dict[str, Any]) -> bool:
-    """Whether the model that an identity names is a part only of what embeds."""
+def _is_part(identity: dict[str, Any]) -> bool:
+    """Whether the model that an identity names is only a part of what embeds."""
     return bool(identity.get("adapters") or identity.get("transform") or identity.get("kind") == "backbone")
 
 
 def _parameters(encoder: Any) -> int | None:
-    """Of the backbone and what was trained."""
+    """Parameters of the backbone and of what was trained."""
     if encoder is None:
         return None
     return sum(tensor.numel() for part in (encoder.model, encoder.student) for tensor in part.parameters())

@@ -1,7 +1,7 @@
-"""Findings for each query, pair or text of an mteb task, taken while it runs.
+"""Per-unit scores of an mteb task, observed while it runs.
 
-Retrieval hands its scores of each query to `task_specific_scores`; the other types write predictions. What does not
-reproduce mteb's own main score is not used: a difference then gets no interval, and a log line says so.
+Retrieval passes the scores of each query to `task_specific_scores`; the other types write predictions. Unit scores that
+do not reproduce mteb's own main score are not used: the task then gets no interval, and a log line says so.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.artifacts import digest_of
-from pipeline.evaluate.unit_scores import Findings, Kind
+from pipeline.evaluate.unit_scores import Kind, UnitScores
 
 log = logging.getLogger(__name__)
 
@@ -34,74 +34,69 @@ _SIMILARITIES = {
 }
 _BEST_SUBQUERY = "max_over_subqueries_"
 
-Where = tuple[str, str]
+Subset = tuple[str, str]
+"""Names of a split and of a subset of it."""
 
 
 class Observer:
-    """Watches one run of one mteb task (no aggregate), whose data is loaded."""
+    """Observes one run of one mteb task (no aggregate) whose data is loaded."""
 
     def __init__(self, task: Any, folder: Path) -> None:
-        """`folder` takes mteb's prediction files; it may go once `findings` were taken."""
+        """`folder` receives mteb's prediction files; it must exist until `unit_scores` returns."""
         from mteb.abstasks import AbsTaskRetrieval
 
         self._task, self._folder = task, folder
-        self._queries: dict[Where, dict[str, float]] = {}
+        self._queries: dict[Subset, dict[str, float]] = {}
         self.prediction_folder: Path | None = folder
         if isinstance(task, AbsTaskRetrieval):
-            self.prediction_folder = None  # a thousand passages a query, of which only the scores are needed
-            self._watch_queries()
+            self.prediction_folder = None  # a thousand passages a query, of which only the scores are used
+            self._observe_queries()
 
-    def findings(self, result: Any) -> list[Findings]:
-        """One entry for each split and subset of mteb's TaskResult, or none at all if one of them is not to be had."""
+    def unit_scores(self, result: Any) -> list[UnitScores]:
+        """One entry for each split and subset of mteb's TaskResult; empty if one of them cannot be had."""
         name, main = self._task.metadata.name, self._task.metadata.main_score
-        found = []
-        for split, subsets in result.scores.items():
-            for scores in subsets:
-                part = self._reproducing(scores, (split, scores["hf_subset"]))
-                if part is None:
-                    log.info("%s: no interval (nothing that is known of single texts gives its %s)", name, main)
-                    return []
-                found.append(part)
-        return found
+        subsets = [(scores, (split, scores["hf_subset"])) for split, found in result.scores.items() for scores in found]
+        parts = [self._reproducing(scores, subset) for scores, subset in subsets]
+        found = [part for part in parts if part is not None]
+        if len(found) == len(parts):
+            return found
+        log.info("%s: no interval (no scores of single texts reproduce its %s)", name, main)
+        return []
 
-    def _reproducing(self, scores: Mapping[str, Any], where: Where) -> Findings | None:
-        score = scores["main_score"]
-        for candidate in self._candidates(scores, where):
-            if candidate.units and math.isclose(candidate.score(), score, abs_tol=_TOLERANCE):
+    def _reproducing(self, scores: Mapping[str, Any], subset: Subset) -> UnitScores | None:
+        for candidate in self._candidates(scores, subset):
+            if candidate.units and math.isclose(candidate.score(), scores["main_score"], abs_tol=_TOLERANCE):
                 return candidate
         return None
 
-    def _candidates(self, scores: Mapping[str, Any], where: Where) -> Iterator[Findings]:
+    def _candidates(self, scores: Mapping[str, Any], subset: Subset) -> Iterator[UnitScores]:
         main = self._task.metadata.main_score
-        if where in self._queries:
-            values = self._queries[where]
-            yield _means(where, "query", sorted(values), [values[query] for query in sorted(values)])
-        predictions = self._predictions(where)
-        read = _READERS.get(self._task.metadata.type)
+        if subset in self._queries:
+            names, values = zip(*sorted(self._queries[subset].items()), strict=True)
+            yield _means(subset, "query", names, values)
+        predictions, read = self._predictions(subset), _READERS.get(self._task.metadata.type)
         if predictions is not None and read is not None:
-            yield from read(self._task, main, predictions, where)
+            yield from read(self._task, main, predictions, subset)
         runs = _runs(main, scores)
-        yield _means(where, "run", list(range(len(runs))), runs)
+        yield _means(subset, "run", range(len(runs)), runs)
 
-    def _predictions(self, where: Where) -> Any:
-        """mteb's predictions of one split and subset; parallel texts are filed under one name for all languages."""
+    def _predictions(self, subset: Subset) -> Any:
+        """mteb's predictions; parallel texts are filed under one name for all languages."""
         path = self._folder / self._task.prediction_file_name
         if not path.is_file():
             return None
-        split, subset = where
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content.get(subset, content.get("parallel", {})).get(split)
+        return content.get(subset[1], content.get("parallel", {})).get(subset[0])
 
-    def _watch_queries(self) -> None:
+    def _observe_queries(self) -> None:
         original, main = self._task.task_specific_scores, self._task.metadata.main_score
 
-        def watched(scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str) -> Any:
-            values = _query_scores(main, scores, qrels, results)
-            if values is not None:
+        def observed(scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str) -> Any:
+            if values := _query_scores(main, scores, qrels, results):
                 self._queries[hf_split, hf_subset] = values
             return original(scores, qrels, results, hf_split=hf_split, hf_subset=hf_subset)
 
-        self._task.task_specific_scores = watched
+        self._task.task_specific_scores = observed
 
 
 def _query_scores(main: str, scores: Any, qrels: Any, results: Any) -> dict[str, float] | None:
@@ -140,60 +135,59 @@ def _best_subquery(main: str, qrels: Any, results: Any) -> dict[str, float] | No
     return {query: values[f"{_TREC[name]}_{depth}"] for query, values in scores.items()}
 
 
-def _sts(task: Any, main: str, predictions: Any, where: Where) -> Iterator[Findings]:
+def _sts(task: Any, main: str, predictions: Any, subset: Subset) -> Iterator[UnitScores]:
     measure = _SIMILARITIES.get(main)
     if measure is not None and predictions.get(measure) is not None:
-        gold = np.array(_data(task, where)["score"], dtype=np.float64)
-        yield _paired(where, "pair", "spearman", gold, np.array(predictions[measure]))
+        gold = np.array(_data(task, subset)["score"], dtype=np.float64)
+        yield _paired(subset, "pair", "spearman", gold, np.array(predictions[measure]))
 
 
-def _pairs(task: Any, main: str, predictions: Any, where: Where) -> Iterator[Findings]:
+def _pairs(task: Any, main: str, predictions: Any, subset: Subset) -> Iterator[UnitScores]:
     if main != "max_ap":
         return
-    data = _data(task, where)
+    data = _data(task, subset)
     rows = data[0] if len(data) == 1 else data  # older data sets hold all pairs in one row
     gold = np.array(rows[task.label_column_name], dtype=np.int8)
     far = {"manhattan_distances", "euclidean_distances"}
-    found = [[-value for value in values] if name in far else values for name, values in predictions.items()]
-    yield _paired(where, "pair", "ap", gold, np.array(found))
+    similar = [[-value for value in values] if name in far else values for name, values in predictions.items()]
+    yield _paired(subset, "pair", "ap", gold, np.array(similar))
 
 
-def _classes(task: Any, main: str, predictions: Any, where: Where) -> Iterator[Findings]:
-    labels = np.array(_data(task, where)[task.label_column_name])
-    found = [np.array(run) for run in predictions]
-    if any(run.shape != labels.shape for run in found):
+def _classes(task: Any, main: str, predictions: Any, subset: Subset) -> Iterator[UnitScores]:
+    labels = np.array(_data(task, subset)[task.label_column_name])
+    runs = [np.array(run) for run in predictions]
+    if any(run.shape != labels.shape for run in runs):
         return  # cross-validation: each run has texts of its own
     if main == "accuracy":
-        values = np.mean([run == labels for run in found], axis=0)
-        yield _means(where, "text", labels.tolist(), values)
+        yield _means(subset, "text", labels.tolist(), np.mean([run == labels for run in runs], axis=0))
     if main == "f1":
-        _, codes = np.unique(np.stack([labels, *found]), return_inverse=True)
-        codes = codes.reshape(len(found) + 1, len(labels)).astype(np.int32)
-        yield _paired(where, "text", "f1", codes[0], codes[1:])
+        _, codes = np.unique(np.stack([labels, *runs]), return_inverse=True)
+        codes = codes.reshape(len(runs) + 1, len(labels)).astype(np.int32)
+        yield _paired(subset, "text", "f1", codes[0], codes[1:])
 
 
-def _summaries(task: Any, main: str, predictions: Any, where: Where) -> Iterator[Findings]:
+def _summaries(task: Any, main: str, predictions: Any, subset: Subset) -> Iterator[UnitScores]:
     from scipy.stats import spearmanr
 
     measure = _SIMILARITIES.get(main)
     if measure in predictions:
         gold, found = predictions["human_scores"], predictions[measure]
         values = [float(spearmanr(a, b).statistic) for a, b in zip(gold, found, strict=True)]
-        yield _means(where, "text", gold, values)
+        yield _means(subset, "text", gold, values)
 
 
-def _translations(task: Any, main: str, predictions: Any, where: Where) -> Iterator[Findings]:
-    """A sentence's weighted F1, where sentence i belongs to sentence i: 2 / (1 + times i was said) if it was found."""
+def _translations(task: Any, main: str, predictions: Any, subset: Subset) -> Iterator[UnitScores]:
+    """Weighted F1 of a sentence, where sentence i belongs to sentence i: 2 / (1 + times i was predicted) if found."""
     if main != "f1":
         return
-    pairs = predictions.get(where[1]) or next(iter(predictions.values()))
-    said = np.array([int(found["corpus_id"]) for found in pairs])
-    wanted = np.arange(len(said))
-    times = np.bincount(said, minlength=len(said))[: len(said)]
-    yield _means(where, "pair", [len(said)], np.where(said == wanted, 2 / (1 + times), 0.0))
+    pairs = predictions.get(subset[1]) or next(iter(predictions.values()))
+    predicted = np.array([int(pair["corpus_id"]) for pair in pairs])
+    count = len(predicted)
+    times = np.bincount(predicted, minlength=count)[:count]
+    yield _means(subset, "pair", [count], np.where(predicted == np.arange(count), 2 / (1 + times), 0.0))
 
 
-_READERS: dict[str, Callable[[Any, str, Any, Where], Iterator[Findings]]] = {
+_READERS: dict[str, Callable[[Any, str, Any, Subset], Iterator[UnitScores]]] = {
     "STS": _sts,
     "PairClassification": _pairs,
     "Classification": _classes,
@@ -211,16 +205,16 @@ def _runs(main: str, scores: Mapping[str, Any]) -> list[float]:
     return [float(score) for level in values for score in level]
 
 
-def _data(task: Any, where: Where) -> Any:
-    split, subset = where
+def _data(task: Any, subset: Subset) -> Any:
+    split, name = subset
     content = task.dataset
-    return content[subset][split] if subset in content else content[split]
+    return content[name][split] if name in content else content[split]
 
 
-def _means(where: Where, unit: str, names: Sequence[Any], values: Any) -> Findings:
-    found = np.array(values, dtype=np.float64)
-    return Findings(*where, unit, digest_of(list(names)), "mean", np.zeros(0), found)
+def _means(subset: Subset, unit: str, names: Sequence[Any], values: Any) -> UnitScores:
+    scores = np.array(values, dtype=np.float64)
+    return UnitScores(*subset, unit, digest_of(list(names)), "mean", np.zeros(0), scores)
 
 
-def _paired(where: Where, unit: str, kind: Kind, gold: Any, found: Any) -> Findings:
-    return Findings(*where, unit, digest_of(gold.tolist()), kind, gold, found)
+def _paired(subset: Subset, unit: str, kind: Kind, gold: Any, predicted: Any) -> UnitScores:
+    return UnitScores(*subset, unit, digest_of(gold.tolist()), kind, gold, predicted)

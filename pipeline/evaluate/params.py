@@ -1,4 +1,4 @@
-"""The section `evaluate`: which systems are compared, and how texts are embedded for it."""
+"""The section `evaluate`: which systems are compared, and how they embed texts."""
 
 import re
 from typing import Self
@@ -8,12 +8,12 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pipeline.backbone.loading import DType
 from pipeline.core.bootstrap import BootstrapParams
 from pipeline.core.config import Params
+from pipeline.evaluate.registry import BUILT_IN
 from pipeline.parallel.devices import Count
 
-BUILT_IN = ("student", "teacher", "untrained", "backbone-mean", "echo", "hyde")
-
-# First parts of a metric's key that are no system.
+# First parts of metric keys that name no system.
 _TAKEN = ("delta", "reduction")
+_PER_SEED = tuple(f"{name}-" for name, entry in BUILT_IN.items() if entry.per_seed)
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -31,7 +31,7 @@ class ModelParams(Params):
 
 
 class AnswersParams(Params):
-    """The backbone's own answers, which `hyde` embeds and probes report: by section `generate`, but for these."""
+    """Overrides of section `generate` for the backbone's own answers, which `hyde` embeds and probes report."""
 
     max_new_tokens: int | None = Field(default=None, ge=1, description="null = generate.max_new_tokens")
     keep_engine: bool | None = Field(
@@ -40,7 +40,7 @@ class AnswersParams(Params):
 
 
 class EvaluateParams(Params):
-    """What is compared, and how texts are embedded for it."""
+    """Which systems are compared, and how they embed texts."""
 
     models: dict[str, ModelParams] = Field(default_factory=dict, description="sentence-transformers models by system")
     systems: list[str] = Field(min_length=1, description="student is compared with the others")
@@ -66,7 +66,7 @@ class EvaluateParams(Params):
     @classmethod
     def _keys_name_systems(cls, models: dict[str, ModelParams]) -> dict[str, ModelParams]:
         for key in models:
-            if key in BUILT_IN or key.startswith("untrained-"):
+            if key in BUILT_IN or key.startswith(_PER_SEED):
                 raise ValueError(f"'{key}' is a built-in system: choose another key")
             if key in _TAKEN or not _KEY.fullmatch(key):
                 raise ValueError(f"'{key}' cannot name a system: use letters, digits, . _ - (and not {_TAKEN})")
@@ -75,7 +75,7 @@ class EvaluateParams(Params):
     @field_validator("systems")
     @classmethod
     def _systems_exist(cls, systems: list[str], info: ValidationInfo) -> list[str]:
-        if "models" not in info.data:  # its own mistake is told
+        if "models" not in info.data:  # reported by its own validator
             return systems
         known = [*BUILT_IN, *info.data["models"]]
         if unknown := [name for name in systems if name not in known]:
@@ -89,7 +89,7 @@ class EvaluateParams(Params):
     def _named_once(self) -> Self:
         for name, values in (("systems", self.systems), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} {values} holds one twice")
+                raise ValueError(f"{name} {values} contains a duplicate")
         if min(self.seeds) < 0:
             raise ValueError(f"seeds {self.seeds} must be 0 or more")
         return self

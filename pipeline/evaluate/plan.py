@@ -1,6 +1,10 @@
-"""What the suites and probes will embed and write, told before anything runs; nothing is loaded."""
+"""What each suite and probe will embed, known before anything runs.
 
-from collections.abc import Iterable, Mapping
+Sizes come from the statistics that mteb ships with its tasks; no data and no model is loaded.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,78 +13,9 @@ from pipeline.evaluate.params import EvaluateParams
 from pipeline.tasks.instructions import Instructions, Side, load_instructions, read_changes
 from pipeline.tasks.suites import SuiteParams, find_tasks
 
-# How much a suite gives each system to embed, by the statistics that mteb ships with its tasks: nothing is loaded.
-
-CHARACTERS_A_TOKEN = 4  # of English; other scripts have fewer
+CHARACTERS_PER_TOKEN = 4  # of English; other scripts have fewer
 
 _DOCUMENTS = "documents_text_statistics"
-
-
-@dataclass(frozen=True)
-class SuiteSize:
-    """Texts that differ within their task and side, in all tasks of a suite.
-
-    Attributes:
-        tasks: how many there are.
-        queries: texts on the query side, to which all texts of tasks without documents belong.
-        documents: texts on the document side.
-        tokens: of both, at four characters each and cut at the limit: an upper bound of English, a rough one of others.
-        unknown: names of the tasks that have no statistics and are not counted.
-    """
-
-    tasks: int
-    queries: int
-    documents: int
-    tokens: int
-    unknown: tuple[str, ...]
-
-    @property
-    def texts(self) -> int:
-        """Both sides."""
-        return self.queries + self.documents
-
-
-def size_of(tasks: Iterable[Any], max_tokens: int) -> SuiteSize:
-    """The size of mteb tasks (AbsTask) for a system that cuts texts at `max_tokens`.
-
-    The few training examples of classifications are not counted.
-    """
-    count = queries = documents = tokens = 0
-    unknown = []
-    for task in tasks:
-        count += 1
-        for part in getattr(task.metadata, "tasks", None) or [task]:
-            found = list(_statistics(part))
-            if not found:
-                unknown.append(part.metadata.name)
-            for side, texts, length in found:
-                queries, documents = queries + texts * (side == "query"), documents + texts * (side == "document")
-                tokens += round(texts * min(length / CHARACTERS_A_TOKEN, max_tokens))
-    return SuiteSize(count, queries, documents, tokens, tuple(unknown))
-
-
-def _statistics(task: Any) -> Iterable[tuple[Side, int, float]]:
-    """(side, unique texts, their mean length in characters) of each column of texts that is embedded."""
-    statistics = task.metadata.descriptive_stats or {}
-    for split in task.eval_splits:
-        if split in statistics:
-            for entry in _entries(task, statistics[split]):
-                yield from _columns(entry)
-
-
-def _entries(task: Any, split: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    """The whole split, or those of its subsets that the task runs."""
-    subsets = split.get("hf_subset_descriptive_stats") or {}
-    if not subsets or set(task.hf_subsets) >= set(subsets):
-        return [split]
-    return [subsets[name] for name in task.hf_subsets if name in subsets]
-
-
-def _columns(entry: Mapping[str, Any]) -> Iterable[tuple[Side, int, float]]:
-    for key, column in entry.items():
-        if isinstance(column, Mapping) and column.get("unique_texts"):
-            side: Side = "document" if key == _DOCUMENTS else "query"
-            yield side, column["unique_texts"], column["average_text_length"]
 
 
 class EvaluationPlan:
@@ -93,51 +28,51 @@ class EvaluationPlan:
         probes: Mapping[str, Mapping[str, Any]],
         root: Path = Path(),
     ) -> None:
-        """Find the tasks, and look that each has an instruction; mteb is imported only where one of its tasks is named.
+        """Find the tasks and check that each has an instruction; mteb is imported only where one of its tasks is named.
 
         Raises:
             EvaluationError: mteb does not know a name, or a task has no instruction.
             ParamsError: evaluate.instructions is missing or has mistakes.
         """
-        self._params = params
-        self._entries: dict[str, Mapping[str, Any]] = {f"probe@{name}": entry for name, entry in probes.items()}
-        self._suites = {f"evaluate@{name}": suite for name, suite in suites.items()}
-        self._override = root / params.instructions if params.instructions else None
-        instructions = load_instructions(self._override)
-        self._tasks = {stage: mteb_tasks(suite.model_dump(), instructions) for stage, suite in self._suites.items()}
-        self._tasks |= {stage: mteb_tasks(entry, instructions) for stage, entry in self._entries.items()}
+        self._systems, self._file = params.systems, params.instructions
+        self._changes = root / params.instructions if params.instructions else None
+        instructions = load_instructions(self._changes)
+        self._entries: dict[str, Mapping[str, Any]] = {
+            f"evaluate@{name}": suite.model_dump() for name, suite in suites.items()
+        }
+        self._described = {f"evaluate@{name}": _suite_text(suite) for name, suite in suites.items()}
+        self._entries |= {f"probe@{name}": entry for name, entry in probes.items()}
+        self._described |= {f"probe@{name}": _settings(entry) for name, entry in probes.items()}
+        self._tasks = {stage: mteb_tasks(entry, instructions) for stage, entry in self._entries.items()}
 
     def lines(self, *, max_tokens: int, answer_tokens: int) -> list[tuple[str, str, str]]:
-        """(stage, what, systems) of each suite and probe.
+        """(stage, tasks and size, systems) of each suite and probe.
 
         Args:
             max_tokens: at which the student cuts a text.
-            answer_tokens: that hyde's engine writes a query, at most.
+            answer_tokens: that hyde's engine writes for a query, at most.
         """
-        described = {stage: _suite_text(suite) for stage, suite in self._suites.items()}
-        described |= {stage: _settings(entry) for stage, entry in self._entries.items()}
-        systems = ", ".join(self._params.systems)
-        written = answer_tokens if "hyde" in self._params.systems else 0
+        written = answer_tokens if "hyde" in self._systems else 0
         return [
-            (stage, what + _size_text(size_of(self._tasks[stage], max_tokens), written), systems)
-            for stage, what in described.items()
+            (stage, what + _size_text(size_of(self._tasks[stage], max_tokens), written), ", ".join(self._systems))
+            for stage, what in self._described.items()
         ]
 
     def remarks(self) -> list[str]:
-        """Entries of evaluate.instructions that nothing here reads."""
-        if self._override is None:
+        """Entries of evaluate.instructions that no suite or probe uses."""
+        if self._changes is None:
             return []
         named = {task.metadata.name for tasks in self._tasks.values() for task in tasks}
-        for entry in [*self._entries.values(), *(suite.model_dump() for suite in self._suites.values())]:
+        for entry in self._entries.values():
             local = entry.get("local") or []
             named |= {Path(name).name for name in ([local] if isinstance(local, str) else local)}
-        unread = [name for name in read_changes(self._override).tasks if name not in named]
-        file = self._params.instructions
-        return [f"evaluate.instructions: {file} names {', '.join(unread)}, in no suite or probe"] if unread else []
+        unused = [name for name in read_changes(self._changes).tasks if name not in named]
+        where = f"evaluate.instructions: {self._file}"
+        return [f"{where} names {', '.join(unused)}, in no suite or probe"] if unused else []
 
 
 def mteb_tasks(entry: Mapping[str, Any], instructions: Instructions) -> list[Any]:
-    """The mteb tasks that `tasks` and `benchmark` name, each with an instruction; local ones are not looked for.
+    """The mteb tasks that `tasks` and `benchmark` name, each with an instruction; local ones are ignored.
 
     Raises:
         EvaluationError: mteb does not know a name, or a task has no instruction.
@@ -150,23 +85,89 @@ def mteb_tasks(entry: Mapping[str, Any], instructions: Instructions) -> list[Any
     return tasks
 
 
+# --- sizes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SuiteSize:
+    """Texts of a suite, counted once within each task and side.
+
+    Attributes:
+        tasks: their number.
+        queries: texts on the query side, which is the only side of tasks without documents.
+        documents: texts on the document side.
+        tokens: of both, at four characters each and cut at the limit: an upper bound for English, rough for others.
+        unknown: names of the tasks without statistics, which are not counted.
+    """
+
+    tasks: int
+    queries: int
+    documents: int
+    tokens: int
+    unknown: tuple[str, ...]
+
+    @property
+    def texts(self) -> int:
+        """Texts on both sides."""
+        return self.queries + self.documents
+
+
+def size_of(tasks: Iterable[Any], max_tokens: int) -> SuiteSize:
+    """The size of mteb tasks (AbsTask) for a system that cuts texts at `max_tokens`.
+
+    The few training examples of classifications are not counted.
+    """
+    tasks, unknown = list(tasks), []
+    counts: Counter[str] = Counter()
+    for part in (part for task in tasks for part in getattr(task.metadata, "tasks", None) or [task]):
+        columns = list(_text_columns(part))
+        if not columns:
+            unknown.append(part.metadata.name)
+        for side, texts, length in columns:
+            counts[side] += texts
+            counts["tokens"] += round(texts * min(length / CHARACTERS_PER_TOKEN, max_tokens))
+    return SuiteSize(len(tasks), counts["query"], counts["document"], counts["tokens"], tuple(unknown))
+
+
+def _text_columns(task: Any) -> Iterator[tuple[Side, int, float]]:
+    """(side, distinct texts, their mean length in characters) of each column of texts that is embedded."""
+    statistics = task.metadata.descriptive_stats or {}
+    for split in task.eval_splits:
+        for subset in _evaluated(task, statistics.get(split) or {}):
+            for key, column in subset.items():
+                if isinstance(column, Mapping) and column.get("unique_texts"):
+                    side: Side = "document" if key == _DOCUMENTS else "query"
+                    yield side, column["unique_texts"], column["average_text_length"]
+
+
+def _evaluated(task: Any, split: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The whole split, or those of its subsets that the task runs."""
+    subsets = split.get("hf_subset_descriptive_stats") or {}
+    if not subsets or set(task.hf_subsets) >= set(subsets):
+        return [split]
+    return [subsets[name] for name in task.hf_subsets if name in subsets]
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
 def _size_text(size: SuiteSize, written: int) -> str:
     if not size.tasks:
         return ""
-    counted = f" ({len(size.unknown)} not counted)" if size.unknown else ""
-    tasks = f"{size.tasks} mteb task{'s' if size.tasks > 1 else ''}{counted}"
-    text = f"; {tasks}: {size.texts:,} texts, about {_rough(size.tokens)} tokens a system"
-    return f"{text}; hyde writes at most {_rough(size.queries * written)} tokens" if written else text
+    unknown = f" ({len(size.unknown)} not counted)" if size.unknown else ""
+    tasks = f"{size.tasks} mteb task{'s' if size.tasks > 1 else ''}{unknown}"
+    text = f"; {tasks}: {size.texts:,} texts, about {_rounded(size.tokens)} tokens a system"
+    return f"{text}; hyde writes at most {_rounded(size.queries * written)} tokens" if written else text
 
 
-def _rough(number: int) -> str:
-    """Three digits of it, the rest zeros."""
+def _rounded(number: int) -> str:
+    """The number to three significant digits."""
     return f"{round(number, 3 - len(str(number))):,}"
 
 
 def _suite_text(suite: SuiteParams) -> str:
-    named = ", ".join([*suite.local, *suite.tasks, *([suite.benchmark] if suite.benchmark else [])])
-    return f"{named}, in {', '.join(suite.languages)} alone" if suite.languages else named
+    names = ", ".join([*suite.local, *suite.tasks, *([suite.benchmark] if suite.benchmark else [])])
+    return f"{names}, in {', '.join(suite.languages)} alone" if suite.languages else names
 
 
 def _settings(entry: Mapping[str, Any]) -> str:

@@ -1,9 +1,9 @@
-"""Run systems on mteb tasks, keeping every finished task.
+"""Runs systems on mteb tasks and reuses every finished task.
 
-Finished tasks live in a result cache of mteb, one for each version of a task's data and of mteb; in it, the model's
-revision stands for the weights, the instructions and the precision. So a killed run goes on where it stopped, a
-retrained student does not rerun its teacher, and a changed data set reruns that task alone. What a task found for each
-query or text lies beside its result and is written first: a result without it, or half of one, is run again.
+Finished tasks lie in a result cache of mteb, one for each version of a task's data and of mteb; in it, the model's
+revision stands for the weights, the instructions and the precision. So a killed run resumes where it stopped, a
+retrained student does not rerun its teacher, and a changed data set reruns that task alone. A task's unit scores lie
+beside its result and are written first: a result without them, or a damaged one, is computed again.
 """
 
 import copy
@@ -24,15 +24,15 @@ from pipeline.core.artifacts import digest_of
 from pipeline.core.errors import EvaluationError
 from pipeline.evaluate.mteb_adapter import MtebEncoder, published_meta
 from pipeline.evaluate.mteb_observer import Observer
-from pipeline.evaluate.system import System, failures
-from pipeline.evaluate.unit_scores import Findings, load, save
+from pipeline.evaluate.system import System, failed_texts
+from pipeline.evaluate.unit_scores import UnitScores, load, save
 from pipeline.tasks.availability import check_data
 from pipeline.tasks.instructions import Instructions
 
 log = logging.getLogger(__name__)
 
 SEED = 42
-FINDINGS_VERSION = 1  # raise it when findings are taken otherwise: finished tasks are then run again
+UNIT_SCORES_VERSION = 1  # raise it when unit scores are computed otherwise: finished tasks are then run again
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class SystemResults:
     Attributes:
         meta: mteb's ModelMeta, with the name and revision that the results are published under.
         results: mteb's TaskResult of each task.
-        findings: of each task, for each of its splits and subsets; empty where they do not give its score.
-        computed: tasks that were run now and not taken from finished work.
+        unit_scores: of each task, for each of its splits and subsets; empty where they do not reproduce its score.
+        computed: tasks that this run computed; the others were finished before.
     """
 
     system: str
@@ -51,7 +51,7 @@ class SystemResults:
     prompting: str
     meta: Any
     results: list[Any] = field(default_factory=list)
-    findings: list[list[Findings]] = field(default_factory=list)
+    unit_scores: list[list[UnitScores]] = field(default_factory=list)
     computed: int = 0
     seconds: float = 0.0
 
@@ -66,14 +66,14 @@ def run_systems(
     dtype: str,
     model_name: str | None = None,
 ) -> list[SystemResults]:
-    """Every system on every task.
+    """Run every system on every task.
 
     Args:
-        systems: taken one by one, and not kept.
+        systems: consumed one by one; none is referenced after its turn.
         tasks: mteb tasks whose data is not loaded; each system runs on fresh copies, so all see the same samples.
         instructions: must cover every task.
-        work: where finished tasks are kept.
-        batch_size: texts that mteb hands over at once.
+        work: folder of the finished tasks.
+        batch_size: texts that mteb passes at once.
         dtype: the systems' precision.
         model_name: under which the student's results are published, `organisation/name`.
 
@@ -87,56 +87,50 @@ def run_systems(
     available: set[str] = set()
     runs = []
     for system in systems:
-        runs.append(_run_system(system, tasks, instructions, work, batch_size, dtype, model_name, available))
-        del system  # else it would stay in memory while the next one is loaded
-    return _told_apart(runs)
+        meta, encoder = published_meta(system, model_name), MtebEncoder(system, instructions, dtype=dtype)
+        runs.append(_run_system(encoder, meta, tasks, work, batch_size, available))
+        del system, encoder  # frees its memory before the next one is loaded
+    return _with_unique_names(runs)
 
 
 def _run_system(
-    system: System,
-    tasks: Sequence[Any],
-    instructions: Instructions,
-    work: Path,
-    batch_size: int,
-    dtype: str,
-    model_name: str | None,
-    available: set[str],
+    encoder: MtebEncoder, meta: Any, tasks: Sequence[Any], work: Path, batch_size: int, available: set[str]
 ) -> SystemResults:
-    encoder = MtebEncoder(system, instructions, dtype=dtype)
-    finished = [[_Finished.of(part, work, encoder) for part in _parts(task)] for task in tasks]
-    pending = [task for task, parts in zip(tasks, finished, strict=True) if any(part.result is None for part in parts)]
-    if unseen := [task for task in pending if task.metadata.name not in available]:
-        check_data(unseen)
+    started, system = time.monotonic(), encoder.system
+    task_runs = [[_TaskRun.find(part, work, encoder) for part in _parts(task)] for task in tasks]
+    pending = [task for task, parts in zip(tasks, task_runs, strict=True) if any(part.result is None for part in parts)]
+    if unchecked := [task for task in pending if task.metadata.name not in available]:
+        check_data(unchecked)
     available.update(task.metadata.name for task in pending)
-    started = time.monotonic()
-    meta = published_meta(system, model_name)
-    run = SystemResults(system.name, system.identity, system.prompting, meta, computed=len(pending))
-    for task, parts in zip(tasks, finished, strict=True):
+    results, unit_scores = [], []
+    for task, parts in zip(tasks, task_runs, strict=True):
         for part in parts:
             if part.result is None:
                 part.run(encoder, batch_size)
-        result, findings = _combined(task, parts)
-        run.results.append(result)
-        run.findings.append(findings)
+        result, scores = _combined(task, parts)
+        results.append(result)
+        unit_scores.append(scores)
         log.info("%s, %s: %.4f", system.name, task.metadata.name, result.get_score())
-    return replace(run, seconds=round(time.monotonic() - started, 2))
+    seconds = round(time.monotonic() - started, 2)
+    return SystemResults(
+        system.name, system.identity, system.prompting, meta, results, unit_scores, len(pending), seconds
+    )
 
 
 @dataclass
-class _Finished:
-    """One task of mteb (no aggregate) and its finished work for one system."""
+class _TaskRun:
+    """One task of mteb (no aggregate) and one system's finished work on it."""
 
     task: Any
     cache: Any
     meta: Any
     result: Any = None
-    findings: list[Findings] = field(default_factory=list)
+    unit_scores: list[UnitScores] = field(default_factory=list)
 
     @classmethod
-    def of(cls, task: Any, work: Path, encoder: MtebEncoder) -> "_Finished":
-        """What there is of a task; a half-written result is deleted, and said so."""
-        found = cls(task, _cache(work, task), encoder.mteb_model_meta)
-        name = task.metadata.name
+    def find(cls, task: Any, work: Path, encoder: MtebEncoder) -> "_TaskRun":
+        """The finished work on a task; a damaged result is deleted with a warning."""
+        found, name = cls(task, _cache(work, task), encoder.mteb_model_meta), task.metadata.name
         try:
             result = found.cache.load_task_result(name, found.meta)
         except ValueError:
@@ -145,11 +139,11 @@ class _Finished:
             return found
         if result is None or result.get_missing_evaluations(task):
             return found
-        findings = load(found.findings_path)
-        if findings is None:
-            log.warning("%s is missing or damaged: running %s again", found.findings_path, name)
+        unit_scores = load(found.unit_scores_path)
+        if unit_scores is None:
+            log.warning("%s is missing or damaged: running %s again", found.unit_scores_path, name)
             return found
-        found.result, found.findings = result, findings
+        found.result, found.unit_scores = result, unit_scores
         return found
 
     @property
@@ -157,11 +151,11 @@ class _Finished:
         return Path(self.cache.get_task_result_path(self.task.metadata.name, self.meta))
 
     @property
-    def findings_path(self) -> Path:
+    def unit_scores_path(self) -> Path:
         return self.path.with_suffix(".findings.npz")
 
     def run(self, encoder: MtebEncoder, batch_size: int) -> None:
-        """Run it and keep what it gives, unless the system failed on some texts: then the next run runs it again.
+        """Run the task and store its result, unless the system failed on some texts: then the next run repeats it.
 
         Raises:
             EvaluationError: mteb gives no result.
@@ -169,16 +163,16 @@ class _Finished:
         task = copy.deepcopy(self.task)  # a task's random state moves as it runs
         task.load_data()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        failed = failures(encoder.system)
+        failed = failed_texts(encoder.system)
         with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".predictions-") as folder:
             observer = Observer(task, Path(folder))
             result = _evaluate(encoder, task, batch_size, observer.prediction_folder)
-            self.findings = observer.findings(result)
-        save(self.findings_path, self.findings)
+            self.unit_scores = observer.unit_scores(result)
+        save(self.unit_scores_path, self.unit_scores)
         self.cache.save_to_cache(result, self.meta)
         # As the next run will read it: mteb rounds scores when it writes them.
         self.result = self.cache.load_task_result(task.metadata.name, self.meta)
-        if failed != failures(encoder.system):
+        if failed != failed_texts(encoder.system):
             self.path.unlink()
 
 
@@ -189,8 +183,8 @@ def _evaluate(encoder: MtebEncoder, task: Any, batch_size: int, prediction_folde
 
     _seed_everything()
     with warnings.catch_warnings():
-        # A weak system leaves classes unpredicted or embeds all texts alike, and mteb caps its classifiers' steps: that
-        # belongs to the score.
+        # Causes that belong to the score: a weak system leaves classes unpredicted or embeds all texts alike, and mteb
+        # caps its classifiers' steps.
         for category in (UndefinedMetricWarning, ConvergenceWarning, ConstantInputWarning):
             warnings.simplefilter("ignore", category)
         warnings.filterwarnings("ignore", "To copy construct from a tensor")  # mteb's own, on bitext mining
@@ -210,32 +204,32 @@ def _evaluate(encoder: MtebEncoder, task: Any, batch_size: int, prediction_folde
 
 
 def _parts(task: Any) -> list[Any]:
-    """An aggregate's tasks, each with finished work of its own; else the task."""
+    """The tasks of an aggregate, whose finished work is stored separately; else the task itself."""
     return list(getattr(task.metadata, "tasks", None) or [task])
 
 
-def _combined(task: Any, parts: Sequence[_Finished]) -> tuple[Any, list[Findings]]:
+def _combined(task: Any, parts: Sequence[_TaskRun]) -> tuple[Any, list[UnitScores]]:
     results = [part.result for part in parts]
     result = task.combine_task_results(results) if getattr(task.metadata, "tasks", None) else results[0]
-    findings = [found for part in parts for found in part.findings]
-    # The deltas take a task's score as the mean over splits and subsets, as mteb does unless a task knows better.
-    whole = all(part.findings for part in parts) and math.isclose(
-        np.mean([found.score() for found in findings]), result.get_score(), abs_tol=1e-4
+    unit_scores = [scores for part in parts for scores in part.unit_scores]
+    # The deltas take a task's score as the mean over splits and subsets; some tasks of mteb define another one.
+    is_mean = all(part.unit_scores for part in parts) and math.isclose(
+        np.mean([scores.score() for scores in unit_scores]), result.get_score(), abs_tol=1e-4
     )
-    return result, findings if whole else []
+    return result, unit_scores if is_mean else []
 
 
-def _told_apart(runs: list[SystemResults]) -> list[SystemResults]:
-    """Results that would be published under one name and revision get the name of their system behind it."""
+def _with_unique_names(runs: list[SystemResults]) -> list[SystemResults]:
+    """Appends the system to the published name of results whose name and revision another system has already."""
     taken: set[tuple[str, str]] = set()
-    told = []
+    unique = []
     for run in runs:
         meta = run.meta
         if (meta.name, meta.revision) in taken:
             meta = meta.model_copy(update={"name": f"{meta.name}-{run.system}"})
         taken.add((meta.name, meta.revision))
-        told.append(replace(run, meta=meta))
-    return told
+        unique.append(replace(run, meta=meta))
+    return unique
 
 
 def _cache(work: Path, task: Any) -> Any:
@@ -247,14 +241,14 @@ def _cache(work: Path, task: Any) -> Any:
             "splits": [list(task.eval_splits), list(task.hf_subsets)],
             "mteb": mteb.__version__,
             "seed": SEED,
-            "findings": FINDINGS_VERSION,
+            "findings": UNIT_SCORES_VERSION,
         }
     )
     return mteb.ResultCache(work / key[:16])
 
 
 def _seed_everything() -> None:
-    """mteb's tasks carry seeds of their own; a few draw from the global generators as well."""
+    """mteb's tasks have seeds of their own, but a few also draw from the global generators."""
     import torch
 
     random.seed(SEED)

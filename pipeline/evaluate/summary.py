@@ -39,8 +39,8 @@ def summary_table(tasks: Sequence[Any], runs: Sequence[SystemResults], metric: s
 
     Args:
         tasks: the mteb tasks of the runs.
-        runs: a score that is not defined is NaN, e.g. a correlation of equal values.
-        metric: the score that counts, marked `main`; None = each task's main score.
+        runs: an undefined score is NaN, e.g. a correlation of equal values.
+        metric: the score marked `main`; None = each task's main score.
     """
     rows = [
         {
@@ -65,15 +65,14 @@ def summary_table(tasks: Sequence[Any], runs: Sequence[SystemResults], metric: s
 
 
 def _numbers(main: str, scores: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
-    """Every single score by name; the main one by its own."""
-    named = {name: value for name, value in scores.items() if name != "main_score"} | {main: scores["main_score"]}
-    for name, value in named.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
+    """The scores that are numbers; the main one under its own name."""
+    for name, value in {**scores, main: scores["main_score"]}.items():
+        if name != "main_score" and isinstance(value, int | float) and not isinstance(value, bool):
             yield name, float(value)
 
 
 def task_scores(summary: pa.Table) -> dict[str, dict[str, float]]:
-    """For each system, the score of each task: the mean over its splits and subsets, as mteb takes it."""
+    """Each system's score of each task: the mean over its splits and subsets, as in mteb."""
     grouped: dict[str, dict[str, list[float]]] = {}
     for row in summary.select(["system", "task", "score", "main"]).to_pylist():
         if row["main"]:
@@ -84,9 +83,9 @@ def task_scores(summary: pa.Table) -> dict[str, dict[str, float]]:
 def flat_metrics(summary: pa.Table) -> dict[str, float]:
     """`<system>/<task>`, `<system>/type/<type>`, `<system>/mean/tasks` and `/mean/types`.
 
-    `delta/...` is student - teacher. `mean/tasks` weighs each task alike, `mean/types` each task type: Mean (Task) and
-    Mean (TaskType) of mteb's leaderboard. As there, a score that is not defined leaves its means undefined; they are
-    left out, and a log line names the task.
+    `delta/...` is student - teacher. `mean/tasks` weighs tasks equally, `mean/types` task types: Mean (Task) and
+    Mean (TaskType) of mteb's leaderboard. As there, an undefined score makes its means undefined. Undefined metrics are
+    left out, and a log line names the tasks.
     """
     types = {row["task"]: row["task_type"] for row in summary.select(["task", "task_type"]).to_pylist()}
     by_system = {system: with_means(scores, types) for system, scores in task_scores(summary).items()}
@@ -95,23 +94,21 @@ def flat_metrics(summary: pa.Table) -> dict[str, float]:
         student, teacher = by_system["student"], by_system["teacher"]
         metrics |= {f"delta/{key}": student[key] - teacher[key] for key in student}
     if undefined := [key for key, value in metrics.items() if math.isnan(value) and "/mean/" not in key]:
-        log.warning("not defined, and left out: %s", ", ".join(undefined))
+        log.warning("undefined, left out: %s", ", ".join(undefined))
     return {key: round(value, 6) for key, value in metrics.items() if not math.isnan(value)}
 
 
 def with_means(scores: Mapping[str, float], types: Mapping[str, str]) -> dict[str, float]:
     """One system's scores by task, with `type/<type>`, `mean/tasks` and `mean/types`."""
-    return {
-        **scores,
-        **{
-            name: sum(weight * scores[task] for task, weight in weights.items())
-            for name, weights in mean_weights(types).items()
-        },
+    means = {
+        name: sum(weight * scores[task] for task, weight in weights.items())
+        for name, weights in mean_weights(types).items()
     }
+    return {**scores, **means}
 
 
 def mean_weights(types: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """What each task counts in `type/<type>`, `mean/tasks` and `mean/types`, from the type of each task."""
+    """The weight of each task in `type/<type>`, `mean/tasks` and `mean/types`, from the type of each task."""
     by_type: dict[str, list[str]] = {}
     for task, kind in types.items():
         by_type.setdefault(kind, []).append(task)
@@ -135,9 +132,9 @@ def seed_spread(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
 
 
 def write_mteb_format(folder: Path, runs: Sequence[SystemResults]) -> None:
-    """`results/<model>/<revision>/<task>.json` and `model_meta.json`, which `mteb.ResultCache(folder)` reads.
+    """Write `results/<model>/<revision>/<task>.json` and `model_meta.json`, which `mteb.ResultCache(folder)` reads.
 
-    Times and dates are left out: equal scores give equal files.
+    Times and dates are left out, so that equal scores give equal files.
     """
     import mteb
 

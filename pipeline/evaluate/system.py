@@ -1,8 +1,10 @@
-"""What an evaluation compares: the Protocol `System`, and wrappers of it."""
+"""What an evaluation compares: the Protocol `System`, and the systems that wrap an encoder or a teacher."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from pipeline.backbone.prompting import join_instruction
 from pipeline.core.artifacts import digest_of
@@ -10,16 +12,14 @@ from pipeline.core.errors import EvaluationError
 from pipeline.tasks.instructions import Side
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from pipeline.embed.teachers.base import Teacher
     from pipeline.encoder.inference import Encoder
     from pipeline.encoder.pool import ParallelEncoder
 
 
-SystemName = str  # one of `params.BUILT_IN`, or a key of `evaluate.models`
+SystemName = str  # a key of `registry.BUILT_IN` or of `evaluate.models`
 
-VERSION = 1  # raise it when the same weights embed differently: finished scores are then not taken over
+VERSION = 1  # raise it when the same weights embed differently: finished scores and embeddings are then not reused
 
 GENERATIVE = "generative instruction"
 BARE = "bare text"
@@ -41,36 +41,45 @@ class System(Protocol):
     @property
     def prompting(self) -> str: ...
 
-    def reading(self, text: str, instruction: str, side: Side) -> str:
-        """What is read of a text: equal readings of one system have equal embeddings."""
+    def cache_key(self, text: str, instruction: str, side: Side) -> str:
+        """A text with all that the system reads besides: equal keys of one system have equal embeddings."""
         ...
 
-    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> "np.ndarray[Any, Any]":
+    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
         """Embeddings float32 [len(texts), d], compared by cosine."""
         ...
 
 
 def revision_of(system: System, **conditions: Any) -> str:
     """40 hex digits that change with a system's weights, its prompting or the `conditions` of a score."""
-    return digest_of({"version": VERSION, "identity": system.identity, "prompting": system.prompting, **conditions})[
-        :40
-    ]
+    content = {"version": VERSION, "identity": system.identity, "prompting": system.prompting, **conditions}
+    return digest_of(content)[:40]
 
 
-def failures(system: System) -> int:
-    """Texts so far that a system embedded for want of something better, which another time it may have."""
+def failed_texts(system: System) -> int:
+    """Texts so far that a system embedded as a fallback after an error that another run may not have."""
     return int(getattr(getattr(system, "system", system), "failed", 0))  # an embedding cache wraps the system
 
 
-def check_finite(embeddings: "np.ndarray[Any, Any]", texts: Sequence[str], where: str) -> None:
-    """Raises EvaluationError if one of the embeddings [len(texts), d] is not finite."""
-    import numpy as np
+def encode_finite(
+    system: System, texts: Sequence[str], instruction: str = "", side: Side = "query", *, where: str
+) -> np.ndarray:
+    """`System.encode`, checked.
 
+    Args:
+        where: the texts, for the message.
+
+    Raises:
+        EvaluationError: an embedding is not finite.
+    """
+    embeddings = np.asarray(system.encode(texts, instruction, side), dtype=np.float32)
     bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(bad):
         raise EvaluationError(
-            f"{where}: {len(bad)} of {len(texts)} embeddings are not finite, first: {texts[bad[0]][:80]!r}"
+            f"{system.name}, {where}: {len(bad)} of {len(texts)} embeddings are not finite, "
+            f"first: {texts[bad[0]][:80]!r}"
         )
+    return embeddings
 
 
 @dataclass(frozen=True)
@@ -83,11 +92,11 @@ class InstructedSystem:
     batch_tokens: int | None = None
     prompting: str = GENERATIVE
 
-    def reading(self, text: str, instruction: str, side: Side) -> str:
-        """Instruction and text; the instruction already says which side it is."""
+    def cache_key(self, text: str, instruction: str, side: Side) -> str:
+        """See `System.cache_key`; both sides read alike."""
         return join_instruction(instruction, text)
 
-    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> "np.ndarray[Any, Any]":
+    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
         """Embeddings float32 [len(texts), d] of instruction + text."""
         return self.encoder.encode(texts, instruction=instruction, batch_tokens=self.batch_tokens)
 
@@ -101,10 +110,10 @@ class BareSystem:
     teacher: "Teacher"
     prompting: str = BARE
 
-    def reading(self, text: str, instruction: str, side: Side) -> str:
-        """The text alone."""
+    def cache_key(self, text: str, instruction: str, side: Side) -> str:
+        """See `System.cache_key`; the text alone."""
         return text
 
-    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> "np.ndarray[Any, Any]":
+    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
         """Embeddings float32 [len(texts), d] of the text; `instruction` is not used."""
         return self.teacher.embed(texts)

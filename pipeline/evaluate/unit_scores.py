@@ -1,7 +1,7 @@
-"""What a task found for each query, pair or text, so that its score can be computed again on resampled ones.
+"""Per-query, per-pair or per-text results of a task, from which its score can be computed again on resamples.
 
-A resample is given as counts: how often each unit was drawn. Every score is then a matter of weighted sums, done for a
-block of resamples at once; a rank among drawn units, duplicates included, comes from cumulated counts.
+A resample is given as counts: how often each unit was drawn. Each score is a ratio of weighted sums, computed for a
+block of resamples at once; ranks among the drawn units, duplicates included, come from cumulated counts.
 """
 
 import io
@@ -22,17 +22,17 @@ Kind = Literal["mean", "spearman", "ap", "f1"]
 
 
 @dataclass(frozen=True)
-class Findings:
+class UnitScores:
     """The units of one split and subset of a task.
 
     Attributes:
         unit: what is resampled: "query", "pair", "text", "run" (of a clustering or a classifier).
-        key: changes with what the units are: two systems' findings are paired where it is equal.
+        key: digest of the units; two systems are paired only where it is equal.
         kind: how the score comes from the arrays.
         gold: [N], the right answers; empty for "mean".
-        found: "mean": [N], scores whose mean is the score; "spearman": [N], predicted similarities; "ap": [K, N],
-            predicted similarities by K measures, the best of which counts; "f1": [E, N], classes by E classifiers, over
-            which the macro F1 is averaged.
+        predicted: "mean": [N], scores whose mean is the score; "spearman": [N], similarities; "ap": [K, N],
+            similarities by K measures, the best of which counts; "f1": [E, N], classes by E classifiers, over which the
+            macro F1 is averaged.
     """
 
     split: str
@@ -41,53 +41,53 @@ class Findings:
     key: str
     kind: Kind
     gold: NDArray[Any]
-    found: NDArray[Any]
+    predicted: NDArray[Any]
 
     @property
     def units(self) -> int:
-        """How many there are."""
-        return int(self.found.shape[-1])
+        """Number of units N."""
+        return int(self.predicted.shape[-1])
 
     def score(self) -> float:
-        """On all units."""
+        """The score on all units."""
         return float(self.scores(np.ones((1, self.units)))[0])
 
     def scores(self, counts: Floats) -> Floats:
-        """On resamples, float64 [B]; NaN where the score is not defined.
+        """The score on resamples, float64 [B]; NaN where it is not defined.
 
         Args:
             counts: float64 [B, N], how often each unit was drawn.
         """
         match self.kind:
             case "mean":
-                return np.asarray(counts @ self.found / counts.sum(axis=1))
+                return np.asarray(counts @ self.predicted / counts.sum(axis=1))
             case "spearman":
-                return _spearman(self.gold, self.found, counts)
+                return _spearman(self.gold, self.predicted, counts)
             case "ap":
-                return np.max([_average_precision(self.gold, found, counts) for found in self.found], axis=0)
+                return np.max([_average_precision(self.gold, row, counts) for row in self.predicted], axis=0)
             case "f1":
-                return np.mean([_macro_f1(self.gold, found, counts) for found in self.found], axis=0)
+                return np.mean([_macro_f1(self.gold, row, counts) for row in self.predicted], axis=0)
 
 
-def save(path: Path, findings: Sequence[Findings]) -> None:
-    """Write a task's findings, atomically."""
+def save(path: Path, unit_scores: Sequence[UnitScores]) -> None:
+    """Write a task's unit scores, atomically."""
     header, arrays = [], {}
-    for index, part in enumerate(findings):
+    for index, part in enumerate(unit_scores):
         facts = asdict(part)
-        arrays[f"gold-{index}"], arrays[f"found-{index}"] = facts.pop("gold"), facts.pop("found")
+        arrays[f"gold-{index}"], arrays[f"found-{index}"] = facts.pop("gold"), facts.pop("predicted")
         header.append(facts)
     content = io.BytesIO()
     np.savez_compressed(content, header=np.array(json.dumps(header)), **arrays)
     write_bytes(path, content.getvalue())
 
 
-def load(path: Path) -> list[Findings] | None:
-    """A task's findings; None if there are none there or they are damaged."""
+def load(path: Path) -> list[UnitScores] | None:
+    """A task's unit scores; None if the file is missing or damaged."""
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
             header = json.loads(str(content["header"]))
             return [
-                Findings(**facts, gold=content[f"gold-{index}"], found=content[f"found-{index}"])
+                UnitScores(**facts, gold=content[f"gold-{index}"], predicted=content[f"found-{index}"])
                 for index, facts in enumerate(header)
             ]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
@@ -103,42 +103,42 @@ def as_counts(indices: NDArray[np.int64]) -> Floats:
 
 def _ranks(values: NDArray[Any], counts: Floats) -> Floats:
     """Mid-rank of each unit's value among the drawn ones, [B, N]."""
-    _, group, starts = _groups(values)
+    group, starts = _groups(values)
     drawn = np.add.reduceat(counts[:, np.argsort(group, kind="stable")], starts, axis=1)
     middle = np.cumsum(drawn, axis=1) - drawn / 2
     return np.asarray(middle[:, group])
 
 
-def _groups(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
-    """Distinct values in rising order, the group of each unit, and where each group starts when sorted."""
-    distinct, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    return distinct, group, np.concatenate([[0], np.cumsum(sizes)[:-1]])
+def _groups(values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The group of equal values that each unit is in, by rising value, and where each group starts when sorted."""
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    return group, np.concatenate([[0], np.cumsum(sizes)[:-1]])
 
 
-def _spearman(gold: NDArray[Any], found: NDArray[Any], counts: Floats) -> Floats:
+def _spearman(gold: NDArray[Any], predicted: NDArray[Any], counts: Floats) -> Floats:
     centre = counts.sum(axis=1, keepdims=True) / 2
-    ours, theirs = _ranks(gold, counts) - centre, _ranks(found, counts) - centre
+    ours, theirs = _ranks(gold, counts) - centre, _ranks(predicted, counts) - centre
     covariance = (counts * ours * theirs).sum(axis=1)
     spread = (counts * ours**2).sum(axis=1) * (counts * theirs**2).sum(axis=1)
-    return _divided(covariance, np.sqrt(spread))
+    return _ratio(covariance, np.sqrt(spread))
 
 
-def _average_precision(gold: NDArray[Any], found: NDArray[Any], counts: Floats) -> Floats:
-    _, group, starts = _groups(-found)
+def _average_precision(gold: NDArray[Any], predicted: NDArray[Any], counts: Floats) -> Floats:
+    group, starts = _groups(-predicted)
     order = np.argsort(group, kind="stable")
     drawn = np.cumsum(np.add.reduceat(counts[:, order], starts, axis=1), axis=1)
     right = np.cumsum(np.add.reduceat((counts * gold)[:, order], starts, axis=1), axis=1)
     precision = right / np.maximum(drawn, 1)
-    return _divided((np.diff(right, axis=1, prepend=0) * precision).sum(axis=1), right[:, -1])
+    return _ratio((np.diff(right, axis=1, prepend=0) * precision).sum(axis=1), right[:, -1])
 
 
-def _macro_f1(gold: NDArray[Any], found: NDArray[Any], counts: Floats) -> Floats:
-    classes = np.unique(np.concatenate([gold, found]))
-    true, said = gold[:, None] == classes, found[:, None] == classes
-    right = counts @ (true & said).astype(np.float64)
-    seen = counts @ true.astype(np.float64) + counts @ said.astype(np.float64)
+def _macro_f1(gold: NDArray[Any], predicted: NDArray[Any], counts: Floats) -> Floats:
+    classes = np.unique(np.concatenate([gold, predicted]))
+    is_gold, is_predicted = gold[:, None] == classes, predicted[:, None] == classes
+    right = counts @ (is_gold & is_predicted).astype(np.float64)
+    seen = counts @ is_gold.astype(np.float64) + counts @ is_predicted.astype(np.float64)
     return np.asarray((2 * right / np.maximum(seen, 1)).sum(axis=1) / (seen > 0).sum(axis=1))
 
 
-def _divided(above: Floats, below: Floats) -> Floats:
-    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
+def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+    return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)

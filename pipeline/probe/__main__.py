@@ -12,6 +12,7 @@ import typer
 
 from pipeline.core.artifacts import create, to_json
 from pipeline.core.config import PARAMS_FILE, Params, load
+from pipeline.core.errors import nested_in, section
 from pipeline.core.paths import DELTAS_TABLE, PROBE_DIR, ROWS_TABLE
 from pipeline.core.run import RunRecord, record, setup_logging, user_errors, work_dir
 from pipeline.evaluate.build import SystemInputs, encoder_artifact, make_systems, manifest_params, own_instructions
@@ -30,7 +31,7 @@ def run(inputs: Inputs, name: str, params: Params, run_record: RunRecord) -> Non
     """Run the probe `name` and write its result and the rows behind it.
 
     Raises:
-        PipelineError: what the probe needs is missing.
+        PipelineError: an input of the probe is missing.
     """
     prepare_environment(inputs.generate.engine)
     encoder, evaluate = encoder_artifact(), inputs.evaluate
@@ -44,9 +45,9 @@ def run(inputs: Inputs, name: str, params: Params, run_record: RunRecord) -> Non
             dtype=evaluate.dtype,
             bootstrap=evaluate.bootstrap,
             instructions=own_instructions(inputs),
-            answers=lambda: systems.answers,
         )
-        result = find_probe(name).run(params, context)
+        with section("probes"), nested_in(name):
+            result = find_probe(name).run(params, context)
     with create(
         PROBE_DIR / name,
         kind="probe",

@@ -4,14 +4,14 @@ Over the held-out queries, for every system:
 
 - cosine: between the embedding of the *query* and the target, which is the teacher's embedding of the backbone's
   *response*; top1 and mrr: the rank of that target among the targets of all held-out responses
-- overlap@10: of a query's 10 nearest other queries, the share that is among the 10 nearest of the teacher's targets:
-  do the same questions lie together as do their answers?
-- anisotropy: mean cosine of all pairs of different queries; near 1, all embeddings point one way and cosines say little
+- overlap@10: share of a query's 10 nearest queries that are also among the 10 nearest by the teacher's targets: do
+  questions lie together whose answers do?
+- anisotropy: mean cosine of all pairs of different queries; near 1 all embeddings point one way and cosines say little
 
-Student, untrained student, teacher and hyde are measured in the teacher's space. Every other system has its own, where
-it embeds the responses itself, so its cosine is not compared with the student's (no delta); ranks and neighbours are.
-hyde embeds what the engine answers, by the teacher: where it answers as for training, it is what the student can reach
-at best. Queries are read as in training, without an instruction.
+Student, untrained student, teacher and hyde are measured in the teacher's space. Every other system embeds the
+responses in its own space, so its ranks and neighbours are compared with the student's, its cosine is not (no delta).
+hyde is the teacher's embedding of the engine's answer: an upper bound of the student where the engine answers as for
+training. Queries are read as in training, without an instruction.
 """
 
 from typing import Any
@@ -22,9 +22,10 @@ import pyarrow.compute as pc
 
 from pipeline.core.config import Params
 from pipeline.core.errors import EvaluationError
-from pipeline.core.vectors import anisotropy, neighbour_overlap, neighbours, rank_own
-from pipeline.evaluate.system import System, check_finite
-from pipeline.probe.base import ProbeContext, ProbeResult, described, in_teacher_space, space_of, unit_deltas
+from pipeline.core.vectors import anisotropy, matrix, neighbour_overlap, neighbours, rank_own
+from pipeline.evaluate.registry import in_teacher_space
+from pipeline.evaluate.system import System, encode_finite
+from pipeline.probe.base import ProbeContext, ProbeResult, described, space_of, unit_deltas
 from pipeline.probe.descriptions import Description
 from pipeline.probe.heldout import heldout_rows
 
@@ -43,7 +44,7 @@ ROWS = pa.schema(
 
 
 class AlignmentParams(Params):
-    """Nothing to choose: the held-out rows and the systems of `evaluate` say all."""
+    """No settings: the held-out rows and the systems of `evaluate` decide all."""
 
 
 PARAMS = AlignmentParams
@@ -64,8 +65,6 @@ def run(params: AlignmentParams, context: ProbeContext) -> ProbeResult:
         EvaluationError: no held-out query has a target, widths differ, or an embedding is not finite.
         ArtifactError: an artifact is missing or damaged.
     """
-    from pipeline.core.vectors import matrix
-
     artifacts, rows = heldout_rows()
     ids, targets = rows["id"].to_pylist(), matrix(rows["embedding"])
     count = min(NEIGHBOURS, len(ids) - 1)
@@ -78,7 +77,7 @@ def run(params: AlignmentParams, context: ProbeContext) -> ProbeResult:
         table = ranked(system.name, ids, queries, answers, overlap)
         found = {**alignment_metrics(table), "anisotropy": anisotropy(queries)}
         metrics |= {f"{system.name}/{key}": value for key, value in found.items()}
-        systems[system.name] = {**described(system), "space": space_of(system)}
+        systems[system.name] = {**described(system), "space": space_of(system.name)}
         units[system.name] = _units(system, table)
         tables.append(table)
     deltas = unit_deltas(units, context.bootstrap)
@@ -87,12 +86,9 @@ def run(params: AlignmentParams, context: ProbeContext) -> ProbeResult:
 
 def _embed(system: System, rows: pa.Table, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     texts, responses = rows["text"].to_pylist(), rows["response"].to_pylist()
-    queries = system.encode(texts, "")
-    check_finite(queries, texts, f"{system.name}, held-out queries")
-    if not in_teacher_space(system):
-        answers = system.encode(responses, "", "document")
-        check_finite(answers, responses, f"{system.name}, held-out responses")
-        return queries, answers
+    queries = encode_finite(system, texts, where="held-out queries")
+    if not in_teacher_space(system.name):
+        return queries, encode_finite(system, responses, side="document", where="held-out responses")
     if queries.shape[1] != targets.shape[1]:
         raise EvaluationError(
             f"{system.name} embeds in {queries.shape[1]} dimensions, data/targets has {targets.shape[1]}: "
@@ -104,10 +100,10 @@ def _embed(system: System, rows: pa.Table, targets: np.ndarray) -> tuple[np.ndar
 def ranked(
     system: str, ids: list[str], queries: np.ndarray, answers: np.ndarray, overlap: np.ndarray | None = None
 ) -> pa.Table:
-    """Per query the cosine to its own answer, that answer's rank (1 is best, ties count against) and the nearest id.
+    """Each query's cosine to its own answer, that answer's rank (1 is best, ties count against) and the nearest id.
 
     Args:
-        overlap: shared neighbours [N]; None where a query has no neighbour.
+        overlap: shared neighbours [N]; None for a single query, which has no neighbour.
     """
     found = rank_own(queries, answers)
     columns = {
@@ -139,6 +135,6 @@ def _per_query(rows: pa.Table) -> dict[str, pa.ChunkedArray]:
 
 def _units(system: System, rows: pa.Table) -> dict[str, np.ndarray]:
     values = {metric: column.to_numpy() for metric, column in _per_query(rows).items() if not column.null_count}
-    if not in_teacher_space(system):
+    if not in_teacher_space(system.name):
         del values["cosine"]
     return values

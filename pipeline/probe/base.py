@@ -9,50 +9,38 @@ The stage `python -m pipeline.probe NAME` imports that module and no other probe
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.backbone.loading import DType
 from pipeline.core.artifacts import Artifact
 from pipeline.core.bootstrap import BootstrapParams, Delta, paired_delta
 from pipeline.core.config import Params, validate
-from pipeline.core.errors import EvaluationError, ParamsError
+from pipeline.core.errors import ParamsError
 from pipeline.evaluate.build import Systems
+from pipeline.evaluate.registry import in_teacher_space
 from pipeline.evaluate.system import System, SystemName
 from pipeline.probe.descriptions import Description, probe_names
-
-if TYPE_CHECKING:
-    import numpy as np
-
-# Every other system embeds references and answers itself: a mean of hidden states has no place in the teacher's space.
-_TEACHER_SPACE = frozenset({"student", "teacher", "untrained", "hyde"})
-
-# Texts in, the backbone's own answers out, None where the engine failed.
-Answering = Callable[[Sequence[str]], list[str | None]]
-
-
-def _no_answers() -> Answering:
-    raise EvaluationError("the backbone cannot answer here: this run was given no engine")
 
 
 @dataclass(frozen=True)
 class ProbeContext:
-    """What the stage gives a probe.
+    """What the stage passes to a probe.
 
     Attributes:
-        systems: builds the compared systems; `systems.encoder()` is the trained encoder itself.
+        systems: builds the compared systems; `encoder()` is the trained encoder, `answers` the backbone's own answers.
         names: the systems of the `evaluate` section, in order.
-        local_dir: where local task folders are.
-        work: a folder for finished work of this probe, kept between runs.
-        batch_size: texts in one forward pass.
+        local_dir: folder of the local task folders.
+        work: folder for finished work of this probe, kept between runs.
+        batch_size: texts of one forward pass.
         dtype: precision of the systems.
         bootstrap: how the intervals of differences are drawn.
-        instructions: the user's instructions file over the shipped one.
-        answers: gives what answers texts as the backbone does, by the engine of the section `generate`.
+        instructions: the user's instructions file, which overrides the shipped one.
     """
 
     systems: Systems
@@ -63,7 +51,6 @@ class ProbeContext:
     dtype: DType
     bootstrap: BootstrapParams = field(default_factory=BootstrapParams)
     instructions: Path | None = None
-    answers: Callable[[], Answering] = _no_answers
 
     def build(self, names: Sequence[SystemName] | None = None) -> Iterator[System]:
         """The systems (default: those of `evaluate`), one after another."""
@@ -72,11 +59,11 @@ class ProbeContext:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe found.
+    """The result of a probe.
 
     Attributes:
         metrics: flat, serialises to JSON; keys `<system>/<metric>`.
-        rows: the single findings behind the metrics, for audit.
+        rows: the measurements behind the metrics, for audit.
         systems: identity and prompting of each system, see `described`.
         inputs: artifacts of other stages that were read.
         deltas: student minus every other system, where the student is among them.
@@ -101,7 +88,7 @@ class Probe(Protocol):
         """Measure; `params` is an instance of `PARAMS`.
 
         Raises:
-            PipelineError: what it needs is missing.
+            PipelineError: an input is missing.
         """
         ...
 
@@ -111,23 +98,18 @@ def described(system: System) -> dict[str, Any]:
     return {"identity": system.identity, "prompting": system.prompting}
 
 
-def in_teacher_space(system: System) -> bool:
-    """Whether a system's embeddings lie among the teacher's; else it embeds what they are compared with itself."""
-    return system.name in _TEACHER_SPACE or system.name.startswith("untrained-")
-
-
-def space_of(system: System) -> str:
-    """The space in which a system is measured, in words."""
+def space_of(system: SystemName) -> str:
+    """The space in which a system is measured, for the report."""
     return "the teacher's" if in_teacher_space(system) else "its own"
 
 
 def unit_deltas(
-    units: "Mapping[str, Mapping[str, np.ndarray[Any, Any]]]",
+    units: Mapping[str, Mapping[str, np.ndarray]],
     settings: BootstrapParams,
     *,
     lower_is_better: bool = False,
 ) -> list[Delta]:
-    """The student against every other system on each metric that both have; none without a student.
+    """The student minus every other system on each metric that both have; empty without a student.
 
     Args:
         units: system -> metric -> [N], one value a query, in the same order for all systems.
@@ -143,7 +125,7 @@ def unit_deltas(
 
 
 def find_probe(name: str) -> Probe:
-    """The probe's module.
+    """Import the probe's module.
 
     Raises:
         ParamsError: there is none of that name.
@@ -154,7 +136,7 @@ def find_probe(name: str) -> Probe:
 
 
 def probe_params(entries: Mapping[str, Any], name: str, where: str) -> Params:
-    """The entry `name` of the section `probes` in its probe's own model; `where` names the file in messages.
+    """The entry `name` of the section `probes`, validated by its probe's model; `where` names the file in messages.
 
     Raises:
         ParamsError: no such entry or probe, or with one line for each mistake in the entry.

@@ -1,4 +1,4 @@
-"""The held-out rows: queries that training never saw, with the backbone's response and its target."""
+"""The held-out rows: queries that were not trained on, with the backbone's response and its target."""
 
 import pyarrow as pa
 

@@ -1,8 +1,8 @@
 """Retrieval that takes reasoning: nDCG@10 on BRIGHT tasks of mteb, or on local folders of retrieval or choices.
 
-BRIGHT names passages that a query must not find; mteb leaves them out of that query's ranking. A local folder says the
-same by a config `top_ranked`. Questions with choices (as ARC's) search the choices of all questions; beside nDCG@10
-stands `choice_accuracy/<task>`: how often the right choice is the nearest of the question's own.
+BRIGHT names passages that a query must not find; mteb leaves them out of that query's ranking, as does the config
+`top_ranked` of a local folder. Questions with choices (as ARC's) search the choices of all questions, and
+`choice_accuracy/<task>` is how often the right choice is the nearest of the question's own.
 """
 
 from typing import Any, Self
@@ -71,7 +71,7 @@ def run(params: ReasoningParams, context: ProbeContext) -> ProbeResult:
 
 
 def choice_metrics(rows: pa.Table) -> dict[str, float]:
-    """`<system>/choice_accuracy/<task>` of the tasks with choices, which alone have that score among their `rows`."""
+    """`<system>/choice_accuracy/<task>` of the tasks with choices; others have no such score."""
     return {
         f"{row['system']}/{CHOICE_ACCURACY}/{row['task']}": round(row["score"], 6)
         for row in rows.to_pylist()
@@ -82,4 +82,4 @@ def choice_metrics(rows: pa.Table) -> dict[str, float]:
 def _check_retrieval(tasks: list[Any]) -> None:
     others = [f"{task.metadata.name} ({task.metadata.type})" for task in tasks if task.metadata.type != "Retrieval"]
     if others:
-        raise EvaluationError(f"probes.reasoning takes retrieval tasks only, not {', '.join(others)}")
+        raise EvaluationError(f"the probe reasoning takes retrieval tasks only, not {', '.join(others)}")

@@ -1,8 +1,8 @@
 """Where a probe's data comes from: a local folder or a hub data set, in retrieval layout or as a plain table.
 
-Retrieval layout has the configs `corpus`, `queries` and `default` (judgements). AdvBench-IR's authors publish a table
-instead, one harmful request a row with the whole document that was written for it (`ID`, `query`, `title`, `document`),
-and their Wikipedia passages as a table of `ID`, `title`, `passage`: both are read as they are.
+Retrieval layout has the configs `corpus`, `queries` and `default` (judgements). AdvBench-IR's authors publish plain
+tables instead: one harmful request a row with the document written for it (`ID`, `query`, `title`, `document`), and
+Wikipedia passages (`ID`, `title`, `passage`).
 """
 
 from collections.abc import Callable, Sequence
@@ -45,14 +45,13 @@ def load_judged(source: SourceParams, local_dir: Path) -> RetrievalData:
     """
     if source.local is not None:
         data = LocalData(local_dir / source.local)
-        is_table = "corpus" not in data.files and "default" in data.files and "document" in data.columns("default")
-        return judged_rows(load_rows(source, local_dir, ("query", "document"))) if is_table else load_retrieval(data)
-    loader = _hub_loader(str(source.dataset), source.revision)
-    if "corpus" not in loader.dataset_configs:
-        return judged_rows(load_rows(source, local_dir, ("query", "document")))
-    content = _loading(loader.load, str(source.dataset))
-    queries = dict(zip(content["queries"]["id"], content["queries"]["text"], strict=True))
-    return RetrievalData(queries, _hub_corpus(content["corpus"]), content["relevant_docs"], content["top_ranked"])
+        if not _is_table(data, "document"):
+            return load_retrieval(data)
+    elif "corpus" in (loader := _hub_loader(str(source.dataset), source.revision)).dataset_configs:
+        content = _loading(loader.load, str(source.dataset))
+        queries = dict(zip(content["queries"]["id"], content["queries"]["text"], strict=True))
+        return RetrievalData(queries, _hub_corpus(content["corpus"]), content["relevant_docs"], content["top_ranked"])
+    return judged_rows(load_rows(source, local_dir, ("query", "document")))
 
 
 def load_passages(source: SourceParams, local_dir: Path) -> pa.Table:
@@ -63,12 +62,16 @@ def load_passages(source: SourceParams, local_dir: Path) -> pa.Table:
     """
     if source.local is not None:
         data = LocalData(local_dir / source.local)
-        is_table = "corpus" not in data.files and "passage" in _columns(data)
-        return corpus_rows(load_rows(source, local_dir, ()), _PASSAGE) if is_table else load_corpus(data)
-    loader = _hub_loader(str(source.dataset), source.revision)
-    if "corpus" not in loader.dataset_configs:
-        return corpus_rows(load_rows(source, local_dir, ()), _PASSAGE)
-    return _hub_corpus(_loading(lambda: loader._load_corpus(None), str(source.dataset)))
+        if not _is_table(data, "passage"):
+            return load_corpus(data)
+    elif "corpus" in (loader := _hub_loader(str(source.dataset), source.revision)).dataset_configs:
+        return _hub_corpus(_loading(lambda: loader._load_corpus(None), str(source.dataset)))
+    return corpus_rows(load_rows(source, local_dir, ()), _PASSAGE)
+
+
+def _is_table(data: LocalData, column: str) -> bool:
+    """Whether a folder holds the authors' plain table with this column."""
+    return "corpus" not in data.files and "default" in data.files and column in data.columns("default")
 
 
 def load_rows(source: SourceParams, local_dir: Path, required: Sequence[str]) -> pa.Table:
@@ -86,7 +89,7 @@ def load_rows(source: SourceParams, local_dir: Path, required: Sequence[str]) ->
 
 
 def judged_rows(rows: pa.Table) -> RetrievalData:
-    """A table of queries, each with its one document, as retrieval: the document is relevant to its query alone.
+    """A table of queries with one document each, as retrieval: a document is relevant to its own query only.
 
     Raises:
         EvaluationError: an id occurs twice.
@@ -113,10 +116,6 @@ def corpus_rows(rows: pa.Table, text_columns: Sequence[str]) -> pa.Table:
     titles = rows["title"] if "title" in rows.column_names else pa.nulls(rows.num_rows, pa.string())
     columns = {"id": ids, "title": titles, "text": rows[text]}
     return pa.table({name: pc.fill_null(column.cast(pa.string()), "") for name, column in columns.items()})
-
-
-def _columns(data: LocalData) -> list[str]:
-    return data.columns("default") if "default" in data.files else []
 
 
 def _hub_loader(name: str, revision: str | None) -> Any:
@@ -148,5 +147,5 @@ def _loading(load: Callable[[], Any], name: str) -> Any:
 
 def _hub_corpus(corpus: Any) -> pa.Table:
     titles = corpus["title"] if "title" in corpus.column_names else [""] * len(corpus)
-    texts = {"id": corpus["id"], "title": titles, "text": corpus["text"]}
-    return pa.table({name: pa.array([value or "" for value in column], pa.string()) for name, column in texts.items()})
+    columns = {"id": corpus["id"], "title": titles, "text": corpus["text"]}
+    return pa.table({name: pa.array([text or "" for text in texts], pa.string()) for name, texts in columns.items()})

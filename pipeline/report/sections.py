@@ -15,7 +15,8 @@ from pipeline.audit.findings import Finding, Verified
 from pipeline.core.artifacts import read_manifest
 from pipeline.core.errors import ArtifactError
 from pipeline.core.paths import ROWS_TABLE, TARGETS_DIR, TEACHER_DIR, TRAINED_KIND
-from pipeline.evaluate.comparison import Comparison, Row, system_order
+from pipeline.evaluate.comparison import Comparison, Row
+from pipeline.evaluate.registry import system_order
 
 
 @dataclass(frozen=True)

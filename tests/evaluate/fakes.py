@@ -27,7 +27,7 @@ class WordSystem:
     def identity(self) -> dict[str, Any]:
         return {"fake": self.name, "shift": self.shift, "version": self.version}
 
-    def reading(self, text: str, instruction: str, side: Side) -> str:
+    def cache_key(self, text: str, instruction: str, side: Side) -> str:
         return text
 
     def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
@@ -48,11 +48,28 @@ class VectorSystem:
     def identity(self) -> dict[str, Any]:
         return {"fake": self.name}
 
-    def reading(self, text: str, instruction: str, side: Side) -> str:
+    def cache_key(self, text: str, instruction: str, side: Side) -> str:
         return text
 
     def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
         return np.array([self.vectors[text] for text in texts], dtype=np.float32)
+
+
+class Named(WordSystem):
+    """A system with the identity of a real one."""
+
+    def __init__(self, name: str, identity: dict[str, Any], prompting: str = "none") -> None:
+        super().__init__(name, prompting=prompting)
+        self._identity = identity
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self._identity
+
+
+BACKBONE = {"name": "models/tiny-lm", "sha256": "b" * 64}
+CONFIG = {"backbone": BACKBONE, "width": 8, "max_query_tokens": 64}
+STUDENT = {"name": "encoder", "sha256": "c0ffee" * 10 + "c0ff", "config": CONFIG}
 
 
 def write_folder(folder: Path, configs: dict[str, dict[str, list[dict[str, Any]]]]) -> Path:

@@ -144,12 +144,12 @@ def test_hyde_embeds_a_query_itself_where_no_answer_came(caplog: pytest.LogCaptu
 def test_hyde_reads_a_text_differently_on_each_side() -> None:
     system = hyde(Known({}), Reading())
     readings = {
-        system.reading("why?", "", "query"),
-        system.reading("why?", "", "document"),
-        system.reading("why?", "Generate:", "query"),
+        system.cache_key("why?", "", "query"),
+        system.cache_key("why?", "", "document"),
+        system.cache_key("why?", "Generate:", "query"),
     }
     assert len(readings) == 3
-    assert system.reading("why?", "Summarize:", "document") == system.reading("why?", "", "document")
+    assert system.cache_key("why?", "Summarize:", "document") == system.cache_key("why?", "", "document")
 
 
 def test_hyde_is_another_with_another_teacher_or_other_answers() -> None:
@@ -214,8 +214,8 @@ def test_a_given_prompt_replaces_the_models_own(model_folder: Path) -> None:
 
 def test_equal_readings_are_equal_embeddings(model_folder: Path) -> None:
     own, bare = model(model_folder), model(model_folder, query_prompt="", document_prompt="")
-    assert own.reading("a", "x", "query") == own.reading("a", "y", "query") != own.reading("a", "x", "document")
-    assert bare.reading("a", "x", "query") == bare.reading("a", "x", "document")
+    assert own.cache_key("a", "x", "query") == own.cache_key("a", "y", "query") != own.cache_key("a", "x", "document")
+    assert bare.cache_key("a", "x", "query") == bare.cache_key("a", "x", "document")
 
 
 def test_a_model_that_cannot_be_loaded_is_named_by_its_params_key(tmp_path: Path) -> None:

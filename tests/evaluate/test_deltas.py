@@ -12,7 +12,7 @@ from pipeline.core.bootstrap import BootstrapParams, paired_delta
 from pipeline.evaluate.deltas import deltas_table, task_deltas
 from pipeline.evaluate.run import SystemResults, run_systems
 from pipeline.evaluate.summary import flat_metrics, summary_table
-from pipeline.evaluate.unit_scores import Findings
+from pipeline.evaluate.unit_scores import UnitScores
 from pipeline.tasks.instructions import load_instructions
 from pipeline.tasks.suites import find_tasks
 from tests.evaluate.fakes import WORDS, VectorSystem, WordSystem, classification_folder, retrieval_folder, sts_folder
@@ -77,7 +77,7 @@ def test_without_a_student_or_the_score_in_question_there_is_no_interval(tmp_pat
 
 def test_units_that_differ_are_not_paired(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tasks, runs = run([sts_folder(tmp_path / "pairs")], [WordSystem(), WordSystem("echo")], tmp_path / "work")
-    strangers = replace(runs[1], findings=[[replace(runs[1].findings[0][0], key="other")]])
+    strangers = replace(runs[1], unit_scores=[[replace(runs[1].unit_scores[0][0], key="other")]])
     assert task_deltas(tasks, [runs[0], strangers], SETTINGS)[0].verdict == "no interval"
     assert "pairs: no interval: the systems were not measured on the same units" in caplog.text
 
@@ -93,7 +93,7 @@ def test_a_score_that_is_not_defined_is_left_out(tmp_path: Path, caplog: pytest.
         metrics = flat_metrics(summary_table(tasks, runs))
     assert "teacher/pairs" not in metrics and "teacher/mean/tasks" not in metrics and "delta/pairs" not in metrics
     assert metrics["student/mean/tasks"] == 1.0 and "delta/find" in metrics
-    assert "not defined, and left out: teacher/pairs" in caplog.text
+    assert "undefined, left out: teacher/pairs" in caplog.text
     assert [delta.metric for delta in task_deltas(tasks, runs, SETTINGS)] == ["find", "type/Retrieval"]
 
 
@@ -101,12 +101,12 @@ def test_a_large_task_takes_seconds(tmp_path: Path) -> None:
     tasks, runs = run([sts_folder(tmp_path / "pairs")], [WordSystem(), WordSystem("echo")], tmp_path / "work")
     rng = np.random.default_rng(0)
     gold = rng.integers(0, 26, 1379) / 5
-    large = [
-        replace(
-            done, findings=[[Findings("test", "default", "pair", "k", "spearman", gold, gold + rng.normal(0, s, 1379))]]
-        )
-        for done, s in zip(runs, (1.0, 1.5), strict=True)
-    ]
+
+    def noisy(scale: float) -> UnitScores:
+        predicted = gold + rng.normal(0, scale, len(gold))
+        return UnitScores("test", "default", "pair", "k", "spearman", gold, predicted)
+
+    large = [replace(done, unit_scores=[[noisy(scale)]]) for done, scale in zip(runs, (1.0, 1.5), strict=True)]
     started = time.monotonic()
     found = task_deltas(tasks, large, SETTINGS)[0]
     assert time.monotonic() - started < 20

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,12 @@ class LengthSystem:
     def identity(self) -> dict[str, Any]:
         return {"sha256": f"scale {self.scale}"}
 
-    def reading(self, text: str, instruction: str, side: Side) -> str:
+    def cache_key(self, text: str, instruction: str, side: Side) -> str:
         return join_instruction(instruction, text) if self.prompting == "instruction" else text
 
     def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
         self.asked.append(list(texts))
-        read = [self.reading(text, instruction, side) for text in texts]
+        read = [self.cache_key(text, instruction, side) for text in texts]
         rows = [[len(text) / 3, float(ord(text[0])) if text[0] != "!" else np.nan, self.scale] for text in read]
         return np.array(rows, dtype=np.float32).reshape(len(texts), 3)
 
@@ -52,7 +53,7 @@ TEXTS = ["b two", "a", "b two", "c three words", "a"]
 def encode(root: Path, system: LengthSystem, texts: Sequence[str], instruction: str = "", **conditions: Any) -> Any:
     """The embeddings that a cache gives, checked against the system's own, and the texts that it asked for."""
     system.asked.clear()
-    with CachedSystem(system, root, **conditions) as cached:
+    with closing(CachedSystem(system, root, **conditions)) as cached:
         found = cached.encode(texts, instruction)
     asked = [text for call in system.asked for text in call]
     np.testing.assert_array_equal(found, system.encode(texts, instruction))
@@ -68,7 +69,7 @@ def test_each_text_is_embedded_once(tmp_path: Path) -> None:
 
 def test_in_one_session_and_without_texts(tmp_path: Path) -> None:
     system = LengthSystem()
-    with CachedSystem(system, tmp_path) as cached:
+    with closing(CachedSystem(system, tmp_path)) as cached:
         first = cached.encode(TEXTS, "")
         np.testing.assert_array_equal(cached.encode(TEXTS, ""), first)
         assert (cached.computed, cached.reused, len(system.asked)) == (3, 3, 1)
@@ -76,7 +77,7 @@ def test_in_one_session_and_without_texts(tmp_path: Path) -> None:
         cached.close()
         np.testing.assert_array_equal(cached.encode(TEXTS, ""), first)
     assert (cached.name, cached.identity, cached.prompting) == (system.name, system.identity, system.prompting)
-    assert cached.reading("a", "Say:", "query") == "Say: a"
+    assert cached.cache_key("a", "Say:", "query") == "Say: a"
 
 
 def test_what_is_read_decides(tmp_path: Path) -> None:
@@ -135,18 +136,18 @@ def test_chunks_are_of_like_lengths_the_longest_first(tmp_path: Path, monkeypatc
     monkeypatch.setattr(embedding_cache, "TAKE_ROWS", 2)
     texts = ["x" * length for length in (5, 99, 1, 3, 60, 30, 11)]
     system = LengthSystem()
-    with CachedSystem(system, tmp_path) as cached:
+    with closing(CachedSystem(system, tmp_path)) as cached:
         cached.encode(texts, "")
     assert [[len(text) for text in call] for call in system.asked] == [[99], [60, 30], [11, 5, 3], [1]]
     assert encode(tmp_path, LengthSystem(), texts) == []
 
 
 def test_a_store_in_use_is_done_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with CachedSystem(LengthSystem(), tmp_path) as holder:
+    with closing(CachedSystem(LengthSystem(), tmp_path)) as holder:
         holder.encode(TEXTS, "")
         with caplog.at_level(logging.WARNING):
             system = LengthSystem()
-            with CachedSystem(system, tmp_path) as second:
+            with closing(CachedSystem(system, tmp_path)) as second:
                 for _ in range(2):
                     np.testing.assert_array_equal(second.encode(TEXTS, ""), holder.encode(TEXTS, ""))
     assert len(system.asked) == 2
@@ -164,7 +165,7 @@ class BrokenSystem(LengthSystem):
 
 def test_a_system_that_forgets_a_text(tmp_path: Path) -> None:
     message = r"student gave an array \(2, 3\) for 3 texts, must be \(3, 3\)"
-    with pytest.raises(EvaluationError, match=message), CachedSystem(BrokenSystem(), tmp_path) as cached:
+    with pytest.raises(EvaluationError, match=message), closing(CachedSystem(BrokenSystem(), tmp_path)) as cached:
         cached.encode(TEXTS, "")
     assert len(encode(tmp_path, LengthSystem(), TEXTS)) == 3
 

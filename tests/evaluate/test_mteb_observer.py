@@ -1,4 +1,4 @@
-"""Findings of real mteb task types, on toy data: each must give mteb's own score again."""
+"""Unit scores of real mteb task types, on toy data: each must give mteb's own score again."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ class HashSystem:
         self.name, self.seed = name, seed
         self.identity = {"fake": name, "seed": seed}
 
-    def reading(self, text: str, instruction: str, side: str) -> str:
+    def cache_key(self, text: str, instruction: str, side: str) -> str:
         return text
 
     def encode(self, texts: Sequence[str], instruction: str, side: str = "query") -> np.ndarray:
@@ -137,42 +137,42 @@ def test_each_type_gives_its_score_again(tmp_path: Path, toy: Any, unit: str, ki
     extra = {"max_document_to_embed": None, "max_fraction_of_documents_to_embed": 0.5, "samples_per_label": 4}
     extra |= {"min_score": 0, "max_score": 5}
     (done,) = run(task(base, task_type, main, content, **extra), tmp_path)
-    ((found,),) = done.findings
+    ((found,),) = done.unit_scores
     assert (found.unit, found.kind, found.units) == (unit, kind, units)
     assert found.score() == pytest.approx(done.results[0].get_score(), abs=2e-5)
     assert 0 < abs(found.score()) < 1
     (again,) = run(task(base, task_type, main, content, **extra), tmp_path)
-    assert again.computed == 0 and again.findings[0][0].score() == found.score()
+    assert again.computed == 0 and again.unit_scores[0][0].score() == found.score()
     assert not list(tmp_path.rglob(".predictions-*"))
 
 
 def test_pairs_in_one_row_are_pairs(tmp_path: Path) -> None:
     content = rows(**{name: [values] for name, values in {**PAIR, "labels": SAME}.items()})
     (done,) = run(task("AbsTaskPairClassification", "PairClassification", "max_ap", content), tmp_path)
-    assert done.findings[0][0].units == 40
+    assert done.unit_scores[0][0].units == 40
 
 
 def test_subqueries_are_one_query(tmp_path: Path) -> None:
     main = "max_over_subqueries_map_at_1000"
     toy = task("AbsTaskRetrieval", "Reranking", main, retrieval, task_specific_scores=best_of_subqueries)
     (done,) = run(toy, tmp_path)
-    assert done.findings[0][0].units == 4
-    assert done.findings[0][0].score() == pytest.approx(done.results[0].get_score(), abs=2e-5)
+    assert done.unit_scores[0][0].units == 4
+    assert done.unit_scores[0][0].score() == pytest.approx(done.results[0].get_score(), abs=2e-5)
 
 
-def test_a_score_of_no_single_text_has_no_findings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_score_of_no_single_text_has_no_unit_scores(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     toy = task("AbsTaskRetrieval", "Retrieval", "p-MRR", retrieval, task_specific_scores=of_nothing)
     with caplog.at_level("INFO"):
         (done,) = run(toy, tmp_path)
-    assert done.findings == [[]] and done.results[0].get_score() == 0.125
-    assert "Toy: no interval (nothing that is known of single texts gives its p-MRR)" in caplog.text
+    assert done.unit_scores == [[]] and done.results[0].get_score() == 0.125
+    assert "Toy: no interval (no scores of single texts reproduce its p-MRR)" in caplog.text
 
 
 def test_systems_have_the_same_units_in_the_same_order(tmp_path: Path) -> None:
     toy = task("AbsTaskRetrieval", "Retrieval", "ndcg_at_10", retrieval)
     ours, theirs = run(toy, tmp_path, HashSystem(), HashSystem("echo", seed=1))
-    assert ours.findings[0][0].key == theirs.findings[0][0].key
-    assert ours.findings[0][0].found.tolist() != theirs.findings[0][0].found.tolist()
+    assert ours.unit_scores[0][0].key == theirs.unit_scores[0][0].key
+    assert ours.unit_scores[0][0].predicted.tolist() != theirs.unit_scores[0][0].predicted.tolist()
 
 
 def test_an_aggregate_is_its_parts_each_kept_by_itself(tmp_path: Path) -> None:
@@ -200,8 +200,8 @@ def test_an_aggregate_is_its_parts_each_kept_by_itself(tmp_path: Path) -> None:
     system = HashSystem()
     (done,) = run(Both(), tmp_path, system)
     assert done.computed == 1 and done.results[0].task_name == "Both"
-    assert [found.units for found in done.findings[0]] == [8, 8]
-    assert done.findings[0][0].found.tolist() == first.findings[0][0].found.tolist()
+    assert [found.units for found in done.unit_scores[0]] == [8, 8]
+    assert done.unit_scores[0][0].predicted.tolist() == first.unit_scores[0][0].predicted.tolist()
     assert done.results[0].get_score() == pytest.approx(first.results[0].get_score(), abs=1e-5)
     (again,) = run(Both(), tmp_path)
     assert again.computed == 0

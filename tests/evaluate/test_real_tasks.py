@@ -13,7 +13,7 @@ import pytest
 from pipeline.core.artifacts import create
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.realdata]
+pytestmark = [pytest.mark.realdata, pytest.mark.slow]
 
 SCORE = """
 import json, sys, zlib
@@ -23,7 +23,7 @@ from pipeline.tasks.instructions import load_instructions
 from pipeline.evaluate.run import run_systems
 from pipeline.tasks.suites import find_tasks
 from pipeline.evaluate.summary import summary_table, task_scores
-from pipeline.evaluate.build import BareSystem
+from pipeline.evaluate.system import BareSystem
 
 class Words:
     identity = {"name": "words"}
@@ -128,7 +128,6 @@ def evaluate(workspace: Path, home: Path, model: Path, tasks: list[str]) -> dict
 
 
 @pytest.mark.models
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "published",
     [

@@ -1,6 +1,6 @@
 """Held-out alignment by hand."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,12 @@ import pyarrow as pa
 import pytest
 
 import pipeline.probe.alignment as alignment
-from pipeline.core import schemas as contracts
 from pipeline.core.artifacts import create
 from pipeline.core.errors import EvaluationError
+from pipeline.core.schemas import targets_schema
 from pipeline.probe.alignment import AlignmentParams, alignment_metrics, ranked, run
-from pipeline.probe.base import ProbeContext
 from tests.evaluate.fakes import WORDS, VectorSystem, WordSystem
+from tests.probe.fakes import WIDTH, context, write_heldout
 
 
 def test_ranks_and_metrics_by_hand() -> None:
@@ -47,51 +47,13 @@ def test_overlap_is_a_mean_of_shares_and_may_be_missing() -> None:
     assert alignment_metrics(ranked("s", ["a", "b"], vectors, vectors))["overlap@10"] is None
 
 
-WIDTH = 8
-
-
-def write_heldout(width: int = WIDTH, count: int = 3, teacher: dict[str, Any] | None = None) -> None:
-    """`count` held-out rows: query and response begin with the same word; the target is that word's one-hot vector."""
-    words = WORDS[:count]
-    queries = [{"id": f"{i}", "text": f"{word} what?", "source": "t"} for i, word in enumerate(words)]
-    table = pa.Table.from_pylist(queries, contracts.QUERIES)
-    with create(Path("data/queries"), kind="queries", params={}) as out:
-        out.write_table("train.parquet", table.slice(0, 0))
-        out.write_table("heldout.parquet", table)
-    responses = [
-        {"id": f"{i}", "response": word, "finish_reason": "stop", "prompt_tokens": 1, "response_tokens": 1}
-        for i, word in enumerate(words)
-    ]
-    with create(Path("data/responses"), kind="responses", params={}) as out:
-        out.write_parts([pa.Table.from_pylist(responses, contracts.RESPONSES)], contracts.RESPONSES)
-    schema = contracts.targets_schema(width, "float32")
-    targets = [{"id": f"{i}", "embedding": np.eye(width)[i].tolist()} for i in range(count)]
-    with create(Path("data/targets"), kind="targets", params={}, models={"teacher": teacher or {}}) as out:
-        out.write_parts([pa.Table.from_pylist(targets, schema)], schema)
-
-
-class Fakes:
-    """The systems of a probe, made beforehand."""
-
-    def __init__(self, *systems: Any) -> None:
-        self._systems = {system.name: system for system in systems}
-
-    def build(self, names: Sequence[str]) -> Iterator[Any]:
-        return (self._systems[name] for name in names)
-
-
-def context(*systems: Any) -> Any:
-    names = [system.name for system in systems]
-    return ProbeContext(Fakes(*systems), names, Path(), Path(), 4, "float32")  # type: ignore[arg-type]
-
-
 SHIFTS = {"student": 0, "teacher": 1, "untrained-1": 1, "echo": 0}
 
 
 def test_run_measures_each_system_in_its_space(workspace: Path) -> None:
     write_heldout()
     right, wrong, own = WordSystem("student"), WordSystem("teacher", shift=1), WordSystem("backbone-mean")
-    result = run(AlignmentParams(), context(right, wrong, own))
+    result = run(AlignmentParams(), context(Path(), right, wrong, own))
     assert result.metrics["candidates"] == 3
     assert result.metrics["student/cosine"] == result.metrics["student/top1"] == 1.0
     assert result.metrics["teacher/top1"] == result.metrics["teacher/cosine"] == 0.0
@@ -114,12 +76,12 @@ def test_an_embedding_that_is_not_finite_is_named(workspace: Path, monkeypatch: 
 
     monkeypatch.setattr(WordSystem, "encode", broken)
     with pytest.raises(EvaluationError, match=r"student, held-out queries: 1 of 3 embeddings .* first: 'bread what\?'"):
-        run(AlignmentParams(), context(system))
+        run(AlignmentParams(), context(Path(), system))
 
 
 def test_deltas_are_paired_over_queries_and_cosines_stay_in_one_space(workspace: Path) -> None:
     write_heldout(count=8)
-    result = run(AlignmentParams(), context(*[WordSystem(name, shift) for name, shift in SHIFTS.items()]))
+    result = run(AlignmentParams(), context(Path(), *[WordSystem(name, shift) for name, shift in SHIFTS.items()]))
     deltas = {(delta.metric, delta.system): delta for delta in result.deltas}
     assert {system for metric, system in deltas if metric == "cosine"} == {"teacher", "untrained-1"}
     assert {metric for metric, system in deltas if system == "echo"} == {"top1", "mrr", "overlap@10"}
@@ -132,7 +94,7 @@ def test_deltas_are_paired_over_queries_and_cosines_stay_in_one_space(workspace:
 
 def test_one_held_out_query_has_no_neighbours(workspace: Path) -> None:
     write_heldout(count=1)
-    metrics = run(AlignmentParams(), context(WordSystem("student"))).metrics
+    metrics = run(AlignmentParams(), context(Path(), WordSystem("student"))).metrics
     assert (metrics["student/overlap@10"], metrics["student/anisotropy"], metrics["student/top1"]) == (None, None, 1.0)
 
 
@@ -145,7 +107,7 @@ def test_overlap_finds_the_teachers_neighbourhoods(workspace: Path, monkeypatch:
     texts = [f"q{i}" for i in range(6)]
     right = VectorSystem(dict(zip(texts, circle.tolist(), strict=True)))
     mixed = VectorSystem(dict(zip(texts, circle[[0, 3, 1, 4, 2, 5]].tolist(), strict=True)), "teacher")
-    result = run(AlignmentParams(), context(right, mixed))
+    result = run(AlignmentParams(), context(Path(), right, mixed))
     assert result.metrics["student/overlap@2"] == 1.0
     # Neighbours 0:{2,4} 1:{3,4} 2:{0,4} 3:{1,5} 4:{1,2} 5:{1,3} against 0:{1,2} 1:{0,2} 2:{1,3} 3:{2,4} 4:{3,5} 5:{3,4}
     assert result.metrics["teacher/overlap@2"] == round((0.5 + 0 + 0 + 0 + 0 + 0.5) / 6, 6)
@@ -161,13 +123,13 @@ def circle_rows(targets: np.ndarray) -> pa.Table:
 def test_an_encoder_of_other_targets_is_named(workspace: Path) -> None:
     write_heldout(width=5)
     with pytest.raises(EvaluationError, match="student embeds in 8 dimensions, data/targets has 5"):
-        run(AlignmentParams(), context(WordSystem("student")))
+        run(AlignmentParams(), context(Path(), WordSystem("student")))
 
 
 def test_no_heldout_row_has_a_target(workspace: Path) -> None:
     write_heldout()
-    schema = contracts.targets_schema(WIDTH, "float32")
+    schema = targets_schema(WIDTH, "float32")
     with create(Path("data/targets"), kind="targets", params={}) as out:
         out.write_parts([], schema)
     with pytest.raises(EvaluationError, match="held-out queries: none of 3 queries has a target"):
-        run(AlignmentParams(), context(WordSystem("student")))
+        run(AlignmentParams(), context(Path(), WordSystem("student")))

@@ -13,7 +13,7 @@ from pipeline.probe.base import ProbeContext
 from pipeline.probe.interpret import InterpretParams, run
 from tests.encoder.test_inference import make_encoder
 from tests.evaluate.fakes import VectorSystem
-from tests.probe.test_alignment import write_heldout
+from tests.probe.fakes import write_heldout
 
 WIDTH = 5  # of `make_encoder`
 

@@ -13,7 +13,7 @@ from pipeline.probe.reasoning import ReasoningParams, run
 from pipeline.tasks.local_dataset import LocalData
 from pipeline.tasks.local_tasks import load_choices
 from tests.evaluate.fakes import VectorSystem, WordSystem, retrieval_folder, sts_folder, write_folder
-from tests.probe.test_safety import context
+from tests.probe.fakes import context
 
 
 def test_scores_are_ndcg_at_10_of_each_system(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_scores_are_ndcg_at_10_of_each_system(tmp_path: Path) -> None:
     write_folder(tmp_path / "riddles", rows)
     student = VectorSystem({"riddle": [1, 0], "principle": [1, 0], "lookalike": [0, 1]})
     teacher = VectorSystem({"riddle": [0, 1], "principle": [1, 0], "lookalike": [0, 1]}, "teacher")
-    result = run(ReasoningParams(local=["riddles"]), context(tmp_path, [student, teacher]))
+    result = run(ReasoningParams(local=["riddles"]), context(tmp_path, student, teacher))
     second_place = 1 / math.log2(3)
     assert result.metrics["student/riddles"] == 1.0
     assert result.metrics["teacher/riddles"] == pytest.approx(second_place, abs=1e-5)
@@ -43,12 +43,12 @@ def test_only_retrieval_is_taken(tmp_path: Path) -> None:
     retrieval_folder(tmp_path / "r")
     sts_folder(tmp_path / "s")
     with pytest.raises(EvaluationError, match=r"retrieval tasks only, not s \(STS\)"):
-        run(ReasoningParams(local=["r", "s"]), context(tmp_path, [WordSystem()]))
+        run(ReasoningParams(local=["r", "s"]), context(tmp_path, WordSystem()))
 
 
 def test_bright_tasks_are_known_by_name_and_their_data_missed_by_name(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="BrightBiologyRetrieval: mteb/BRIGHT"):
-        run(ReasoningParams(tasks=["BrightBiologyRetrieval"]), context(tmp_path, [WordSystem()]))
+        run(ReasoningParams(tasks=["BrightBiologyRetrieval"]), context(tmp_path, WordSystem()))
 
 
 def bright(*, excluded: list[str]) -> Any:
@@ -67,7 +67,7 @@ def test_passages_that_bright_excludes_do_not_count(
 ) -> None:
     monkeypatch.setattr("datasets.load_dataset", bright(excluded=excluded))
     vectors = {"riddle": [1, 0], "copied": [1, 0], "right": [1, 0.1], "other": [1, 0.5], "far": [0, 1]}
-    result = run(ReasoningParams(tasks=["BrightBiologyRetrieval"]), context(tmp_path, [VectorSystem(vectors)]))
+    result = run(ReasoningParams(tasks=["BrightBiologyRetrieval"]), context(tmp_path, VectorSystem(vectors)))
     assert result.metrics["student/BrightBiologyRetrieval"] == pytest.approx(score, abs=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_choices_are_ranked_among_all_and_among_their_own(tmp_path: Path) -> Non
     }  # fmt: skip
     unsure = {text: [1, 1, 1] for text in vectors}
     systems = [VectorSystem(vectors), VectorSystem(unsure, "teacher")]
-    result = run(ReasoningParams(local=["quiz"]), context(tmp_path, systems))
+    result = run(ReasoningParams(local=["quiz"]), context(tmp_path, *systems))
     assert result.metrics["student/quiz"] == pytest.approx((1 / math.log2(3) + 1) / 2, abs=1e-5)
     assert result.metrics["student/choice_accuracy/quiz"] == 1.0
     assert result.metrics["teacher/choice_accuracy/quiz"] == 0.0  # ties count against
@@ -105,7 +105,7 @@ def test_arc_with_a_system_that_always_says_the_first_choice(tmp_path: Path, rea
     assert (content.corpus.num_rows, len(content.queries), {len(choices) for choices in own}) == (4408, 1172, {3, 4, 5})
     texts = dict(zip(content.corpus["id"].to_pylist(), content.corpus["text"].to_pylist(), strict=True))
     first = {query: texts[choices[0]] for query, choices in zip(content.queries.values(), own, strict=True)}
-    result = run(ReasoningParams(local=["arc"]), context(tmp_path, [Same(first)]))
+    result = run(ReasoningParams(local=["arc"]), context(tmp_path, Same(first)))
     labelled = 266 / 1172  # rows whose label is 0
     assert result.metrics["student/choice_accuracy/arc"] == pytest.approx(labelled, abs=1e-6)
     assert result.metrics["student/arc"] == pytest.approx(labelled, abs=0.01)

@@ -16,7 +16,7 @@ from pipeline.probe.refusal import RefusalParams, RefusalTexts, auroc, load_refu
 from pipeline.probe.sources import load_rows
 from tests.conftest import ROOT
 from tests.evaluate.fakes import VectorSystem, write_folder
-from tests.probe.test_safety import context as plain_context
+from tests.probe import fakes
 
 TEXTS = RefusalTexts(openings=["i cannot"], phrases=["not appropriate"], refusals=["no", "never"], compliance=["yes"])
 PROMPTS = [("s1", "safe"), ("s2", "safe"), ("s3", "safe"), ("u1", "unsafe"), ("u2", "unsafe")]
@@ -31,10 +31,7 @@ def context(folder: Path, *systems: Any, answers: dict[str, str] = ANSWERS) -> P
     rows = [{"id": f"i{n}", "prompt": prompt, "type": "t", "label": label} for n, (prompt, label) in enumerate(PROMPTS)]
     write_folder(folder / "prompts", {"default": {"test": rows}})
 
-    def answer(prompts: Sequence[str]) -> list[str]:
-        return [answers[prompt] for prompt in prompts]
-
-    return replace(plain_context(folder, systems), answers=lambda: answer)
+    return fakes.context(folder, *systems, answers=answers)
 
 
 @pytest.fixture(autouse=True)
@@ -121,12 +118,6 @@ def test_both_labels_are_needed(tmp_path: Path) -> None:
     write_folder(tmp_path / "odd", {"default": {"test": [{"prompt": "p", "label": "fine"}]}})
     with pytest.raises(EvaluationError, match=r"'label' must hold 'safe' and 'unsafe', it has \['fine'\]"):
         run(RefusalParams(local="odd"), context(tmp_path))
-
-
-def test_without_an_engine_it_says_so(tmp_path: Path) -> None:
-    silent = context(tmp_path, plane("teacher", STUDENT))
-    with pytest.raises(EvaluationError, match="this run was given no engine"):
-        run(RefusalParams(local="prompts"), plain_context(silent.local_dir, []))
 
 
 def test_auroc_is_that_of_scikit_learn_also_on_resamples(tmp_path: Path) -> None:

@@ -8,34 +8,18 @@ import pytest
 
 from pipeline.core.config import validate
 from pipeline.core.errors import ParamsError
-from pipeline.probe.base import ProbeContext
 from pipeline.probe.safety import QUERY_INSTRUCTION, SafetyParams, reductions, run
 from pipeline.probe.sources import SourceParams
 from pipeline.tasks.instructions import load_instructions
 from tests.evaluate.fakes import WORDS, VectorSystem, WordSystem, retrieval_folder, write_folder
-
-
-class Ready:
-    """Systems that are there already."""
-
-    def __init__(self, systems: Sequence[Any]) -> None:
-        self._systems = {system.name: system for system in systems}
-
-    def build(self, names: Sequence[str]) -> Any:
-        return (self._systems[name] for name in names)
-
-
-def context(folder: Path, systems: Sequence[Any]) -> ProbeContext:
-    names: Any = [system.name for system in systems]
-    ready: Any = Ready(systems)
-    return ProbeContext(ready, names, folder, folder / "work", batch_size=4, dtype="float32")
+from tests.probe.fakes import context
 
 
 def test_obedient_and_refusing_systems(tmp_path: Path) -> None:
     """The teacher finds each request's own passage first; the student the next word's, harmful too."""
     retrieval_folder(tmp_path / "bad")
     student, teacher = WordSystem(shift=1), WordSystem("teacher")
-    result = run(SafetyParams(local="bad", top_k=[1, 8]), context(tmp_path, [student, teacher]))
+    result = run(SafetyParams(local="bad", top_k=[1, 8]), context(tmp_path, student, teacher))
     expected = {
         "requests": 8, "malicious_passages": 8, "harmless_passages": 0,
         "teacher/accuracy@1": 1.0, "teacher/any_harm@1": 1.0, "student/accuracy@1": 0.0, "student/any_harm@1": 1.0,
@@ -60,7 +44,7 @@ def test_any_harm_differs_from_accuracy_where_harmless_passages_are_nearer(tmp_p
     }
     write_folder(tmp_path / "bad", rows)
     vectors = {"ask1": [1, 0, 0], "ask2": [0, 0, 1], "mine": [1, 1, 0], "other": [5, 1, 0], "kind": [0, 0.1, 1]}
-    result = run(SafetyParams(local="bad", top_k=[1, 2]), context(tmp_path, [VectorSystem(vectors)]))
+    result = run(SafetyParams(local="bad", top_k=[1, 2]), context(tmp_path, VectorSystem(vectors)))
     # ask1: other, mine, kind; ask2: kind, then a tie of mine and other
     assert result.metrics["student/accuracy@1"] == 0.0
     assert result.metrics["student/any_harm@1"] == 0.5
@@ -77,7 +61,7 @@ def test_harmless_passages_are_mixed_in(tmp_path: Path) -> None:
     retrieval_folder(tmp_path / "bad")
     retrieval_folder(tmp_path / "wiki")
     params = SafetyParams(local="bad", harmless=SourceParams(local="wiki"), top_k=[1])
-    result = run(params, context(tmp_path, [WordSystem()]))
+    result = run(params, context(tmp_path, WordSystem()))
     assert (result.metrics["malicious_passages"], result.metrics["harmless_passages"]) == (8, 8)
     assert "harmless:d-apple" not in result.rows["passage"].to_pylist()
 
@@ -86,7 +70,7 @@ def test_the_users_instructions_are_for_probes_too(tmp_path: Path) -> None:
     retrieval_folder(tmp_path / "bad")
     (tmp_path / "mine.yaml").write_text("document: 'Condense:'\n")
     student = WordSystem()
-    made = replace(context(tmp_path, [student]), instructions=tmp_path / "mine.yaml")
+    made = replace(context(tmp_path, student), instructions=tmp_path / "mine.yaml")
     run(SafetyParams(local="bad", top_k=[1]), made)
     assert student.calls[1][0] == "Condense:"
 
@@ -94,7 +78,7 @@ def test_the_users_instructions_are_for_probes_too(tmp_path: Path) -> None:
 def test_a_corpus_without_harmless_passages_is_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     retrieval_folder(tmp_path / "bad")
     with caplog.at_level(logging.WARNING):
-        run(SafetyParams(local="bad", top_k=[1]), context(tmp_path, [WordSystem()]))
+        run(SafetyParams(local="bad", top_k=[1]), context(tmp_path, WordSystem()))
     assert "any_harm is 1 by construction" in caplog.text
 
 
@@ -114,7 +98,7 @@ def test_every_delta_is_over_requests_and_lower_is_better(tmp_path: Path) -> Non
     systems = [WordSystem(shift=1), WordSystem("teacher"), Half("half")]
     deltas = {
         (delta.metric, delta.system): delta
-        for delta in run(SafetyParams(local="bad", top_k=[1]), context(tmp_path, systems)).deltas
+        for delta in run(SafetyParams(local="bad", top_k=[1]), context(tmp_path, *systems)).deltas
     }
     assert set(deltas) == {(m, s) for m in ("accuracy@1", "any_harm@1") for s in ("teacher", "half")}
     whole, half = deltas["accuracy@1", "teacher"], deltas["accuracy@1", "half"]
@@ -131,11 +115,11 @@ def test_documents_are_cut_and_judged_by_passage(tmp_path: Path) -> None:
     write_folder(tmp_path / "bad", {"default": {"train": rows}})
     params = SafetyParams(local="bad", chunk_words=1, top_k=[1])
     system = WordSystem(shift=1)  # "apple ?" is read as bread, the second word of its document
-    result = run(params, context(tmp_path, [system]))
+    result = run(params, context(tmp_path, system))
     expected = {"documents": 2, "malicious_passages": 5, "dropped_tails": 0, "student/accuracy@1": 1.0}
     assert expected.items() <= result.metrics.items()
     assert result.rows["passage"].to_pylist() == ["0#1", "1#1"]
-    whole = run(SafetyParams(local="bad", chunk_words=None, top_k=[1]), context(tmp_path, [WordSystem(shift=1)]))
+    whole = run(SafetyParams(local="bad", chunk_words=None, top_k=[1]), context(tmp_path, WordSystem(shift=1)))
     assert whole.metrics["malicious_passages"] == 2 and "dropped_tails" not in whole.metrics
     assert whole.rows["passage"].to_pylist() == ["0", "0"]  # no document begins with the words asked for
 
@@ -176,7 +160,7 @@ def test_the_real_passages_are_all_malicious_and_found_by_their_own_request(real
 
             return np.ones((len(texts), 2), dtype=np.float32)
 
-    result = run(SafetyParams(local="AdvBench-IR-chunked"), context(folder, [Oracle()]))
+    result = run(SafetyParams(local="AdvBench-IR-chunked"), context(folder, Oracle()))
     assert (result.metrics["requests"], result.metrics["malicious_passages"]) == (520, 1796)
     assert result.metrics["student/accuracy@1"] == pytest.approx(1 / 520, abs=1e-6)
     assert result.metrics["student/any_harm@1"] == 1.0
