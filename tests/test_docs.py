@@ -7,6 +7,7 @@ A block of Python runs in a workspace with a trained encoder unless the line bef
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,10 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import pytest
 import typer
+from typer.testing import CliRunner
 
+from pipeline.cli.presets import presets
+from pipeline.optim.flops import step_flops
 from tests.conftest import ROOT
 from tests.encoder.test_inference import write
 
@@ -195,3 +199,33 @@ def test_an_example_runs(encoder: Path, page: str, code: str, capsys: pytest.Cap
         assert np.isfinite(np.asarray(names[name])).all()
     if "encode_stream" in code:
         assert capsys.readouterr().out == "(500, 5)\n(500, 5)\n"
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+COST = re.compile(r"^\| `([\w.-]+)`.*\| ([\d.]+) GB \| ([\d.]+) GB.*\| ([\d.]+) GB.*\| ([\d.]+) h \|$", re.MULTILINE)
+# What the README assumes: rows of training, tokens of a query and of a response, operations a second.
+ROWS, LENGTHS, RATE = 158_400, (512, 512), 400e12
+
+
+def printed(workspace: Path, *arguments: str) -> str:
+    """Output of a command of `python -m pipeline` on `params.yaml` in the workspace."""
+    from pipeline.__main__ import app
+
+    done = CliRunner().invoke(app, [*arguments, "--params", str(workspace / "params.yaml")], env={"COLUMNS": "400"})
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "weights", "small", "large", "hours"), COST.findall(PAGES["README.md"]))
+def test_the_cost_of_a_run_is_what_the_project_computes(
+    workspace: Path, preset: str, weights: str, small: str, large: str, hours: str
+) -> None:
+    for memory, expected in (("24", small), ("80", large)):
+        shutil.copy(ROOT / "params.yaml", workspace)
+        printed(workspace, "backbone", preset, "--memory", memory)
+        train = next(line for line in printed(workspace, "params").splitlines() if re.match(r"\W*train ", line))
+        assert f"at most {expected} GB (weights {weights}," in train
+    operations = ROWS * step_flops(presets()[preset].shape, [LENGTHS], compression_tokens=10)
+    assert f"{operations / RATE / 3600:.1f}" == hours
