@@ -1,8 +1,8 @@
 """Rows that share words with the evaluation's texts.
 
-A row is contaminated if it has a run of `ngram` words in common with an evaluation text, case and symbols aside; a row
-of fewer words if an evaluation text has exactly its words. The evaluation may hold millions of texts: they stream past
-a Bloom filter of the rows' n-grams, and what it lets through is held against the n-grams themselves, 64 bits each.
+A row is contaminated if it shares a run of `ngram` words with an evaluation text, ignoring case and symbols; a shorter
+row if an evaluation text has exactly its words. The evaluation may have millions of texts: they stream past a Bloom
+filter of the rows' n-grams, and its hits are compared with the n-grams themselves, 64 bits each.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import Field
 
-from pipeline.collect.ngrams import Hashes, WordFile, WordHasher, ngrams, words_of
-from pipeline.collect.spill import Rows
+from pipeline.collect.ngrams import Hashes, TokenFile, TokenHasher, ngrams, words_of
+from pipeline.collect.spill import Mask, Rows
 from pipeline.core.config import Params
 
 _BITS_PER_NGRAM = 16
 _MOST_BITS = 2**31  # 256 MiB
-_COMPACT = 4_000_000
+_MERGE_ABOVE = 4_000_000  # hashes of the texts, before duplicates among them are merged
 
 
 class DecontaminateParams(Params):
@@ -27,29 +27,29 @@ class DecontaminateParams(Params):
 
 
 @dataclass(frozen=True)
-class Contaminated:
-    """Rows to remove, and why.
+class Contamination:
+    """Contaminated rows, and the text that each shares words with.
 
     Attributes:
         rows: row numbers, int64 [M].
-        places: number of the first shared n-gram's first word in its row, int64 [M].
-        tasks: which text was met first, an index into `names`, int64 [M].
-        names: of the evaluation's parts.
+        positions: number of the row's word at which its first shared n-gram starts, int64 [M].
+        tasks: the first task with that n-gram, an index into `names`, int64 [M].
+        names: of the evaluation's tasks.
         texts: number of evaluation texts read.
     """
 
     rows: Rows
-    places: Rows
+    positions: Rows
     tasks: Rows
     names: list[str]
     texts: int
 
 
 class BloomFilter:
-    """A set of hashes in a few bits each: never forgets one, and takes few others for one of its own."""
+    """A Bloom filter of hashes: no false negatives, few false positives."""
 
     def __init__(self, expected: int) -> None:
-        """Room for `expected` hashes."""
+        """Size it for `expected` hashes."""
         bits = min(_MOST_BITS, 1 << max(16, (max(expected, 1) * _BITS_PER_NGRAM - 1).bit_length()))
         self._last = np.uint64(bits - 1)
         self._bytes = np.zeros(bits // 8, np.uint8)
@@ -59,8 +59,8 @@ class BloomFilter:
         for probe in self._probes(hashes):
             np.bitwise_or.at(self._bytes, probe >> np.uint64(3), _bit(probe))
 
-    def has(self, hashes: Hashes) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
-        """Which of the hashes may be among those added: bool [T]."""
+    def has(self, hashes: Hashes) -> Mask:
+        """Which of the hashes may have been added: bool [T]."""
         first, second = (self._bytes[probe >> np.uint64(3)] & _bit(probe) for probe in self._probes(hashes))
         return (first != 0) & (second != 0)
 
@@ -72,55 +72,53 @@ def _bit(probe: Hashes) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
     return np.uint8(1) << (probe & np.uint64(7)).astype(np.uint8)
 
 
-def find(words: WordFile, texts: Iterable[tuple[str, Sequence[str]]], *, ngram: int) -> Contaminated:
+def find_contaminated(tokens: TokenFile, texts: Iterable[tuple[str, Sequence[str]]], *, ngram: int) -> Contamination:
     """The rows that share an n-gram with a text.
 
     Args:
-        words: of the rows.
-        texts: batches of the evaluation's texts with the name of the part that they belong to.
+        tokens: of the rows.
+        texts: batches of the evaluation's texts, each with the name of its task.
         ngram: words.
     """
-    total = sum(max(int(batch.offsets[-1]), 1) for _, batch in words.batches())
-    known = BloomFilter(total)
-    for _, batch in words.batches():
-        known.add(ngrams(batch.without_symbols(), ngram).hashes)
-    met, tasks, names, count = _met(known, texts, ngram)
+    known = BloomFilter(sum(max(int(batch.offsets[-1]), 1) for _, batch in tokens.batches()))
+    for _, batch in tokens.batches():
+        known.add(ngrams(batch.words(), ngram).hashes)
+    shared, tasks, names, count = _hits(known, texts, ngram)
     empty = np.zeros(0, np.int64)
-    rows, places, found = [empty], [empty], [empty]
-    for start, batch in words.batches() if len(met) else ():
-        grams = ngrams(batch.without_symbols(), ngram)
-        at = np.minimum(np.searchsorted(met, grams.hashes), len(met) - 1)
-        hits = np.flatnonzero(met[at] == grams.hashes)
+    rows, positions, found = [empty], [empty], [empty]
+    for start, batch in tokens.batches() if len(shared) else ():
+        grams = ngrams(batch.words(), ngram)
+        at = np.minimum(np.searchsorted(shared, grams.hashes), len(shared) - 1)
+        hits = np.flatnonzero(shared[at] == grams.hashes)
         owners, first = np.unique(grams.owners()[hits], return_index=True)
-        rows.append(words.rows[start + owners])
-        places.append(hits[first] - grams.offsets[owners])
+        rows.append(tokens.rows[start + owners])
+        positions.append(hits[first] - grams.offsets[owners])
         found.append(tasks[at[hits[first]]])
-    return Contaminated(np.concatenate(rows), np.concatenate(places), np.concatenate(found), names, count)
+    return Contamination(np.concatenate(rows), np.concatenate(positions), np.concatenate(found), names, count)
 
 
-def _met(
+def _hits(
     known: BloomFilter, texts: Iterable[tuple[str, Sequence[str]]], ngram: int
 ) -> tuple[Hashes, Rows, list[str], int]:
-    """The texts' n-grams that may be known, sorted, and for each the part in which it was met first."""
-    hasher, numbers, count = WordHasher(), dict[str, int](), 0
+    """The texts' n-grams that the filter has, sorted; the first task of each; all task names; the number of texts."""
+    hasher, numbers, count = TokenHasher(), dict[str, int](), 0
     hashes, tasks = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     for name, batch in texts:
         count += len(batch)
-        number = numbers.setdefault(name, len(numbers))
-        grams = ngrams(hasher(batch).without_symbols(), ngram).hashes
+        grams = ngrams(hasher(batch).words(), ngram).hashes
         hashes.append(np.unique(grams[known.has(grams)]))
-        tasks.append(np.full(len(hashes[-1]), number, np.int64))
-        if sum(map(len, hashes[1:])) > _COMPACT:
-            hashes, tasks = _merged(hashes, tasks)
-    (met,), (parts,) = _merged(hashes, tasks)
-    return met, parts, list(numbers), count
+        tasks.append(np.full(len(hashes[-1]), numbers.setdefault(name, len(numbers)), np.int64))
+        if sum(map(len, hashes[1:])) > _MERGE_ABOVE:
+            hashes, tasks = _merge(hashes, tasks)
+    (distinct,), (first,) = _merge(hashes, tasks)
+    return distinct, first, list(numbers), count
 
 
-def _merged(hashes: list[Hashes], tasks: list[Rows]) -> tuple[list[Hashes], list[Rows]]:
+def _merge(hashes: list[Hashes], tasks: list[Rows]) -> tuple[list[Hashes], list[Rows]]:
     distinct, first = np.unique(np.concatenate(hashes), return_index=True)
     return [distinct], [np.concatenate(tasks)[first]]
 
 
-def shared_words(text: str, place: int, ngram: int) -> str:
-    """The n-gram of a text that starts at its word number `place`."""
-    return " ".join(words_of(text)[place : place + ngram])
+def shared_words(text: str, position: int, ngram: int) -> str:
+    """The n-gram of a text that starts at its word number `position`."""
+    return " ".join(words_of(text)[position : position + ngram])

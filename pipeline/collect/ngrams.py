@@ -1,13 +1,14 @@
-"""Texts as 64-bit hashes of their words, and n-grams of these.
+"""Texts as 64-bit hashes of their tokens, and n-grams of these.
 
-A token is a run of letters, marks and digits, case folded; in scripts that are written without spaces, one character;
-any other visible character is a symbol, a token of its own. Hashes depend on the token alone: not on the machine, the
-process or a library's version. Two different n-grams have the same hash with a chance of 2^-64.
+A token is a run of letters, marks and digits, case folded; in scripts written without spaces, one character. Any other
+visible character is a symbol, a token of its own. A hash depends on the token alone: not on the machine, the process or
+a library's version. Two different n-grams have the same hash with probability 2^-64.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +24,41 @@ _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}
 _TOKEN = rf"[[\p{{L}}\p{{M}}\p{{N}}]--[{_UNSPACED}]]+|\S"
 _IS_WORD = r"^[\p{L}\p{M}\p{N}]"
 _WORD_BIT = np.uint64(1)
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying loses nothing
-_REMEMBERED = 500_000  # hashes of distinct tokens, about 60 MB
-BATCH_WORDS = 2**20
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying is invertible
+_CACHED_TOKENS = 500_000  # about 60 MB
+BATCH_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
-class Words:
+class HashRows:
     """Hashes of several rows, one after another.
 
     Attributes:
-        hashes: uint64 [T]; of tokens, the lowest bit is set where the token is a word.
+        hashes: uint64 [T]; of a token, the lowest bit is set if it is a word.
         offsets: int64 [N + 1]: row i is `hashes[offsets[i] : offsets[i + 1]]`.
     """
 
     hashes: Hashes
     offsets: Rows
 
-    def without_symbols(self) -> "Words":
-        """The words alone."""
-        kept = (self.hashes & _WORD_BIT).astype(bool)
-        before = np.concatenate([[0], np.cumsum(kept)])
-        return Words(self.hashes[kept], before[self.offsets])
-
     def owners(self) -> Rows:
-        """For each hash, the row it belongs to: int64 [T]."""
+        """The row of each hash: int64 [T]."""
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+    def words(self) -> "HashRows":
+        """The rows without symbols."""
+        return self._select((self.hashes & _WORD_BIT).astype(bool))
+
+    def without(self, dropped: Mask) -> "HashRows":
+        """The rows with those that `dropped` (bool [N]) marks empty."""
+        return self._select(~dropped[self.owners()])
+
+    def _select(self, chosen: Mask) -> "HashRows":
+        return HashRows(self.hashes[chosen], _offsets(chosen)[self.offsets])
+
+
+def _offsets(lengths: np.ndarray[Any, Any]) -> Rows:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 def tokens(texts: Sequence[str] | pl.Series) -> pl.Series:
@@ -58,27 +68,27 @@ def tokens(texts: Sequence[str] | pl.Series) -> pl.Series:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of one text, without its symbols."""
+    """The tokens of one text that are no symbols."""
     found = tokens([text]).explode(empty_as_null=False)
     return found.filter(found.str.contains(_IS_WORD)).to_list()
 
 
-class WordHasher:
-    """Hashes the tokens of texts; remembers those it has seen."""
+class TokenHasher:
+    """Hashes the tokens of texts, with a cache."""
 
     def __init__(self) -> None:
         self._known: dict[str, int] = {}
 
-    def __call__(self, texts: Sequence[str] | pl.Series) -> Words:
+    def __call__(self, texts: Sequence[str] | pl.Series) -> HashRows:
         """The token hashes of `texts`."""
         found = tokens(texts)
-        offsets = np.concatenate([[0], np.cumsum(found.list.len().to_numpy())]).astype(np.int64)
         encoded = found.explode(empty_as_null=False).to_arrow().dictionary_encode()
         distinct = self._hashes(pl.Series(encoded.dictionary, dtype=pl.String))
-        return Words(distinct[encoded.indices.to_numpy(zero_copy_only=False)], offsets)
+        hashes = distinct[encoded.indices.to_numpy(zero_copy_only=False)]
+        return HashRows(hashes, _offsets(found.list.len().to_numpy()))
 
     def _hashes(self, distinct: pl.Series) -> Hashes:
-        if len(self._known) > _REMEMBERED:
+        if len(self._known) > _CACHED_TOKENS:
             self._known.clear()
         for token, is_word in zip(distinct, distinct.str.contains(_IS_WORD), strict=True):
             if token not in self._known:
@@ -91,37 +101,33 @@ def _token_hash(token: str, is_word: bool) -> int:
     return digest | 1 if is_word else digest & ~1
 
 
-def mixed(values: Hashes) -> Hashes:
-    """The values with every bit of them spread over all bits (the finaliser of splitmix64)."""
+def mix(values: Hashes) -> Hashes:
+    """The finaliser of splitmix64: each bit of a value affects all bits of the result."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
-def ngrams(words: Words, n: int) -> Words:
-    """Hashes of all runs of `n` tokens; a row of fewer has one, of all its tokens; an empty row has none."""
-    lengths = np.diff(words.offsets)
+def ngrams(rows: HashRows, n: int) -> HashRows:
+    """Hashes of all runs of `n` tokens; a shorter row has one, of all its tokens; an empty row has none."""
+    lengths = np.diff(rows.offsets)
     counts = np.where(lengths >= n, lengths - n + 1, np.minimum(lengths, 1))
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    starts = np.arange(offsets[-1]) + np.repeat(words.offsets[:-1] - offsets[:-1], counts)
-    padded = np.concatenate([words.hashes, np.zeros(n, np.uint64)])
-    whole = np.zeros(len(words.hashes), np.uint64)
-    for k in range(n):
-        whole = whole * _MULTIPLIER + padded[k : k + len(whole)]
-    hashes = whole[starts]
+    offsets = _offsets(counts)
+    starts = np.arange(offsets[-1]) + np.repeat(rows.offsets[:-1] - offsets[:-1], counts)
+    padded = np.concatenate([rows.hashes, np.zeros(n, np.uint64)])
+    hashes = _combine(padded[k : k + len(rows.hashes)] for k in range(n))[starts]
     short = np.flatnonzero((lengths > 0) & (lengths < n))
-    hashes[offsets[short]] = _short_rows(padded, words.offsets[short], lengths[short], n)
-    return Words(mixed(hashes), offsets)
+    first, ends = rows.offsets[short], lengths[short]
+    hashes[offsets[short]] = _combine(np.where(k < ends, padded[first + k], np.uint64(0)) for k in range(n))
+    return HashRows(mix(hashes), offsets)
 
 
-def _short_rows(padded: Hashes, starts: Rows, lengths: Rows, n: int) -> Hashes:
-    hashes = np.zeros(len(starts), np.uint64)
-    for k in range(n):
-        hashes = hashes * _MULTIPLIER + np.where(k < lengths, padded[starts + k], np.uint64(0))
-    return hashes
+def _combine(tokens: Iterable[Hashes]) -> Hashes:
+    """Hashes of sequences, given as the first token of each, the second of each, ..."""
+    return reduce(lambda hashes, each: hashes * _MULTIPLIER + each, tokens, np.zeros(1, np.uint64))
 
 
-class WordFile:
+class TokenFile:
     """Token hashes of many rows on disk; in memory 16 bytes a row."""
 
     def __init__(self, path: Path) -> None:
@@ -132,21 +138,21 @@ class WordFile:
         self._rows: list[Rows] = []
         self._ends: list[Rows] = [np.zeros(1, np.int64)]
 
-    def append(self, rows: Rows, words: Words) -> None:
+    def append(self, rows: Rows, hashes: HashRows) -> None:
         """Add rows under their numbers.
 
         Raises:
             WorkError: the disk is full.
         """
         with disk_errors(self._path):
-            content = words.hashes.data.cast("B")
+            content = hashes.hashes.data.cast("B")
             while content:
                 content = content[self._file.write(content) :]
-        self._ends.append(self._ends[-1][-1] + words.offsets[1:])
+        self._ends.append(self._ends[-1][-1] + hashes.offsets[1:])
         self._rows.append(rows)
 
     def finish(self) -> None:
-        """No more rows come."""
+        """End writing; reading starts here."""
         self._rows = [np.concatenate(self._rows) if self._rows else np.zeros(0, np.int64)]
         self._ends = [np.concatenate(self._ends)]
 
@@ -162,31 +168,24 @@ class WordFile:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def at(self, position: int) -> Words:
+    def at(self, position: int) -> HashRows:
         """One row."""
         return self._read(position, position + 1)
 
-    def batches(self) -> Iterator[tuple[int, Words]]:
-        """All rows in pieces of about a million words, each with the position of its first row."""
+    def batches(self) -> Iterator[tuple[int, HashRows]]:
+        """All rows in pieces of about a million tokens, each with the position of its first row."""
         start = 0
         while start < len(self):
-            stop = int(np.searchsorted(self._ends[0], self._ends[0][start] + BATCH_WORDS, side="left"))
+            stop = int(np.searchsorted(self._ends[0], self._ends[0][start] + BATCH_TOKENS, side="left"))
             stop = min(max(stop, start + 1), len(self))
             yield start, self._read(start, stop)
             start = stop
 
-    def _read(self, start: int, stop: int) -> Words:
+    def _read(self, start: int, stop: int) -> HashRows:
         ends = self._ends[0][start : stop + 1]
         self._file.seek(ends[0] * 8)
         hashes = np.empty(int(ends[-1] - ends[0]), np.uint64)
         content = hashes.data.cast("B")
         while content and (count := self._file.readinto(content)):
             content = content[count:]
-        return Words(hashes, ends - ends[0])
-
-
-def without(words: Words, dropped: Mask) -> Words:
-    """The rows without those that `dropped` (bool [N]) marks, whose place stays, empty."""
-    lengths = np.where(dropped, 0, np.diff(words.offsets))
-    kept = ~np.repeat(dropped, np.diff(words.offsets))
-    return Words(words.hashes[kept], np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        return HashRows(hashes, ends - ends[0])

@@ -1,10 +1,10 @@
-"""From raw texts to the fate of each: normalise, filter, de-duplicate, sample, split.
+"""The fate of each text: filtered, duplicate, sampled out, or in a split.
 
-A query's id is a hash of its normalised text. Whether it is sampled and which split it is in follow from its id and
-the seed alone, never from its position: a corpus that grows moves no query from one split to the other.
+A query's id is a hash of its normalised text. Sampling and split depend on the id and the seed alone, never on the
+position: a growing corpus moves no query from one split to the other.
 
-The frames here have one row a text, in the order of reading, without the text itself: `source` (its number), `id`,
-and `fate`, null as long as a row is in.
+The frames have one row a text, in reading order, without the text itself: `source` (its number), `id`, and `fate`,
+null while undecided.
 """
 
 import hashlib
@@ -34,19 +34,19 @@ FATE = pl.Enum(FATES)
 
 
 def to_frame(source: int, texts: Sequence[str]) -> pl.DataFrame:
-    """Raw texts of a source as a frame with their normalised `text`."""
+    """Raw texts of a source as a frame with the normalised `text`."""
     normal = [normalize_text(text) for text in texts]
-    return pl.DataFrame(
-        {"source": pl.repeat(source, len(normal), dtype=pl.UInt16, eager=True)},
-    ).with_columns(
-        pl.Series("text", normal, dtype=pl.String),
-        pl.Series("id", [query_id(text) for text in normal], dtype=pl.String),
-        pl.lit(None, FATE).alias("fate"),
-    )
+    columns = {
+        "source": [source] * len(normal),
+        "text": normal,
+        "id": map(query_id, normal),
+        "fate": [None] * len(normal),
+    }
+    return pl.DataFrame(columns, schema={"source": pl.UInt16, "text": pl.String, "id": pl.String, "fate": FATE})
 
 
 def drop_lengths(frame: pl.DataFrame, *, min_chars: int, max_chars: int) -> pl.DataFrame:
-    """Leave out rows by the characters of their `text`."""
+    """Drop rows by the number of characters of their `text`."""
     chars = pl.col("text").str.len_chars()
     reason = (
         pl.when(chars == 0)
@@ -60,28 +60,28 @@ def drop_lengths(frame: pl.DataFrame, *, min_chars: int, max_chars: int) -> pl.D
 
 
 def drop_duplicates(frame: pl.DataFrame) -> pl.DataFrame:
-    """Leave out repetitions of an earlier text."""
+    """Drop repetitions of an earlier text."""
     repeated = pl.when(~pl.col("id").is_first_distinct()).then(pl.lit("duplicate", FATE))
     return frame.with_columns(fate=pl.coalesce("fate", repeated))
 
 
 def undecided(frame: pl.DataFrame) -> Mask:
-    """Which rows are still in: bool [rows]."""
+    """Which rows have no fate yet: bool [rows]."""
     return frame["fate"].is_null().to_numpy()
 
 
 def set_fate(frame: pl.DataFrame, rows: Sequence[int] | Rows, fate: str) -> pl.DataFrame:
-    """Give rows, by number, their fate; those that have one keep it."""
+    """Set the fate of rows, by number, that have none yet."""
     chosen = np.zeros(frame.height, bool)
     chosen[rows] = True
     return frame.with_columns(fate=pl.coalesce("fate", pl.when(pl.Series(chosen)).then(pl.lit(fate, FATE))))
 
 
 def sample(frame: pl.DataFrame, *, rows: int, seed: int, weights: Sequence[float] | None = None) -> pl.DataFrame:
-    """Leave out all but the `rows` rows whose keyed hashes are smallest.
+    """Drop all but the `rows` rows with the smallest keyed hashes.
 
-    With a weight for each source, its share of `rows` is proportional to it; a source that has too few rows gives what
-    it cannot fill to the others.
+    With `weights`, each source's share of `rows` is proportional to its weight; the share that a source cannot fill
+    goes to the others.
     """
     ranked = _keyed(frame, seed, "sample").sort("key", "id")
     if weights is None:
@@ -95,7 +95,7 @@ def sample(frame: pl.DataFrame, *, rows: int, seed: int, weights: Sequence[float
 def allot(rows: int, weights: Sequence[float], available: Sequence[int]) -> list[int]:
     """How many of `rows` each source gives: in proportion to the weights, at most what is available.
 
-    The fractions of rows that remain go to the largest ones, of equal ones to the first.
+    Remaining rows go to the largest fractions, the first of equal ones.
     """
     open_ = {source for source, count in enumerate(available) if count}
     shares = {source: Fraction(0) for source in range(len(available))}
@@ -118,14 +118,14 @@ def allot(rows: int, weights: Sequence[float], available: Sequence[int]) -> list
 
 
 def split(frame: pl.DataFrame, *, heldout_fraction: float, seed: int) -> pl.DataFrame:
-    """Give each row that is left its split."""
+    """Set the split of each undecided row."""
     keyed = _keyed(frame, seed, "split")
     heldout = keyed.filter(pl.col("key") < heldout_fraction)["row"].to_numpy()
     return set_fate(frame, heldout, "heldout").with_columns(pl.col("fate").fill_null(pl.lit("train", FATE)))
 
 
 def _keyed(frame: pl.DataFrame, seed: int, purpose: str) -> pl.DataFrame:
-    """The rows that are in, with their number `row` and a `key`: in [0, 1), from id, seed and purpose only."""
+    """The undecided rows with their number `row` and a `key` in [0, 1) that depends on id, seed and purpose only."""
     left = frame.with_row_index("row").filter(pl.col("fate").is_null())
     keys = np.fromiter((_unit_hash(f"{seed}:{purpose}:{row_id}") for row_id in left["id"]), float, left.height)
     return left.with_columns(pl.Series("key", keys))
@@ -137,7 +137,7 @@ def _unit_hash(text: str) -> float:
 
 
 def count_fates(frame: pl.DataFrame, labels: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Rows of each fate, in all and per source, beside the number of rows `read`; `labels` name the sources."""
+    """Rows `read` and rows of each fate, in all and per source; `labels` name the sources."""
     counts = {name: {"read": 0} | dict.fromkeys(FATES, 0) for name in ("all", *labels)}
     for source, fate, rows in frame.group_by("source", "fate").len().iter_rows():
         for name in ("all", labels[source]):

@@ -1,7 +1,7 @@
-"""Texts of a corpus on disk while their fate is decided, so that memory holds numbers and ids only.
+"""Texts of a corpus on disk while rows are filtered, so that memory holds row numbers and ids only.
 
-Rows are numbered in the order in which they were read. Their texts lie in buckets by the first bits of their id: ids
-are hashes, so buckets are equally large, and buckets in order, each sorted, are the whole corpus sorted by id.
+Rows are numbered in reading order. Their texts lie in buckets by the first bits of their id: ids are hashes, so buckets
+are equally large, and buckets in order, each sorted, are the whole corpus sorted by id.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 @contextlib.contextmanager
 def scratch_folder(work: Path) -> Iterator[Path]:
-    """A folder below `work` that goes at the end; leftovers of killed processes go at the start.
+    """A folder below `work`, removed at the end; leftovers of killed processes are removed at the start.
 
     Raises:
-        WorkError: another live process uses `work`, or the disk refuses.
+        WorkError: another live process uses `work`, or the disk is full or not writable.
     """
     with locked(work):
         for leftover in work.glob(f"{_PREFIX}*"):
@@ -44,11 +44,12 @@ def scratch_folder(work: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-class Staging:
+class Spill:
     """Numbered texts: added in order, then read bucket by bucket."""
 
     def __init__(self, folder: Path) -> None:
         """Start empty in `folder`, which exists."""
+        self._folder = folder
         self._paths = [folder / f"{bucket:02d}.arrow" for bucket in range(BUCKETS)]
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         with disk_errors(folder):
@@ -65,36 +66,32 @@ class Staging:
         ends = np.searchsorted(buckets[order], np.arange(BUCKETS + 1))
         columns = [pa.array(rows[order], pa.int64()), texts.gather(order).to_arrow().cast(pa.large_string())]
         batch = pa.record_batch(columns, schema=_SCHEMA)
-        with disk_errors(self._paths[0].parent):
+        with disk_errors(self._folder):
             for bucket in np.flatnonzero(np.diff(ends)):
                 self._writers[bucket].write_batch(batch.slice(ends[bucket], ends[bucket + 1] - ends[bucket]))
 
     def finish(self) -> None:
-        """No more rows come.
+        """End writing; reading starts here.
 
         Raises:
             WorkError: the disk is full.
         """
-        with disk_errors(self._paths[0].parent):
+        with disk_errors(self._folder):
             for writer in self._writers:
                 writer.close()
 
-    def buckets(self, wanted: Mask) -> Iterator[tuple[Rows, pl.Series]]:
-        """Row numbers and texts of the wanted rows, one bucket at a time, the buckets in order of the ids.
-
-        Args:
-            wanted: bool [rows], by row number.
-        """
+    def buckets(self, chosen: Mask) -> Iterator[tuple[Rows, pl.Series]]:
+        """Numbers and texts of the rows in `chosen` (bool, by row number), a bucket at a time in order of the ids."""
         for path in self._paths:
             with path.open("rb") as file:
                 table = pa.ipc.open_stream(file).read_all()
             rows = table.column("row").to_numpy()
-            chosen = np.flatnonzero(wanted[rows])
-            if len(chosen):
-                yield rows[chosen], pl.Series("text", table.column("text")).gather(chosen)
+            found = np.flatnonzero(chosen[rows])
+            if len(found):
+                yield rows[found], pl.Series("text", table.column("text")).gather(found)
 
-    def batches(self, wanted: Mask, size: int) -> Iterator[tuple[Rows, pl.Series]]:
+    def batches(self, chosen: Mask, size: int) -> Iterator[tuple[Rows, pl.Series]]:
         """As `buckets`, in pieces of at most `size` rows."""
-        for rows, texts in self.buckets(wanted):
+        for rows, texts in self.buckets(chosen):
             for start in range(0, len(rows), size):
                 yield rows[start : start + size], texts.slice(start, size)

@@ -9,28 +9,28 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from pipeline.collect.decontamination import Contaminated, shared_words
+from pipeline.collect.decontamination import Contamination, shared_words
 from pipeline.collect.near_duplicates import NearDuplicates
-from pipeline.collect.spill import Mask, Staging
+from pipeline.collect.spill import Mask, Spill
 from pipeline.core.artifacts import disk_errors
 from pipeline.core.schemas import QUERIES, check_table
 
 REMOVED = "removed.jsonl"
 
 
-def split_tables(frame: pl.DataFrame, staging: Staging, labels: list[str], split: str) -> Iterator[pa.Table]:
-    """The rows of one split under the QUERIES contract, sorted by id across the tables.
+def split_tables(frame: pl.DataFrame, spill: Spill, labels: list[str], split: str) -> Iterator[pa.Table]:
+    """The rows of one split in schema QUERIES, sorted by id across the tables.
 
     Args:
         frame: of `pipeline.collect.rows`, every fate decided.
-        staging: the texts.
+        spill: the texts.
         labels: names of the sources.
         split: "train" or "heldout".
 
     Raises:
-        ContractError: a table breaks it.
+        ContractError: a table breaks the schema or the order.
     """
-    for rows in _sorted_rows(frame, staging, (frame["fate"] == split).to_numpy()):
+    for rows in _sorted_rows(frame, spill, (frame["fate"] == split).to_numpy()):
         sources = pl.Series(labels, dtype=pl.String).gather(rows["source"])
         columns = [rows["id"], rows["text"], sources]
         table = pa.Table.from_arrays([column.to_arrow().cast(pa.string()) for column in columns], schema=QUERIES)
@@ -38,8 +38,8 @@ def split_tables(frame: pl.DataFrame, staging: Staging, labels: list[str], split
         yield table
 
 
-def _sorted_rows(frame: pl.DataFrame, staging: Staging, wanted: Mask) -> Iterator[pl.DataFrame]:
-    for numbers, texts in staging.buckets(wanted):
+def _sorted_rows(frame: pl.DataFrame, spill: Spill, chosen: Mask) -> Iterator[pl.DataFrame]:
+    for numbers, texts in spill.buckets(chosen):
         yield frame[numbers].with_columns(texts, pl.Series("row", numbers)).sort("id")
 
 
@@ -47,40 +47,40 @@ class Removals:
     """Why rows were removed, by row number."""
 
     def __init__(self) -> None:
-        """Nothing is removed yet."""
         self._contaminated: dict[int, tuple[str, int]] = {}
         self._near: dict[int, tuple[str, float]] = {}
         self._ngram = 0
 
-    def add_contaminated(self, found: Contaminated, ngram: int) -> None:
-        """Rows that share `ngram` words with the evaluation."""
+    def add_contaminated(self, found: Contamination, ngram: int) -> None:
+        """Add rows that share `ngram` words with the evaluation."""
         self._ngram = ngram
         tasks = [found.names[task] for task in found.tasks]
-        self._contaminated.update(zip(found.rows.tolist(), zip(tasks, found.places.tolist(), strict=True), strict=True))
+        pairs = zip(tasks, found.positions.tolist(), strict=True)
+        self._contaminated.update(zip(found.rows.tolist(), pairs, strict=True))
 
     def add_near_duplicates(self, found: NearDuplicates, ids: pl.Series) -> None:
-        """Rows that nearly repeat another; `ids` are those of all rows."""
-        pairs = zip(ids.gather(found.kept), found.similarity.tolist(), strict=True)
+        """Add rows that nearly repeat another; `ids` are those of all rows."""
+        pairs = zip(ids.gather(found.originals), found.similarity.tolist(), strict=True)
         self._near.update(zip(found.rows.tolist(), pairs, strict=True))
 
-    def write(self, path: Path, frame: pl.DataFrame, staging: Staging, labels: list[str]) -> None:
-        """One JSON object a row, sorted by id: `id`, `source`, `text`, `reason`, and what it was held against.
+    def write(self, path: Path, frame: pl.DataFrame, spill: Spill, labels: list[str]) -> None:
+        """Write one JSON object a row, sorted by id: `id`, `source`, `text`, `reason`, and the match.
 
         Raises:
             WorkError: the disk is full.
         """
-        wanted = np.zeros(frame.height, bool)
-        wanted[[*self._contaminated, *self._near]] = True
+        chosen = np.zeros(frame.height, bool)
+        chosen[[*self._contaminated, *self._near]] = True
         with disk_errors(path), path.open("w", encoding="utf-8") as file:
-            for rows in _sorted_rows(frame, staging, wanted):
+            for rows in _sorted_rows(frame, spill, chosen):
                 for row in rows.iter_rows(named=True):
-                    facts = {"id": row["id"], "source": labels[row["source"]], "text": row["text"]}
-                    line = facts | self._reason(row["row"], row["text"])
+                    line = {"id": row["id"], "source": labels[row["source"]], "text": row["text"]}
+                    line |= self._reason(row["row"], row["text"])
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _reason(self, row: int, text: str) -> dict[str, Any]:
         if row in self._contaminated:
-            task, place = self._contaminated[row]
-            return {"reason": "contaminated", "task": task, "ngram": shared_words(text, place, self._ngram)}
-        kept, similarity = self._near[row]
-        return {"reason": "near_duplicate", "kept": kept, "similarity": round(similarity, 4)}
+            task, position = self._contaminated[row]
+            return {"reason": "contaminated", "task": task, "ngram": shared_words(text, position, self._ngram)}
+        original, similarity = self._near[row]
+        return {"reason": "near_duplicate", "kept": original, "similarity": round(similarity, 4)}

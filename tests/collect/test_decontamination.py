@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pipeline.collect import decontamination
-from pipeline.collect.decontamination import BloomFilter, find, shared_words
-from tests.collect.helpers import word_file
+from pipeline.collect.decontamination import BloomFilter, find_contaminated, shared_words
+from tests.collect.helpers import token_file
 
 WORDS = [f"w{index}" for index in range(40)]
 
@@ -19,13 +19,13 @@ def run_of(start: int, end: int) -> str:
 
 def contaminated(folder: Path, queries: list[str], texts: dict[str, list[str]], ngram: int = 13) -> dict[str, str]:
     """Task and shared words by query."""
-    file = word_file(folder, queries)
-    found = find(file, texts.items(), ngram=ngram)
+    file = token_file(folder, queries)
+    found = find_contaminated(file, texts.items(), ngram=ngram)
     file.close()
     assert found.texts == sum(map(len, texts.values()))
     return {
-        queries[row]: f"{found.names[task]}: {shared_words(queries[row], place, ngram)}"
-        for row, place, task in zip(found.rows, found.places, found.tasks, strict=True)
+        queries[row]: f"{found.names[task]}: {shared_words(queries[row], position, ngram)}"
+        for row, position, task in zip(found.rows, found.positions, found.tasks, strict=True)
     }
 
 
@@ -71,14 +71,14 @@ def test_any_number_of_texts_gives_the_same(tmp_path: Path, monkeypatch: pytest.
         texts[index] += " " + " ".join(queries[index // 2].split()[4:20])
     batches = [(f"t{start}", texts[start : start + 7]) for start in range(0, 300, 7)]
     expected = {queries[index // 2] for index in range(0, 300, 10)}
-    for most_bits, compact in (
+    for most_bits, merge_above in (
         (2**31, 4_000_000),
         (2**10, 20),
     ):  # a filter that lets nearly all through changes nothing
         monkeypatch.setattr(decontamination, "_MOST_BITS", most_bits)
-        monkeypatch.setattr(decontamination, "_COMPACT", compact)
-        file = word_file(tmp_path, queries)
-        found = find(file, batches, ngram=13)
+        monkeypatch.setattr(decontamination, "_MERGE_ABOVE", merge_above)
+        file = token_file(tmp_path, queries)
+        found = find_contaminated(file, batches, ngram=13)
         file.close()
         assert {queries[row] for row in found.rows} == expected
 
@@ -88,7 +88,7 @@ def test_without_queries_or_texts_nothing_is_found(tmp_path: Path) -> None:
     assert contaminated(tmp_path, ["a text"], {}) == {}
 
 
-def test_the_filter_forgets_nothing_and_takes_few_strangers() -> None:
+def test_the_filter_has_no_false_negatives_and_few_false_positives() -> None:
     rng = np.random.default_rng(0)
     known, others = rng.integers(0, 2**64, (2, 100_000), dtype=np.uint64)
     filter_ = BloomFilter(len(known))

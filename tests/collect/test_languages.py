@@ -21,7 +21,7 @@ def english() -> LanguageFilter:
     ],
 )
 def test_other_languages_go(english: LanguageFilter, text: str) -> None:
-    assert english.others([text]).tolist() == [True]
+    assert english.unwanted([text]).tolist() == [True]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_other_languages_go(english: LanguageFilter, text: str) -> None:
     ],
 )
 def test_english_and_what_is_too_short_to_tell_stay(english: LanguageFilter, text: str) -> None:
-    assert english.others([text]).tolist() == [False]
+    assert english.unwanted([text]).tolist() == [False]
 
 
 def test_several_languages() -> None:
@@ -48,11 +48,11 @@ def test_several_languages() -> None:
         "How long does an egg take?",
         "Combien de temps faut-il attendre ?",
     ]
-    assert wanted.others(texts).tolist() == [False, False, True]
+    assert wanted.unwanted(texts).tolist() == [False, False, True]
 
 
 def test_an_unknown_language_is_refused() -> None:
-    with pytest.raises(ParamsError, match=r"collect.languages: the model does not know xx, english \(it knows ace, af"):
+    with pytest.raises(ParamsError, match=r"^languages: the model does not know xx, english \(it knows ace, af"):
         LanguageFilter(["en", "xx", "english"], 0.9)
 
 

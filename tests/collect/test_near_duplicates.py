@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from pipeline.collect import near_duplicates
-from pipeline.collect.near_duplicates import NearDuplicateParams, band_rows, find, jaccard
-from pipeline.collect.ngrams import WordHasher, ngrams
-from tests.collect.helpers import word_file
+from pipeline.collect.near_duplicates import NearDuplicateParams, band_rows, find_near_duplicates, jaccard
+from pipeline.collect.ngrams import TokenHasher, ngrams
+from tests.collect.helpers import token_file
 
 PARAMS = NearDuplicateParams()
 
@@ -17,13 +17,13 @@ PARAMS = NearDuplicateParams()
 def duplicates(
     folder: Path, texts: list[str], params: NearDuplicateParams = PARAMS, skipped: list[int] | None = None
 ) -> dict[int, tuple[int, float]]:
-    """(kept, similarity) by row."""
-    file = word_file(folder, texts)
+    """(original, similarity) by row."""
+    file = token_file(folder, texts)
     out = np.zeros(len(texts), bool)
     out[skipped or []] = True
-    found = find(file, out, params)
+    found = find_near_duplicates(file, out, params)
     file.close()
-    pairs = zip(found.kept.tolist(), found.similarity.tolist(), strict=True)
+    pairs = zip(found.originals.tolist(), found.similarity.tolist(), strict=True)
     return dict(zip(found.rows.tolist(), pairs, strict=True))
 
 
@@ -78,10 +78,10 @@ def test_a_row_is_held_against_rows_that_stayed(tmp_path: Path) -> None:
 
 def test_order_is_that_of_row_numbers_and_not_of_the_file(tmp_path: Path) -> None:
     words = passage(60)
-    file = word_file(tmp_path, [changed(words, 59), " ".join(passage(9, seed=1)), " ".join(words)], rows=[7, 3, 5])
-    found = find(file, np.zeros(3, bool), PARAMS)
+    file = token_file(tmp_path, [changed(words, 59), " ".join(passage(9, seed=1)), " ".join(words)], rows=[7, 3, 5])
+    found = find_near_duplicates(file, np.zeros(3, bool), PARAMS)
     file.close()
-    assert (found.rows.tolist(), found.kept.tolist()) == ([7], [5])
+    assert (found.rows.tolist(), found.originals.tolist()) == ([7], [5])
 
 
 def corpus(count: int) -> list[str]:
@@ -94,7 +94,7 @@ def corpus(count: int) -> list[str]:
 
 
 def by_definition(texts: list[str], threshold: float) -> dict[int, tuple[int, float]]:
-    hasher = WordHasher()
+    hasher = TokenHasher()
     sets = [np.unique(ngrams(hasher([text]), 5).hashes) for text in texts]
     kept: list[int] = []
     found: dict[int, tuple[int, float]] = {}
@@ -127,8 +127,8 @@ def test_a_row_of_a_template_with_thousands_of_variants_meets_few_others(
 ) -> None:
     """So time is linear in rows: each meets at most so many of each of its buckets."""
     met: list[int] = []
-    plain = near_duplicates._met
-    monkeypatch.setattr(near_duplicates, "_met", lambda kept, numbers: counted(plain(kept, numbers)))
+    plain = near_duplicates._in_buckets
+    monkeypatch.setattr(near_duplicates, "_in_buckets", lambda *found: counted(plain(*found)))
 
     def counted(places: list[int]) -> list[int]:
         met.append(len(places))
@@ -154,7 +154,7 @@ def test_bands_miss_few_pairs_at_the_threshold(threshold: float) -> None:
 
 
 def test_signatures_are_the_same_on_every_machine() -> None:
-    shingles = ngrams(WordHasher()(["the quick brown fox jumps over the lazy dog"]), 5)
+    shingles = ngrams(TokenHasher()(["the quick brown fox jumps over the lazy dog"]), 5)
     signature = near_duplicates._minhash(shingles, 128)
     assert signature.shape == (1, 128)
     assert signature[0, :3].tolist() == [3496942257, 3801667693, 3705563227]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.collect.ngrams import WordFile, WordHasher, Words, ngrams, tokens, without, words_of
+from pipeline.collect.ngrams import HashRows, TokenFile, TokenHasher, ngrams, tokens, words_of
 
 
 @pytest.mark.parametrize(
@@ -36,33 +36,33 @@ def test_words_are_tokens_without_symbols() -> None:
     assert words_of("?!") == []
 
 
-def rows_of(words: Words) -> list[list[int]]:
+def rows_of(words: HashRows) -> list[list[int]]:
     return [words.hashes[start:end].tolist() for start, end in itertools.pairwise(words.offsets)]
 
 
 def test_a_hash_depends_on_the_token_alone() -> None:
-    first = WordHasher()(["one two", "", "Two, one"])
+    first = TokenHasher()(["one two", "", "Two, one"])
     assert first.offsets.tolist() == [0, 2, 2, 5]
     one, two, again, comma, last = first.hashes.tolist()
     assert (one, two) == (last, again)
     assert len({one, two, comma}) == 3
     assert (one & 1, comma & 1) == (1, 0)  # the lowest bit tells words from symbols
-    assert WordHasher()(["two"]).hashes.tolist() == [two]
+    assert TokenHasher()(["two"]).hashes.tolist() == [two]
     assert one == int.from_bytes(hashlib.blake2b(b"one", digest_size=8).digest(), "little") | 1
 
 
 def test_without_symbols_rows_keep_their_place() -> None:
-    words = WordHasher()(["a, b", "?!", "", "c."]).without_symbols()
-    assert rows_of(words) == rows_of(WordHasher()(["a b", "", "", "c"]))
+    words = TokenHasher()(["a, b", "?!", "", "c."]).words()
+    assert rows_of(words) == rows_of(TokenHasher()(["a b", "", "", "c"]))
 
 
 small = st.lists(st.lists(st.integers(1, 5), max_size=8), max_size=8)
 
 
-def numbered(rows: list[list[int]]) -> Words:
+def numbered(rows: list[list[int]]) -> HashRows:
     lengths = [len(row) for row in rows]
     flat = np.array(list(itertools.chain.from_iterable(rows)), dtype=np.uint64)
-    return Words(flat, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    return HashRows(flat, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
 @given(small, st.integers(1, 6))
@@ -83,13 +83,13 @@ def test_owners_name_the_row_of_each_ngram() -> None:
 
 def test_dropped_rows_are_empty_in_their_place() -> None:
     words = numbered([[1, 2], [3], [], [4, 5]])
-    assert rows_of(without(words, np.array([True, False, False, True]))) == [[], [3], [], []]
+    assert rows_of(words.without(np.array([True, False, False, True]))) == [[], [3], [], []]
 
 
 @given(small)
 def test_a_file_gives_back_what_it_got(rows: list[list[int]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        file = WordFile(Path(folder) / "words")
+        file = TokenFile(Path(folder) / "words")
         for start in range(0, len(rows), 3):
             part = rows[start : start + 3]
             file.append(np.arange(start, start + len(part)) * 10, numbered(part))
@@ -101,9 +101,9 @@ def test_a_file_gives_back_what_it_got(rows: list[list[int]]) -> None:
         file.close()
 
 
-def test_batches_are_cut_by_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.collect.ngrams.BATCH_WORDS", 4)
-    file = WordFile(tmp_path / "words")
+def test_batches_are_cut_by_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.collect.ngrams.BATCH_TOKENS", 4)
+    file = TokenFile(tmp_path / "words")
     rows = [[1], [2, 2], [3] * 9, [], [4], []]
     file.append(np.arange(6), numbered(rows))
     file.finish()

@@ -7,28 +7,28 @@ import polars as pl
 import pytest
 from filelock import FileLock
 
-from pipeline.collect.spill import Staging, scratch_folder
+from pipeline.collect.spill import Spill, scratch_folder
 from pipeline.core.errors import WorkError
 from pipeline.core.text import query_id
 
 
-def staged(folder: Path, texts: list[str], batch: int) -> Staging:
-    staging = Staging(folder)
+def spilled(folder: Path, texts: list[str], batch: int) -> Spill:
+    spill = Spill(folder)
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]
         ids = pl.Series([query_id(text) for text in part])
-        staging.add(np.arange(start, start + len(part)), ids, pl.Series(part))
-    staging.finish()
-    return staging
+        spill.add(np.arange(start, start + len(part)), ids, pl.Series(part))
+    spill.finish()
+    return spill
 
 
 def test_buckets_hold_every_wanted_row_once_and_follow_the_ids(tmp_path: Path) -> None:
     texts = [f"text {index} {'é' * (index % 7)}" for index in range(1000)]
-    staging = staged(tmp_path, texts, 300)
+    spill = spilled(tmp_path, texts, 300)
     wanted = np.arange(1000) % 3 == 0
     found: list[tuple[int, str]] = []
     last = ""
-    for rows, part in staging.buckets(wanted):
+    for rows, part in spill.buckets(wanted):
         pairs = list(zip(rows.tolist(), part.to_list(), strict=True))
         assert min(query_id(text) for _, text in pairs) > last
         last = max(query_id(text) for _, text in pairs)
@@ -38,14 +38,14 @@ def test_buckets_hold_every_wanted_row_once_and_follow_the_ids(tmp_path: Path) -
 
 def test_batches_are_pieces_of_buckets(tmp_path: Path) -> None:
     texts = [f"text {index}" for index in range(1000)]
-    staging = staged(tmp_path, texts, 1000)
-    batches = list(staging.batches(np.ones(1000, bool), 5))
+    spill = spilled(tmp_path, texts, 1000)
+    batches = list(spill.batches(np.ones(1000, bool), 5))
     assert max(len(rows) for rows, _ in batches) == 5
     assert {row: text for rows, part in batches for row, text in zip(rows, part, strict=True)} == dict(enumerate(texts))
 
 
 def test_nothing_was_added(tmp_path: Path) -> None:
-    assert list(staged(tmp_path, [], 1).buckets(np.zeros(0, bool))) == []
+    assert list(spilled(tmp_path, [], 1).buckets(np.zeros(0, bool))) == []
 
 
 def test_the_scratch_folder_goes_with_its_block_and_leftovers_go_first(tmp_path: Path) -> None:
