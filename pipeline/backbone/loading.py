@@ -1,4 +1,4 @@
-"""The frozen language model and its tokenizer: identity, loading, and the one way a text becomes prompt tokens."""
+"""The frozen language model and its tokenizer: identity, loading, and copies that share its weights."""
 
 import copy
 import itertools
@@ -24,7 +24,7 @@ Quantize = Literal["8bit", "4bit"]
 DTYPE_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 Keep = Literal["start", "end"]
 
-# All that decides what a model folder computes: weights, configs, tokenizer, modules, its own code.
+# The files that decide what a model folder computes: weights, configs, tokenizer, modules, code.
 _IDENTITY_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
 
 
@@ -39,7 +39,7 @@ class BackboneParams(Params):
 
 
 def identify(name: str, revision: str | None) -> dict[str, str]:
-    """What pins a model: hub name and commit, or the sha256 over a local folder's weights and tokenizer.
+    """Identity of a model: hub name and commit, or the sha256 of a local folder's weights and tokenizer.
 
     Raises:
         BackboneError: a local path that is not a folder with a config.json or modules.json.
@@ -72,7 +72,7 @@ def load_tokenizer(params: BackboneParams) -> "PreTrainedTokenizerBase":
         raise _cannot_load(params, error) from None
 
 
-def load_config(backbone: BackboneParams) -> Any:
+def load_config(params: BackboneParams) -> Any:
     """The backbone's text config.
 
     Raises:
@@ -82,10 +82,10 @@ def load_config(backbone: BackboneParams) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(
-            backbone.name, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
+            params.name, revision=params.revision, trust_remote_code=params.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise _cannot_load(backbone, error) from None
+        raise _cannot_load(params, error) from None
     return config.get_text_config()
 
 
@@ -103,7 +103,7 @@ def load_backbone(
     import torch
     from transformers import AutoModelForCausalLM
 
-    # bitsandbytes packs the weights where they come to lie, so a quantised model is not moved afterwards.
+    # bitsandbytes packs the weights on their final device: a quantised model is not moved afterwards.
     options = {} if quantize is None else _quantized(quantize, params, device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -125,8 +125,9 @@ def _quantized(quantize: Quantize, params: BackboneParams, device: "torch.device
 
     if find_spec("bitsandbytes") is None:
         raise BackboneError(
-            f"train.quantize: {quantize} needs bitsandbytes, which is not installed: "
-            "pip install 'llm2vec-gen-pipeline[quantize]', or set train.quantize: null"
+            f"{quantize} needs bitsandbytes, which is not installed: pip install 'llm2vec-gen-pipeline[quantize]', "
+            "or set it to null",
+            argument="quantize",
         )
     config = BitsAndBytesConfig(
         load_in_8bit=quantize == "8bit",
@@ -140,7 +141,7 @@ def _quantized(quantize: Quantize, params: BackboneParams, device: "torch.device
 
 def _differentiable(model: "PreTrainedModel") -> "PreTrainedModel":
     # On a CPU with bfloat16 instructions a 4-bit layer repacks itself at its first forward without autograd (the prefix
-    # of a query), and from then on it lets no gradient through, without an error.
+    # of a query), and silently passes no gradient from then on.
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -150,14 +151,11 @@ def _differentiable(model: "PreTrainedModel") -> "PreTrainedModel":
 def _cannot_load(params: BackboneParams, error: Exception) -> BackboneError:
     revision = f" at revision {params.revision}" if params.revision else ""
     reason = str(error).strip().splitlines()[0]
-    return BackboneError(f"backbone.name: cannot load '{params.name}'{revision}: {reason}")
-
-
-# A model once more: modules and config of its own over the very tensors of the first.
+    return BackboneError(f"cannot load backbone '{params.name}'{revision}: {reason}")
 
 
 def share_weights(model: Any) -> Any:
-    """A copy of the modules that shares every parameter and buffer, and what bitsandbytes keeps beside them."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    beside = (getattr(module, name, None) for module in model.modules() for name in ("state", "quant_state"))
-    return copy.deepcopy(model, {id(kept): kept for kept in itertools.chain(tensors, beside) if kept is not None})
+    """A copy with its own modules and config that shares every parameter, buffer and bitsandbytes state of `model`."""
+    states = (getattr(module, name, None) for module in model.modules() for name in ("state", "quant_state"))
+    shared = itertools.chain(model.parameters(), model.buffers(), states)
+    return copy.deepcopy(model, {id(value): value for value in shared if value is not None})

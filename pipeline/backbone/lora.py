@@ -1,9 +1,9 @@
 """LoRA on the student: the query pass runs on an adapted backbone, the response pass on the frozen one.
 
-The adapted backbone is a second tree of modules over the very tensors of the first, so there is one copy of the weights
-and no switch to forget: what answers and what decodes never holds an adapter, also when a checkpointed response pass
-runs again within backward. With an adapter the prefix of a query depends on what is trained, so the query pass needs
-gradients through the whole query (no frozen prefix), and the embedding is no longer one of the unchanged backbone.
+The adapted backbone is a second tree of modules that shares the tensors of the first, so there is one copy of the
+weights and no adapter to switch off: answering and decoding never see one, also when a checkpointed response pass runs
+again within backward. With an adapter the prefix of a query depends on what is trained, so the query pass needs
+gradients through the whole query (no frozen prefix).
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _PREFIX = "base_model.model."
 
 
 class LoraParams(Params):
-    """Key `train.lora`; null trains no adapter. The paper's ablation has rank 8."""
+    """Adapters of the student. The paper's ablation has rank 8."""
 
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0, description="the update is scaled by alpha / rank")
@@ -41,15 +41,15 @@ class LoraParams(Params):
 def add_adapter(
     backbone: Any, *, rank: int, alpha: float, dropout: float, targets: list[str] | Literal["all-linear"], seed: int
 ) -> Any:
-    """The backbone once more, over the same tensors, with trainable adapters in float32; `backbone` stays as it is.
+    """A copy of the backbone that shares its tensors and has trainable adapters in float32; `backbone` is unchanged.
 
-    At first it computes just what `backbone` computes: the second matrix of each adapter starts at zero.
+    At first it computes what `backbone` computes: the second matrix of each adapter starts at zero.
 
     Args:
         backbone: a frozen causal LM of transformers in eval mode.
         rank: of the update.
         alpha: the update is scaled by alpha / rank.
-        dropout: of the adapters' inputs; `AdaptedPasses` switches it on where it trains.
+        dropout: of the adapters' inputs; `AdaptedQueryPass` switches it on in training.
         targets: ends of names of linear layers.
         seed: of the adapters' first matrices.
 
@@ -66,7 +66,8 @@ def add_adapter(
         try:
             get_peft_model(adapted, config)
         except ValueError as error:
-            raise TrainingError(f"train.lora.targets {targets}: {' '.join(str(error).split())[:300]}") from None
+            reason = " ".join(str(error).split())[:300]
+            raise TrainingError(f"{targets} cannot be adapted: {reason}", argument="targets") from None
     return adapted.eval()
 
 
@@ -84,9 +85,9 @@ def save_adapter(parameters: "Mapping[str, Tensor]", folder: Path, params: LoraP
 
     Args:
         parameters: see `adapter_parameters`.
-        folder: made if need be.
-        params: with which they were made.
-        backbone: name of the backbone.
+        folder: created if it does not exist.
+        params: of the adapters.
+        backbone: its name.
     """
     from safetensors.torch import save_file
 
@@ -108,10 +109,10 @@ def save_adapter(parameters: "Mapping[str, Tensor]", folder: Path, params: LoraP
 
 
 def load_adapter(backbone: Any, folder: Path, params: LoraParams) -> Any:
-    """As `add_adapter`, with the weights of a folder and nothing to train.
+    """As `add_adapter`, with the weights of a folder, frozen.
 
     Raises:
-        TrainingError: the folder does not hold the adapter of these params on this backbone.
+        TrainingError: the folder holds no adapter with these params for this backbone.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -140,8 +141,8 @@ def set_adapter(adapted: Any, tensors: "Mapping[str, Tensor]", *, where: str) ->
     )
     if wrong:
         raise TrainingError(
-            f"{where}: its {len(tensors)} tensors are not the {len(parameters)} of the adapter on this backbone: "
-            f"{len(wrong)} differ, the first is {wrong[0]}"
+            f"{where} holds {len(tensors)} tensors, the adapter on this backbone has {len(parameters)}: {len(wrong)} "
+            f"differ, the first is {wrong[0]}"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -1,4 +1,4 @@
-"""Cross-entropy through a frozen output head without ever holding all logits."""
+"""The frozen output head: from hidden states to logits, and cross-entropy that never holds all logits."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,20 +15,25 @@ _CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}
 _CPU_BLOCK = 8192
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """`values` in float32 or their own higher precision, for sums."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a head does to its projection: `logits = cap(scale * projection)`, `cap(x) = softcap * tanh(x / softcap)`.
+    """From a head's projection to its logits: `cap(scale * projection)`, with `cap(x) = softcap * tanh(x / softcap)`.
 
     Attributes:
-        scale: 1 leaves it as it is (Granite, Cohere and others do not).
-        softcap: None does not cap (Gemma does).
+        scale: not 1 in Granite, Cohere and others.
+        softcap: None: no cap. Gemma has one.
     """
 
     scale: float = 1.0
     softcap: float | None = None
 
     def apply_(self, projection: Tensor) -> Tensor | None:
-        """Turn a projection into logits, in place; the tanh of capped ones is returned for `slope`."""
+        """Turn a projection into logits, in place; returns the tanh of capped ones, for the gradient."""
         if self.scale != 1.0:
             projection.mul_(self.scale)
         if self.softcap is None:
@@ -36,6 +41,47 @@ class LogitTransform:
         tanh = torch.tanh(projection / self.softcap)
         torch.mul(tanh, self.softcap, out=projection)
         return tanh
+
+
+def logit_transform(backbone: Any) -> LogitTransform:
+    """The transform of a causal LM's head, read from its config and verified on a few tokens.
+
+    Raises:
+        BackboneError: the head computes something else.
+    """
+    name, head = type(backbone).__name__, backbone.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        raise BackboneError(f"the head of {name} is a {type(head).__name__}, not a plain projection")
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        raise BackboneError(f"the head of {name} is trained")
+    transform = _configured(backbone.config.get_text_config())
+    difference = _difference(backbone, head, transform)
+    tolerance = 0.02 if backbone.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    if not difference <= tolerance:
+        raise BackboneError(
+            f"the head of {name} does more than this code knows: its logits differ from {transform} "
+            f"by {difference:.2g} of the largest (limit {tolerance})"
+        )
+    return transform
+
+
+def _configured(config: Any) -> LogitTransform:
+    # Granite divides, Cohere and Falcon-H1 multiply.
+    scale = (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "lm_head_multiplier", None) or 1.0)
+    return LogitTransform(
+        scale / (getattr(config, "logits_scaling", None) or 1.0), getattr(config, "final_logit_softcapping", None)
+    )
+
+
+@torch.no_grad()
+def _difference(backbone: Any, head: nn.Linear, transform: LogitTransform) -> float:
+    """Largest difference between the described logits and the model's own, relative to its largest logit."""
+    ids = torch.arange(1, 9, device=head.weight.device)[None] % len(head.weight)
+    own = at_least_float32(backbone(input_ids=ids, use_cache=False).logits)
+    hidden = backbone.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    described = at_least_float32(F.linear(hidden, head.weight, head.bias))
+    transform.apply_(described)
+    return float((described - own).abs().max() / own.abs().max())
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
@@ -127,52 +173,3 @@ def linear_cross_entropy(
     """
     rows = chunk or chunk_rows(len(weight), hidden.device)
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels, transform, rows)  # type: ignore[no-untyped-call]
-
-
-# Where sums must not be taken in half precision.
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """`values` in float32, or as they are where that is more."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def logit_transform(backbone: Any) -> LogitTransform:
-    """What the head of a causal LM does, read from its config and verified on a few tokens.
-
-    Raises:
-        BackboneError: it cannot be described.
-    """
-    name, head = type(backbone).__name__, backbone.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
-        raise BackboneError(f"the head of {name} is a {type(head).__name__}, not a plain projection")
-    if any(parameter.requires_grad for parameter in head.parameters()):
-        raise BackboneError(f"the head of {name} is trained")
-    transform = _configured(backbone.config.get_text_config())
-    difference = _difference(backbone, head, transform)
-    tolerance = 0.02 if backbone.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    if not difference <= tolerance:
-        raise BackboneError(
-            f"the head of {name} does more than this code knows: its logits differ from {transform} "
-            f"by {difference:.2g} of the largest (limit {tolerance})"
-        )
-    return transform
-
-
-def _configured(config: Any) -> LogitTransform:
-    # Granite divides, Cohere and Falcon-H1 multiply.
-    scale = (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "lm_head_multiplier", None) or 1.0)
-    return LogitTransform(
-        scale / (getattr(config, "logits_scaling", None) or 1.0), getattr(config, "final_logit_softcapping", None)
-    )
-
-
-@torch.no_grad()
-def _difference(backbone: Any, head: nn.Linear, transform: LogitTransform) -> float:
-    """Largest difference between the described logits and the model's own, relative to its largest logit."""
-    ids = torch.arange(1, 9, device=head.weight.device)[None] % len(head.weight)
-    own = at_least_float32(backbone(input_ids=ids, use_cache=False).logits)
-    hidden = backbone.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    described = at_least_float32(F.linear(hidden, head.weight, head.bias))
-    transform.apply_(described)
-    return float((described - own).abs().max() / own.abs().max())

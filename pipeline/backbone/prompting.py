@@ -1,4 +1,4 @@
-"""How an instruction and a text become one input."""
+"""From an instruction and a text to the token ids of one prompt, and from prompts to padded batches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ def join_instruction(instruction: str, text: str) -> str:
 
 @dataclass(frozen=True)
 class FormattedPrompt:
-    """Token ids of a prompt, whether its text was cut to fit, and what is left of the text."""
+    """Token ids of a prompt, whether its text was truncated, and the remaining text."""
 
     token_ids: list[int]
     truncated: bool
@@ -30,11 +30,11 @@ class PromptFormatter:
     """Turns a text into the backbone's prompt tokens, at most `max_tokens` of them.
 
     `raw` is the text itself with the tokenizer's own special tokens (as the paper trains); `chat` is the chat
-    template with the text as the user's turn and the start of the assistant's. Of a text that is too long the start or
-    the end is kept; the template around it stays whole.
+    template with the text as the user's turn and the start of the assistant's. A text that is too long loses its end,
+    or its start; the template around it stays whole.
 
     Attributes:
-        keep: which side of a text that is too long is kept.
+        keep: the side of a long text that is kept.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class PromptFormatter:
         self._kwargs, self.keep = chat_template_kwargs or {}, keep
         if template == "chat" and not tokenizer.chat_template:
             raise BackboneError(
-                f"tokenizer of '{tokenizer.name_or_path}' has no chat template: use an instruct model, "
-                "or for the student set train.template: raw"
+                f"tokenizer of '{tokenizer.name_or_path}' has no chat template: use an instruct model, or template raw"
             )
         self._overhead = len(self._ids([""])[0])
         if self._overhead >= max_tokens:
             raise BackboneError(
-                f"the {template} template alone takes {self._overhead} tokens, the limit is {max_tokens}: raise it"
+                f"the {template} template alone takes {self._overhead} tokens, the limit is {max_tokens}: raise it",
+                argument="max_tokens",
             )
 
     def __call__(self, text: str) -> FormattedPrompt:
@@ -65,16 +65,16 @@ class PromptFormatter:
 
     @property
     def opens_thinking(self) -> bool:
-        """Whether the prompt itself opens the `<think>` block that the answer goes on in."""
+        """Whether the prompt ends within a `<think>` block."""
         return self._template == "chat" and self._render("").rstrip().endswith("<think>")
 
     def batch(self, texts: Sequence[str], prefix: str = "") -> list[FormattedPrompt]:
         """The prompts of several texts, tokenised together, each with `prefix` in front.
 
-        A text that loses its start loses none of `prefix`.
+        A text that loses its start keeps all of `prefix`.
 
         Raises:
-            BackboneError: that leaves such a text no room.
+            BackboneError: `prefix` leaves a long text no room.
         """
         if not texts:
             return []
@@ -93,37 +93,32 @@ class PromptFormatter:
         ]
 
     def _cut(self, text: str, prefix: str) -> FormattedPrompt:
-        return self._cut_end(text) if self.keep == "start" else self._cut_start(text[len(prefix) :], prefix)
-
-    def _cut_start(self, text: str, prefix: str) -> FormattedPrompt:
+        """`text`, `prefix` included, with as many of its tokens as fit."""
+        if self.keep == "start":
+            offsets = self._offsets(text)
+            return self._fitted(self._overhead, len(offsets), lambda count: text[: offsets[count - 1][1]], "")
         taken = len(self._ids([prefix])[0])
         if taken >= self._max_tokens:
             raise BackboneError(
                 f"the instruction {prefix!r} takes {taken} tokens, template included, the limit is {self._max_tokens}, "
-                "and of a text the end is kept: nothing is left for it; shorten the instruction or raise the limit"
+                "which leaves none for a text that keeps its end: shorten the instruction or raise the limit"
             )
-        offsets = self._offsets(text)
-        return self._fitted(
-            min(self._max_tokens - taken, len(offsets)), lambda count: prefix + text[offsets[-count][0] :], prefix
-        )
-
-    def _cut_end(self, text: str) -> FormattedPrompt:
-        offsets = self._offsets(text)
-        return self._fitted(
-            min(self._max_tokens - self._overhead, len(offsets)), lambda count: text[: offsets[count - 1][1]], ""
-        )
+        body = text[len(prefix) :]
+        offsets = self._offsets(body)
+        return self._fitted(taken, len(offsets), lambda count: prefix + body[offsets[-count][0] :], prefix)
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return list(encoding["offset_mapping"])
 
-    def _fitted(self, count: int, left: Callable[[int], str], nothing: str) -> FormattedPrompt:
-        """What is `left` of a text with `count` of its tokens, or as few less as fit; `nothing` if none does."""
+    def _fitted(self, taken: int, total: int, left: Callable[[int], str], nothing: str) -> FormattedPrompt:
+        """`left(count)`, the text with `count` of its `total` tokens, for the largest that fits; else `nothing`."""
+        count = min(self._max_tokens - taken, total)
         while count > 0:
-            kept = left(count)
-            (ids,) = self._ids([kept])
+            text = left(count)
+            (ids,) = self._ids([text])
             if len(ids) <= self._max_tokens:
-                return FormattedPrompt(ids, True, kept)
+                return FormattedPrompt(ids, True, text)
             count -= len(ids) - self._max_tokens
         return FormattedPrompt(self._ids([nothing])[0], True, nothing)
 
@@ -142,13 +137,13 @@ class PromptFormatter:
 
 
 def eos_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The end-of-sequence token that the tokenizer names.
+    """The tokenizer's end-of-sequence token.
 
     Raises:
-        BackboneError: it names none.
+        BackboneError: it has none.
     """
     if tokenizer.eos_token_id is None:
-        raise BackboneError(f"tokenizer of '{tokenizer.name_or_path}' names no EOS token")
+        raise BackboneError(f"tokenizer of '{tokenizer.name_or_path}' has no EOS token")
     return int(tokenizer.eos_token_id)
 
 

@@ -1,11 +1,11 @@
-"""Sizes of a decoder-only transformer, from its config: what estimates of memory and time need to know."""
+"""Sizes of a decoder-only transformer, from its config: inputs of estimates of memory and time."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from pipeline.core.config import Params
 
-# Architectures with other norms than two a layer over the hidden states: (norms a layer, norms of queries and keys).
+# Architectures that differ from two norms a layer over the hidden states: (norms a layer, norms of queries and keys).
 _NORMS = {
     "gemma2": (4, False),
     "gemma3": (4, True),
@@ -53,12 +53,12 @@ class ModelSizes(Params):
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     def parameters(self) -> int:
-        """How many weights such a model has (norms left out)."""
+        """Weights of the model (norms left out)."""
         return self.embedding_parameters() + self.layers * self.layer_parameters()
 
 
 def sizes_from_config(config: Mapping[str, Any]) -> ModelSizes | None:
-    """The sizes that a config.json states; None where it states them otherwise, or for a mixture of experts."""
+    """The sizes in a config.json; None if it names them differently, or for a mixture of experts."""
     config = config.get("text_config", config)
     if any(config.get(key) for key in _EXPERTS):
         return None

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from pipeline.backbone.loading import BackboneParams, load_tokenizer
 from pipeline.backbone.prompting import PromptFormatter
 from pipeline.core.artifacts import PART_BYTES, write_json
-from pipeline.core.errors import EngineError
+from pipeline.core.errors import EngineError, nested_in
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import gpu_memory_mib, progress
 from pipeline.generate.engines.base import Completion, Engine, Prompt, Sampling
@@ -278,13 +278,14 @@ def make_generator(backbone: BackboneParams, params: GenerateParams, store: Shar
             batch_invariant=params.batch_invariant,
         )
 
-    formatter = PromptFormatter(
-        load_tokenizer(backbone),
-        "chat",
-        params.max_prompt_tokens,
-        backbone.chat_template_kwargs,
-        keep="end" if params.too_long == "keep_end" else "start",
-    )
+    with nested_in(names={"max_tokens": "max_prompt_tokens"}):
+        formatter = PromptFormatter(
+            load_tokenizer(backbone),
+            "chat",
+            params.max_prompt_tokens,
+            backbone.chat_template_kwargs,
+            keep="end" if params.too_long == "keep_end" else "start",
+        )
     return Generator(
         store=store,
         load_engine=load_engine,

@@ -23,7 +23,7 @@ from pipeline.backbone.prompting import PromptFormatter
 from pipeline.core.artifacts import Artifact, create, digest_of, open_artifact, write_bytes
 from pipeline.core.code_digest import code_digest
 from pipeline.core.config import PARAMS_FILE, Params, load
-from pipeline.core.errors import TrainingError
+from pipeline.core.errors import TrainingError, nested_in, section
 from pipeline.core.paths import (
     ENCODER_DIR,
     HELDOUT_CURVE,
@@ -108,9 +108,10 @@ def _checked_identity(params: BackboneParams, responses: Artifact) -> dict[str, 
 
 def _formatter(inputs: Inputs, tokenizer: Any) -> PromptFormatter:
     train = inputs.train
-    return PromptFormatter(
-        tokenizer, train.template, train.max_query_tokens, inputs.backbone.chat_template_kwargs, train.keep
-    )
+    with nested_in(names={"max_tokens": "max_query_tokens"}):
+        return PromptFormatter(
+            tokenizer, train.template, train.max_query_tokens, inputs.backbone.chat_template_kwargs, train.keep
+        )
 
 
 def _rows(
@@ -234,7 +235,7 @@ def _losses(step: dict[str, float]) -> dict[str, float]:
 def main(params: Path = typer.Option(PARAMS_FILE, help="The params file.")) -> None:
     """Train the compression tokens and the projections."""
     setup_logging()
-    with user_errors(), member():
+    with user_errors(), member(), section("train"):
         inputs = load(params, Inputs)
         count = 1 if launched() else wanted(inputs.train.processes, inputs.train.batch_size)
         if count > 1:

@@ -11,6 +11,7 @@ from pipeline.backbone.loading import BackboneParams, load_backbone
 from pipeline.backbone.lora import adapter_parameters, add_adapter
 from pipeline.backbone.sharding import load_sharded
 from pipeline.backbone.sizes import sizes_from_config
+from pipeline.core.errors import nested_in
 from pipeline.encoder.passes.adapted import AdaptedQueryPass
 from pipeline.encoder.passes.plain import Passes
 from pipeline.encoder.passes.select import make_passes
@@ -54,19 +55,24 @@ def assemble(
         TrainingError: the params do not fit the data or the checkpoint.
     """
     if params.shard_backbone:
-        backbone = load_sharded(backbone_params, accelerator)
+        with nested_in(names={"backbone": "shard_backbone"}):
+            backbone = load_sharded(backbone_params, accelerator)
     else:
         backbone = load_backbone(backbone_params, accelerator.device, quantize=params.quantize)
+    with nested_in("token_start"):
+        start = token_init(params.token_start.kind, params.token_start.words, tokenizer)
     student = new_student(
         backbone,
         rows.width,
         compression_tokens=params.compression_tokens,
         thought_tokens=params.thought_tokens,
         seed=params.seed,
-        start=token_init(params.token_start.kind, params.token_start.words, tokenizer),
+        start=start,
     )
-    adapted = add_adapter(backbone, **params.lora.model_dump(), seed=params.seed) if params.lora else None
-    passes = _passes(params, backbone, adapted)
+    with nested_in("lora"):
+        adapted = add_adapter(backbone, **params.lora.model_dump(), seed=params.seed) if params.lora else None
+    with nested_in("passes"):
+        passes = _passes(params, backbone, adapted)
     trainer = Trainer(
         student,
         passes,

@@ -91,7 +91,7 @@ def test_missing_folder(name: str) -> None:
 
 
 def test_missing_model_is_one_line() -> None:
-    with pytest.raises(BackboneError, match="cannot load './nowhere'") as caught:
+    with pytest.raises(BackboneError, match="cannot load backbone './nowhere'") as caught:
         load_backbone(BackboneParams(name="./nowhere"))
     assert "\n" not in str(caught.value)
 
@@ -139,7 +139,7 @@ def test_quantising_without_the_library_names_what_to_install(
     quantize: Quantize, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.backbone.loading.find_spec", lambda name: None)
-    with pytest.raises(BackboneError, match=rf"train\.quantize: {quantize} needs bitsandbytes.*\[quantize\]"):
+    with pytest.raises(BackboneError, match=rf"quantize: {quantize} needs bitsandbytes.*\[quantize\]"):
         load_backbone(BackboneParams(name=str(tiny_backbone("llama"))), quantize=quantize)
 
 

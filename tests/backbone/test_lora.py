@@ -145,7 +145,7 @@ def test_targets() -> None:
     assert len(some) == 3 * 2
     every = adapter_parameters(add_adapter(backbone, rank=1, alpha=1.0, dropout=0.0, targets="all-linear", seed=0))
     assert len(every) == 3 * 7 * 2
-    with pytest.raises(TrainingError, match=r"train\.lora\.targets \['Wqkv'\]: "):
+    with pytest.raises(TrainingError, match=r"targets: \['Wqkv'\] cannot be adapted: "):
         add_adapter(backbone, rank=1, alpha=1.0, dropout=0.0, targets=["Wqkv"], seed=0)
 
 
@@ -209,7 +209,7 @@ def test_saved_as_peft_saves_and_loaded_by_peft(tmp_path: Path) -> None:
     [
         (lambda file: file.unlink(), "cannot be read"),
         (lambda file: file.write_bytes(b"torn"), "cannot be read"),
-        (None, "its 42 tensors are not the 42 of the adapter on this backbone: 42 differ"),
+        (None, "holds 42 tensors, the adapter on this backbone has 42: 42 differ"),
     ],
 )
 def test_another_adapter_is_refused(tmp_path: Path, damage: Callable[[Path], Any] | None, message: str) -> None:

@@ -312,7 +312,7 @@ def test_mistyped_and_unknown_keys_are_reported_together(collect: Collect) -> No
 
 def test_a_backbone_that_is_not_there(collect: Collect) -> None:
     write(questions(3))
-    assert failure(collect("./no/such/model")).startswith("backbone.name: cannot load './no/such/model'")
+    assert failure(collect("./no/such/model")).startswith("cannot load backbone './no/such/model'")
 
 
 def test_decontamination_without_an_evaluation(collect: Collect) -> None:

@@ -12,13 +12,13 @@ from pipeline.backbone.attention.segments import SHARED, Segments
 
 @lru_cache(maxsize=8)
 def block_mask(segments: Segments, window: int | None, device: torch.device) -> Any:
-    """Which key each query of a packed row sees: of its own sequence or shared, not later, not beyond the window.
+    """A query sees keys of its own sequence or shared ones, not later ones, and none beyond the window.
 
     Cached, because all layers of a forward pass ask for the same one or two.
     """
     from torch.nn.attention.flex_attention import create_block_mask
 
-    # What is made in inference mode cannot be used in training.
+    # Tensors made in inference mode cannot be used in training.
     with torch.inference_mode(False):
         query_owner, query_at = segments.queries(device)
         key_owner, key_at = segments.keys(device)

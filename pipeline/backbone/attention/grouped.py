@@ -1,7 +1,7 @@
-"""Attention of a packed row without autograd: sequences of one length that stand together attend in one call.
+"""Attention of a packed row without autograd: neighbouring sequences of equal length attend in one call.
 
-Rows that are sorted by length fall into few such groups, and nothing is padded. What all sequences begin with lies at
-the start of the keys; nothing else is cached.
+Rows sorted by length form few groups, and nothing is padded. The cache holds only the beginning that all sequences
+share.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,13 +28,13 @@ def group_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """As `segment_attention`, for sequences that have nothing of their own in the cache.
+    """As `segment_attention`, where the cache holds no sequence's own tokens.
 
     Raises:
-        ValueError: they have.
+        ValueError: it does.
     """
     if any(packed.prefix):
-        raise ValueError("sequences attend in groups only where the cache holds nothing but what all begin with")
+        raise ValueError("sequences attend in groups only if the cache holds nothing but their shared beginning")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = []
     for own, count in runs(packed.new):
@@ -44,7 +44,7 @@ def group_attention(
 
 
 def runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
-    """The tokens of each run of neighbours of one length, and how many sequences it is of."""
+    """The tokens of each run of neighbours of equal length, and the number of its sequences."""
     start = 0
     for length, run in groupby(lengths):
         count = len(list(run))

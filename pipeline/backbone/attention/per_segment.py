@@ -1,8 +1,8 @@
 """Attention of a packed row, one sequence at a time: on every device, in every precision, with soft-capped scores too.
 
-Only queries, keys and values are kept for the backward pass, in the precision that they come in; the rest is computed
-again, sequence by sequence. On a CPU half precision is computed in float32: torch's bfloat16 backward pass takes three
-times as long there as the float32 one.
+Only queries, keys and values are kept for the backward pass, in their own precision; the rest is recomputed, one
+sequence after another. On a CPU half precision is computed in float32: torch's bfloat16 backward pass takes three times
+as long there as the float32 one.
 """
 
 from collections.abc import Callable
@@ -36,12 +36,12 @@ def segment_attention(
     Args:
         module: the attention layer, unused.
         query: `[1, heads, sum(new), head_dim]`.
-        key: `[1, kv_heads, cached + sum(new), head_dim]`, as `value`.
-        value: see `key`.
-        attention_mask: None; the segments say all.
+        key: `[1, kv_heads, cached + sum(new), head_dim]`.
+        value: as `key`.
+        attention_mask: None.
         packed: the segments.
         scaling: of the scores.
-        sliding_window: how far back a token sees, itself included.
+        sliding_window: tokens that a token sees, itself included.
         softcap: `c` where scores become `c * tanh(score / c)`.
 
     Returns:
@@ -85,7 +85,7 @@ class _SegmentAttention(torch.autograd.Function):
 def attend_at_end(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Attention of the last tokens of sequences, `[B, heads, n, head_dim]`, to all `t` of them, aligned at the end."""
+    """Attention of the last tokens of sequences, `[B, heads, n, head_dim]`, to all `t` tokens, aligned at the end."""
     mask = _mask(query.shape[2], key.shape[2], window, query.device)
     if softcap is not None:
         return _capped(query, key, value, mask, scale, softcap)
@@ -113,7 +113,7 @@ def _mask(new: int, total: int, window: int | None, device: torch.device) -> Ten
 
 
 def _exact(states: Tensor) -> Tensor:
-    """`states` as they are computed with: half precision in float32 on a CPU."""
+    """On a CPU half precision is computed in float32."""
     half = states.dtype in (torch.bfloat16, torch.float16)
     return states.float() if half and states.device.type == "cpu" else states
 

@@ -1,8 +1,7 @@
-"""How packed rows attend: the implementations, which fits where, and switching the backbone to one of them.
+"""Attention of packed rows: the implementations, which of them fits, and setting one on a backbone.
 
-A packed row runs through transformers' attention interface: each implementation is registered under a name of its own,
-the lengths of the sequences reach it as the keyword `packed` of the backbone's forward, and the mask that transformers
-would make is switched off.
+A packed row runs through transformers' attention interface: each implementation is registered under its own name, gets
+the lengths of the sequences as the keyword `packed` of the backbone's forward, and no mask of transformers.
 """
 
 import contextlib
@@ -33,17 +32,13 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _VARLEN_HEAD_DIM = 256
 _HALF = (torch.bfloat16, torch.float16)
 _seen_windows: set[int | None] = set()
-# Keywords that change nothing, in eval mode. Any other one is part of the attention, such as the sinks of GPT-OSS.
+# Keywords that change nothing in eval mode. Any other is part of the attention, such as the sinks of GPT-OSS.
 _WITHOUT_EFFECT = {"cache_position", "dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
 _COMPUTED = {"packed", "scaling", "softcap"}
 
 
 def _registered(name: str) -> str:
     return f"packed_{name}"
-
-
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    return None
 
 
 def _watched(
@@ -54,25 +49,25 @@ def _watched(
     attention_mask: Any,
     *,
     sliding_window: int | None = None,
-    **told: Any,
+    **arguments: Any,
 ) -> Any:
     _seen_windows.add(sliding_window)
-    unknown = {name for name, value in told.items() if value is not None} - _COMPUTED - _WITHOUT_EFFECT
+    unknown = {name for name, value in arguments.items() if value is not None} - _COMPUTED - _WITHOUT_EFFECT
     unknown |= set() if attention_mask is None else {"attention_mask"}
     if unknown:
         raise ValueError(f"its attention depends on {', '.join(sorted(unknown))}")
-    return segment_attention(module, query, key, value, None, sliding_window=sliding_window, **told)
+    return segment_attention(module, query, key, value, None, sliding_window=sliding_window, **arguments)
 
 
 _REGISTERED: dict[str, Callable[..., Any]] = {**_FUNCTIONS, GROUPS: group_attention, "watched": _watched}
 for _name, _function in _REGISTERED.items():
     AttentionInterface.register(_registered(_name), _function)
-    AttentionMaskInterface.register(_registered(_name), _no_mask)
+    AttentionMaskInterface.register(_registered(_name), lambda *_args, **_kwargs: None)
 
 
 @contextlib.contextmanager
 def use_attention(backbone: Any, implementation: str) -> Iterator[None]:
-    """Inside the block the backbone attends to packed rows; outside it generates as before. One thread at a time."""
+    """Inside the block the backbone attends to packed rows; outside it is unchanged. One thread at a time."""
     config = backbone.get_decoder().config
     before = config._attn_implementation
     config._attn_implementation = _registered(implementation)
@@ -83,9 +78,9 @@ def use_attention(backbone: Any, implementation: str) -> Iterator[None]:
 
 
 def with_packed_attention(backbone: Any, implementation: str) -> Any:
-    """The backbone once more, over the same tensors, that attends to packed rows always.
+    """A copy that shares the backbone's weights and always attends to packed rows.
 
-    Nothing of it is switched to and fro, so threads may share it, and the backbone itself may generate meanwhile.
+    Threads may share it, and the backbone itself may generate meanwhile.
     """
     packed = share_weights(backbone)
     packed.get_decoder().config._attn_implementation = _registered(implementation)
@@ -96,14 +91,15 @@ def choose_attention(backbone: Any, requested: Attention) -> tuple[Implementatio
     """The implementation to use, and why.
 
     Raises:
-        BackboneError: the one that was asked for cannot run here.
+        BackboneError: the requested one cannot run here.
     """
     if requested == "auto":
         return _automatic(backbone)
     if requested not in get_args(Attention):
-        raise BackboneError(f"attention '{requested}' is unknown (known: {', '.join(get_args(Attention))})")
+        known = ", ".join(get_args(Attention))
+        raise BackboneError(f"'{requested}' is unknown (known: {known})", argument="attention")
     if obstacle := _OBSTACLES[requested](backbone):
-        raise BackboneError(f"train.passes.attention: {requested} cannot run here: {obstacle}; use auto")
+        raise BackboneError(f"{requested} cannot run here: {obstacle}; use auto", argument="attention")
     return requested, "as set"
 
 
@@ -134,12 +130,8 @@ def _flex_obstacle(backbone: Any) -> str | None:
     return None if _device(backbone).type == "cuda" else "its backward pass needs a CUDA device"
 
 
-def _no_obstacle(backbone: Any) -> str | None:
-    return None
-
-
 _OBSTACLES: dict[Implementation, Callable[[Any], str | None]] = {
-    "segments": _no_obstacle,
+    "segments": lambda _backbone: None,
     "varlen": _varlen_obstacle,
     "flex": _flex_obstacle,
 }
@@ -150,17 +142,17 @@ def _device(backbone: Any) -> torch.device:
 
 
 def check_layers(backbone: Any, run: Callable[[str], object]) -> None:
-    """Refuse layers whose attention depends on more than the packed functions are told.
+    """Refuse layers whose attention depends on more than the packed functions compute.
 
-    A short probe cannot see a window that is longer than itself, so what the layers say of it is listened to.
+    A short probe cannot show a window longer than itself, so the window that the layers pass on is checked instead.
 
     Args:
         backbone: a causal LM.
         run: runs a packed row through it with the attention of this name.
 
     Raises:
-        BackboneError: there are layers of an unknown kind, the window of sliding ones does not reach the function, or
-            something does that the functions do not compute.
+        BackboneError: a layer's kind is unknown, the window of sliding ones does not reach the function, or an argument
+            does that the functions do not compute.
     """
     config = backbone.get_decoder().config
     kinds = set(getattr(config, "layer_types", None) or ())

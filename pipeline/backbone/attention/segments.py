@@ -1,11 +1,11 @@
-"""Where the sequences of a packed row lie: lengths in, slices, positions and owners of tokens out.
+"""Layout of a packed row: lengths of sequences in, slices, positions and owners of tokens out.
 
-A packed row is one row of a batch that holds several sequences one after another. What each sequence already has in the
-key-value cache lies packed in the same order, behind what all of them begin with:
+A packed row is one row of a batch that holds several sequences one after another. Their tokens in the key-value cache
+are packed in the same order, behind the beginning that all share:
 
     cache   shared | prefix 0 | prefix 1 | ...        row   new 0 | new 1 | ...
 
-Keys that an attention function gets are the cache followed by the row.
+An attention function gets as keys the cache followed by the row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ class Segments:
 
     @classmethod
     def of(cls, new: Sequence[int], prefix: Sequence[int] | None = None, shared: int = 0) -> "Segments":
-        """Segments of these lengths, none of their own tokens cached unless `prefix` is given."""
+        """Segments of these lengths; without `prefix` no sequence has tokens of its own in the cache."""
         return cls(tuple(new), tuple(prefix) if prefix else (0,) * len(new), shared)
 
     @property
@@ -48,37 +48,37 @@ class Segments:
         return tuple(self.shared + before + own for before, own in zip(self.prefix, self.new, strict=True))
 
     def slices(self) -> Iterator[tuple[slice, list[slice]]]:
-        """Of each sequence: its tokens in the row, and the pieces of the keys that are its own, in order."""
+        """Of each sequence: its tokens in the row, and the slices of the keys that it sees, in order."""
         for before, own in zip(_spans(self.prefix), _spans(self.new), strict=True):
-            pieces = [(0, self.shared), _moved(before, self.shared), _moved(own, self.cached)]
-            yield slice(*own), [slice(*piece) for piece in pieces if piece[0] < piece[1]]
+            pieces = [slice(0, self.shared), _slice(before, self.shared), _slice(own, self.cached)]
+            yield _slice(own), [piece for piece in pieces if piece.start < piece.stop]
 
     def positions(self, device: torch.device) -> Tensor:
-        """Position ids `[1, sum(new)]`, going on behind what is cached of each sequence."""
-        return self._queries()[1][None].to(device)
+        """Position ids `[1, sum(new)]`; each sequence continues behind its cached tokens."""
+        return self.queries(device)[1][None]
 
     def queries(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Sequence and position of each token in the row, each `[sum(new)]`."""
-        owner, position = self._queries()
+        owner, position = _tokens(
+            [(self.shared + before, own) for before, own in zip(self.prefix, self.new, strict=True)]
+        )
         return owner.to(device), position.to(device)
 
     def keys(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Sequence (`SHARED`: of all) and position of each key, each `[cached + sum(new)]`."""
         shared = torch.full((self.shared,), SHARED), torch.arange(self.shared)
         cached = _tokens([(self.shared, length) for length in self.prefix])
-        owner, position = (torch.cat(parts).to(device) for parts in zip(shared, cached, self._queries(), strict=True))
+        new = self.queries(torch.device("cpu"))
+        owner, position = (torch.cat(parts).to(device) for parts in zip(shared, cached, new, strict=True))
         return owner, position
-
-    def _queries(self) -> tuple[Tensor, Tensor]:
-        return _tokens([(self.shared + before, own) for before, own in zip(self.prefix, self.new, strict=True)])
 
 
 def _spans(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
     return pairwise(accumulate(lengths, initial=0))
 
 
-def _moved(span: tuple[int, int], by: int) -> tuple[int, int]:
-    return span[0] + by, span[1] + by
+def _slice(span: tuple[int, int], offset: int = 0) -> slice:
+    return slice(span[0] + offset, span[1] + offset)
 
 
 def _tokens(runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def _tokens(runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
 
 
 def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with (a chat template, an instruction), leaving each at least one of its own."""
+    """Length of the rows' common beginning (a chat template, an instruction), at least one token short of each row."""
     if len(rows) < 2:
         return 0
     first, last = min(map(list, rows)), max(map(list, rows))

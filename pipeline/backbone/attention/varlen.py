@@ -1,7 +1,7 @@
 """Attention of a packed row in one call of the flash kernel for sequences of different lengths (CUDA, half precision).
 
-The kernel takes queries and keys that lie sequence by sequence, and their cumulative lengths. Causality is aligned at
-the end: the last query of a sequence sees all of its keys. Window sizes leave out the token itself.
+The kernel takes queries and keys in order of their sequences, and their cumulative lengths. Causality is aligned at the
+end: the last query of a sequence sees all of its keys. Window sizes exclude the token itself.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from pipeline.backbone.attention.segments import Segments
 
 @dataclass(frozen=True)
 class VarlenLayout:
-    """What the kernel needs to know of a packed row.
+    """Arguments of the kernel for a packed row.
 
     Attributes:
-        keys: `[sum(total)]`, where each key that it reads lies; None where they lie as they should.
+        keys: `[sum(total)]`, indices of the keys in the kernel's order; None: they are in it.
         query_ends: int32 `[sequences + 1]`, cumulative lengths of the queries.
         key_ends: int32 `[sequences + 1]`, cumulative lengths of the keys.
         longest_query: most queries of a sequence.
@@ -35,7 +35,7 @@ class VarlenLayout:
 
     @classmethod
     def of(cls, segments: Segments, device: torch.device) -> "VarlenLayout":
-        """The layout of a packed row: each sequence reads the shared tokens, its own cached ones, and its new ones."""
+        """Each sequence reads the shared tokens, its own cached ones, and its new ones."""
         reads = [torch.arange(piece.start, piece.stop) for _, pieces in segments.slices() for piece in pieces]
         return cls(
             torch.cat(reads).to(device) if segments.cached else None,
@@ -52,7 +52,7 @@ def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _layout(segments: Segments, device: torch.device) -> VarlenLayout:
-    # All layers of a forward pass ask for the same one; what is made in inference mode cannot be used in training.
+    # All layers of a forward pass ask for the same one. Tensors made in inference mode cannot be used in training.
     with torch.inference_mode(False):
         return VarlenLayout.of(segments, device)
 
