@@ -1,0 +1,205 @@
+"""Walk a training step of a full-size model on a GPU that does nothing: what it launches, copies and holds.
+
+    .venv/bin/python bench/gpu_walk.py --model qwen3-4b --rows 16
+
+Needs a C++ compiler, no GPU and no weights. The last line is JSON:
+
+    kernels         launches of a micro-batch, forward, backward and the optimiser step
+    h2d, d2h        copies to the device; copies and reads from it, each of which makes the host wait
+    peak_gb         most bytes of tensors alive
+    estimate_gb     what the plan computes for it (pipeline/optim/memory.py), the CUDA context left out
+    mfu_ceiling_h100  model FLOPs over a roofline of all kernels, at the peak of an H100 (SXM, bfloat16)
+
+A fused function counts as the kernels that it becomes on a GPU; which they are is said where it is defined.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.common import ROOT
+from bench.fake_gpu import device, models
+
+# NVIDIA H100 SXM: dense bfloat16 operations and bytes a second (data sheet), and what a launch costs the host.
+H100 = {"flops": 989e12, "bandwidth": 3.35e12, "launch": 4e-6}
+LIBRARY = ROOT / ".bench" / "fake_gpu"
+COMPRESSION_TOKENS = 10
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Passes are run and not compared with the plain ones: fake tensors have no values, and so no plain pass."""
+    from pipeline.backbone import output_head
+    from pipeline.encoder.passes import select
+
+    class FirstOne:
+        """Takes the first candidate."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            """Nothing is run."""
+
+        def first_equal(self, candidates: Iterator[tuple[str, Any]]) -> Any:
+            """The fastest way that the backbone's structure allows."""
+            return next((candidate for _, candidate in candidates), None)
+
+    kept = select.Comparison, output_head._difference
+    select.Comparison, output_head._difference = FirstOne, lambda *_: 0.0  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        select.Comparison, output_head._difference = kept  # type: ignore[misc]
+
+
+@contextmanager
+def real_on_the_host() -> Iterator[None]:
+    """Index tensors are real until they are copied to the device, as lengths in Python lists are."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    from pipeline.backbone.attention import segments
+
+    kept = segments._tokens
+
+    def tokens(runs: Any) -> Any:
+        with _disable_current_modes():
+            return kept(runs)
+
+    segments._tokens = tokens
+    try:
+        yield
+    finally:
+        segments._tokens = kept
+
+
+@contextmanager
+def in_place() -> Iterator[None]:
+    """Modules are made on the device at once and stay there: torch cannot move modules of fake tensors."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    kept = BaseTunerLayer._move_adapter_to_device_of_base_layer, torch.nn.Module.to
+    BaseTunerLayer._move_adapter_to_device_of_base_layer = lambda *_, **__: None
+    torch.nn.Module.to = lambda module, *_, **__: module  # type: ignore[assignment,method-assign]
+    try:
+        with torch.device(device.DEVICE):
+            yield
+    finally:
+        BaseTunerLayer._move_adapter_to_device_of_base_layer, torch.nn.Module.to = kept  # type: ignore[method-assign]
+
+
+def walk(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The numbers of the second step; the first one makes the optimiser's state."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from bench.fake_gpu.meter import Meter
+    from pipeline.backbone.lora import adapter_parameters, add_adapter
+    from pipeline.encoder.passes.adapted import AdaptedQueryPass
+    from pipeline.encoder.passes.plain import Passes
+    from pipeline.encoder.passes.select import make_passes
+    from pipeline.encoder.student import Student
+    from pipeline.train.losses import Batch, loss_sums
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    config = models.config_of(arguments.model, arguments.layers)
+    model = models.fake_model(config, mode)
+    meter = Meter()
+    with mode, meter, without_values(), real_on_the_host():
+        for tensor in (*model.parameters(), *model.buffers()):
+            meter.add(tensor)
+        with torch.device(device.DEVICE):
+            student = Student(config.hidden_size, config.hidden_size, COMPRESSION_TOKENS)
+        options = {"attention": arguments.attention, "checkpoint_responses": arguments.checkpoint_responses}
+        passes: Any = make_passes(model, **options)
+        trained = dict(student.named_parameters())
+        if arguments.lora:
+            with in_place():
+                adapted = add_adapter(model, rank=arguments.lora, alpha=16.0, dropout=0.0, targets="all-linear", seed=0)
+            query_pass = make_passes(adapted, **options, frozen_prefix=False).query_pass
+            passes = Passes(AdaptedQueryPass(query_pass, adapted), passes.response_pass)
+            trained |= adapter_parameters(adapted)
+        optimizer = torch.optim.AdamW(list(trained.values()), lr=1e-3)
+        queries = [
+            [1] * arguments.shared + [2 + row] + [5] * (arguments.query - arguments.shared - 1)
+            for row in range(arguments.rows)
+        ]
+        responses = [[7] * arguments.response for _ in range(arguments.rows)]
+        for _ in range(2):
+            meter.reset()
+            meter.phase("step")
+            batch = Batch(queries, responses, torch.zeros(arguments.rows, config.hidden_size))
+            sums = loss_sums(student, passes, batch, "mean")
+            loss = sums.align / sums.rows + sums.recon / sums.tokens
+            meter.phase("backward")
+            loss.backward()  # type: ignore[no-untyped-call]
+            meter.phase("optimizer")
+            torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            del sums, loss
+    return numbers(arguments, meter)
+
+
+def numbers(arguments: argparse.Namespace, meter: Any) -> dict[str, Any]:
+    """What the meter counted, beside the plan's estimate."""
+    from pipeline.backbone.sizes import sizes_from_config
+    from pipeline.optim.flops import step_flops
+    from pipeline.optim.memory import LoraSizes, PassTokens, StepSettings, step_memory
+
+    sizes = sizes_from_config(models.config_of(arguments.model, arguments.layers).to_dict())
+    if sizes is None:
+        raise SystemExit(f"{arguments.model}: the plan knows no sizes of such a model")
+    lengths = [(arguments.query, arguments.response)] * arguments.rows
+    tokens = PassTokens(arguments.rows, arguments.rows * arguments.query, arguments.rows * arguments.response)
+    settings = StepSettings(
+        checkpoint_responses=arguments.checkpoint_responses,
+        recompute_attention=arguments.attention == "segments",
+        lora=LoraSizes(arguments.lora) if arguments.lora else None,
+    )
+    seconds = meter.seconds(**H100)
+    flops = step_flops(sizes, lengths, compression_tokens=COMPRESSION_TOKENS)
+    print(f"launches by phase: {dict(Counter(kernel.phase for kernel in meter.kernels))}")
+    print(f"most frequent: {Counter(kernel.name for kernel in meter.kernels).most_common(12)}")
+    print(f"roofline of an H100: {seconds:.3f} s for {flops / 1e12:.1f} TFLOP of the model")
+    return {
+        "kernels": len(meter.kernels),
+        "h2d": sum(meter.h2d.values()),
+        "d2h": sum(meter.d2h.values()),
+        "peak_gb": round(meter.peak / 1e9, 2),
+        "estimate_gb": round(step_memory(sizes, tokens, settings).total / 1e9, 2),
+        "mfu_ceiling_h100": round(flops / seconds / H100["flops"], 3),
+    }
+
+
+def main() -> None:
+    """Walk, and print the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen3-4b", choices=models.NAMES)
+    parser.add_argument("--layers", type=int, help="cut the model to this many layers")
+    parser.add_argument("--rows", type=int, default=16, help="of the micro-batch")
+    parser.add_argument("--query", type=int, default=512, help="tokens of a query")
+    parser.add_argument("--response", type=int, default=512, help="tokens of a response")
+    parser.add_argument("--shared", type=int, default=3, help="tokens that all queries begin with")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--checkpoint-responses", action="store_true")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters on the query pass; 0: none")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        device.load(device.build(LIBRARY))
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps(walk(arguments)))
+
+
+if __name__ == "__main__":
+    main()
