@@ -74,7 +74,9 @@ COMMAND = re.compile(r"(?:python|launch[\w -]*|torchrun[\w -]*) -m (pipeline(?:\
 
 
 def calls(text: str) -> Iterator[Call]:
-    for module, rest in COMMAND.findall(text):
+    """The command lines of a page; one in a span of code may run over the end of a line."""
+    joined = re.sub(r"(?<!`)`[^`]+`(?!`)", lambda span: span[0].replace("\n", " "), text)
+    for module, rest in COMMAND.findall(joined):
         words = rest.replace("\\\n", " ").split()
         options = [word.split("=")[0] for word in words if re.fullmatch(r"--?[a-z][\w-]*(=.*)?", word)]
         yield Call(module, words[0] if words and re.fullmatch(r"[a-z][a-z-]*", words[0]) else None, tuple(options))
@@ -110,7 +112,7 @@ def mistake(call: Call) -> str | None:
 
 
 def test_the_reader_of_commands() -> None:
-    assert [*calls("python -m pipeline encode --model a \\\n  --dtype=x # --no\n`python -m pipeline.train`")] == [
+    assert [*calls("python -m pipeline encode --model a \\\n  --dtype=x # --no\n`python -m\npipeline.train`")] == [
         Call("pipeline", "encode", ("--model", "--dtype")),
         Call("pipeline.train", None, ()),
     ]
