@@ -62,10 +62,7 @@ class Comparison:
 def compare(name: str, record: Mapping[str, Any], lower_is_better: Sequence[str] = ()) -> Comparison:
     """The table of a record of `evaluate` or `probe`.
 
-    Args:
-        name: its heading.
-        record: with the keys `metrics`, `systems` and, in newer ones, `deltas`.
-        lower_is_better: beginnings of the metrics that are better when lower.
+    `lower_is_better` are beginnings of the metrics that are better when lower.
     """
     metrics, described = _mapping(record.get("metrics")), _mapping(record.get("systems"))
     scores = {system: _metrics_of(system, metrics) for system in sorted(described, key=system_order)}

@@ -40,11 +40,8 @@ def task_deltas(
 ) -> list[Delta]:
     """Student minus each other system on each task, `type/<type>`, `mean/tasks` and `mean/types`.
 
-    Args:
-        tasks: the mteb tasks of the runs.
-        runs: without the student among them the result is empty.
-        settings: of the bootstrap.
-        metric: the compared score, None = each task's main score. Only main scores get intervals.
+    Without the student among the runs it is empty. `metric` is the compared score, None = each task's main score; only
+    main scores get intervals.
     """
     student = next((run for run in runs if run.system == "student"), None)
     if student is None:
@@ -65,7 +62,6 @@ def task_deltas(
 
 
 def deltas_table(deltas: Iterable[Delta]) -> pa.Table:
-    """Deltas as rows."""
     return pa.Table.from_pylist([asdict(delta) for delta in deltas], schema=DELTAS)
 
 

@@ -1,9 +1,8 @@
 """Embeddings stored on disk, so that a system embeds each text once: within a suite and after a kill.
 
-A system's store is keyed by all that decides an embedding besides the text (weights, prompting, precision), so two
-weights never share one. A row is found by a hash of the system's cache key of the text. Its id begins with a hash of
-the instruction and side under which it was first embedded: the texts of a task then lie side by side and are read
-without the rest of the store.
+A store is keyed by all that decides an embedding besides the text (weights, prompting, precision), a row by a hash of
+the system's cache key. Its id begins with a hash of the instruction and side that came with it first: the texts of a
+task then lie side by side and are read without the rest of the store.
 """
 
 import logging
@@ -40,18 +39,11 @@ class CachedSystem:
 
     Attributes:
         system: embeds what is missing.
-        reused: distinct cache keys that were found on disk, over all calls.
-        computed: distinct cache keys that `system` embedded, over all calls.
+        reused, computed: distinct cache keys so far that were found on disk, and that `system` embedded.
     """
 
     def __init__(self, system: System, root: Path, **conditions: Any) -> None:
-        """Open nothing before the first text.
-
-        Args:
-            system: embeds what is missing.
-            root: folder of the stores.
-            conditions: what decides embeddings besides identity and prompting, e.g. the dtype (serialises to JSON).
-        """
+        """`conditions` decide embeddings besides identity and prompting, e.g. the dtype; they serialise to JSON."""
         self.system, self.reused, self.computed = system, 0, 0
         self.name, self.identity, self.prompting = system.name, system.identity, system.prompting
         self._root = root
@@ -70,11 +62,10 @@ class CachedSystem:
         self._stack.close()
 
     def cache_key(self, text: str, instruction: str, side: Side) -> str:
-        """See `System.cache_key`."""
         return self.system.cache_key(text, instruction, side)
 
     def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
-        """See `System.encode`. Each distinct cache key is embedded once.
+        """See `System.encode`; each distinct cache key is embedded once.
 
         Raises:
             EvaluationError: the system gave an array of the wrong shape.
@@ -172,7 +163,6 @@ class _Rows:
         self._vectors[[self._rows[content] for content in contents]] = vectors
 
     def of(self, contents: Sequence[str]) -> np.ndarray:
-        """Embeddings of the contents, in their order."""
         assert self._vectors is not None
         if len(contents) == len(self._rows):
             return self._vectors

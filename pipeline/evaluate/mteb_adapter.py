@@ -19,11 +19,10 @@ _FRAMEWORKS = {"sentence-transformers": ["Sentence Transformers", "PyTorch"]}
 
 
 class MtebEncoder:
-    """The model that `mteb.evaluate` runs.
+    """The model that `mteb.evaluate` runs, named `llm2vec-gen/<system>`; results are published by `published_meta`.
 
-    Its name is `llm2vec-gen/<system>`. Its revision changes with all that a score depends on besides the task, so the
-    result cache never returns scores of other weights, instructions or precision. Results are published under another
-    name and revision: see `published_meta`.
+    Its revision changes with all that a score depends on besides the task, so the result cache never returns scores of
+    other weights, instructions or precision.
     """
 
     def __init__(self, system: System, instructions: Instructions, *, dtype: str) -> None:
@@ -72,10 +71,9 @@ class MtebEncoder:
 def published_meta(system: System, model_name: str | None = None) -> Any:
     """mteb's ModelMeta under which a system's results can be submitted; unknown fields stay None.
 
-    Names: the student `model_name` or `llm2vec-gen/<backbone>-llm2vec-gen`; other systems made of the backbone
-    `llm2vec-gen/<backbone>-<system>`, and so do teachers that a model of the hub is only a part of (adapters, a reading
-    of the backbone, a transform); other models of the hub their own; local folders `local/<folder>`. The revision is
-    the commit on the hub or the start of the weights' sha256, for systems made of several things a hash over these.
+    The student is named `model_name` or `llm2vec-gen/<backbone>-llm2vec-gen`; a system made of the backbone, or of a
+    hub model with adapters or a transform, `llm2vec-gen/<backbone>-<system>`; other hub models as on the hub; a local
+    folder `local/<folder>`. The revision is the hub commit, the start of the weights' sha256, or a hash over several.
     """
     identity = system.identity
     backbone = _backbone(identity)
@@ -140,7 +138,6 @@ def _is_part(identity: dict[str, Any]) -> bool:
 
 
 def _parameters(encoder: Any) -> int | None:
-    """Parameters of the backbone and of what was trained."""
     if encoder is None:
         return None
     return sum(tensor.numel() for part in (encoder.model, encoder.student) for tensor in part.parameters())

@@ -48,9 +48,7 @@ class EvaluationPlan:
     def lines(self, *, max_tokens: int, answer_tokens: int) -> list[tuple[str, str, str]]:
         """(stage, tasks and size, systems) of each suite and probe.
 
-        Args:
-            max_tokens: at which the student cuts a text.
-            answer_tokens: that hyde's engine writes for a query, at most.
+        The student cuts texts at `max_tokens`; hyde's engine writes at most `answer_tokens` for a query.
         """
         written = answer_tokens if "hyde" in self._systems else 0
         return [
@@ -93,10 +91,8 @@ class SuiteSize:
     """Texts of a suite, counted once within each task and side.
 
     Attributes:
-        tasks: their number.
         queries: texts on the query side, which is the only side of tasks without documents.
-        documents: texts on the document side.
-        tokens: of both, at four characters each and cut at the limit: an upper bound for English, rough for others.
+        tokens: at four characters each and cut at the limit: an upper bound for English, rough for others.
         unknown: names of the tasks without statistics, which are not counted.
     """
 
@@ -108,15 +104,11 @@ class SuiteSize:
 
     @property
     def texts(self) -> int:
-        """Texts on both sides."""
         return self.queries + self.documents
 
 
 def size_of(tasks: Iterable[Any], max_tokens: int) -> SuiteSize:
-    """The size of mteb tasks (AbsTask) for a system that cuts texts at `max_tokens`.
-
-    The few training examples of classifications are not counted.
-    """
+    """The size of mteb tasks for a system that cuts texts at `max_tokens`; classifications' examples are left out."""
     tasks, unknown = list(tasks), []
     counts: Counter[str] = Counter()
     for part in (part for task in tasks for part in getattr(task.metadata, "tasks", None) or [task]):
@@ -161,7 +153,6 @@ def _size_text(size: SuiteSize, written: int) -> str:
 
 
 def _rounded(number: int) -> str:
-    """The number to three significant digits."""
     return f"{round(number, 3 - len(str(number))):,}"
 
 

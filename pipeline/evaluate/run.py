@@ -1,9 +1,9 @@
 """Runs systems on mteb tasks and reuses every finished task.
 
 Finished tasks lie in a result cache of mteb, one for each version of a task's data and of mteb; in it, the model's
-revision stands for the weights, the instructions and the precision. So a killed run resumes where it stopped, a
-retrained student does not rerun its teacher, and a changed data set reruns that task alone. A task's unit scores lie
-beside its result and are written first: a result without them, or a damaged one, is computed again.
+revision stands for the weights, the instructions and the precision. A retrained student does not rerun its teacher, and
+a changed data set reruns that task alone. A task's unit scores lie beside its result and are written first: a result
+without them, or a damaged one, is computed again.
 """
 
 import copy
@@ -155,11 +155,7 @@ class _TaskRun:
         return self.path.with_suffix(".findings.npz")
 
     def run(self, encoder: MtebEncoder, batch_size: int) -> None:
-        """Run the task and store its result, unless the system failed on some texts: then the next run repeats it.
-
-        Raises:
-            EvaluationError: mteb gives no result.
-        """
+        """Run the task and store its result, unless the system failed on some texts: then the next run repeats it."""
         task = copy.deepcopy(self.task)  # a task's random state moves as it runs
         task.load_data()
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,12 +35,9 @@ _UNTRAINED = re.compile(r"untrained(-\d+)?/(.+)")
 
 
 def summary_table(tasks: Sequence[Any], runs: Sequence[SystemResults], metric: str | None = None) -> pa.Table:
-    """One row for each task, system, split, subset and score that mteb gives.
+    """One row for each task, system, split, subset and score that mteb gives; NaN where a score is undefined.
 
-    Args:
-        tasks: the mteb tasks of the runs.
-        runs: an undefined score is NaN, e.g. a correlation of equal values.
-        metric: the score marked `main`; None = each task's main score.
+    `metric` is the score marked `main`; None = each task's main score.
     """
     rows = [
         {
@@ -99,7 +96,7 @@ def flat_metrics(summary: pa.Table) -> dict[str, float]:
 
 
 def with_means(scores: Mapping[str, float], types: Mapping[str, str]) -> dict[str, float]:
-    """One system's scores by task, with `type/<type>`, `mean/tasks` and `mean/types`."""
+    """Adds `type/<type>`, `mean/tasks` and `mean/types` to one system's scores by task."""
     means = {
         name: sum(weight * scores[task] for task, weight in weights.items())
         for name, weights in mean_weights(types).items()

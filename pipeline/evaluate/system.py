@@ -64,10 +64,7 @@ def failed_texts(system: System) -> int:
 def encode_finite(
     system: System, texts: Sequence[str], instruction: str = "", side: Side = "query", *, where: str
 ) -> np.ndarray:
-    """`System.encode`, checked.
-
-    Args:
-        where: the texts, for the message.
+    """`System.encode`; `where` says in messages which texts they are.
 
     Raises:
         EvaluationError: an embedding is not finite.
@@ -93,7 +90,6 @@ class InstructedSystem:
     prompting: str = GENERATIVE
 
     def cache_key(self, text: str, instruction: str, side: Side) -> str:
-        """See `System.cache_key`; both sides read alike."""
         return join_instruction(instruction, text)
 
     def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
@@ -111,7 +107,6 @@ class BareSystem:
     prompting: str = BARE
 
     def cache_key(self, text: str, instruction: str, side: Side) -> str:
-        """See `System.cache_key`; the text alone."""
         return text
 
     def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:

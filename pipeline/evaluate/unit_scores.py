@@ -45,19 +45,13 @@ class UnitScores:
 
     @property
     def units(self) -> int:
-        """Number of units N."""
         return int(self.predicted.shape[-1])
 
     def score(self) -> float:
-        """The score on all units."""
         return float(self.scores(np.ones((1, self.units)))[0])
 
     def scores(self, counts: Floats) -> Floats:
-        """The score on resamples, float64 [B]; NaN where it is not defined.
-
-        Args:
-            counts: float64 [B, N], how often each unit was drawn.
-        """
+        """The score on resamples that draw each unit `counts` times, [B, N]: float64 [B], NaN where it is undefined."""
         match self.kind:
             case "mean":
                 return np.asarray(counts @ self.predicted / counts.sum(axis=1))
@@ -70,7 +64,6 @@ class UnitScores:
 
 
 def save(path: Path, unit_scores: Sequence[UnitScores]) -> None:
-    """Write a task's unit scores, atomically."""
     header, arrays = [], {}
     for index, part in enumerate(unit_scores):
         facts = asdict(part)

@@ -22,17 +22,13 @@ from pipeline.probe.base import ProbeContext, find_probe, probe_params
 
 
 class Inputs(SystemInputs):
-    """The sections that this stage reads; each probe checks its own entry of `probes`."""
+    """The sections that this stage reads; each probe validates its own entry of `probes`."""
 
     probes: dict[str, Any]
 
 
 def run(inputs: Inputs, name: str, params: Params, run_record: RunRecord) -> None:
-    """Run the probe `name` and write its result and the rows behind it.
-
-    Raises:
-        PipelineError: an input of the probe is missing.
-    """
+    """Run the probe `name` and write its result and the rows behind it."""
     prepare_environment(inputs.generate.engine)
     encoder, evaluate = encoder_artifact(), inputs.evaluate
     with closing(make_systems(inputs)) as systems:

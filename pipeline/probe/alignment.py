@@ -102,8 +102,7 @@ def ranked(
 ) -> pa.Table:
     """Each query's cosine to its own answer, that answer's rank (1 is best, ties count against) and the nearest id.
 
-    Args:
-        overlap: shared neighbours [N]; None for a single query, which has no neighbour.
+    `overlap` is the share of common neighbours [N]; None for a single query, which has no neighbour.
     """
     found = rank_own(queries, answers)
     columns = {

@@ -38,8 +38,6 @@ class ProbeContext:
         local_dir: folder of the local task folders.
         work: folder for finished work of this probe, kept between runs.
         batch_size: texts of one forward pass.
-        dtype: precision of the systems.
-        bootstrap: how the intervals of differences are drawn.
         instructions: the user's instructions file, which overrides the shipped one.
     """
 
@@ -85,21 +83,15 @@ class Probe(Protocol):
     DESCRIPTION: Description
 
     def run(self, params: Any, context: ProbeContext) -> ProbeResult:
-        """Measure; `params` is an instance of `PARAMS`.
-
-        Raises:
-            PipelineError: an input is missing.
-        """
+        """Measure; `params` is an instance of `PARAMS`. Raises PipelineError if an input is missing."""
         ...
 
 
 def described(system: System) -> dict[str, Any]:
-    """A system's entry in `ProbeResult.systems`."""
     return {"identity": system.identity, "prompting": system.prompting}
 
 
 def space_of(system: SystemName) -> str:
-    """The space in which a system is measured, for the report."""
     return "the teacher's" if in_teacher_space(system) else "its own"
 
 
@@ -111,8 +103,7 @@ def unit_deltas(
 ) -> list[Delta]:
     """The student minus every other system on each metric that both have; empty without a student.
 
-    Args:
-        units: system -> metric -> [N], one value a query, in the same order for all systems.
+    `units` has system -> metric -> [N], one value a query, in the same order for all systems.
     """
     student = units.get("student", {})
     return [
@@ -125,11 +116,7 @@ def unit_deltas(
 
 
 def find_probe(name: str) -> Probe:
-    """Import the probe's module.
-
-    Raises:
-        ParamsError: there is none of that name.
-    """
+    """Import the probe's module; raises ParamsError if there is none of that name."""
     if name not in probe_names():
         raise ParamsError(f"probes.{name}: there is no such probe (there are: {', '.join(probe_names())})")
     return cast(Probe, importlib.import_module(f"pipeline.probe.{name}"))
@@ -150,11 +137,7 @@ def probe_params(entries: Mapping[str, Any], name: str, where: str) -> Params:
 
 
 def all_probe_params(entries: Mapping[str, Any], where: str) -> dict[str, Params]:
-    """Every entry of the section `probes`.
-
-    Raises:
-        ParamsError: with one line for each mistake in all of them.
-    """
+    """Every entry of the section `probes`; raises ParamsError with one line for each mistake in all of them."""
     checked, mistakes = {}, []
     for name in entries:
         try:

@@ -13,7 +13,6 @@ def heldout_rows() -> tuple[tuple[Artifact, ...], pa.Table]:
     The table has the columns of queries and `response`, `finish_reason`, `embedding`.
 
     Raises:
-        ArtifactError: an artifact is missing or damaged.
         EvaluationError: no held-out query has a target.
     """
     from pipeline.train.data import join

@@ -63,18 +63,12 @@ def search(
     """The passages nearest to each query by cosine.
 
     Args:
-        system: embeds the passages, chunk by chunk.
         queries: float32 [Q, d].
-        passages: N texts.
-        instruction: for the passages.
+        passages: N texts, which `system` embeds in chunks, with `instruction`.
         top: passages a query.
 
     Returns:
-        Positions int64 [Q, min(top, N)] and cosines float32 of the same shape, best first; on a tie
-        the earlier passage.
-
-    Raises:
-        EvaluationError: an embedding is not finite.
+        Positions int64 [Q, min(top, N)] and their cosines float32, best first; on a tie the earlier passage.
     """
     chunks = (passages[start : start + CHUNK] for start in range(0, len(passages), CHUNK))
     vectors = (encode_finite(system, chunk, instruction, "document", where="passages") for chunk in chunks)

@@ -55,11 +55,7 @@ def load_judged(source: SourceParams, local_dir: Path) -> RetrievalData:
 
 
 def load_passages(source: SourceParams, local_dir: Path) -> pa.Table:
-    """The passages of a source alone: strings `id`, `title`, `text`.
-
-    Raises:
-        EvaluationError: it cannot be loaded or has no corpus.
-    """
+    """The passages of a source alone: strings `id`, `title`, `text`; raises as `load_judged`."""
     if source.local is not None:
         data = LocalData(local_dir / source.local)
         if not _is_table(data, "passage"):
@@ -75,11 +71,7 @@ def _is_table(data: LocalData, column: str) -> bool:
 
 
 def load_rows(source: SourceParams, local_dir: Path, required: Sequence[str]) -> pa.Table:
-    """The plain table of a source: its config `default`, the split `test` or the only one.
-
-    Raises:
-        EvaluationError: it cannot be loaded, or lacks one of the columns `required`.
-    """
+    """The plain table of a source: its config `default`, the split `test` or the only one; raises alike."""
     if source.local is None:
         return _hub_rows(str(source.dataset), source.revision, required)
     data = LocalData(local_dir / source.local)
@@ -89,11 +81,7 @@ def load_rows(source: SourceParams, local_dir: Path, required: Sequence[str]) ->
 
 
 def judged_rows(rows: pa.Table) -> RetrievalData:
-    """A table of queries with one document each, as retrieval: a document is relevant to its own query only.
-
-    Raises:
-        EvaluationError: an id occurs twice.
-    """
+    """A table of queries with one document each, as retrieval: a document is relevant to its own query only."""
     corpus = corpus_rows(rows, _DOCUMENT)
     ids = corpus["id"].to_pylist()
     queries = dict(zip(ids, rows["query"].to_pylist(), strict=True))
@@ -101,11 +89,7 @@ def judged_rows(rows: pa.Table) -> RetrievalData:
 
 
 def corpus_rows(rows: pa.Table, text_columns: Sequence[str]) -> pa.Table:
-    """The passages of a table: strings `id` (its own, or the row's number), `title`, `text`.
-
-    Raises:
-        EvaluationError: it has none of the `text_columns`, or an id occurs twice.
-    """
+    """The passages of a table: strings `id` (its own, or the row's number), `title`, `text`; raises alike."""
     text = next((name for name in text_columns if name in rows.column_names), None)
     if text is None:
         raise EvaluationError(f"passages must be in a column {' or '.join(text_columns)}, not {rows.column_names}")

@@ -1,6 +1,8 @@
+import json
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,16 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+import pipeline.evaluate.build as module
 from pipeline.backbone.prompting import join_instruction
+from pipeline.core.artifacts import open_artifact
 from pipeline.core.config import validate
-from pipeline.core.errors import ParamsError
+from pipeline.core.errors import TeacherError
+from pipeline.core.target_transform import TargetTransform
+from pipeline.embed.__main__ import app as embed_app
 from pipeline.encoder.folder.config import EncoderConfig
-from pipeline.evaluate.build import Systems
-from pipeline.evaluate.params import EvaluateParams
+from pipeline.evaluate.build import SystemInputs, Systems, make_answers, make_systems, manifest_params, own_instructions
 from pipeline.evaluate.system import BareSystem, InstructedSystem, System, revision_of
-from pipeline.tasks.suites import SuiteParams
 from tests.encoder.test_inference import write as write_encoder
+from tests.stage_runs import row_id, write_params, write_queries, write_responses
 
 CONFIG = EncoderConfig(
     backbone={"name": "lm", "sha256": "0"}, chat_template_kwargs={}, template="raw", max_query_tokens=8,
@@ -216,53 +222,6 @@ def test_a_revision_follows_weights_prompting_and_conditions(encoder: LengthEnco
     assert len(revision()) == 40
 
 
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ({}, "names no task"),
-        ({"local": [], "benchmark": None}, "names no task"),
-        ({"task": ["STS12"]}, r"task: unknown key \(did you mean 'tasks'\?\)"),
-        ({"tasks": "STS12"}, "tasks: Input should be a valid list"),
-    ],
-)
-def test_suites_are_checked(entry: dict[str, Any], message: str) -> None:
-    with pytest.raises(ParamsError, match=message):
-        validate(entry, SuiteParams, where="params.yaml")
-
-
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ({"systems": ["pupil"]}, r"systems: .*no system pupil \(there are: student, teacher, .*hyde; others are keys"),
-        (
-            {"systems": ["mini", "tiny"], "models": {"mini": {"name": "m"}}},
-            r"no system tiny \(there are: .*hyde, mini;",
-        ),
-        ({"systems": ["student", "student"]}, r"systems \['student', 'student'\] contains a duplicate"),
-        ({"models": {"echo": {"name": "m"}}}, r"models: .*'echo' is a built-in system"),
-        ({"models": {"untrained-1": {"name": "m"}}}, r"'untrained-1' is a built-in system"),
-        ({"models": {"delta": {"name": "m"}}}, r"'delta' cannot name a system"),
-        ({"models": {"a/b": {"name": "m"}}}, r"'a/b' cannot name a system"),
-        ({"models": {"mini": {}}}, r"models\.mini\.name: missing"),
-        ({"seeds": []}, r"seeds: List should have at least 1 item"),
-        ({"seeds": [1, 1]}, r"seeds \[1, 1\] contains a duplicate"),
-        ({"seeds": [-1]}, r"seeds \[-1\] must be 0 or more"),
-        ({"seed": 0}, r"seed: unknown key \(did you mean 'seeds'\?\)"),
-        ({"model_name": "mine"}, r"model_name: String should match pattern"),
-    ],
-)
-def test_the_section_is_checked(section: dict[str, Any], message: str) -> None:
-    with pytest.raises(ParamsError, match=message):
-        validate({"systems": ["student"], "local_dir": "x", **section}, EvaluateParams, where="params.yaml")
-
-
-def test_models_may_be_compared_whatever_the_order_of_the_keys() -> None:
-    section = {"systems": ["student", "mini"], "local_dir": "x", "models": {"mini": {"name": "m", "query_prompt": ""}}}
-    params = validate(section, EvaluateParams, where="params.yaml")
-    assert params.models["mini"].query_prompt == "" and params.models["mini"].document_prompt is None
-    assert params.seeds == [0] and params.bootstrap.resamples == 2000
-
-
 def test_the_real_encoder_stands_behind_all_three_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.encoder.inference import Encoder
     from pipeline.encoder.student import new_student
@@ -298,3 +257,129 @@ def test_two_processes_embed_as_one(workspace: Path, tiny_backbone: Callable[...
     for name, (revision, vectors) in one.items():
         assert two[name][0] == revision
         np.testing.assert_allclose(two[name][1], vectors, atol=1e-5)
+
+
+# --- from the sections of params.yaml -----------------------------------------------------------------------------
+
+BOTH = ["hyde", "teacher"]
+
+
+@pytest.fixture
+def inputs(workspace: Path, tiny_backbone: Callable[..., Path]) -> Callable[..., SystemInputs]:
+    """Sections with a tiny backbone, the stub engine and the stub teacher; `changes` are of section `evaluate`."""
+
+    def make(engine: str = "echo", **changes: object) -> SystemInputs:
+        content = {
+            "backbone": {"name": str(tiny_backbone("llama")), "dtype": "float32"},
+            "generate": {"engine": engine, "dtype": "float32", "max_new_tokens": 32, "max_prompt_tokens": 64},
+            "embed": {"teacher": {"kind": "hash"}, "normalize": False},
+            "evaluate": {"systems": ["hyde", "teacher"], "local_dir": "tasks", "dtype": "float32", **changes},
+        }
+        return validate(content, SystemInputs, where="params.yaml")
+
+    return make
+
+
+def test_hyde_embeds_answers_of_the_engine_with_the_teacher(inputs: Callable[..., SystemInputs]) -> None:
+    params = inputs(cache_embeddings=False)
+    systems = make_systems(params)
+    hyde, teacher = systems.build(params.evaluate.systems)
+    answered = teacher.encode(["stub answer: Tell: why?"], "")
+    assert (hyde.encode(["why?"], "Tell:") == answered).all()
+    assert (hyde.encode(["why?"], "Tell:", "document") == teacher.encode(["why?"], "")).all()
+    assert [path.name for path in Path(".work").iterdir()] == ["answers"]
+    systems.close()
+
+
+def test_embeddings_are_kept_unless_params_say_not(inputs: Callable[..., SystemInputs]) -> None:
+    params = inputs()
+    with closing(make_systems(params)) as systems:
+        embedded = [system.encode(["why?"], "Tell:") for system in systems.build(params.evaluate.systems)]
+    assert sorted(path.name for path in Path(".work").iterdir()) == ["answers", "embeddings"]
+    shutil.rmtree(".work/answers")
+    with closing(make_systems(params)) as systems:
+        again = [system.encode(["why?"], "Tell:") for system in systems.build(params.evaluate.systems)]
+    assert (np.array(again) == np.array(embedded)).all() and not Path(".work/answers").exists()
+
+
+def test_teacher_and_hyde_embed_in_the_space_that_the_student_was_trained_in(
+    inputs: Callable[..., SystemInputs],
+) -> None:
+    params = inputs()
+    with closing(make_systems(params)) as systems:
+        plain = {system.name: (system.identity, system.encode(["why?"], "Tell:")) for system in systems.build(BOTH)}
+    width = plain["teacher"][1].shape[1]
+    forward = np.eye(width, 3, dtype=np.float32) * 2
+    transform = TargetTransform("whiten", True, np.ones(width, np.float32), forward, forward.T / 4)
+    transform.save(Path("models/encoder"))
+    with closing(make_systems(params)) as systems:  # and the cache of embeddings keeps the two apart
+        for system in systems.build(BOTH):
+            identity, vectors = plain[system.name]
+            assert system.identity != identity
+            assert transform.identity["sha256"] in json.dumps(system.identity)
+            np.testing.assert_allclose(system.encode(["why?"], "Tell:"), transform(vectors), atol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_teacher_embeds_as_the_targets_were_made(inputs: Callable[..., SystemInputs], normalize: bool) -> None:
+    answers = [f"answer number {index}" for index in range(60)]
+    write_queries(answers)
+    write_responses(answers)
+    params = inputs()
+    embed = {"teacher": {"kind": "hash"}, "normalize": normalize, "dtype": "float32", "transform": {"kind": "whiten"}}
+    write_params(backbone=params.backbone.model_dump(), embed=embed)
+    done = CliRunner().invoke(embed_app, [])
+    assert done.exit_code == 0, done.output
+    Path("models/encoder").mkdir(parents=True)
+    shutil.copy("data/targets/transform.safetensors", "models/encoder")
+    table = open_artifact(Path("data/targets"), "targets").read()
+    targets = dict(zip(table["id"].to_pylist(), table["embedding"].to_pylist(), strict=True))
+    with closing(make_systems(params)) as systems:
+        [teacher] = systems.build(["teacher"])
+        np.testing.assert_allclose(teacher.encode(answers, ""), [targets[row_id(a)] for a in answers], atol=1e-5)
+
+
+def test_a_transform_of_another_teacher(inputs: Callable[..., SystemInputs]) -> None:
+    TargetTransform("center", False, *[np.ones(3, np.float32)] * 3).save(Path("models/encoder"))
+    with closing(make_systems(inputs())) as systems, pytest.raises(TeacherError, match=r"was fitted on 3: run embed"):
+        next(systems.build(["teacher"]))
+
+
+def test_evaluate_answers_changes_how_long_answers_are(inputs: Callable[..., SystemInputs]) -> None:
+    usual, short = make_answers(inputs()), make_answers(inputs(answers={"max_new_tokens": 4}))
+    assert usual.identity["generate"]["max_new_tokens"] == 32
+    assert short.identity["generate"]["max_new_tokens"] == 4
+    assert len(short(["a question"])[0]) < len(usual(["a question"])[0])
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "wish", "kept"),
+    [
+        ("echo", "cpu", None, True),
+        ("vllm", "cuda", None, False),
+        ("openai", "cuda", None, True),
+        ("vllm", "cuda", True, True),
+        ("echo", "cpu", False, False),
+    ],
+)
+def test_the_engine_stays_unless_it_shares_a_gpu_or_params_say_so(
+    inputs: Callable[..., SystemInputs],
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    device: str,
+    wish: bool | None,
+    kept: bool,
+) -> None:
+    monkeypatch.setattr(module, "best_device", lambda: device)
+    assert make_answers(inputs(engine, answers={"keep_engine": wish})).keeps_engine is kept
+
+
+def test_a_manifest_leaves_out_what_changes_no_score(inputs: Callable[..., SystemInputs]) -> None:
+    plain = manifest_params(inputs(), suite="s")
+    assert manifest_params(inputs(cache_embeddings=False, answers={"keep_engine": True}), suite="s") == plain
+    assert manifest_params(inputs(seeds=[1]), suite="s") != plain
+
+
+def test_own_instructions_are_a_path_or_none(inputs: Callable[..., SystemInputs]) -> None:
+    assert own_instructions(inputs()) is None
+    assert own_instructions(inputs(instructions="mine.yaml")) == Path("mine.yaml")

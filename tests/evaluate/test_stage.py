@@ -1,16 +1,18 @@
 """The stages evaluate and probe on systems whose scores are known by hand."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import pipeline.evaluate.__main__ as evaluate_stage
 import pipeline.probe.__main__ as probe_stage
 from pipeline.core.artifacts import create, open_artifact
+from tests.conftest import tiny_model, tiny_tokenizer
 from tests.evaluate.fakes import WordSystem, retrieval_folder, sts_folder
 
 PARAMS: dict[str, Any] = {
@@ -28,7 +30,7 @@ PARAMS: dict[str, Any] = {
 }
 
 
-class Ready:
+class FakeSystems:
     """Stands for `Systems`: a student that is always right, a teacher that is always one word off."""
 
     def __init__(self) -> None:
@@ -42,17 +44,17 @@ class Ready:
 
 
 @pytest.fixture
-def systems(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Ready:
+def systems(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSystems:
     """A workspace with params, tasks and an encoder; the systems are fakes."""
-    ready = Ready()
+    fakes = FakeSystems()
     for stage in (evaluate_stage, probe_stage):
-        monkeypatch.setattr(stage, "make_systems", lambda _: ready)
+        monkeypatch.setattr(stage, "make_systems", lambda _: fakes)
     retrieval_folder(workspace / "tasks" / "find")
     sts_folder(workspace / "tasks" / "pairs")
     write_params()
     with create(Path("models/encoder"), kind="encoder", params={}) as out:
         (out.path / "student.safetensors").write_bytes(b"weights")
-    return ready
+    return fakes
 
 
 def write_params(**changes: Any) -> None:
@@ -60,14 +62,12 @@ def write_params(**changes: Any) -> None:
 
 
 def call(stage: Any, *arguments: str) -> Any:
-    import typer
-
     app = typer.Typer()
     app.command()(stage.main)
     return CliRunner().invoke(app, list(arguments))
 
 
-def test_a_suite_becomes_an_artifact_and_a_record(systems: Ready) -> None:
+def test_a_suite_becomes_an_artifact_and_a_record(systems: FakeSystems) -> None:
     assert call(evaluate_stage, "small").exit_code == 0
     artifact = open_artifact(Path("results/evaluate/small"), "evaluation")
     assert sum(artifact.read("summary.parquet")["main"].to_pylist()) == 4
@@ -82,7 +82,7 @@ def test_a_suite_becomes_an_artifact_and_a_record(systems: Ready) -> None:
     assert list(Path("results/evaluate/small").rglob("model_meta.json"))
 
 
-def test_a_rerun_computes_nothing_and_gives_equal_bytes(systems: Ready) -> None:
+def test_a_rerun_computes_nothing_and_gives_equal_bytes(systems: FakeSystems) -> None:
     call(evaluate_stage, "small")
     before = Path("results/evaluate/small/manifest.json").read_bytes()
     calls = len(systems.made["student"].calls)
@@ -91,7 +91,7 @@ def test_a_rerun_computes_nothing_and_gives_equal_bytes(systems: Ready) -> None:
     assert len(systems.made["student"].calls) == calls
 
 
-def test_a_killed_run_keeps_its_finished_tasks(systems: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_keeps_its_finished_tasks(systems: FakeSystems, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(texts: Any, instruction: str, side: str = "query") -> Any:
         raise KeyboardInterrupt
 
@@ -113,7 +113,9 @@ def test_a_killed_run_keeps_its_finished_tasks(systems: Ready, monkeypatch: pyte
         (["small"], {"suites": {"small": {"tasks": ["STS12"]}}}, "the data of 1 of 1 tasks cannot be loaded"),
     ],
 )
-def test_mistakes_are_one_message(systems: Ready, arguments: list[str], changes: dict[str, Any], message: str) -> None:
+def test_mistakes_are_one_message(
+    systems: FakeSystems, arguments: list[str], changes: dict[str, Any], message: str
+) -> None:
     write_params(**changes)
     done = call(evaluate_stage, *arguments)
     assert done.exit_code == 1
@@ -121,7 +123,7 @@ def test_mistakes_are_one_message(systems: Ready, arguments: list[str], changes:
     assert not Path("results/evaluate").exists()
 
 
-def test_without_an_encoder_nothing_is_run(systems: Ready) -> None:
+def test_without_an_encoder_nothing_is_run(systems: FakeSystems) -> None:
     (Path("models/encoder") / "student.safetensors").write_bytes(b"flipped")
     for stage, name in ((evaluate_stage, "small"), (probe_stage, "safety")):
         done = call(stage, name)
@@ -129,7 +131,7 @@ def test_without_an_encoder_nothing_is_run(systems: Ready) -> None:
 
 
 @pytest.mark.parametrize(("name", "metric"), [("safety", "student/accuracy@1"), ("reasoning", "student/find")])
-def test_a_probe_becomes_an_artifact_and_a_record(systems: Ready, name: str, metric: str) -> None:
+def test_a_probe_becomes_an_artifact_and_a_record(systems: FakeSystems, name: str, metric: str) -> None:
     assert call(probe_stage, name).exit_code == 0
     artifact = open_artifact(Path("results/probe") / name, "probe")
     assert artifact.read("rows.parquet").num_rows > 0
@@ -142,6 +144,61 @@ def test_a_probe_becomes_an_artifact_and_a_record(systems: Ready, name: str, met
     assert open_artifact(Path("results/probe") / name, "probe").digest == before
 
 
-def test_an_unknown_probe_is_refused(systems: Ready) -> None:
+def test_an_unknown_probe_is_refused(systems: FakeSystems) -> None:
     done = call(probe_stage, "kindness")
     assert done.exit_code == 1 and "probes.kindness: missing (there are: safety, reasoning)" in done.stderr
+
+
+def write_models(backbone: Path) -> None:
+    """An encoder that no step has trained, and a sentence-transformers model of letters."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    from pipeline.backbone.loading import identify
+    from pipeline.encoder.folder.config import EncoderConfig
+    from pipeline.encoder.folder.write import write_encoder
+    from pipeline.encoder.student import new_student
+
+    config = EncoderConfig(
+        backbone=identify(str(backbone), None), chat_template_kwargs={}, template="raw", max_query_tokens=96,
+        compression_tokens=2, thought_tokens=0, hidden=32, width=16, teacher={},
+    )  # fmt: skip
+    student = new_student(tiny_model("llama"), 16, compression_tokens=2, thought_tokens=0, seed=9)
+    with create(Path("models/encoder"), kind="encoder", params={}) as out:
+        write_encoder(out, student, tiny_tokenizer(), config, rows=1, steps=1)
+    torch.manual_seed(0)
+    static = StaticEmbedding(tiny_tokenizer(), embedding_dim=8)
+    SentenceTransformer(modules=[static], prompts={"query": "find: "}, device="cpu").save("models/letters")
+
+
+def test_every_system_runs_the_same_suite(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    retrieval_folder(workspace / "tasks" / "find")
+    backbone = tiny_backbone("llama")
+    write_models(backbone)
+    systems = ["student", "teacher", "untrained", "backbone-mean", "echo", "hyde", "letters"]
+    content = {
+        "backbone": {"name": str(backbone), "dtype": "float32"},
+        "generate": {"engine": "transformers", "dtype": "float32", "max_new_tokens": 4, "max_prompt_tokens": 96},
+        "embed": {"teacher": {"kind": "hash", "options": {"width": 16}}},
+        "evaluate": {
+            "systems": systems,
+            "local_dir": "tasks",
+            "dtype": "float32",
+            "seeds": [0, 5],
+            "models": {"letters": {"name": "models/letters"}},
+        },
+        "suites": {"small": {"local": ["find"]}},
+    }
+    Path("params.yaml").write_text(json.dumps(content))
+    done = call(evaluate_stage, "small")
+    assert done.exit_code == 0, done.output
+    record = json.loads(Path("results/evaluate/small.json").read_text())
+    assert set(record["systems"]) == {*systems, "untrained-5"}
+    prompting = {system: facts["prompting"] for system, facts in record["systems"].items()}
+    assert prompting["student"] == prompting["untrained-5"] == "generative instruction"
+    assert prompting["teacher"] == prompting["backbone-mean"] == "bare text"
+    assert prompting["letters"] == "query prompt 'find: ', document prompt ''"
+    assert {delta["system"] for delta in record["deltas"]} == {*record["systems"]} - {"student"}
+    assert record["seeds"]["find"]["seeds"] == 2
+    assert len({facts["revision"] for facts in record["systems"].values()}) == len(record["systems"])

@@ -1,0 +1,40 @@
+from typing import Any
+
+import pytest
+
+from pipeline.core.config import validate
+from pipeline.core.errors import ParamsError
+from pipeline.evaluate.params import EvaluateParams
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"systems": ["pupil"]}, r"systems: .*no system pupil \(there are: student, teacher, .*hyde; others are keys"),
+        (
+            {"systems": ["mini", "tiny"], "models": {"mini": {"name": "m"}}},
+            r"no system tiny \(there are: .*hyde, mini;",
+        ),
+        ({"systems": ["student", "student"]}, r"systems \['student', 'student'\] contains a duplicate"),
+        ({"models": {"echo": {"name": "m"}}}, r"models: .*'echo' is a built-in system"),
+        ({"models": {"untrained-1": {"name": "m"}}}, r"'untrained-1' is a built-in system"),
+        ({"models": {"delta": {"name": "m"}}}, r"'delta' cannot name a system"),
+        ({"models": {"a/b": {"name": "m"}}}, r"'a/b' cannot name a system"),
+        ({"models": {"mini": {}}}, r"models\.mini\.name: missing"),
+        ({"seeds": []}, r"seeds: List should have at least 1 item"),
+        ({"seeds": [1, 1]}, r"seeds \[1, 1\] contains a duplicate"),
+        ({"seeds": [-1]}, r"seeds \[-1\] must be 0 or more"),
+        ({"seed": 0}, r"seed: unknown key \(did you mean 'seeds'\?\)"),
+        ({"model_name": "mine"}, r"model_name: String should match pattern"),
+    ],
+)
+def test_the_section_is_checked(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParamsError, match=message):
+        validate({"systems": ["student"], "local_dir": "x", **section}, EvaluateParams, where="params.yaml")
+
+
+def test_models_may_be_compared_whatever_the_order_of_the_keys() -> None:
+    section = {"systems": ["student", "mini"], "local_dir": "x", "models": {"mini": {"name": "m", "query_prompt": ""}}}
+    params = validate(section, EvaluateParams, where="params.yaml")
+    assert params.models["mini"].query_prompt == "" and params.models["mini"].document_prompt is None
+    assert params.seeds == [0] and params.bootstrap.resamples == 2000
