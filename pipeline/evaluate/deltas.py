@@ -48,16 +48,16 @@ def task_deltas(
         return []
     scores = task_scores(summary_table(tasks, runs, metric))
     types = {task.metadata.name: task.metadata.type for task in tasks}
-    resampled = {run.system: _resampled(tasks, run, settings, metric) for run in runs}
+    ours = _resample(tasks, student, settings, metric)
     deltas: list[Delta] = []
-    for other in (run.system for run in runs if run is not student):
-        sampled = {}
+    for run in (run for run in runs if run is not student):
+        theirs, samples = _resample(tasks, run, settings, metric), {}
         for name in types:
-            delta = scores["student"][name] - scores[other][name]
-            sampled[name] = _difference(name, delta, resampled["student"][name], resampled[other][name])
+            delta = scores["student"][name] - scores[run.system][name]
+            samples[name] = _difference(name, delta, ours[name], theirs[name])
         for name, weights in mean_weights(types).items():
-            sampled[name] = combine([sampled[task] for task in weights], list(weights.values()))
-        deltas += [delta_of(name, other, sample, settings) for name, sample in sampled.items()]
+            samples[name] = combine([samples[task] for task in weights], list(weights.values()))
+        deltas += [delta_of(name, run.system, sample, settings) for name, sample in samples.items()]
     return [delta for delta in deltas if not math.isnan(delta.delta)]
 
 
@@ -73,25 +73,21 @@ class _Resampled:
     score: Sampled
 
 
-def _resampled(
+def _resample(
     tasks: Sequence[Any], run: SystemResults, settings: BootstrapParams, metric: str | None
 ) -> dict[str, _Resampled | None]:
     """By task; None where the score in question has no unit scores."""
     by_task = list(zip(tasks, run.unit_scores, strict=True))
-    found: dict[str, _Resampled | None] = {}
+    resampled: dict[str, _Resampled | None] = {}
     for task, parts in progress(by_task, total=len(by_task), desc=f"resamples of {run.system}", unit="task"):
         name = task.metadata.name
-        has_units = parts and metric in (None, task.metadata.main_score)
-        found[name] = _resample(name, parts, settings) if has_units else None
-    return found
-
-
-def _resample(task: str, parts: Sequence[UnitScores], settings: BootstrapParams) -> _Resampled:
-    samples = [
-        sample_statistic(f"{task}/{index}" if index else task, _on_resamples(part), part.units, settings)
-        for index, part in enumerate(parts)
-    ]
-    return _Resampled([part.key for part in parts], combine(samples, [1 / len(samples)] * len(samples)))
+        samples = [
+            sample_statistic(f"{name}/{index}" if index else name, _on_resamples(part), part.units, settings)
+            for index, part in enumerate(parts if metric in (None, task.metadata.main_score) else [])
+        ]
+        score = combine(samples, [1 / len(samples)] * len(samples)) if samples else None
+        resampled[name] = _Resampled([part.key for part in parts], score) if score else None
+    return resampled
 
 
 def _on_resamples(part: UnitScores) -> Callable[[NDArray[np.int64]], Floats]:

@@ -85,7 +85,10 @@ def flat_metrics(summary: pa.Table) -> dict[str, float]:
     left out, and a log line names the tasks.
     """
     types = {row["task"]: row["task_type"] for row in summary.select(["task", "task_type"]).to_pylist()}
-    by_system = {system: with_means(scores, types) for system, scores in task_scores(summary).items()}
+    by_system = task_scores(summary)
+    for scores in by_system.values():
+        for mean, weights in mean_weights(types).items():
+            scores[mean] = sum(weight * scores[task] for task, weight in weights.items())
     metrics = {f"{system}/{key}": value for system, scores in by_system.items() for key, value in scores.items()}
     if {"student", "teacher"} <= set(by_system):
         student, teacher = by_system["student"], by_system["teacher"]
@@ -93,15 +96,6 @@ def flat_metrics(summary: pa.Table) -> dict[str, float]:
     if undefined := [key for key, value in metrics.items() if math.isnan(value) and "/mean/" not in key]:
         log.warning("undefined, left out: %s", ", ".join(undefined))
     return {key: round(value, 6) for key, value in metrics.items() if not math.isnan(value)}
-
-
-def with_means(scores: Mapping[str, float], types: Mapping[str, str]) -> dict[str, float]:
-    """Adds `type/<type>`, `mean/tasks` and `mean/types` to one system's scores by task."""
-    means = {
-        name: sum(weight * scores[task] for task, weight in weights.items())
-        for name, weights in mean_weights(types).items()
-    }
-    return {**scores, **means}
 
 
 def mean_weights(types: Mapping[str, str]) -> dict[str, dict[str, float]]:
