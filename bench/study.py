@@ -244,12 +244,12 @@ def target_kinds(study: Study) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
 
 def backbone_targets(study: Study, name: str, texts: list[str]) -> np.ndarray:
     """Mean-pooled last hidden states of texts."""
-    from pipeline.embed.teachers.backbone import BackboneTeacher
+    from pipeline.embed.teachers.pooling import PooledTeacher
+    from pipeline.embed.teachers.template import TemplateTokenizer
 
     def compute() -> np.ndarray:
-        teacher = BackboneTeacher(
-            study.states.backbone, study.states.tokenizer, max_tokens=256, batch_size=32, identity={}
-        )
+        tokenizer = TemplateTokenizer(study.states.tokenizer, max_tokens=256)
+        teacher = PooledTeacher(study.states.backbone.get_decoder(), tokenizer, batch_size=32, identity={})
         return teacher.embed(texts)
 
     return cached(study.cache, f"targets-backbone-{name}", compute)

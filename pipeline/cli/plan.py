@@ -21,8 +21,9 @@ from pipeline.collect.params import CollectParams
 from pipeline.core.artifacts import read_manifest
 from pipeline.core.config import Params, read_yaml, validate
 from pipeline.core.errors import ArtifactError, EvaluationError, ParamsError
-from pipeline.core.paths import QUERIES_DIR, REPORT_PAGES, TRAINED_KIND
+from pipeline.core.paths import QUERIES_DIR, REPORT_PAGES
 from pipeline.embed.params import EmbedParams
+from pipeline.embed.teachers.registry import TEACHERS
 from pipeline.evaluate.params import EvaluateParams
 from pipeline.evaluate.plan import EvaluationPlan, mteb_tasks
 from pipeline.generate.engines.registry import ENGINES
@@ -38,9 +39,6 @@ from pipeline.train.params import TrainParams, planned_steps
 from pipeline.train.plan import memory_line, memory_remarks
 
 GB = 1e9
-# Teachers whose vectors are an LLM's hidden states as they are, with norms in the hundreds.
-RAW_TEACHERS = ("llm2vec", TRAINED_KIND, "backbone")
-
 # Transforms after which each dimension has variance 1, whatever the teacher: a mean over them that starts at 1.
 UNIT_VARIANCE = ("standardize", "whiten")
 
@@ -103,7 +101,7 @@ def make_plan(params: AllParams, root: Path = Path()) -> Plan:
     plan = Plan()
     plan.lines.append(("collect", _sources(params), _rows_text(rows, known)))
     plan.lines.append(("generate", _generate_text(params, rows), _generate_memory(params, shape)))
-    if params.embed.teacher.kind == TRAINED_KIND:
+    if TEACHERS[params.embed.teacher.kind].trained_here:
         _check_quality(params.teach)
         plan.lines.append(("teach", _teach_text(params.teach), _teach_memory(params, shape)))
     plan.lines.append(("embed", _embed_text(params, rows), _teacher_text(params)))
@@ -211,7 +209,7 @@ def _embed_text(params: AllParams, rows: int | None) -> str:
 
 def _teacher_text(params: AllParams) -> str:
     teacher = params.embed.teacher
-    own = params.backbone.name if teacher.kind in RAW_TEACHERS else teacher.kind
+    own = params.backbone.name if TEACHERS[teacher.kind].on_backbone else teacher.kind
     return " + ".join([teacher.name or own, *(adapter.name for adapter in teacher.adapters)])
 
 
@@ -236,8 +234,8 @@ def _remarks(params: AllParams, shape: ModelSizes | None, root: Path) -> list[st
     found = [f"{key}: {name} is not pinned: set the commit" for key, name in _unpinned(params, root)]
     if ENGINES[params.generate.engine].stub:
         found.append(f"generate.engine: {params.generate.engine} is a stub, its answers mean nothing")
-    if params.embed.teacher.kind == "hash":
-        found.append("embed.teacher.kind: hash is a stub, its targets mean nothing")
+    if TEACHERS[params.embed.teacher.kind].stub:
+        found.append(f"embed.teacher.kind: {params.embed.teacher.kind} is a stub, its targets mean nothing")
     found += _scale_remark(params)
     for key, folder in {"collect": params.collect.local_dir, "evaluate": params.evaluate.local_dir}.items():
         if not (root / folder).is_dir():
@@ -256,7 +254,7 @@ def _remarks(params: AllParams, shape: ModelSizes | None, root: Path) -> list[st
 
 def _scale_remark(params: AllParams) -> list[str]:
     kind, reduction = params.embed.teacher.kind, params.train.align_reduction
-    raw = kind in RAW_TEACHERS and not params.embed.normalize
+    raw = TEACHERS[kind].raw_norms and not params.embed.normalize
     if params.embed.transform.kind in UNIT_VARIANCE:
         found = (
             "train.align_reduction: sum over dimensions of variance 1 each (embed.transform "
@@ -292,7 +290,7 @@ def _unpinned(params: AllParams, root: Path) -> list[tuple[str, str]]:
     pins += [
         (f"teach.sources.{index}.revision", source.name, source.revision)
         for index, source in enumerate(params.teach.sources)
-        if source.kind == "hub" and params.embed.teacher.kind == TRAINED_KIND
+        if source.kind == "hub" and TEACHERS[teacher.kind].trained_here
     ]
     pins += [
         (f"{key}.revision", str(entry["dataset"]), entry.get("revision"))

@@ -17,8 +17,9 @@ from pipeline.backbone.sizes import ModelSizes
 from pipeline.core.artifacts import write_bytes
 from pipeline.core.config import Params, read_yaml, validate
 from pipeline.core.errors import ParamsError
-from pipeline.core.paths import TRAINED_KIND
-from pipeline.embed.teachers import AdapterParams, TeacherParams
+from pipeline.embed.params import TeacherParams
+from pipeline.embed.teachers.adapters import AdapterParams
+from pipeline.embed.teachers.registry import TRAINED
 from pipeline.teach.params import TeachParams
 from pipeline.teach.plan import fitting_rows
 
@@ -63,7 +64,7 @@ class Preset(Params):
         """
         if not self.published:
             return TeacherParams(
-                kind=TRAINED_KIND,
+                kind=TRAINED,
                 max_tokens=TEACHER_TOKENS,
                 dtype=self.backbone.dtype,
                 batch_size=self.teacher.batch_size[memory],

@@ -10,6 +10,7 @@ A stage asks for the sections it uses and nothing else, so that DVC's narrow par
 """
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,14 @@ class Params(BaseModel):
     """A section of params.yaml: unknown keys are errors, types are exact, values do not change."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def check_unread_keys(params: Params, unread: Iterable[str]) -> None:
+    """Raises ValueError if one of these keys, which the `kind` of the params does not read, is not its default."""
+    for key in sorted(unread):
+        default = type(params).model_fields[key].get_default(call_default_factory=True)
+        if getattr(params, key) != default:
+            raise ValueError(f"kind {getattr(params, 'kind', None)} takes no {key}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Where a workspace keeps artifacts and results, relative to its root. dvc.yaml and this module name the same paths."""
 
 from pathlib import Path
-from typing import Final
 
 QUERIES_DIR = Path("data/queries")
 RESPONSES_DIR = Path("data/responses")
@@ -28,6 +27,3 @@ REPORT_PAGES = (RESULTS_DIR / "report.html", RESULTS_DIR / "report.md")
 TRAIN_TABLE, HELDOUT_TABLE = "train.parquet", "heldout.parquet"
 # Tables of a suite and of a probe.
 SUMMARY_TABLE, ROWS_TABLE, DELTAS_TABLE = "summary.parquet", "rows.parquet", "deltas.parquet"
-
-# The `embed.teacher.kind` whose adapters lie in TEACHER_DIR.
-TRAINED_KIND: Final = "llm2vec-trained"

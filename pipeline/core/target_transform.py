@@ -1,10 +1,10 @@
-"""An affine change of the targets' space: what is stored of it, and how vectors go there and back.
+"""An affine map from the teacher's space to the space that the student is trained in, and back.
 
     trained space = (teacher's vector - mean) @ forward          what the student learns and `Encoder.encode` gives
     teacher's space = trained vector @ inverse + mean            `Encoder.encode(..., space="teacher")`
 
-`embed` fits it (`target_fitting.py`) on the targets of the training responses and writes `transform.safetensors` beside
-them; `train` copies the file into the encoder's folder. A diagonal map is stored as its diagonal.
+`embed` fits it (`embed/transform_fit.py`) on the training responses and writes `transform.safetensors` beside the
+targets; `train` copies the file into the encoder's folder. A diagonal map is stored as its diagonal.
 """
 
 import json
@@ -18,12 +18,12 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.core.artifacts import bytes_sha256, digest_of, write_bytes
-from pipeline.core.config import Params
+from pipeline.core.config import Params, check_unread_keys
 from pipeline.core.errors import TeacherError
 from pipeline.core.vectors import unit_rows
 
 TRANSFORM_FILE = "transform.safetensors"
-# Of rows that are mapped at once: float64 copies of more would take memory for nothing.
+# Rows mapped at once, in float64.
 BLOCK_ROWS = 4096
 
 Kind = Literal["none", "center", "standardize", "whiten", "remove-components"]
@@ -38,7 +38,7 @@ _READ_BY: dict[str, tuple[Kind, ...]] = {
 
 
 class TransformParams(Params):
-    """What is done to the teacher's vectors before the student learns them (`embed.transform`)."""
+    """The map of the teacher's vectors to targets (`embed.transform`)."""
 
     kind: Kind = "none"
     components: Annotated[int, Field(ge=1)] | None = Field(
@@ -53,9 +53,7 @@ class TransformParams(Params):
 
     @model_validator(mode="after")
     def _fits_kind(self) -> Self:
-        for key, kinds in _READ_BY.items():
-            if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"kind {self.kind} takes no {key}")
+        check_unread_keys(self, {key for key, kinds in _READ_BY.items() if self.kind not in kinds})
         if self.kind == "remove-components" and self.components is None:
             raise ValueError("kind remove-components needs components: how many of the leading ones go, e.g. 1")
         return self
@@ -63,7 +61,7 @@ class TransformParams(Params):
 
 @dataclass(frozen=True)
 class TargetTransform:
-    """The fitted map between the teacher's space (d dimensions) and the one that is trained in (e dimensions).
+    """The fitted map between the teacher's space (d dimensions) and the trained space (e dimensions).
 
     Attributes:
         kind: see `TransformParams`.
@@ -91,25 +89,22 @@ class TargetTransform:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What pins it: its kind, and the sha256 over its numbers."""
+        """Its kind, and the sha256 over its numbers."""
         hashes = [bytes_sha256(np.ascontiguousarray(value).data) for value in (self.mean, self.forward, self.inverse)]
         return {"kind": self.kind, "sha256": digest_of([self.unit_length, *hashes])}
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
-        """The teacher's vectors `[N, d]`, of any length, in the trained space: float32 `[N, e]`."""
+        """The teacher's vectors `[N, d]`, of any length, mapped to float32 `[N, e]`."""
         if self.unit_length:
             vectors = unit_rows(vectors)
         return self.map(vectors)
 
     def map(self, vectors: np.ndarray) -> np.ndarray:
-        """As a call, of vectors that have length 1 already where `unit_length` asks for it."""
+        """As a call, for vectors that have length 1 already if `unit_length`."""
         return _blockwise(vectors, self.width, lambda rows: _times(rows - self.mean, self._exact[0]))
 
     def invert(self, embeddings: np.ndarray) -> np.ndarray:
-        """Vectors of the trained space `[N, e]` in the teacher's: float32 `[N, d]`.
-
-        What the map has left out comes back as its mean over the training responses.
-        """
+        """Vectors `[N, e]` mapped back to float32 `[N, d]`; removed directions get their training mean."""
         return _blockwise(embeddings, self.teacher_width, lambda rows: _times(rows, self._exact[1]) + self.mean)
 
     @cached_property
@@ -118,7 +113,7 @@ class TargetTransform:
         return self.forward.astype(np.float64), self.inverse.astype(np.float64)
 
     def to_bytes(self) -> bytes:
-        """The content of `TRANSFORM_FILE`, the same bytes for the same map."""
+        """The content of `TRANSFORM_FILE`; equal maps give equal bytes."""
         from safetensors.numpy import save
 
         # One key: safetensors keeps several in no fixed order.
@@ -132,7 +127,7 @@ class TargetTransform:
 
 
 def load_transform(folder: Path) -> TargetTransform | None:
-    """The transform of a folder of targets or of an encoder; None where there is none.
+    """The transform in a folder of targets or of an encoder; None without one.
 
     Raises:
         TeacherError: its file is damaged.

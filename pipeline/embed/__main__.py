@@ -1,6 +1,6 @@
 """embed: data/responses -> data/targets, the teacher's embeddings of the responses
 
-`embed.transform` is fitted on those of the training queries in data/queries.
+`embed.transform` is fitted on the responses to training queries (data/queries).
 
 python -m pipeline.embed [--params params.yaml]
 """
@@ -16,13 +16,13 @@ import typer
 
 from pipeline.backbone.loading import BackboneParams
 from pipeline.core import artifacts
-from pipeline.core import schemas as contracts
 from pipeline.core.artifacts import Artifact
 from pipeline.core.config import PARAMS_FILE, Params, load
-from pipeline.core.errors import TeacherError
-from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TEACHER_DIR, TRAIN_TABLE, TRAINED_KIND
+from pipeline.core.errors import TeacherError, section
+from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TEACHER_DIR, TRAIN_TABLE
 from pipeline.core.row_store import ShardStore, locked
 from pipeline.core.run import RunRecord, progress, record, setup_logging, user_errors, work_dir
+from pipeline.core.schemas import check_table, targets_schema
 from pipeline.core.vectors import Anisotropy
 from pipeline.embed.params import EmbedParams
 from pipeline.embed.statistics import TargetStatistics
@@ -31,13 +31,14 @@ from pipeline.embed.targets import (
     COLUMNS,
     Embedder,
     Finish,
-    Responses,
+    UsableResponses,
     fingerprint,
     rows_per_part,
     store_schema,
     target_params,
 )
 from pipeline.embed.teachers.pool import ParallelTeacher, open_teacher
+from pipeline.embed.teachers.registry import TEACHERS
 from pipeline.embed.transform_fit import Fitted, fit_transform
 
 log = logging.getLogger(__name__)
@@ -65,15 +66,16 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
     read = {"responses": artifacts.open_artifact(RESPONSES_DIR, "responses")}
     if inputs.embed.transform.kind != "none":
         read["queries"] = artifacts.open_artifact(QUERIES_DIR, "queries")
-    if inputs.embed.teacher.kind == TRAINED_KIND:
+    if TEACHERS[inputs.embed.teacher.kind].trained_here:
         read["teacher"] = artifacts.open_artifact(TEACHER_DIR, "teacher")
-    responses = Responses(lambda: read["responses"].batches([*COLUMNS], BATCH_ROWS))
-    check_any(responses, read["responses"])
+    responses = UsableResponses(lambda: read["responses"].batches([*COLUMNS], BATCH_ROWS))
+    if next(iter(responses), None) is None:
+        raise TeacherError(f"{RESPONSES_DIR} holds no usable response to embed: {dict(responses.skipped)}")
     with locked(work_dir("embed")):  # before minutes are spent on loading a teacher
         _embed(inputs, responses, read, facts)
 
 
-def _embed(inputs: Inputs, responses: Responses, read: Mapping[str, Artifact], facts: RunRecord) -> None:
+def _embed(inputs: Inputs, responses: UsableResponses, read: Mapping[str, Artifact], facts: RunRecord) -> None:
     params = inputs.embed
     started = monotonic()
     with open_teacher(params.teacher, inputs.backbone, params.data_parallel) as teacher:
@@ -100,8 +102,8 @@ def _embed(inputs: Inputs, responses: Responses, read: Mapping[str, Artifact], f
     )
 
 
-def _fit(embedder: Embedder, responses: Responses, queries: Artifact, params: EmbedParams) -> Fitted:
-    """`embed.transform` on the kept vectors of the training queries' responses; what it does to their anisotropy."""
+def _fit(embedder: Embedder, responses: UsableResponses, queries: Artifact, params: EmbedParams) -> Fitted:
+    """Fit `embed.transform` on the stored vectors of responses to training queries."""
     trained_on = set(queries.read(TRAIN_TABLE, columns=["id"])["id"].to_pylist())
     raw = Finish(params.normalize, params.dtype)
     before = Anisotropy()
@@ -120,32 +122,26 @@ def _fit(embedder: Embedder, responses: Responses, queries: Artifact, params: Em
     return fitted
 
 
-def check_any(responses: Responses, artifact: Artifact) -> None:
-    """Raises TeacherError if not one response has an answer."""
-    if next(iter(responses), None) is None:
-        raise TeacherError(f"{artifact.path} holds no usable response to embed: {dict(responses.skipped)}")
-
-
 def _write(
-    embedder: Embedder, responses: Responses, finish: Finish, params: EmbedParams, inputs_read: Iterable[Artifact]
+    embedder: Embedder, responses: UsableResponses, finish: Finish, params: EmbedParams, inputs_read: Iterable[Artifact]
 ) -> TargetStatistics:
     transform = finish.transform
     width = embedder.teacher.width if transform is None else transform.width
-    statistics, schema = TargetStatistics(), contracts.targets_schema(width, params.dtype)
+    statistics, schema = TargetStatistics(), targets_schema(width, params.dtype)
     rows = rows_per_part(max(width, embedder.teacher.width), params.dtype)
-    parts = statistics.through(map(finish, embedder.tables(responses, rows)))
+    tables = statistics.through(map(finish, embedder.tables(responses, rows)))
     models = {"teacher": embedder.teacher.identity}
     with artifacts.create(
         TARGETS_DIR, kind="targets", params=target_params(params), models=models, inputs=inputs_read
     ) as out:
-        out.write_parts((_checked(table, schema) for table in parts), schema)
+        out.write_parts((_checked(table, schema) for table in tables), schema)
         if transform is not None:
             transform.save(out.path)
         out.counts = _counts(statistics, responses)
     return statistics
 
 
-def _counts(statistics: TargetStatistics, responses: Responses) -> dict[str, Any]:
+def _counts(statistics: TargetStatistics, responses: UsableResponses) -> dict[str, Any]:
     return {
         "embedded": statistics.rows,
         "truncated_responses": statistics.truncated,
@@ -154,7 +150,7 @@ def _counts(statistics: TargetStatistics, responses: Responses) -> dict[str, Any
 
 
 def _checked(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    contracts.check_table(table, schema, str(TARGETS_DIR))
+    check_table(table, schema, str(TARGETS_DIR))
     return table
 
 
@@ -165,7 +161,7 @@ app = typer.Typer(add_completion=False)
 def main(params: Annotated[Path, typer.Option(help="params file")] = PARAMS_FILE) -> None:
     """Let the teacher embed the responses."""
     setup_logging()
-    with user_errors(), record("embed") as facts:
+    with user_errors(), record("embed") as facts, section("embed"):
         run(load(params, Inputs), facts)
 
 

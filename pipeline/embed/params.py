@@ -1,19 +1,64 @@
 """Section `embed` of params.yaml."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from pipeline.core.config import Params
+from pipeline.backbone.loading import DType
+from pipeline.core.config import Params, check_unread_keys
 from pipeline.core.target_transform import TransformParams
-from pipeline.embed.teachers import TeacherParams
+from pipeline.embed.teachers.adapters import AdapterParams
+from pipeline.embed.teachers.registry import COMMON_KEYS, TEACHERS
+from pipeline.embed.teachers.template import SLOT, TEMPLATES, Pooling, template_of
 from pipeline.parallel.devices import Count
 
-if TYPE_CHECKING:
-    pass
-
-
 TargetType = Literal["float16", "float32"]
+
+
+def _known_kind(kind: str) -> str:
+    if kind not in TEACHERS:
+        raise ValueError(f"known are {', '.join(TEACHERS)}")
+    return kind
+
+
+class TeacherParams(Params):
+    """The embedding model whose vectors the student learns (`embed.teacher`)."""
+
+    kind: Annotated[str, AfterValidator(_known_kind)]
+    name: str | None = Field(default=None, description="hub name or local folder; of llm2vec null = the backbone")
+    revision: str | None = Field(default=None, description="commit on the hub; pin it")
+    adapters: list[AdapterParams] = Field(default_factory=list, description="of llm2vec, merged in order: MNTP, SimCSE")
+    max_tokens: int = Field(default=512, ge=1, description="longer texts lose their end")
+    dtype: DType = Field(default="float32", description="of the teacher's weights")
+    batch_size: int = Field(default=32, ge=1)
+    template: Annotated[str, BeforeValidator(template_of)] = Field(
+        default=SLOT, description="of llm2vec and backbone: pooled from its last {text} on; or text, echo, one-word"
+    )
+    pooling: Pooling = Field(default="mean", description="of llm2vec and backbone; mean-all: special tokens as well")
+    prompt: str = Field(default="", description="put before each text; only of kind sentence-transformers")
+    trust_remote_code: bool = False
+    options: dict[str, Any] = Field(default_factory=dict, description="of kind `hash`: width, delay")
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> Self:
+        kind, fields = TEACHERS[self.kind], type(self).model_fields
+        check_unread_keys(self, fields.keys() - {"kind", *COMMON_KEYS, *kind.reads})
+        for key in kind.needs:
+            if not getattr(self, key):
+                raise ValueError(f"kind {self.kind} needs {key} ({fields[key].description})")
+        if self.name is None and self.revision is not None:
+            raise ValueError("a revision needs a name")
+        if SLOT not in self.template:
+            raise ValueError(f"template {self.template!r} holds no {SLOT} and is none of {', '.join(TEMPLATES)}")
+        if self.template == TEMPLATES["one-word"] and self.pooling != "last":
+            raise ValueError("template one-word needs pooling last: no earlier token has read the question")
+        return self
+
+
+class TeacherSection(Params, extra="ignore"):
+    """Section `embed` of a stage that reads its teacher alone."""
+
+    teacher: TeacherParams
 
 
 class EmbedParams(Params):

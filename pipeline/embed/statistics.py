@@ -1,9 +1,10 @@
-"""What the targets are like, counted as they are written: lengths of vectors, tokens of texts."""
+"""Statistics of the targets, gathered while they are written: lengths of vectors, tokens of texts."""
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -13,13 +14,12 @@ from pipeline.core.vectors import Anisotropy, matrix
 
 @dataclass
 class TargetStatistics:
-    """Mean and standard deviation of the targets' lengths (their scale decides the balance of the losses), and how
-    long their texts were.
+    """Mean and standard deviation of the targets' lengths, whose scale decides the balance of the losses.
 
     Attributes:
         rows: targets so far.
-        truncated: those whose text lost its end.
-        tokens: that the teacher read of each text.
+        truncated: targets whose text lost its end.
+        tokens: tokens that the teacher read of each text.
         anisotropy: of the targets.
     """
 
@@ -31,7 +31,7 @@ class TargetStatistics:
     _squares: float = field(default=0.0, repr=False)
 
     def through(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """The tables (schema `targets.store_schema`) as `contracts.targets_schema`, counted."""
+        """Count the tables (schema `targets.store_schema`) and pass on their columns of `schemas.targets_schema`."""
         for table in tables:
             if table.num_rows:
                 self._add(table)
@@ -44,8 +44,6 @@ class TargetStatistics:
         return {"norm_mean": round(mean, 6), "norm_std": round(math.sqrt(max(variance, 0.0)), 6)}
 
     def _add(self, table: pa.Table) -> None:
-        import numpy as np
-
         vectors = matrix(table.column("embedding"))
         squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
         self.rows += len(squares)

@@ -1,7 +1,7 @@
-"""Let the teacher embed every usable response into a resumable store.
+"""The teacher embeds every usable response into a resumable store; targets are made of the stored vectors.
 
-The store is keyed by the query and its response's text together: a query that was answered anew is embedded anew, one
-that was not is not. Keys begin as the ids do, so that the targets of neighbouring ids lie side by side.
+The store is keyed by query and response text together: only a response that changed is embedded again. Keys begin as
+the ids do, so targets of neighbouring ids lie side by side.
 """
 
 import logging
@@ -33,32 +33,32 @@ log = logging.getLogger(__name__)
 
 VERSION = 3
 ID_BYTES = 72
-# Batches handed to the teacher at once: it sorts them by length, and what is in hand is lost when killed.
+# Batches that the teacher gets at once: it sorts them by length, and a kill loses them.
 CHUNK_BATCHES = 16
 COLUMNS = ("id", "response", "finish_reason")
-MOST_ROWS = 2**18  # of a part: narrow targets would fill it with millions of ids
+MOST_ROWS = 2**18  # of a part; `PART_BYTES` alone would allow millions of narrow targets
 NAMED_IDS = 5
 FLOAT16_MAX = 65504.0
 
 
 def fingerprint(teacher: Teacher) -> dict[str, Any]:
-    """What decides the bytes of a kept vector besides its text."""
+    """What decides a stored vector besides its text."""
     return {"version": VERSION, "teacher": teacher.identity}
 
 
 def target_params(params: EmbedParams) -> dict[str, Any]:
-    """What decides how targets are made of kept vectors, for the manifest."""
+    """What decides how targets are made of stored vectors, for the manifest."""
     return {"version": VERSION, **params.model_dump(include={"normalize", "transform", "dtype"})}
 
 
 def store_schema(width: int, dtype: TargetType = "float32") -> pa.Schema:
-    """A table of vectors and what is counted of them, which a resumed run must know too."""
+    """Vectors with the token counts that a resumed run needs."""
     counted = [pa.field("tokens", pa.int32(), nullable=False), pa.field("truncated", pa.bool_(), nullable=False)]
     return pa.schema([*targets_schema(width, dtype), *counted])
 
 
 def rows_per_part(width: int, dtype: TargetType) -> int:
-    """Rows that keep a part of the targets below `PART_BYTES`."""
+    """Rows of a part of the targets, to stay below `PART_BYTES`."""
     return min(MOST_ROWS, max(1, PART_BYTES // (width * TARGET_TYPES[dtype].bit_width // 8 + ID_BYTES)))
 
 
@@ -68,18 +68,17 @@ def store_key(row_id: str, text: str) -> str:
 
 
 class Row(NamedTuple):
-    """A usable response, and where its target is in the store."""
+    """A usable response and its key in the store."""
 
     id: str
     key: str
     text: str
 
 
-class Responses:
-    """The usable responses of an artifact, read anew and one batch at a time by each iteration.
+class UsableResponses:
+    """The responses that did not fail and are not blank; each iteration reads them again, one batch at a time.
 
-    Usable is an answer that did not fail and is not blank. `skipped` counts the others of the iteration that came
-    last, by reason.
+    `skipped` counts the others of the last iteration, by reason.
     """
 
     def __init__(self, batches: Callable[[], Iterable[pa.Table]]) -> None:
@@ -104,9 +103,9 @@ class Embedder:
     """The work of one run.
 
     Attributes:
-        store: holds the vectors of finished responses by `store_key` (schema `store_schema`).
+        store: vectors of finished responses by `store_key` (schema `store_schema`).
         teacher: embeds.
-        chunk_rows: texts handed to the teacher at once.
+        chunk_rows: texts that the teacher gets at once.
     """
 
     store: ShardStore
@@ -142,7 +141,7 @@ class Embedder:
         self.gpu_memory_mib = gpu_memory_mib()
 
     def tables(self, responses: Iterable[Row], rows_per_table: int) -> Iterator[pa.Table]:
-        """Kept vectors of the responses in their order (schema `store_schema`), `rows_per_table` rows a table."""
+        """Stored vectors of the responses in their order (schema `store_schema`), `rows_per_table` rows a table."""
         pairs = ((row.id, row.key) for row in responses)
         while chunk := list(islice(pairs, rows_per_table)):
             rows = self.store.take([key for _, key in chunk])
@@ -150,7 +149,7 @@ class Embedder:
             yield rows.set_column(0, self.store.schema.field("id"), ids)
 
     def summary(self) -> dict[str, Any]:
-        """What the run did; volatile, so it goes to results/."""
+        """Counts and times of the run, for results/."""
         seconds = self.seconds or float("inf")
         return {
             "reused_rows": self.rows - self.computed_rows,
@@ -182,12 +181,12 @@ class Embedder:
 
 @dataclass(frozen=True)
 class Finish:
-    """From kept vectors to targets.
+    """From stored vectors to targets.
 
     Attributes:
         normalize: scale vectors to length 1 first.
         dtype: of the targets.
-        transform: mapped by it then; None for as they are.
+        transform: applied next; None applies none.
     """
 
     normalize: bool
@@ -195,19 +194,19 @@ class Finish:
     transform: TargetTransform | None = None
 
     def vectors(self, table: pa.Table) -> "np.ndarray[Any, Any]":
-        """What the transform is fitted on: vectors float32 [N, d] of a table of `store_schema`.
+        """What the transform is fitted on: float32 `[N, d]` of a table of `store_schema`.
 
         Raises:
-            TeacherError: a vector that is to have length 1 has none.
+            TeacherError: a zero vector cannot be normalised.
         """
         vectors = matrix(table.column("embedding"))
         return unit_length(table.column("id").to_pylist(), vectors) if self.normalize else vectors
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """A table of `store_schema` with targets in the place of kept vectors.
+        """A table of `store_schema` with targets in place of stored vectors.
 
         Raises:
-            TeacherError: a vector that is to have length 1 has none, or a value does not fit into `dtype`.
+            TeacherError: a zero vector cannot be normalised, or a value does not fit into `dtype`.
         """
         vectors = self.vectors(table)
         if self.transform is not None:
@@ -219,7 +218,7 @@ class Finish:
 
 
 def check_vectors(ids: Sequence[str], vectors: "np.ndarray[Any, Any]", width: int) -> None:
-    """Raises TeacherError unless `vectors` is [len(ids), width] and finite."""
+    """Raises TeacherError unless `vectors` is `[len(ids), width]` and finite."""
     import numpy as np
 
     if vectors.shape != (len(ids), width):
@@ -228,29 +227,30 @@ def check_vectors(ids: Sequence[str], vectors: "np.ndarray[Any, Any]", width: in
         )
     if not np.isfinite(vectors).all():
         bad = _name(ids, ~np.isfinite(vectors).all(axis=1))
-        raise TeacherError(f"the teacher gave NaN or infinite values for {bad}: try embed.teacher.dtype float32")
+        raise TeacherError(f"the teacher gave NaN or infinite values for {bad}: try float32", argument="teacher.dtype")
 
 
 def unit_length(ids: Sequence[str], vectors: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-    """Vectors [N, d] over their lengths. Raises TeacherError if one has none."""
+    """Vectors `[N, d]` over their lengths. Raises TeacherError if one is zero."""
     import numpy as np
 
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not lengths.all():
-        raise TeacherError(f"embed.normalize: the teacher gave a vector of zeros for {_name(ids, lengths[:, 0] == 0)}")
+        zero = _name(ids, lengths[:, 0] == 0)
+        raise TeacherError(f"the teacher gave a vector of zeros for {zero}", argument="normalize")
     return vectors / lengths
 
 
 def cast(ids: Sequence[str], vectors: "np.ndarray[Any, Any]", dtype: TargetType) -> "np.ndarray[Any, Any]":
-    """Vectors [N, d] in `dtype`. Raises TeacherError if a value does not fit into it."""
+    """Vectors `[N, d]` in `dtype`. Raises TeacherError if a value is too large."""
     import numpy as np
 
     largest = float(np.abs(vectors).max(initial=0.0))
     if dtype == "float16" and largest > FLOAT16_MAX:
         bad = _name(ids, np.abs(vectors).max(axis=1) > FLOAT16_MAX)
         raise TeacherError(
-            f"embed.dtype: float16 holds up to {FLOAT16_MAX:.0f}, the largest value is {largest:.6g} for {bad}: "
-            "set embed.dtype: float32"
+            f"float16 holds up to {FLOAT16_MAX:.0f}, the largest value is {largest:.6g} for {bad}: set float32",
+            argument="dtype",
         )
     return vectors.astype(dtype)
 

@@ -1,17 +1,16 @@
-"""Fit `embed.transform` on targets that stream by, in memory that depends on their width and never on their number.
+"""Fit a target transform on blocks of vectors, in memory that grows with their width and not with their number.
 
-Everything is float64. Second moments are taken around the mean of the first block, so that a mean that is large beside
-the spread, as hidden states have it, costs no digits. The fit depends on the rows and their order alone: the stage
-gives them sorted by id.
+Everything is float64. Second moments are taken around the mean of the first block: hidden states have a mean that is
+large against their spread, which would cost digits. The fit depends on the rows and their order alone; the stage sorts
+them by id.
 
 Kinds (mu and C: mean and covariance of the training targets, C = V diag(lambda) V', variances descending):
 
 - center: x - mu
 - standardize: each dimension of x - mu over its standard deviation
-- whiten: V' (x - mu) over the square roots of the variances: dimension i of the result is principal component i. With
-  `components` the leading ones are kept, and targets have as many dimensions. The covariance is shrunk first,
-  C' = (1 - s) C + s tr(C)/d I, by default with the intensity of Ledoit and Wolf (2004), which is near 0 where there are
-  many more rows than dimensions and lets fewer rows than dimensions work.
+- whiten: V' (x - mu) over the square roots of the variances: dimension i is principal component i; `components` keeps
+  the leading ones. The covariance is shrunk first, C' = (1 - s) C + s tr(C)/d I, by default with the intensity of
+  Ledoit and Wolf (2004): near 0 with many more rows than dimensions, and defined with fewer rows than dimensions.
 - remove-components: x - mu without its part along the leading components (Mu and Viswanath 2018)
 """
 
@@ -22,29 +21,28 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core.errors import TeacherError
+from pipeline.core.errors import TeacherError, nested_in
 from pipeline.core.target_transform import TargetTransform, TransformParams
 
 log = logging.getLogger(__name__)
 
 LEAST_ROWS = 2
-# Of the mean's squared length: what rounding leaves of the variance of equal rows.
+# Variance of equal rows after rounding, as a share of the mean's squared length.
 EQUAL = 1e-28
-# Share of the variance from which removing it takes most of what tells targets apart.
+# Share of the variance that may be removed without a warning.
 MOST_REMOVED = 0.9
 
 
 class TargetMoments:
-    """Running sums over vectors `[N, d]` that say mean, covariance, and how sure the covariance is."""
+    """Running sums over vectors `[N, d]` for their mean, covariance and shrinkage."""
 
     def __init__(self) -> None:
-        """No row yet."""
         self.rows = 0
         self._origin = self._sum = self._scatter = self._weighted = np.empty(0)
         self._fourth = 0.0
 
     def add(self, vectors: np.ndarray) -> None:
-        """Take in a block `[B, d]`."""
+        """Add a block `[B, d]`."""
         block = vectors.astype(np.float64)
         if not len(block):
             return
@@ -70,7 +68,7 @@ class TargetMoments:
         return self._scatter / self.rows - np.outer(self._offset, self._offset)
 
     def shrinkage(self, covariance: np.ndarray) -> float:
-        """The intensity of Ledoit and Wolf, 0 to 1, of the covariance `[d, d]` of these rows."""
+        """The intensity of Ledoit and Wolf, 0 to 1, for the covariance `[d, d]` of these rows."""
         width, level = len(covariance), np.trace(covariance) / len(covariance)
         squared = float(np.square(covariance).sum())
         away = squared - width * level**2
@@ -99,48 +97,49 @@ class TargetMoments:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A transform, and what is told of its fit (goes to results/)."""
+    """A transform, and the facts of its fit for results/."""
 
     transform: TargetTransform
     facts: dict[str, Any]
 
 
 def fit_transform(params: TransformParams, blocks: Iterable[np.ndarray], *, unit_length: bool) -> Fitted:
-    """The transform of the params, fitted on the vectors of the training responses.
+    """The transform of the params, fitted on vectors.
 
     Args:
-        params: of any kind but none.
+        params: section `embed.transform`, of any kind but none.
         blocks: vectors `[B, d]` in a fixed order, of length 1 already if `unit_length`.
         unit_length: see `TargetTransform`.
 
     Raises:
-        TeacherError: too few vectors, no two of which differ, or too few dimensions or directions for `components`.
+        TeacherError: too few vectors, or all are equal, or too few dimensions or directions for `components`.
     """
     moments = TargetMoments()
     for block in blocks:
         moments.add(block)
-    _check(params, moments)
     facts: dict[str, Any] = {"kind": params.kind, "fitted_rows": moments.rows}
-    forward, inverse = _maps(params, moments, facts)
+    with nested_in("transform"):
+        _check(params, moments)
+        forward, inverse = _maps(params, moments, facts)
     mean, forward, inverse = (value.astype(np.float32) for value in (moments.mean, forward, inverse))
     return Fitted(TargetTransform(params.kind, unit_length, mean, forward, inverse), facts)
 
 
 def _check(params: TransformParams, moments: TargetMoments) -> None:
-    where = f"embed.transform {params.kind}"
     if moments.rows < LEAST_ROWS:
-        raise TeacherError(f"{where} is fitted on training responses, at least {LEAST_ROWS}: there are {moments.rows}")
+        message = f"{params.kind} is fitted on training responses, at least {LEAST_ROWS}: there are {moments.rows}"
+        raise TeacherError(message, argument="kind")
     width = len(moments.mean)
     most = width - 1 if params.kind == "remove-components" else width
     if params.components is not None and params.components > most:
-        raise TeacherError(f"embed.transform.components ({params.components}): at most {most} of {width} dimensions")
+        raise TeacherError(f"{params.components}: at most {most} of {width} dimensions", argument="components")
 
 
 def _maps(params: TransformParams, moments: TargetMoments, facts: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Forward and inverse."""
     covariance = moments.covariance()
     if not np.trace(covariance) > EQUAL * float(np.square(moments.mean).sum()):
-        raise TeacherError(f"embed.transform {params.kind}: the teacher embeds all training responses alike")
+        raise TeacherError(f"{params.kind}: the teacher embeds all training responses alike", argument="kind")
     if params.kind == "center":
         return np.ones(len(moments.mean)), np.ones(len(moments.mean))
     if params.kind == "standardize":
@@ -155,26 +154,26 @@ def _maps(params: TransformParams, moments: TargetMoments, facts: dict[str, Any]
     share = facts["removed_variance"] = _part(variances, params.components)
     if share > MOST_REMOVED:
         log.warning(
-            "embed.transform.components (%s): they hold %.1f %% of the variance of the targets, which will differ in "
-            "the rest alone: fewer may serve better",
+            "components (%s) removes %.1f %% of the variance of the targets: fewer may be better",
             *(params.components, 100 * share),
         )
     return np.eye(len(removed)) - removed @ removed.T, np.ones(len(removed))
 
 
 def _check_rank(params: TransformParams, rows: int, variances: np.ndarray) -> None:
-    """Raises TeacherError if nothing would remain: rows span at most as many directions as they are, less one."""
+    """Raises TeacherError if nothing would remain: N rows span at most N - 1 directions."""
     alive = variances > variances[0] * len(variances) * np.finfo(np.float64).eps
     rank = min(int(alive.sum()), rows - 1)
     if params.components is not None and params.components >= rank:
         raise TeacherError(
-            f"embed.transform.components ({params.components}): the {rows} training responses differ in {rank} "
-            f"directions, without which all targets are alike: at most {rank - 1}, or more responses"
+            f"{params.components}: the {rows} training responses differ in {rank} directions, without which all "
+            f"targets are equal: at most {rank - 1}, or more responses",
+            argument="components",
         )
 
 
 def principal_components(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Variances `[d]`, the largest first, and their directions, the columns of `[d, d]`."""
+    """Variances `[d]`, largest first, and their directions, the columns of `[d, d]`."""
     variances, directions = (values[..., ::-1] for values in np.linalg.eigh(covariance))
     # The sign of an eigenvector is arbitrary: the largest entry is made positive.
     signs = np.sign(directions[np.abs(directions).argmax(0), np.arange(len(directions))])
@@ -189,29 +188,28 @@ def _shrinkage(params: TransformParams, moments: TargetMoments, covariance: np.n
     if params.shrinkage != "auto":
         return params.shrinkage
     share = moments.shrinkage(covariance)
-    why = f"Ledoit and Wolf's for {moments.rows} responses in {len(covariance)} dimensions"
-    log.info("embed.transform.shrinkage: %.4g (%s)", share, why)
+    rows, width = moments.rows, len(covariance)
+    log.info("shrinkage: %.4g (Ledoit and Wolf's for %d responses in %d dimensions)", share, rows, width)
     return share
 
 
 def _whitening(
     params: TransformParams, share: float, variances: np.ndarray, directions: np.ndarray, facts: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    kept = params.components or len(variances)
-    facts["kept_variance"] = _part(variances, kept)
+    count = params.components or len(variances)
+    facts["kept_variance"] = _part(variances, count)
     shrunk = (1 - share) * variances + share * variances.mean()
-    forward, inverse = _inverse_roots(shrunk[:kept], params.epsilon, facts)
-    return directions[:, :kept] * forward, (directions[:, :kept] * inverse).T
+    forward, inverse = _inverse_roots(shrunk[:count], params.epsilon, facts)
+    return directions[:, :count] * forward, (directions[:, :count] * inverse).T
 
 
 def _inverse_roots(variances: np.ndarray, epsilon: float, facts: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """1 over the standard deviations, and the standard deviations; both 0 where there is next to no variance."""
+    """1 over the standard deviations, and the standard deviations; both 0 where the variance is below `epsilon`."""
     alive = variances > epsilon * variances.max()
     facts["left_out"] = int((~alive).sum())
     if facts["left_out"]:
         log.warning(
-            "embed.transform: %d of %d directions have less than embed.transform.epsilon (%g) of the largest variance "
-            "and are left at 0",
+            "%d of %d directions have less than epsilon (%g) of the largest variance and are left at 0",
             *(facts["left_out"], len(variances), epsilon),
         )
     roots = np.sqrt(variances) * alive

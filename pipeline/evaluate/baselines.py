@@ -16,9 +16,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.backbone.device import best_device
-from pipeline.backbone.loading import DType
+from pipeline.backbone.loading import DType, identify
 from pipeline.backbone.prompting import join_instruction
-from pipeline.embed.teachers.template import SLOT, TEMPLATES
+from pipeline.embed.teachers.template import SLOT, TEMPLATES, TemplateTokenizer
 from pipeline.evaluate.system import BARE, BareSystem
 from pipeline.parallel.devices import Place
 from pipeline.tasks.instructions import Side
@@ -74,7 +74,8 @@ def _load_pooling_teacher(name: PooledName, load: "Callable[[], Encoder]", batch
 
 
 def _pooling_teacher(name: PooledName, encoder: "Encoder", batch_size: int) -> "Teacher":
-    from pipeline.embed.teachers.backbone import VERSION, BackboneTeacher
+    from pipeline.embed.teachers.backbone import VERSION
+    from pipeline.embed.teachers.pooling import PooledTeacher
 
     template, max_tokens = (ECHO_TEMPLATE, _echo_tokens(encoder)) if name == "echo" else (SLOT, encoder.max_tokens)
     identity: dict[str, Any] = {
@@ -85,14 +86,8 @@ def _pooling_teacher(name: PooledName, encoder: "Encoder", batch_size: int) -> "
     }
     if template != SLOT:
         identity["template"] = template
-    return BackboneTeacher(
-        encoder.model,
-        encoder.tokenizer,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        identity=identity,
-        template=template,
-    )
+    tokenizer = TemplateTokenizer(encoder.tokenizer, max_tokens=max_tokens, template=template)
+    return PooledTeacher(encoder.model.get_decoder(), tokenizer, batch_size=batch_size, identity=identity)
 
 
 def _echo_tokens(encoder: "Encoder") -> int:
@@ -178,19 +173,20 @@ class ModelSystem:
             trust_remote_code: run code that the model ships.
 
         Raises:
+            BackboneError: it is a folder that does not exist.
             TeacherError: it cannot be loaded.
         """
-        from pipeline.embed.teachers.sentence_transformers import identify_model, limit_tokens, load_model
+        from pipeline.embed.teachers.sentence_transformers import limit_tokens, load_model
 
-        device, where = best_device(), f"evaluate.models.{key}"
+        device = best_device()
         log.info("%s: device %s (the best present), %s", key, device, dtype)
         self.name, self._batch_size = key, batch_size
-        self._model = load_model(name, revision, dtype, device, trust_remote_code, where)
-        limit = limit_tokens(self._model, name, max_tokens, where)
+        self._model = load_model(name, revision, dtype, device, trust_remote_code)
+        limit = limit_tokens(self._model, name, max_tokens)
         given: dict[Side, str | None] = {"query": query_prompt, "document": document_prompt}
         self._prompts = {side: own_prompt(self._model, side) if it is None else it for side, it in given.items()}
         self.identity = {
-            **identify_model(name, revision, where),
+            **identify(name, revision),
             "kind": "sentence-transformers",
             "version": MODEL_VERSION,
             "max_tokens": limit,

@@ -13,16 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ConfigDict
-
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import BackboneParams, DType
 from pipeline.core.artifacts import Artifact, open_artifact
 from pipeline.core.config import Params
-from pipeline.core.errors import EvaluationError
+from pipeline.core.errors import EvaluationError, nested_in, section
 from pipeline.core.paths import ENCODER_DIR
 from pipeline.core.run import work_dir
-from pipeline.embed.teachers import TeacherParams
+from pipeline.embed.params import TeacherSection
 from pipeline.embed.teachers.base import Teacher
 from pipeline.embed.teachers.pool import open_teacher
 from pipeline.embed.teachers.transformed import in_trained_space
@@ -205,14 +203,6 @@ log = logging.getLogger(__name__)
 DATA_PARALLEL = "evaluate.data_parallel"
 
 
-class TeacherSection(Params):
-    """The section `embed`, of which only the teacher counts here."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    teacher: TeacherParams
-
-
 class TeacherInputs(Params):
     """The sections behind the teacher alone."""
 
@@ -252,8 +242,9 @@ def make_systems(inputs: SystemInputs) -> Systems:
 @contextmanager
 def _open_teacher(inputs: SystemInputs) -> Iterator[Teacher]:
     """The teacher in the space that the student was trained in."""
-    workers = inputs.evaluate.data_parallel
-    with open_teacher(inputs.embed.teacher, inputs.backbone, workers, knob=DATA_PARALLEL) as teacher:
+    with section("evaluate"):
+        opened = open_teacher(inputs.embed.teacher, inputs.backbone, inputs.evaluate.data_parallel)
+    with opened as teacher:
         yield in_trained_space(teacher, ENCODER_DIR)
 
 
@@ -283,7 +274,11 @@ def _keeps_engine(params: AnswersParams, engine: str, device: str) -> bool:
 
 
 def _loader(key: str, model: ModelParams) -> Callable[[], System]:
-    return partial(ModelSystem, key, **model.model_dump())
+    def load() -> System:
+        with section("evaluate"), nested_in(f"models.{key}"):
+            return ModelSystem(key, **model.model_dump())
+
+    return load
 
 
 def own_instructions(inputs: SystemInputs) -> Path | None:

@@ -14,7 +14,8 @@ from pipeline.audit import audit
 from pipeline.audit.findings import Finding, Verified
 from pipeline.core.artifacts import read_manifest
 from pipeline.core.errors import ArtifactError
-from pipeline.core.paths import ROWS_TABLE, TARGETS_DIR, TEACHER_DIR, TRAINED_KIND
+from pipeline.core.paths import ROWS_TABLE, TARGETS_DIR, TEACHER_DIR
+from pipeline.embed.teachers.registry import TEACHERS, TRAINED
 from pipeline.evaluate.comparison import Comparison, Row
 from pipeline.evaluate.registry import system_order
 
@@ -204,15 +205,6 @@ def _spread(row: Row, at: Sequence[int]) -> Spread | None:
 
 # The teacher on the page: which it is, what that means, and how good one that was trained here was found to be.
 
-_MEANING = {
-    "llm2vec": "a published LLM2Vec, trained without labels: the paper's own teacher where the backbone is the paper's",
-    TRAINED_KIND: "trained here from unlabeled text: the paper's figures are for another teacher",
-    "backbone": "the backbone itself, not trained for embedding: the run needs no other model",
-    "sentence-transformers": "a published embedder, which may have been trained on labelled pairs: to beat it is not "
-    "the paper's claim",
-    "hash": "a stub that knows nothing",
-}
-
 
 @dataclass(frozen=True)
 class TeacherFacts:
@@ -243,9 +235,9 @@ def teacher_facts(root: Path, trained: Mapping[str, Any] | None) -> TeacherFacts
     if not isinstance(identity, dict):
         return None
     kind = _kind(identity)
-    record = (trained or {}) if kind == TRAINED_KIND else {}
+    record = (trained or {}) if kind == TRAINED else {}
     transform = manifest.params.get("transform") or {"kind": "none"}
-    meaning = _MEANING.get(kind, "") + _text_of(record)
+    meaning = (TEACHERS[kind].meaning if kind in TEACHERS else "") + _text_of(record)
     return TeacherFacts(kind, meaning, transform["kind"], _scores(record), record.get("worse_than_mean_pooling"))
 
 
@@ -268,7 +260,7 @@ def _text_of(record: Mapping[str, Any]) -> str:
 def _kind(identity: Mapping[str, Any]) -> str:
     adapters = [str(adapter.get("name", "")) for adapter in identity.get("adapters", ())]
     own = bool(adapters) and all(name.startswith(f"{TEACHER_DIR.as_posix()}/") for name in adapters)
-    return TRAINED_KIND if own else str(identity.get("kind", ""))
+    return TRAINED if own else str(identity.get("kind", ""))
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -1,7 +1,6 @@
-"""Unlabeled text for the teacher: distinct texts in an order of their own, read as the teacher reads them.
+"""Unlabeled text for the teacher: distinct texts ordered by a hash, tokenised as the teacher does.
 
-The order is that of a hash of the text: it depends on no file order, and a corpus that is larger than what the steps
-read gives an unbiased part of itself.
+The hash order depends on no file order, and a corpus that is larger than the steps need gives an unbiased sample.
 """
 
 import logging
@@ -14,24 +13,23 @@ from pipeline.core.errors import TeacherError
 from pipeline.core.paths import TRAIN_TABLE
 from pipeline.core.readers import HubSource, LocalSource, read_texts
 from pipeline.core.run import progress
-from pipeline.embed.teachers.template import Reader, Tokens
+from pipeline.embed.teachers.template import TemplateTokenizer, Tokens
 from pipeline.teach.params import Corpus
 
 log = logging.getLogger(__name__)
 
 BATCH_ROWS = 4096
-# Texts tokenised at once.
-CHUNK = 1024
+CHUNK = 1024  # texts tokenised at once
 
 
 @dataclass(frozen=True)
-class Read:
+class TokenizedCorpus:
     """Distinct rows of tokens.
 
     Attributes:
         rows: in the order of the texts.
-        short: texts that are left out because they have too few tokens.
-        repeated: texts that are left out because another one reads the same, up to the limit of tokens.
+        short: texts left out because they have too few tokens.
+        repeated: texts left out because they have the tokens of another one, up to the limit.
     """
 
     rows: list[Tokens]
@@ -47,7 +45,7 @@ class Read:
 def corpus_texts(
     corpus: Corpus, queries: Artifact, responses: Artifact, sources: Sequence[LocalSource | HubSource], local_dir: Path
 ) -> Iterator[str]:
-    """The texts that the params name; of this run's, those of training queries only.
+    """The texts of the corpus; of this run's queries and responses only the training split.
 
     Raises:
         ArtifactError: a table is damaged.
@@ -71,47 +69,54 @@ def _answers(queries: Artifact, responses: Artifact) -> Iterator[str]:
                 yield text
 
 
-def in_order(texts: Iterable[str]) -> list[str]:
-    """The distinct texts without the space around them and without empty ones, ordered by a hash of each."""
+def hash_ordered(texts: Iterable[str]) -> list[str]:
+    """The distinct texts, stripped and without empty ones, ordered by the hash of each."""
     distinct = {stripped for text in texts if (stripped := text.strip())}
     return sorted(distinct, key=lambda text: bytes_sha256(text.encode("utf-8", "surrogatepass")))
 
 
-def read_corpus(
-    texts: Sequence[str], reader: Reader, usable: Callable[[Tokens], bool], *, at_most: int, batch_size: int, phase: str
-) -> Read:
-    """Tokenise texts until there are as many distinct rows as the steps read.
+def tokenize_corpus(
+    texts: Sequence[str],
+    tokenizer: TemplateTokenizer,
+    usable: Callable[[Tokens], bool],
+    *,
+    most: int,
+    batch_size: int,
+    phase: str,
+) -> TokenizedCorpus:
+    """Tokenise texts until there are `most` distinct rows.
 
     Args:
-        texts: see `in_order`.
-        reader: of the teacher, with the limit of the phase.
-        usable: whether a row has tokens enough.
-        at_most: rows that are wanted.
-        batch_size: rows that are needed.
-        phase: whose params are named in messages.
+        texts: see `hash_ordered`.
+        tokenizer: as the teacher's, with the limit of the phase.
+        usable: whether a row has enough tokens.
+        most: rows that the steps take.
+        batch_size: rows of a step.
+        phase: for the log.
 
     Raises:
-        TeacherError: there are fewer usable rows than a batch holds.
+        TeacherError: there are fewer than `batch_size` usable rows.
     """
     rows: dict[tuple[int, ...], Tokens] = {}
     short = repeated = 0
     starts = progress(range(0, len(texts), CHUNK), total=-(-len(texts) // CHUNK), desc=f"{phase}: tokens", unit="chunk")
     for start in starts:
-        for row in reader(texts[start : start + CHUNK]):
+        for row in tokenizer(texts[start : start + CHUNK]):
             key = tuple(row.ids)
             if not usable(row):
                 short += 1
             elif key in rows:
                 repeated += 1
-            elif len(rows) < at_most:
+            elif len(rows) < most:
                 rows[key] = row
-        if len(rows) >= at_most:
+        if len(rows) >= most:
             break
     starts.close()
     if len(rows) < batch_size:
         raise TeacherError(
-            f"teach.corpus: {len(rows)} of its {len(texts)} texts are usable ({short} have too few tokens, {repeated} "
-            f"read like another), teach.{phase}.batch_size is {batch_size}: lower it or add text"
+            f"{batch_size} is more than the {len(rows)} usable texts of {len(texts)} ({short} have too few tokens, "
+            f"{repeated} have the tokens of another): lower it or add text",
+            argument="batch_size",
         )
-    log.info("%s: %d texts, %d too short, %d that read like another", phase, len(rows), short, repeated)
-    return Read(list(rows.values()), short, repeated)
+    log.info("%s: %d texts, %d too short, %d with the tokens of another", phase, len(rows), short, repeated)
+    return TokenizedCorpus(list(rows.values()), short, repeated)

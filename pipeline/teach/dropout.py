@@ -1,64 +1,61 @@
-"""Dropout in a model that otherwise runs in eval mode, drawn from seeds of its own.
+"""Dropout with seeds of its own, in a model that otherwise runs in eval mode.
 
-Language models of today have no dropout modules; their attention has a rate of 0 that counts in training mode. Older
+Today's language models have no dropout modules; their attention has a rate of 0 that counts in training mode. Older
 ones (GPT-2) have a dropout module inside attention, whose rate the attention reads when it is itself in training mode.
-So only the modules that drop are ever put into that mode, and what they draw is a function of the seed, whatever was
-drawn before.
+So only the modules that drop are put into training mode, and what they draw depends on the seed alone.
 """
 
 import contextlib
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
-log = logging.getLogger(__name__)
 
-
-class Noise:
-    """The dropout of one adapted model, off except within `drawing`."""
+class SeededDropout:
+    """The dropout of one adapted model, off except within `enabled`."""
 
     def __init__(self, body: Any, rate: float) -> None:
-        """Set the rates; that of the LoRA modules stays as it is.
+        """Set the rates of all modules but LoRA's, which keep theirs.
 
         Args:
             body: with its adapters, in eval mode.
-            rate: of attention weights; of dropout modules where the architecture drops none of these; 0 leaves only
-                LoRA's.
+            rate: of attention weights, or of dropout modules in an architecture whose attention drops nothing; 0
+                leaves only LoRA's dropout.
         """
         from torch.nn import Dropout
 
-        lora = {id(module) for module in _lora_dropouts(body)}
-        self._body = body
-        self._lora = [module for module in _lora_dropouts(body) if isinstance(module, Dropout) and module.p > 0]
+        lora = _lora_dropouts(body)
         found = {module: key for module in body.modules() if (key := _attention_key(module))} if rate else {}
+        inside = [getattr(module, key) for module, key in found.items()]
+        others = [module for module in body.modules() if isinstance(module, Dropout) and module not in lora]
+        self._body = body
+        self._lora = [module for module in lora if isinstance(module, Dropout) and module.p > 0]
         self._attention = list(found)
-        self._inner = [getattr(module, key) for module, key in found.items() if _is_dropout(getattr(module, key))]
-        others = [module for module in body.modules() if isinstance(module, Dropout) and id(module) not in lora]
+        self._in_attention = [module for module in inside if isinstance(module, Dropout)]
         self._modules = others if rate and not found else []
         for module, key in found.items():
-            if not _is_dropout(getattr(module, key)):
+            if not isinstance(getattr(module, key), Dropout):
                 setattr(module, key, rate)
-        for module in [*self._inner, *self._modules]:
+        for module in [*self._in_attention, *self._modules]:
             module.p = rate
         self.rate = rate
 
     @property
-    def architecture(self) -> bool:
-        """Whether anything but LoRA's inputs drops."""
+    def drops_in_backbone(self) -> bool:
+        """Whether anything but LoRA's inputs is dropped."""
         return bool(self._attention or self._modules)
 
     @property
     def active(self) -> dict[str, int]:
-        """How many modules drop, by kind; only kinds that there are."""
+        """Number of modules that drop, by kind; without kinds that have none."""
         counts = {"attention": len(self._attention), "modules": len(self._modules), "lora": len(self._lora)}
         return {kind: count for kind, count in counts.items() if count}
 
     @contextlib.contextmanager
-    def drawing(self, *seed: int) -> Iterator[None]:
-        """Dropout on, drawn from this seed; the state of the random generators is restored after."""
+    def enabled(self, *seed: int) -> Iterator[None]:
+        """Dropout on, drawn from this seed; afterwards off, with the random generators as before."""
         import numpy as np
         import torch
 
@@ -66,39 +63,30 @@ class Noise:
         state = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(int(state >> 1))
-            self._switch(on=True)
+            self._set_training(True)
             try:
                 yield
             finally:
-                self._switch(on=False)
+                self._set_training(False)
 
-    def _switch(self, *, on: bool) -> None:
-        modules: Sequence[nn.Module] = [*self._attention, *self._inner, *self._modules, *self._lora]
-        for module in modules:
-            module.training = on
+    def _set_training(self, training: bool) -> None:
+        for module in [*self._attention, *self._in_attention, *self._modules, *self._lora]:
+            module.training = training
 
 
-# The names that architectures have for the rate of attention weights, or for a module of that rate.
+# Attributes that hold the rate of attention weights, or a module of that rate.
 _ATTENTION_KEYS = ("attention_dropout", "attn_dropout", "attn_dropout_p")
 
 
 def _attention_key(module: Any) -> str | None:
-    """The attribute by which a module drops attention weights; None where it does not.
+    """The attribute by which a module drops attention weights; None if it drops none.
 
-    OPT's attention calls it `dropout`, which elsewhere may be anything's.
+    OPT's attention calls it `dropout`, which elsewhere may be another rate.
     """
-    keys = (*_ATTENTION_KEYS, "dropout") if type(module).__name__.endswith("Attention") else _ATTENTION_KEYS
-    return next((key for key in keys if _is_rate(getattr(module, key, None))), None)
-
-
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, int | float) or _is_dropout(value)
-
-
-def _is_dropout(value: Any) -> bool:
     from torch.nn import Dropout
 
-    return isinstance(value, Dropout)
+    keys = (*_ATTENTION_KEYS, "dropout") if type(module).__name__.endswith("Attention") else _ATTENTION_KEYS
+    return next((key for key in keys if isinstance(getattr(module, key, None), int | float | Dropout)), None)
 
 
 def _lora_dropouts(body: Any) -> "list[nn.Module]":

@@ -1,4 +1,4 @@
-"""The loop of one phase: steps, checkpoints, resume. What a step learns is the objective's business."""
+"""The loop of one phase: steps, checkpoints, resume. The objective computes the gradients."""
 
 import logging
 import math
@@ -10,30 +10,21 @@ from typing import Any, Protocol
 from pipeline.core.errors import TeacherError
 from pipeline.core.run import progress
 from pipeline.optim.batching import Batches
-from pipeline.optim.schedule import ScheduleKind, rate_factor, stop_requested
+from pipeline.optim.schedule import rate_factor, stop_requested
+from pipeline.teach.dropout import SeededDropout
+from pipeline.teach.params import PhaseParams, TeachParams
 
 log = logging.getLogger(__name__)
 
 
 class Objective(Protocol):
-    """What a phase trains for."""
+    """The loss of a phase, and the dropout it is computed under."""
+
+    dropout: SeededDropout
 
     def gradients(self, rows: Sequence[int], step: int) -> float:
-        """Add the gradients of one batch to what is trained; the same for the same step. Returns the loss."""
+        """Add the gradients of one batch to the trained parameters, the same for the same step; returns the loss."""
         ...
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How the steps are taken."""
-
-    steps: int
-    learning_rate: float
-    shape: ScheduleKind
-    warmup_steps: int
-    weight_decay: float
-    max_grad_norm: float
-    checkpoint_every: int
 
 
 @dataclass
@@ -42,11 +33,12 @@ class Loop:
 
     Attributes:
         name: of the phase, for messages.
-        objective: gives gradients.
+        objective: computes gradients.
         trained: parameters by name.
         batches: the rows of each step.
-        schedule: how many steps, and how large.
-        checkpoint: file of the resumable state, good for this phase with these params and texts alone.
+        params: section `teach`.
+        phase: its section of the phase.
+        checkpoint: file of the resumable state; its folder belongs to this phase with these params and texts.
         curve: the loss of each step.
     """
 
@@ -54,34 +46,36 @@ class Loop:
     objective: Objective
     trained: Mapping[str, Any]
     batches: Batches
-    schedule: Schedule
+    params: TeachParams
+    phase: PhaseParams
     checkpoint: Path
     curve: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         from torch.optim import AdamW
 
-        schedule = self.schedule
         self._optimizer = AdamW(
-            list(self.trained.values()), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
+            [{"params": list(self.trained.values()), "peak": self.phase.learning_rate}],
+            lr=self.phase.learning_rate,
+            weight_decay=self.params.weight_decay,
         )
 
     def run(self) -> None:
-        """Take the steps that are left; on Ctrl-C or SIGTERM finish the step, save, and raise KeyboardInterrupt.
+        """Take the remaining steps; on Ctrl-C or SIGTERM finish the step, save, and raise KeyboardInterrupt.
 
         Raises:
             TeacherError: a loss or a gradient is not finite.
             WorkError: the disk is full.
         """
         self._resume()
-        done, total = len(self.curve), self.schedule.steps
+        done, total = len(self.curve), self.phase.steps
         bar = progress(range(done, total), total=total, desc=f"teach {self.name}", unit="step", initial=done)
         with stop_requested() as stop:
             for step in bar:
                 self._step(step)
                 bar.set_postfix(loss=f"{self.curve[-1]:.4f}", refresh=False)
                 stopping = stop()
-                if stopping or step + 1 == total or (step + 1) % self.schedule.checkpoint_every == 0:
+                if stopping or step + 1 == total or (step + 1) % self.params.checkpoint_every == 0:
                     self._save()
                 if stopping:
                     raise KeyboardInterrupt
@@ -96,7 +90,7 @@ class Loop:
             return
         found.restore(self.trained, self._optimizer)
         self.curve = found.progress["curve"]
-        log.info("%s: resuming after step %d of %d", self.name, len(self.curve), self.schedule.steps)
+        log.info("%s: resuming after step %d of %d", self.name, len(self.curve), self.phase.steps)
 
     def _save(self) -> None:
         from pipeline.optim.checkpoint import save_checkpoint
@@ -106,16 +100,17 @@ class Loop:
     def _step(self, step: int) -> None:
         from torch.nn.utils import clip_grad_norm_
 
-        schedule = self.schedule
-        factor = rate_factor(step, schedule.warmup_steps, schedule.steps, schedule.shape)
-        for group in self._optimizer.param_groups:
-            group["lr"] = factor * schedule.learning_rate
+        from pipeline.optim.gradients import set_rate
+
+        params, phase = self.params, self.phase
+        set_rate(self._optimizer, rate_factor(step, params.warmup_steps, phase.steps, params.schedule))
         loss = self.objective.gradients(self.batches.at(step), step)
-        norm = float(clip_grad_norm_(self.trained.values(), schedule.max_grad_norm))
+        norm = float(clip_grad_norm_(self.trained.values(), params.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TeacherError(
-                f"teach.{self.name}: step {step + 1} is not finite (loss {loss:.4g}, gradient {norm:.4g}): lower "
-                f"teach.{self.name}.learning_rate ({schedule.learning_rate:g}), or set teach.dtype: float32"
+                f"step {step + 1} is not finite (loss {loss:.4g}, gradient {norm:.4g}): lower "
+                f"{phase.learning_rate:g}, or train in float32 (dtype is {params.dtype})",
+                argument="learning_rate",
             )
         self._optimizer.step()
         self._optimizer.zero_grad()

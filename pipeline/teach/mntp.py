@@ -1,7 +1,7 @@
-"""Masked next-token prediction: a masked token is predicted from the position before it, with attention both ways.
+"""Masked next-token prediction: a masked token is predicted from the position before it, with bidirectional attention.
 
-So the model keeps its own way of predicting, the next token, while it learns to use what comes after. Only the masked
-positions meet the output head: of a text of 512 tokens a fifth have logits, a few at a time.
+The model keeps predicting the next token while it learns to use later ones. Only masked positions get logits: a fifth
+of a text's tokens, a few at a time.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from pipeline.core.errors import TeacherError
 from pipeline.embed.teachers.pooling import hidden_states
 from pipeline.embed.teachers.template import Tokens
 from pipeline.optim.batching import parts
-from pipeline.teach.dropout import Noise
+from pipeline.teach.dropout import SeededDropout
 
 if TYPE_CHECKING:
     import torch
@@ -23,34 +23,37 @@ if TYPE_CHECKING:
 
 
 def mask_token_id(tokenizer: "PreTrainedTokenizerBase", mask_token: str) -> int:
-    """The id of the token that stands for what is hidden; the vocabulary stays as it is.
+    """The id of the mask token, an existing token of the vocabulary.
 
     Raises:
-        TeacherError: the tokenizer has no such token, or makes several of it.
+        TeacherError: the vocabulary lacks it, or the tokenizer splits it.
     """
     found = tokenizer.get_vocab().get(mask_token)
     ids = [found] if found is not None else tokenizer(mask_token, add_special_tokens=False)["input_ids"]
-    name = f"teach.mntp.mask_token: {mask_token!r} of the tokenizer of '{tokenizer.name_or_path}'"
-    if len(ids) != 1:
-        raise TeacherError(f"{name} is {len(ids)} tokens, must be one: choose another, e.g. '_'")
-    if ids[0] == tokenizer.unk_token_id and mask_token != tokenizer.unk_token:
-        raise TeacherError(f"{name} is an unknown token: choose one that its vocabulary has, e.g. '_'")
+    unknown = ids == [tokenizer.unk_token_id] and mask_token != tokenizer.unk_token
+    if len(ids) != 1 or unknown:
+        what = "an unknown token" if unknown else f"{len(ids)} tokens"
+        raise TeacherError(
+            f"{mask_token!r} is {what} of the tokenizer of '{tokenizer.name_or_path}', must be one: choose another, "
+            "e.g. '_'",
+            argument="mask_token",
+        )
     return int(ids[0])
 
 
 def maskable(row: Tokens) -> list[int]:
-    """Positions that may be masked: the text's own tokens, but not the first that is read, before which is nothing."""
+    """Positions that may be masked: the text's own tokens, but not the first, which nothing predicts."""
     return [at for at in range(1, len(row.ids)) if row.pooled[at]]
 
 
 @dataclass(frozen=True)
-class Masked:
-    """A row with tokens hidden.
+class MaskedRow:
+    """A row with masked tokens.
 
     Attributes:
-        ids: what is read.
-        positions: of the hidden tokens, rising.
-        labels: the hidden tokens.
+        ids: with the mask token.
+        positions: of the masked tokens, ascending.
+        labels: the original tokens there.
     """
 
     ids: list[int]
@@ -58,35 +61,36 @@ class Masked:
     labels: list[int]
 
 
-def mask(row: Tokens, fraction: float, mask_id: int, seed: Sequence[int]) -> Masked:
-    """Hide this share of the maskable tokens, at least one; which ones is a function of the seed."""
+def mask_row(row: Tokens, fraction: float, mask_id: int, seed: Sequence[int]) -> MaskedRow:
+    """Mask this fraction of the maskable tokens, at least one, drawn from the seed."""
     import numpy as np
 
     candidates = maskable(row)
     count = max(1, round(fraction * len(candidates)))
     chosen = sorted(np.random.default_rng(list(seed)).choice(candidates, count, replace=False).tolist())
-    hidden = set(chosen)
-    ids = [mask_id if at in hidden else token for at, token in enumerate(row.ids)]
-    return Masked(ids, chosen, [row.ids[at] for at in chosen])
+    ids = list(row.ids)
+    for at in chosen:
+        ids[at] = mask_id
+    return MaskedRow(ids, chosen, [row.ids[at] for at in chosen])
 
 
-def predicting(rows: Sequence[Masked]) -> list[int]:
-    """For each hidden token of left-padded rows, the flat position that predicts it: one before its own."""
+def predicting_positions(rows: Sequence[MaskedRow]) -> list[int]:
+    """For each masked token of left-padded rows, the flat position that predicts it: one before its own."""
     width = max(len(row.ids) for row in rows)
     return [index * width + (width - len(row.ids)) + at - 1 for index, row in enumerate(rows) for at in row.positions]
 
 
 class MntpObjective:
-    """Gradients of the mean cross-entropy over the hidden tokens of a batch."""
+    """Gradients of the mean cross-entropy over the masked tokens of a batch."""
 
     def __init__(
         self,
         body: Any,
-        noise: Noise,
+        dropout: SeededDropout,
         rows: Sequence[Tokens],
         *,
         head: Any,
-        shape: "LogitTransform",
+        transform: "LogitTransform",
         fraction: float,
         mask_id: int,
         micro_batch_size: int,
@@ -95,33 +99,33 @@ class MntpObjective:
         """Take a loaded model.
 
         Args:
-            body: bidirectional, with the adapters that are trained.
-            noise: its dropout.
+            body: bidirectional, with the trained adapters.
+            dropout: of the body.
             rows: all texts; each has a maskable token.
             head: the frozen output head, a linear layer.
-            shape: what else the head does.
-            fraction: of the maskable tokens, that are hidden.
-            mask_id: stands for a hidden token.
+            transform: of the head's logits.
+            fraction: of the maskable tokens.
+            mask_id: the mask token.
             micro_batch_size: rows of a forward pass.
             seed: of masks and dropout.
         """
-        self.body, self.noise, self._rows, self._head, self._shape = body, noise, rows, head, shape
+        self.body, self.dropout, self._rows, self._head, self._transform = body, dropout, rows, head, transform
         self._fraction, self._mask_id, self._size, self._seed = fraction, mask_id, micro_batch_size, seed
 
     def gradients(self, rows: Sequence[int], step: int) -> float:
-        """Add the gradients of one batch to the adapters; returns its loss."""
-        masked = [mask(self._rows[row], self._fraction, self._mask_id, (self._seed, step, row)) for row in rows]
-        hidden_tokens = sum(len(row.positions) for row in masked)
+        """See `Objective`."""
+        masked = [mask_row(self._rows[row], self._fraction, self._mask_id, (self._seed, step, row)) for row in rows]
+        masked_tokens = sum(len(row.positions) for row in masked)
         total = 0.0
         for part, chosen in enumerate(parts(range(len(masked)), self._size)):
-            with self.noise.drawing(self._seed, step, part):
-                loss = self.loss_sum([masked[at] for at in chosen]) / hidden_tokens
+            with self.dropout.enabled(self._seed, step, part):
+                loss = self.loss_sum([masked[at] for at in chosen]) / masked_tokens
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total
 
-    def loss_sum(self, masked: Sequence[Masked]) -> "torch.Tensor":
-        """Sum of the cross-entropy over the hidden tokens of some rows, a scalar."""
+    def loss_sum(self, masked: Sequence[MaskedRow]) -> "torch.Tensor":
+        """Sum of the cross-entropy over the masked tokens of some rows, a scalar."""
         import torch
 
         from pipeline.backbone.output_head import linear_cross_entropy
@@ -130,7 +134,7 @@ class MntpObjective:
         ids, attended = (tensor.to(device) for tensor in pad_left([row.ids for row in masked]))
         states = hidden_states(self.body, ids, attended).flatten(0, 1)
         labels = torch.tensor([label for row in masked for label in row.labels], device=device)
-        at = torch.tensor(predicting(masked), device=device)
+        at = torch.tensor(predicting_positions(masked), device=device)
         return linear_cross_entropy(
-            states.index_select(0, at), self._head.weight, labels, bias=self._head.bias, transform=self._shape
+            states.index_select(0, at), self._head.weight, labels, bias=self._head.bias, transform=self._transform
         )

@@ -1,8 +1,8 @@
 """Section `teach` of params.yaml.
 
-The defaults of steps, batch sizes, limits of tokens, learning rates, the masked share, dropout, scale and LoRA's rank
-and alpha are those of the LLM2Vec paper and its published settings. Not the paper's are the constant rate, that every
-hidden token becomes the mask token, that a row is one text (docs/teachers.md), and all that says how the work is done.
+Steps, batch sizes, token limits, learning rates, mask fraction, dropout, scale and LoRA's rank and alpha default to the
+LLM2Vec paper's and its published settings. Not the paper's: the constant rate, that each masked token becomes the mask
+token, and that a row is one text (docs/teachers.md).
 """
 
 from typing import Any, Literal, Self
@@ -29,7 +29,7 @@ class TeacherLoraParams(LoraParams):
 
 
 class PhaseParams(Params):
-    """What both phases have."""
+    """Keys of both phases."""
 
     steps: int = Field(default=1000, ge=1, description="optimiser steps")
     batch_size: int = Field(ge=2, description="texts of one optimiser step")
@@ -64,27 +64,22 @@ class SimcseParams(PhaseParams):
 
 
 class QualityParams(Params):
-    """What the teacher is measured on before anything is learnt from it; nothing named: on no task."""
+    """Tasks and texts that the teacher is measured on; no tasks by default."""
 
     local: list[str] = Field(default_factory=list, description="folders under evaluate.local_dir")
     tasks: list[str] = Field(default_factory=list, description="mteb task names")
     texts: int = Field(default=512, ge=4, description="of the corpus, at most, for what needs no labels")
     bootstrap: BootstrapParams = Field(default_factory=BootstrapParams)
 
-    @property
-    def names_tasks(self) -> bool:
-        """Whether there is anything to score."""
-        return bool(self.local or self.tasks)
-
 
 class TeachParams(Params):
-    """Section `teach`; read where embed.teacher.kind is llm2vec-trained."""
+    """Section `teach`; read if the teacher is trained here."""
 
     corpus: Corpus = Field(default="both", description="unlabeled text: of this run, or of `sources`")
     sources: list[Source] = Field(default_factory=list, description="as in collect; paths start at collect.local_dir")
     mntp: MntpParams = Field(default_factory=MntpParams)
     simcse: SimcseParams = Field(default_factory=SimcseParams)
-    # The published runs decay over epochs of their corpus and are stopped at 1,000 steps: their rate hardly falls.
+    # The published runs decay over epochs of their corpus and stop at 1,000 steps: their rate hardly falls.
     schedule: ScheduleKind = Field(default="constant", description="of the learning rate; linear and cosine end at 0")
     warmup_steps: int = Field(default=0, ge=0, description="of each phase")
     weight_decay: float = Field(default=0.0, ge=0)
@@ -103,7 +98,7 @@ class TeachParams(Params):
             raise ValueError(f"corpus {self.corpus} with {len(self.sources)} sources: they go together")
         return self
 
-    def steps_of(self, phase: PhaseName) -> dict[str, Any]:
-        """The params that decide each step of a phase: its checkpoints are good for these alone."""
+    def step_params(self, phase: PhaseName) -> dict[str, Any]:
+        """Params that change the training trajectory of a phase; a checkpoint is resumed only if they are equal."""
         shared = {"schedule", "warmup_steps", "weight_decay", "max_grad_norm", "dtype", "seed"}
         return {phase: getattr(self, phase).model_dump(mode="json"), **self.model_dump(mode="json", include=shared)}

@@ -1,13 +1,12 @@
-"""Whether the trained teacher is worth hours of work: the backbone's mean pooling, after MNTP, after SimCSE.
+"""Quality of the trained teacher after MNTP and after SimCSE, against mean pooling of its backbone.
 
-On tasks where params name some, through the same adapter of mteb and with the same paired intervals as the stage
-evaluate; and without labels, on texts of the corpus:
+On the tasks that params name, with the mteb adapter and the paired intervals of the stage evaluate; and without labels,
+on texts of the corpus (embeddings x, y at length 1):
 
-- anisotropy: the mean cosine of different texts; near 1 all embeddings point the same way,
-- uniformity: log of the mean of exp(-2 |x - y|^2) over different texts of unit length, lower is more even
-  (Wang and Isola 2020),
-- alignment: the mean of |x - y|^2 between the two halves of a text, lower is closer,
-- halves: the share of first halves whose nearest second half is their own.
+- anisotropy: mean cosine of different texts; near 1 all embeddings point one way,
+- uniformity: log of the mean of exp(-2 |x - y|^2) over different texts; lower is more even (Wang and Isola 2020),
+- alignment: mean of |x - y|^2 between the two halves of a text; lower is closer,
+- halves: share of first halves whose nearest second half is their own.
 """
 
 import gc
@@ -15,6 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +38,12 @@ MEAN = "mean/tasks"
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured.
+    """Measurements.
 
     Attributes:
-        metrics: `<system>/<task>` and means, as the stage evaluate names them; empty without tasks.
+        metrics: scores and means by `<system>/<task>`, as in the stage evaluate; empty without tasks.
         deltas: of each trained system against mean pooling, with intervals.
-        intrinsic: by system, see the module; empty where the corpus gives no pairs.
+        intrinsic: label-free metrics by system; empty if fewer than two texts can be halved.
     """
 
     metrics: dict[str, float]
@@ -52,24 +52,24 @@ class Quality:
 
     @property
     def gain(self) -> float | None:
-        """Mean score of the teacher minus that of mean pooling; None where it was not measured."""
+        """Mean score of the teacher minus that of mean pooling; None without tasks."""
         ours, theirs = (self.metrics.get(f"{system}/{MEAN}") for system in (SIMCSE, BASELINE))
         return None if ours is None or theirs is None else ours - theirs
 
 
 def find_quality_tasks(params: QualityParams, local_dir: Path) -> list[Any]:
-    """The mteb tasks that params name, with instructions and data: all that can be missing is missed before training.
+    """The mteb tasks of the params; their instructions and data are checked.
 
     Args:
-        params: what is measured.
+        params: section `teach.quality`.
         local_dir: folder of local tasks.
 
     Raises:
         EvaluationError: mteb does not know a task, a local folder is unusable, a task has no instruction, or its data
             cannot be loaded.
     """
-    if not params.names_tasks:
-        log.warning("teach.quality names no task: whether the teacher is better than mean pooling is not measured")
+    if not (params.local or params.tasks):
+        log.warning("quality names no task: whether the teacher is better than mean pooling is not measured")
         return []
     from pipeline.tasks.availability import check_data
     from pipeline.tasks.instructions import load_instructions
@@ -80,7 +80,8 @@ def find_quality_tasks(params: QualityParams, local_dir: Path) -> list[Any]:
         load_instructions(None).check({task.metadata.name: task.metadata.type for task in tasks})
         check_data(tasks)
     except EvaluationError as error:
-        raise EvaluationError(f"teach.quality: {error}") from None
+        error.argument = ".".join(filter(None, ("quality", error.argument)))
+        raise
     return tasks
 
 
@@ -94,33 +95,33 @@ def measure(
     batch_size: int,
     dtype: str,
 ) -> Quality:
-    """Load one teacher after another, each when the one before has gone, and measure it.
+    """Load and measure one teacher after another, one in memory at a time.
 
     Args:
-        teachers: by system.
+        teachers: load one, by system.
         texts: of the corpus.
         tasks: see `find_quality_tasks`.
-        params: what is measured.
-        work: where finished tasks are kept.
-        batch_size: texts that mteb hands over at once.
+        params: section `teach.quality`.
+        work: folder of finished tasks.
+        batch_size: texts of one call.
         dtype: of the teachers.
 
     Raises:
         EvaluationError: embeddings are unusable.
     """
-    halves = split(texts, params.texts)
+    halves = text_halves(texts, params.texts)
     intrinsic: dict[str, dict[str, float]] = {}
 
     def measured(name: str, teacher: "Teacher") -> System:
         if len(halves) > 1:
-            intrinsic[name] = without_labels(*(teacher.embed(side) for side in zip(*halves, strict=True)))
+            intrinsic[name] = label_free_metrics(*(teacher.embed(side) for side in zip(*halves, strict=True)))
             log.info("%s: %s", name, intrinsic[name])
         return BareSystem(name, teacher.identity, teacher)
 
     def systems() -> Iterator[System]:
         for name, load in teachers.items():
             _free_memory()
-            yield measured(name, load())  # and no name for it: it would be kept while the next one is loaded
+            yield measured(name, load())  # without a variable, which would keep it while the next one is loaded
 
     if not tasks:
         deque(systems(), maxlen=0)
@@ -130,7 +131,7 @@ def measure(
 
 
 def _free_memory() -> None:
-    """Give back what models held that nobody names any more: their modules refer to each other in circles."""
+    """Free models that are out of scope: their modules refer to each other in cycles."""
     import torch
 
     gc.collect()
@@ -155,19 +156,14 @@ def _on_tasks(
     return flat_metrics(summary_table(tasks, runs)), deltas
 
 
-def split(texts: Sequence[str], most: int) -> list[tuple[str, str]]:
-    """The halves, by words, of the first texts that have four words."""
-    halves: list[tuple[str, str]] = []
-    for text in texts:
-        words = text.split()
-        if len(words) >= 4 and len(halves) < most:
-            middle = len(words) // 2
-            halves.append((" ".join(words[:middle]), " ".join(words[middle:])))
-    return halves
+def text_halves(texts: Sequence[str], most: int) -> list[tuple[str, str]]:
+    """The halves, by words, of the first `most` texts that have four words."""
+    long_enough = islice((words for text in texts if len(words := text.split()) >= 4), most)
+    return [(" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])) for words in long_enough]
 
 
-def without_labels(first: "Array", second: "Array") -> dict[str, float]:
-    """See the module.
+def label_free_metrics(first: "Array", second: "Array") -> dict[str, float]:
+    """Anisotropy, uniformity, alignment and halves; see the module.
 
     Args:
         first: float32 `[N, d]`, of the first halves; N at least 2.
@@ -188,8 +184,8 @@ def without_labels(first: "Array", second: "Array") -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in measured.items()}
 
 
-def verdict(quality: Quality) -> str | None:
-    """What is to be said where the teacher is no better than what it was made from; None where it is, or is unknown."""
+def worse_than_baseline(quality: Quality) -> str | None:
+    """That the teacher scores below mean pooling, in words; None if it does not, or was not measured."""
     gain = quality.gain
     if gain is None or gain >= 0:
         return None
@@ -201,7 +197,6 @@ def verdict(quality: Quality) -> str | None:
         else ""
     )
     return (
-        f"the trained teacher scores {ours:.4f} on the tasks of teach.quality, mean pooling of the backbone it was "
-        f"trained from {theirs:.4f} ({gain:+.4f}{between}): more steps or text (teach.mntp, teach.simcse, "
-        "teach.corpus), or embed.teacher.kind: backbone, may serve better"
+        f"the trained teacher scores {ours:.4f} on the tasks of teach.quality, mean pooling of its backbone "
+        f"{theirs:.4f} ({gain:+.4f}{between}): train it longer or on more text, or use the backbone as the teacher"
     )

@@ -1,7 +1,7 @@
-"""The two phases in order, each kept when it is finished and gone on with when it was killed.
+"""The two phases in order; a finished one is reused, an interrupted one resumed.
 
-A phase has a folder of its own below the work directory, named by all that decides its steps: params, backbone, texts,
-the adapter before it, and the code. So another rate for SimCSE does not train MNTP again.
+Each phase has a folder below the work directory, named by what decides its steps: params, backbone, texts, code, and
+the adapter of the phase before. So another rate for SimCSE does not train MNTP again.
 """
 
 import json
@@ -18,15 +18,15 @@ from pipeline.backbone.loading import BackboneParams, identify, load_backbone, l
 from pipeline.backbone.lora import WEIGHTS_FILE, adapter_parameters, add_adapter, save_adapter
 from pipeline.core.artifacts import digest_of, disk_errors, file_sha256, write_json
 from pipeline.core.code_digest import code_digest
-from pipeline.core.errors import TeacherError, TrainingError
+from pipeline.core.errors import nested_in, section
 from pipeline.embed.teachers.adapters import merge_adapter
 from pipeline.embed.teachers.bidirectional import check_bidirectional, make_bidirectional
 from pipeline.embed.teachers.pooling import check_positions
-from pipeline.embed.teachers.template import Pooling, Reader, Tokens
+from pipeline.embed.teachers.template import Pooling, TemplateTokenizer, Tokens
 from pipeline.optim.batching import Batches
-from pipeline.teach.corpus import Read, read_corpus
-from pipeline.teach.dropout import Noise
-from pipeline.teach.loop import Loop, Objective, Schedule
+from pipeline.teach.corpus import TokenizedCorpus, tokenize_corpus
+from pipeline.teach.dropout import SeededDropout
+from pipeline.teach.loop import Loop, Objective
 from pipeline.teach.mntp import MntpObjective, mask_token_id, maskable
 from pipeline.teach.params import PhaseName, PhaseParams, TeacherLoraParams, TeachParams
 from pipeline.teach.simcse import SimcseObjective
@@ -35,18 +35,21 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 ADAPTER, CURVE, CHECKPOINT, FINISHED = "adapter", "curve.json", "checkpoint", "finished"
-# Batches of MNTP whose texts are sorted by length together; its loss is one of tokens, so they may differ in length.
-# A batch of SimCSE stays random, for its texts are each other's negatives, and is sorted within.
+# Batches of MNTP that are sorted by length together: its loss is a mean over tokens, so batches may differ in length.
+# SimCSE's batches stay random, since their texts are each other's negatives.
 MNTP_GROUPING = 8
+
+# An objective and the parameters that it trains, by name.
+Training = tuple[Objective, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A phase that is done.
+class TrainedPhase:
+    """A finished phase.
 
     Attributes:
         adapter: a standard LoRA folder.
-        facts: for the record.
+        facts: counts for the record.
         curve: the loss of each step.
     """
 
@@ -54,9 +57,19 @@ class Finished:
     facts: dict[str, Any]
     curve: list[float]
 
+    def summary(self) -> dict[str, Any]:
+        """Steps, the mean loss of their first and last tenth, and the facts."""
+        tenth = max(1, len(self.curve) // 10)
+        return {
+            "steps": len(self.curve),
+            "first_loss": round(sum(self.curve[:tenth]) / tenth, 6),
+            "last_loss": round(sum(self.curve[-tenth:]) / tenth, 6),
+            **self.facts,
+        }
+
 
 class Recipe:
-    """Trains the adapters of one backbone on some texts; what is loaded once serves both phases."""
+    """Trains the adapters of one backbone on some texts; both phases share the loaded model."""
 
     def __init__(
         self,
@@ -72,175 +85,163 @@ class Recipe:
 
         Args:
             params: section `teach`.
-            backbone: whose teacher it is.
-            texts: see `corpus.in_order`.
-            template: what SimCSE reads, as the teacher will, see `teachers.reading`.
-            pooling: which tokens of it, as the teacher will.
+            backbone: the base model.
+            texts: see `corpus.hash_ordered`.
+            template: of the teacher, for SimCSE; see `embed.teachers.template`.
+            pooling: of the teacher, for SimCSE.
             work: folder of unfinished work.
 
         Raises:
             BackboneError: tokenizer or config cannot be loaded.
-            TeacherError: the vocabulary has no such mask token, or a limit of tokens exceeds the backbone's positions.
+            TeacherError: the mask token is not in the vocabulary, or a token limit exceeds the backbone's positions.
         """
         self._params, self._backbone, self._texts, self._work = params, backbone, texts, work
         self._template, self._pooling = template, pooling
-        self._identity = identify(backbone.name, backbone.revision)
-        self._tokenizer = load_tokenizer(backbone)
-        self._mask_id = mask_token_id(self._tokenizer, params.mntp.mask_token)
-        config = load_config(backbone)
-        for phase, limit in (("mntp", params.mntp.max_tokens), ("simcse", params.simcse.max_tokens)):
-            check_positions(config, limit, "backbone", key=f"teach.{phase}.max_tokens")
+        with section("backbone"):
+            self._identity = identify(backbone.name, backbone.revision)
+            self._tokenizer = load_tokenizer(backbone)
+            config = load_config(backbone)
+        with nested_in("mntp"):
+            self._mask_id = mask_token_id(self._tokenizer, params.mntp.mask_token)
+            check_positions(config, params.mntp.max_tokens)
+        with nested_in("simcse"):
+            check_positions(config, params.simcse.max_tokens)
 
-    def run(self) -> tuple[Finished, Finished]:
-        """Both phases, MNTP first.
+    def run(self) -> dict[str, TrainedPhase]:
+        """MNTP, then SimCSE.
 
         Raises:
             TeacherError: the backbone's attention stays causal, the texts are too few, or a step is not finite.
+            TrainingError: the adapters do not fit the backbone.
             BackboneError: the backbone cannot be loaded, or its head is unknown.
             WorkError: the disk is full.
         """
-        params = self._params
-        mntp_rows = self._rows("mntp", params.mntp, Reader(self._tokenizer, max_tokens=params.mntp.max_tokens))
-        reader = Reader(
-            self._tokenizer,
-            max_tokens=params.simcse.max_tokens,
-            template=self._template,
-            pooling=self._pooling,
-            strip=True,
-        )
-        simcse_rows = self._rows("simcse", params.simcse, reader)
-        mntp = self._phase("mntp", params.mntp, mntp_rows, {}, lambda: self._mntp(mntp_rows.rows))
-        # Everything but the weights that come before is in the phase's own params.
-        before = {"mntp": file_sha256(mntp.adapter / WEIGHTS_FILE), "mntp_lora": params.mntp.lora.model_dump()}
-        reading = {"template": self._template, "pooling": self._pooling}
+        params, reading = self._params, {"template": self._template, "pooling": self._pooling}
+        mntp_texts = self._tokenized("mntp", params.mntp)
+        simcse_texts = self._tokenized("simcse", params.simcse, **reading, strip=True)
+        mntp = self._phase("mntp", params.mntp, mntp_texts, {}, lambda: self._mntp(mntp_texts.rows))
+        upstream = {"mntp": file_sha256(mntp.adapter / WEIGHTS_FILE), "mntp_lora": params.mntp.lora.model_dump()}
         simcse = self._phase(
             "simcse",
             params.simcse,
-            simcse_rows,
-            before | reading,
-            lambda: self._simcse(simcse_rows.rows, mntp.adapter),
+            simcse_texts,
+            upstream | reading,
+            lambda: self._simcse(simcse_texts.rows, mntp.adapter),
         )
-        return mntp, simcse
+        return {"mntp": mntp, "simcse": simcse}
 
-    def _rows(self, name: PhaseName, phase: PhaseParams, reader: Reader) -> Read:
-        return read_corpus(
-            self._texts,
-            reader,
-            lambda row: bool(maskable(row)),
-            at_most=phase.steps * phase.batch_size,
-            batch_size=phase.batch_size,
-            phase=name,
-        )
+    def _tokenized(self, name: PhaseName, phase: PhaseParams, **rules: Any) -> TokenizedCorpus:
+        with nested_in(name):
+            return tokenize_corpus(
+                self._texts,
+                TemplateTokenizer(self._tokenizer, max_tokens=phase.max_tokens, **rules),
+                lambda row: bool(maskable(row)),
+                most=phase.steps * phase.batch_size,
+                batch_size=phase.batch_size,
+                phase=name,
+            )
 
     def _phase(
         self,
         name: PhaseName,
         phase: PhaseParams,
-        read: Read,
-        before: dict[str, Any],
-        objective: "Callable[[], tuple[Objective, dict[str, Any], dict[str, Any]]]",
-    ) -> Finished:
-        """The phase, from the work folder or trained; `objective` gives its parameters and facts as well."""
-        folder = self._folder(name, read, before)
-        done = folder / FINISHED
-        if not done.is_dir():
-            built, trained, facts = objective()
-            grouping = MNTP_GROUPING if name == "mntp" else 1
-            batches = Batches(read.lengths, phase.batch_size, seed=self._params.seed, grouping=grouping)
-            loop = Loop(name, built, trained, batches, self._schedule(phase), folder / CHECKPOINT)
-            loop.run()
-            self._keep(done, trained, phase.lora, {"facts": facts, "curve": loop.curve})
-        else:
+        texts: TokenizedCorpus,
+        upstream: dict[str, Any],
+        prepare: Callable[[], Training],
+    ) -> TrainedPhase:
+        """The phase, from the work folder or trained on what `prepare` gives."""
+        folder = self._folder(name, texts, upstream)
+        finished = folder / FINISHED
+        if finished.is_dir():
             log.info("%s: finished already", name)
-        kept = json.loads((done / CURVE).read_text(encoding="utf-8"))
-        counted = {"texts": len(read.rows), "too_short": read.short, "repeated": read.repeated}
-        return Finished(done / ADAPTER, {**counted, **kept["facts"]}, kept["curve"])
+        else:
+            with nested_in(name):
+                self._train(name, phase, texts, prepare(), folder)
+        stored = json.loads((finished / CURVE).read_text(encoding="utf-8"))
+        counts = {"texts": len(texts.rows), "too_short": texts.short, "repeated": texts.repeated}
+        return TrainedPhase(finished / ADAPTER, {**counts, **stored["facts"]}, stored["curve"])
 
-    def _folder(self, name: PhaseName, read: Read, before: dict[str, Any]) -> Path:
+    def _folder(self, name: PhaseName, texts: TokenizedCorpus, upstream: dict[str, Any]) -> Path:
         fingerprint = digest_of(
             {
                 "version": VERSION,
                 "code": code_digest([__name__]),
-                "params": self._params.steps_of(name),
+                "params": self._params.step_params(name),
                 "mask": self._mask_id if name == "mntp" else None,
                 "backbone": self._identity,
-                "rows": digest_of([[row.ids, row.pooled] for row in read.rows]),
-                **before,
+                "rows": digest_of([[row.ids, row.pooled] for row in texts.rows]),
+                **upstream,
             }
         )
         return self._work / f"{name}-{fingerprint[:16]}"
 
-    def _schedule(self, phase: PhaseParams) -> Schedule:
-        params = self._params
-        return Schedule(
-            steps=phase.steps,
-            learning_rate=phase.learning_rate,
-            shape=params.schedule,
-            warmup_steps=params.warmup_steps,
-            weight_decay=params.weight_decay,
-            max_grad_norm=params.max_grad_norm,
-            checkpoint_every=params.checkpoint_every,
-        )
-
-    def _keep(self, done: Path, trained: dict[str, Any], lora: TeacherLoraParams, facts: dict[str, Any]) -> None:
-        """Write the finished phase in one rename, and let go of its checkpoint."""
-        scratch = done.with_name(f"{FINISHED}.tmp")
-        with disk_errors(done):
+    def _train(
+        self, name: PhaseName, phase: PhaseParams, texts: TokenizedCorpus, training: Training, folder: Path
+    ) -> None:
+        """Train, write the finished phase in one rename, and delete its checkpoint."""
+        (objective, trained), checkpoint = training, folder / CHECKPOINT
+        grouping = MNTP_GROUPING if name == "mntp" else 1
+        batches = Batches(texts.lengths, phase.batch_size, seed=self._params.seed, grouping=grouping)
+        loop = Loop(name, objective, trained, batches, self._params, phase, checkpoint)
+        loop.run()
+        facts = {
+            "trained_parameters": sum(value.numel() for value in trained.values()),
+            "dropout_modules": objective.dropout.active,
+        }
+        scratch = folder / f"{FINISHED}.tmp"
+        with disk_errors(folder):
             shutil.rmtree(scratch, ignore_errors=True)
-            save_adapter(trained, scratch / ADAPTER, _resolved(lora, trained), self._backbone.name)
-            write_json(scratch / CURVE, facts)
-            scratch.rename(done)
-            (done.parent / CHECKPOINT).unlink(missing_ok=True)
+            save_adapter(trained, scratch / ADAPTER, _resolved(phase.lora, trained), self._backbone.name)
+            write_json(scratch / CURVE, {"facts": facts, "curve": loop.curve})
+            scratch.rename(folder / FINISHED)
+            checkpoint.unlink(missing_ok=True)
 
     @cached_property
     def _lm(self) -> Any:
-        """The backbone, with bidirectional attention that was verified."""
         params, device = self._params, best_device()
         log.info("teach %s: device %s (the best present), %s", self._backbone.name, device, params.dtype)
-        return load_backbone(self._backbone.model_copy(update={"dtype": params.dtype}), device)
+        with section("backbone"):
+            return load_backbone(self._backbone.model_copy(update={"dtype": params.dtype}), device)
 
-    def _mntp(self, rows: Sequence[Tokens]) -> tuple[Objective, dict[str, Any], dict[str, Any]]:
+    def _mntp(self, rows: Sequence[Tokens]) -> Training:
         from pipeline.backbone.output_head import logit_transform
 
         params, lm = self._params.mntp, self._lm
-        shape = logit_transform(lm)  # as the causal model that its config describes
-        body = self._bidirectional()
-        adapted, trained = self._adapted(body, "mntp", params.lora)
-        noise = Noise(adapted, 0.0)
+        transform = logit_transform(lm)  # before attention becomes bidirectional: it runs the causal model
+        adapted, trained = self._adapted(self._bidirectional(), params.lora)
         objective = MntpObjective(
             adapted,
-            noise,
+            SeededDropout(adapted, 0.0),
             rows,
             head=lm.get_output_embeddings(),
-            shape=shape,
+            transform=transform,
             fraction=params.mask_fraction,
             mask_id=self._mask_id,
             micro_batch_size=params.micro_batch_size,
             seed=self._params.seed,
         )
-        return objective, trained, _facts(trained, noise)
+        return objective, trained
 
-    def _simcse(self, rows: Sequence[Tokens], mntp: Path) -> tuple[Objective, dict[str, Any], dict[str, Any]]:
+    def _simcse(self, rows: Sequence[Tokens], mntp: Path) -> Training:
         params = self._params.simcse
-        body = merge_adapter(self._bidirectional(), mntp, "mntp")
-        adapted, trained = self._adapted(body, "simcse", params.lora)
-        noise = Noise(adapted, params.dropout)
-        log.info("simcse: dropout %g in %s", params.dropout, noise.active or "nothing")
-        if params.dropout and not noise.architecture:
+        adapted, trained = self._adapted(merge_adapter(self._bidirectional(), mntp, "mntp"), params.lora)
+        dropout = SeededDropout(adapted, params.dropout)
+        log.info("simcse: dropout %g in %s", params.dropout, dropout.active or "nothing")
+        if params.dropout and not dropout.drops_in_backbone:
             log.warning(
-                "teach.simcse.dropout (%g) finds nothing in this architecture that drops: the two readings of a text "
-                "differ by the dropout of LoRA's inputs alone (teach.simcse.lora.dropout, %g)",
+                "simcse.dropout (%g) has no effect in this architecture: the two views of a text differ by "
+                "simcse.lora.dropout (%g) alone",
                 *(params.dropout, params.lora.dropout),
             )
         objective = SimcseObjective(
             adapted,
-            noise,
+            dropout,
             rows,
             scale=params.scale,
             micro_batch_size=params.micro_batch_size,
             seed=self._params.seed,
         )
-        return objective, trained, _facts(trained, noise)
+        return objective, trained
 
     def _bidirectional(self) -> Any:
         body = self._lm.get_decoder()
@@ -248,21 +249,14 @@ class Recipe:
         check_bidirectional(body, self._backbone.name)
         return body
 
-    def _adapted(self, body: Any, name: PhaseName, lora: TeacherLoraParams) -> tuple[Any, dict[str, Any]]:
-        try:
+    def _adapted(self, body: Any, lora: TeacherLoraParams) -> tuple[Any, dict[str, Any]]:
+        with nested_in("lora"):
             adapted = add_adapter(body, **lora.model_dump(), seed=self._params.seed)
-        except TrainingError as error:
-            raise TeacherError(str(error).replace("train.lora.", f"teach.{name}.lora.")) from None
         return adapted, adapter_parameters(adapted)
 
 
-def _facts(trained: dict[str, Any], noise: Noise) -> dict[str, Any]:
-    parameters = sum(value.numel() for value in trained.values())
-    return {"trained_parameters": parameters, "dropout_modules": noise.active}
-
-
 def _resolved(lora: TeacherLoraParams, trained: dict[str, Any]) -> TeacherLoraParams:
-    """With the names of the layers, so that any loader of adapters finds them, whatever model it puts them on."""
+    """With the names of the layers, so that any loader of adapters finds them."""
     if lora.targets != "all-linear":
         return lora
     return lora.model_copy(update={"targets": sorted({name.split(".")[-3] for name in trained})})

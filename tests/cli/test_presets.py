@@ -8,7 +8,7 @@ from pipeline.cli.plan import AllParams
 from pipeline.cli.presets import preset_of, presets, switch
 from pipeline.core.config import read_yaml, validate
 from pipeline.core.errors import ParamsError
-from pipeline.embed.teachers import TeacherParams
+from pipeline.embed.params import TeacherParams
 from tests.conftest import ROOT
 
 BILLIONS = {

@@ -196,7 +196,7 @@ def test_a_transform_without_queries(configure: Configure) -> None:
     write_responses(TEXTS[:20])
     fails("data/queries is not a finished artifact")
     write_queries(TEXTS[30:60])
-    fails("embed.transform whiten is fitted on training responses, at least 2: there are 0")
+    fails("embed.transform.kind: whiten is fitted on training responses, at least 2: there are 0")
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from pipeline.embed.__main__ import app as embed_app
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.evaluate.build import SystemInputs, Systems, make_answers, make_systems, manifest_params, own_instructions
 from pipeline.evaluate.system import BareSystem, InstructedSystem, System, revision_of
+from tests.conftest import tiny_tokenizer
 from tests.encoder.test_inference import write as write_encoder
 from tests.stage_runs import row_id, write_params, write_queries, write_responses
 
@@ -38,8 +39,8 @@ class LengthEncoder:
     offset: int = 0
     config: EncoderConfig = CONFIG
     max_tokens: int = 8
-    model: Any = "the backbone"
-    tokenizer: Any = None
+    model: Any = field(default_factory=lambda: SimpleNamespace(get_decoder=lambda: "the backbone"))
+    tokenizer: Any = field(default_factory=tiny_tokenizer)
     loads: list[Path] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -129,15 +130,15 @@ def test_the_backbone_is_loaded_once_and_only_when_needed(encoder: LengthEncoder
 
 
 def test_backbone_mean_pools_the_same_loaded_model(encoder: LengthEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.embed.teachers import backbone as module
+    from pipeline.embed.teachers import pooling
 
     seen: list[Any] = []
 
-    def make(model: Any, tokenizer: Any, *, identity: dict[str, Any], **_: Any) -> LengthTeacher:
-        seen.append(model)
+    def make(body: Any, tokenizer: Any, *, identity: dict[str, Any], **_: Any) -> LengthTeacher:
+        seen.append(body)
         return LengthTeacher(identity=identity)
 
-    monkeypatch.setattr(module, "BackboneTeacher", make)
+    monkeypatch.setattr(pooling, "PooledTeacher", make)
     (system,) = systems().build(["backbone-mean"])
     assert seen == ["the backbone"]
     assert system.encode(["abc"], "Generate:")[0, 0] == -3

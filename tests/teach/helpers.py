@@ -8,7 +8,7 @@ import numpy as np
 from pipeline.backbone.loading import BackboneParams
 from pipeline.backbone.lora import adapter_parameters, add_adapter
 from pipeline.embed.teachers.bidirectional import make_bidirectional
-from pipeline.embed.teachers.template import SLOT, Reader, Tokens
+from pipeline.embed.teachers.template import SLOT, TemplateTokenizer, Tokens
 from pipeline.teach.params import TeachParams
 from pipeline.teach.recipe import Recipe
 from tests.conftest import tiny_model, tiny_tokenizer
@@ -53,7 +53,7 @@ def adapted(*, dropout: float = 0.0, architecture: str = "llama") -> tuple[Any, 
 
 def read(texts: list[str], max_tokens: int = 64) -> list[Tokens]:
     """Rows of tokens of the tiny tokenizer."""
-    return Reader(tiny_tokenizer(), max_tokens=max_tokens)(texts)
+    return TemplateTokenizer(tiny_tokenizer(), max_tokens=max_tokens)(texts)
 
 
 def recipe(backbone: Path, texts: list[str], work: Path, params: TeachParams) -> Recipe:

@@ -9,8 +9,8 @@ from pipeline.core.artifacts import create, open_artifact
 from pipeline.core.errors import SourceError
 from pipeline.core.readers import LocalSource
 from pipeline.core.schemas import QUERIES, RESPONSES
-from pipeline.embed.teachers.template import Reader
-from pipeline.teach.corpus import corpus_texts, in_order, read_corpus
+from pipeline.embed.teachers.template import TemplateTokenizer
+from pipeline.teach.corpus import corpus_texts, hash_ordered, tokenize_corpus
 from pipeline.teach.mntp import maskable
 from pipeline.teach.params import Corpus
 from tests.conftest import tiny_tokenizer
@@ -54,16 +54,16 @@ def test_a_source_that_is_missing(workspace: Path) -> None:
 
 def test_the_order_is_the_texts_own() -> None:
     texts = [f"text {index}" for index in range(50)]
-    ordered = in_order([*texts, " text 7\n", "", "  "])
+    ordered = hash_ordered([*texts, " text 7\n", "", "  "])
     assert sorted(ordered) == sorted(texts)
-    assert ordered == in_order(reversed(texts))
+    assert ordered == hash_ordered(reversed(texts))
     assert ordered != sorted(texts)
-    assert [text for text in ordered if text != "text 9"] == in_order(text for text in texts if text != "text 9")
+    assert [text for text in ordered if text != "text 9"] == hash_ordered(text for text in texts if text != "text 9")
 
 
 def test_no_more_is_read_than_is_wanted() -> None:
-    reader = Reader(tiny_tokenizer(), max_tokens=8)
+    tokenizer = TemplateTokenizer(tiny_tokenizer(), max_tokens=8)
     texts = ["x", "same beginning one", "same beginning two", *(f"{index} text" for index in range(20))]
-    found = read_corpus(texts, reader, lambda row: bool(maskable(row)), at_most=5, batch_size=2, phase="mntp")
+    found = tokenize_corpus(texts, tokenizer, lambda row: bool(maskable(row)), most=5, batch_size=2, phase="mntp")
     assert (len(found.rows), found.short) == (5, 1)
     assert found.lengths == [8, 6, 6, 6, 6]

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
 from pipeline.embed.teachers.pooling import hidden_states
-from pipeline.teach.dropout import Noise
+from pipeline.teach.dropout import SeededDropout
 
 IDS = torch.arange(5, 15).reshape(2, 5)
 
@@ -46,13 +46,15 @@ class Plain(nn.Module):
 def test_attention_of_older_models_drops_and_nothing_else_does(make: Any, implementation: str) -> None:
     body = make()
     body.set_attn_implementation(implementation)
-    noise = Noise(body, 0.3)
-    assert noise.active == {"attention": 2}
-    others = [module for module in body.modules() if isinstance(module, nn.Dropout) and module not in noise._inner]
+    dropout = SeededDropout(body, 0.3)
+    assert dropout.active == {"attention": 2}
+    others = [
+        module for module in body.modules() if isinstance(module, nn.Dropout) and module not in dropout._in_attention
+    ]
     assert not {module.p for module in others} & {0.3}
 
     def read(*seed: int) -> Any:
-        with noise.drawing(*seed):
+        with dropout.enabled(*seed):
             assert not any(module.training for module in others)
             return hidden_states(body, IDS, torch.ones_like(IDS))
 
@@ -65,15 +67,15 @@ def test_attention_of_older_models_drops_and_nothing_else_does(make: Any, implem
 
 def test_modules_drop_only_where_attention_cannot() -> None:
     body = Plain()
-    noise = Noise(body, 0.3)
-    assert (noise.active, body.drop.p, noise.architecture) == ({"modules": 1}, 0.3, True)
+    dropout = SeededDropout(body, 0.3)
+    assert (dropout.active, body.drop.p, dropout.drops_in_backbone) == ({"modules": 1}, 0.3, True)
     with_attention = nn.Sequential(Plain(), nn.Linear(2, 2))
     with_attention[1].attention_dropout = 0.0  # type: ignore[assignment]
-    noise = Noise(with_attention, 0.3)
-    assert (noise.active, with_attention[0].drop.p) == ({"attention": 1}, 0.0)
+    dropout = SeededDropout(with_attention, 0.3)
+    assert (dropout.active, with_attention[0].drop.p) == ({"attention": 1}, 0.0)
 
 
-def test_nothing_that_drops_is_told() -> None:
-    noise = Noise(nn.Linear(2, 2), 0.3)
-    assert not noise.architecture
-    assert not noise.active
+def test_a_model_without_dropout() -> None:
+    dropout = SeededDropout(nn.Linear(2, 2), 0.3)
+    assert not dropout.drops_in_backbone
+    assert not dropout.active

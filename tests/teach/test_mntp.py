@@ -10,8 +10,8 @@ from pipeline.backbone.output_head import LogitTransform, logit_transform
 from pipeline.core.errors import TeacherError
 from pipeline.embed.teachers.template import Tokens
 from pipeline.optim.batching import Batches
-from pipeline.teach.dropout import Noise
-from pipeline.teach.mntp import Masked, MntpObjective, mask, mask_token_id, maskable, predicting
+from pipeline.teach.dropout import SeededDropout
+from pipeline.teach.mntp import MaskedRow, MntpObjective, mask_row, mask_token_id, maskable, predicting_positions
 from tests.conftest import tiny_tokenizer
 from tests.teach.helpers import adapted, read
 
@@ -20,9 +20,9 @@ MASK = 255
 
 def objective(rows: list[Tokens], *, dropout: float = 0.0, micro: int = 4) -> tuple[MntpObjective, dict[str, Any]]:
     body, trained, lm = adapted(dropout=dropout)
-    noise = Noise(body, 0.0)
+    drops = SeededDropout(body, 0.0)
     made = MntpObjective(
-        body, noise, rows, head=lm.get_output_embeddings(), shape=logit_transform(lm), fraction=0.2, mask_id=MASK,
+        body, drops, rows, head=lm.get_output_embeddings(), transform=logit_transform(lm), fraction=0.2, mask_id=MASK,
         micro_batch_size=micro, seed=0,
     )  # fmt: skip
     return made, trained
@@ -32,7 +32,7 @@ def test_a_fifth_of_the_own_tokens_is_hidden_and_never_the_first() -> None:
     row = Tokens(list(range(100, 121)), [0] + [1] * 19 + [0])  # BOS, nineteen own, EOS
     seen: set[int] = set()
     for step in range(200):
-        masked = mask(row, 0.2, MASK, (0, step))
+        masked = mask_row(row, 0.2, MASK, (0, step))
         assert len(masked.positions) == 4
         assert masked.labels == [100 + at for at in masked.positions]
         assert [at for at, token in enumerate(masked.ids) if token == MASK] == masked.positions
@@ -40,15 +40,15 @@ def test_a_fifth_of_the_own_tokens_is_hidden_and_never_the_first() -> None:
     assert seen == set(range(1, 20))
     assert maskable(Tokens([7, 8], [1, 1])) == [1]
     assert maskable(Tokens([7], [1])) == []
-    assert mask(row, 0.2, MASK, (0, 5)) == mask(row, 0.2, MASK, (0, 5)) != mask(row, 0.2, MASK, (0, 6))
+    assert mask_row(row, 0.2, MASK, (0, 5)) == mask_row(row, 0.2, MASK, (0, 5)) != mask_row(row, 0.2, MASK, (0, 6))
 
 
 def test_a_hidden_token_is_predicted_one_position_before_it_behind_padding_too() -> None:
-    rows = [Masked([1, MASK, 3, MASK], [1, 3], [2, 4]), Masked([5, MASK], [1], [6])]
-    assert predicting(rows) == [0, 2, 4 + 2]  # the second row lies in columns 2 and 3
+    rows = [MaskedRow([1, MASK, 3, MASK], [1, 3], [2, 4]), MaskedRow([5, MASK], [1], [6])]
+    assert predicting_positions(rows) == [0, 2, 4 + 2]  # the second row lies in columns 2 and 3
 
 
-class Told(torch.nn.Module):
+class KnowsNext(torch.nn.Module):
     """A body whose hidden state at each position is the one-hot vector of the token that really comes next."""
 
     device = torch.device("cpu")
@@ -70,25 +70,25 @@ class Told(torch.nn.Module):
 def test_logits_meet_the_labels_that_come_next() -> None:
     """With a body that knows the next token the loss is zero; it is large for any other position."""
     rows = [Tokens(list(range(20 * n, 20 * n + 4 + n)), [1] * (4 + n)) for n in range(1, 5)]
-    masked = [mask(row, 0.5, MASK, (0, n)) for n, row in enumerate(rows)]
-    body = Told({tuple(hidden.ids): row.ids for hidden, row in zip(masked, rows, strict=True)})
+    masked = [mask_row(row, 0.5, MASK, (0, n)) for n, row in enumerate(rows)]
+    body = KnowsNext({tuple(hidden.ids): row.ids for hidden, row in zip(masked, rows, strict=True)})
     head = torch.nn.Linear(300, 300, bias=False).requires_grad_(False)
     head.weight.data = torch.eye(300)
     body_only: Any = body
-    noise: Any = None
+    drops: Any = None
     made = MntpObjective(
         body_only,
-        noise,
+        drops,
         rows,
         head=head,
-        shape=LogitTransform(),
+        transform=LogitTransform(),
         fraction=0.5,
         mask_id=MASK,
         micro_batch_size=4,
         seed=0,
     )
     assert float(made.loss_sum(masked)) == pytest.approx(0.0, abs=1e-5)
-    shifted = [Masked(row.ids, row.positions, [label + 1 for label in row.labels]) for row in masked]
+    shifted = [MaskedRow(row.ids, row.positions, [label + 1 for label in row.labels]) for row in masked]
     assert float(made.loss_sum(shifted)) > 10
 
 
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_the_models_own_logits() -> None:
     _, _, lm = adapted()
     total, count = torch.tensor(0.0), 0
     for row in (0, 1, 2):
-        masked = mask(rows[row], 0.2, MASK, (0, 3, row))
+        masked = mask_row(rows[row], 0.2, MASK, (0, 3, row))
         hidden = made.body(input_ids=torch.tensor([masked.ids]), use_cache=False).last_hidden_state[0]
         logits = lm.get_output_embeddings()(hidden)
         for at, label in zip(masked.positions, masked.labels, strict=True):
@@ -134,13 +134,13 @@ def test_dropout_of_the_adapters_is_drawn_by_step() -> None:
             torch.nn.init.normal_(value, std=0.5, generator=torch.Generator().manual_seed(len(name)))
     once, again = made.gradients([0, 1], 0), made.gradients([0, 1], 0)
     assert once == again
-    assert made.noise.active == {"lora": 21}
+    assert made.dropout.active == {"lora": 21}
 
 
 def test_the_mask_token_is_one_token() -> None:
     tokenizer = tiny_tokenizer()
     assert tokenizer.decode([mask_token_id(tokenizer, "_")]) == "_"
-    with pytest.raises(TeacherError, match=r"teach\.mntp\.mask_token: '\[MASK\]' .* is 6 tokens, must be one"):
+    with pytest.raises(TeacherError, match=r"^mask_token: '\[MASK\]' is 6 tokens"):
         mask_token_id(tokenizer, "[MASK]")
 
 

@@ -16,7 +16,7 @@ from tests.teach.test_simcse import objective
 TEXTS = [letter * 60 for letter in "abcd"]
 
 
-def shape() -> Any:
+def sizes() -> Any:
     found = sizes_from_config(adapted()[2].config.to_dict())
     assert found is not None
     return found
@@ -30,16 +30,16 @@ def teach(micro: int) -> TeachParams:
 def test_the_estimate_bounds_what_autograd_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "MASK", 4)  # as on a CPU
     made, _ = objective(TEXTS, micro=4, dropout=0.1)
-    kept = kept_bytes(made.body, lambda: made._read([0, 1, 2, 3], 0, 0, 0))
+    kept = kept_bytes(made.body, lambda: made._view([0, 1, 2, 3], 0, 0, 0))
     params = teach(4)
-    assert kept <= phase_memory(params, params.simcse, shape()).activations <= 1.5 * kept
+    assert kept <= phase_memory(params, params.simcse, sizes()).activations <= 1.5 * kept
 
 
-def test_a_batch_of_one_pass_keeps_both_readings() -> None:
+def test_a_batch_of_one_pass_keeps_both_views() -> None:
     parts, whole = teach(4), teach(8)
-    both, one = (phase_memory(params, params.simcse, shape()).activations for params in (whole, parts))
+    both, one = (phase_memory(params, params.simcse, sizes()).activations for params in (whole, parts))
     assert both == 4 * one
-    both, one = (phase_memory(params, params.mntp, shape()).activations for params in (whole, parts))
+    both, one = (phase_memory(params, params.mntp, sizes()).activations for params in (whole, parts))
     assert both == 2 * one
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pipeline.core.errors import TeacherError
-from pipeline.embed.teachers.pooling import TextPooler
-from pipeline.embed.teachers.template import Reader
+from pipeline.embed.teachers.pooling import PooledTeacher
+from pipeline.embed.teachers.template import TemplateTokenizer
 from pipeline.optim.batching import Batches
-from pipeline.teach.dropout import Noise
+from pipeline.teach.dropout import SeededDropout
 from pipeline.teach.simcse import SimcseObjective, contrastive_loss
 from tests.conftest import tiny_tokenizer
 from tests.teach.helpers import adapted, read, two_clusters
@@ -20,7 +20,7 @@ TEXTS = ["short", "a text that is rather longer than the others", "x y", "anothe
 
 def objective(texts: list[str], *, micro: int, rate: float = 0.3, dropout: float = 0.0, **keys: Any) -> Any:
     body, trained, _ = adapted(dropout=dropout, **keys)
-    made = SimcseObjective(body, Noise(body, rate), read(texts), scale=20.0, micro_batch_size=micro, seed=0)
+    made = SimcseObjective(body, SeededDropout(body, rate), read(texts), scale=20.0, micro_batch_size=micro, seed=0)
     return made, trained
 
 
@@ -32,14 +32,14 @@ def test_the_loss_is_that_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
-def test_dropout_differs_between_readings_and_is_off_at_inference(architecture: str) -> None:
+def test_dropout_differs_between_views_and_is_off_at_inference(architecture: str) -> None:
     made, _ = objective(TEXTS, micro=4, architecture=architecture)
     rows = list(range(4))
     with torch.no_grad():
-        first, second = (made._read(rows, 0, reading, 0) for reading in (0, 1))
-        same, later = made._read(rows, 0, 0, 0), made._read(rows, 1, 0, 0)
+        first, second = (made._view(rows, 0, view, 0) for view in (0, 1))
+        same, later = made._view(rows, 0, 0, 0), made._view(rows, 1, 0, 0)
         plain, again = made.vectors(rows), made.vectors(rows)
-    assert made.noise.active == {"attention": 3}
+    assert made.dropout.active == {"attention": 3}
     assert torch.equal(first, same)
     assert torch.equal(plain, again)
     for one, other in ((first, second), (first, later), (first, plain)):
@@ -49,8 +49,8 @@ def test_dropout_differs_between_readings_and_is_off_at_inference(architecture: 
 
 def test_it_pools_as_the_teacher_does() -> None:
     made, _ = objective(TEXTS, micro=4)
-    reader = Reader(tiny_tokenizer(), max_tokens=64)
-    expected = TextPooler(made.body, reader, batch_size=2).embed(TEXTS)
+    tokenizer = TemplateTokenizer(tiny_tokenizer(), max_tokens=64)
+    expected = PooledTeacher(made.body, tokenizer, batch_size=2, identity={}).embed(TEXTS)
     np.testing.assert_allclose(made.vectors(range(4)).detach().numpy(), expected, atol=1e-5)
 
 
@@ -60,9 +60,7 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole() -> None:
     loss = made.gradients([1, 3, 0, 2], step=5)
     cached = {name: value.grad.clone() for name, value in trained.items()}
     made.body.zero_grad()
-    sides = [
-        torch.cat([made._read(part, 5, reading, at) for at, part in enumerate(([1, 3], [0, 2]))]) for reading in (0, 1)
-    ]
+    sides = [torch.cat([made._view(part, 5, view, at) for at, part in enumerate(([1, 3], [0, 2]))]) for view in (0, 1)]
     whole = contrastive_loss(sides[0], sides[1], 20.0)
     whole.backward()
     assert loss == pytest.approx(float(whole.detach()), rel=1e-5)
@@ -71,7 +69,7 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole() -> None:
 
 
 def test_no_dropout_at_all_is_refused() -> None:
-    with pytest.raises(TeacherError, match=r"teach\.simcse\.dropout: the two readings of a text are the same"):
+    with pytest.raises(TeacherError, match="^dropout: 0 leaves"):
         objective(TEXTS, micro=4, rate=0.0)
 
 
@@ -81,8 +79,8 @@ def test_lora_dropout_alone_is_enough_where_the_architecture_has_none() -> None:
         if "lora_B" in name:
             torch.nn.init.constant_(value, 0.1)
     with torch.no_grad():
-        first, second = (made._read([0, 1], 0, reading, 0) for reading in (0, 1))
-    assert made.noise.active == {"lora": 21}
+        first, second = (made._view([0, 1], 0, view, 0) for view in (0, 1))
+    assert made.dropout.active == {"lora": 21}
     assert not torch.allclose(first, second, atol=1e-3)
 
 

@@ -1,14 +1,17 @@
-"""LoRA adapters merged into a transformer, with proof that every weight of the file arrived.
+"""LoRA adapters merged into a transformer, with a check that every weight of the file arrived.
 
-The usual loaders skip, with a warning at most, what does not match by name: an adapter saved from a model with a head
+The usual loaders skip names that do not match, with a warning at most: an adapter saved from a model with a head
 (`base_model.model.model.layers...`) changes nothing in one without (`base_model.model.layers...`), and the teacher is
-then the plain base model. Here names are matched one to one, or the adapter is refused.
+then the plain base model. Here names match one to one, or the adapter is refused.
 """
 
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
+from pipeline.core.config import Params
 from pipeline.core.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -32,45 +35,53 @@ _FILES = [
     "*.model",
 ]
 
-# What a key may begin with: saved from a body, or from a model whose body is its member `model`.
+# Prefixes of keys that were saved from a body, or from a model whose body is its member `model`.
 _PREFIXES = ("base_model.model.", "base_model.model.model.")
 
 
+class AdapterParams(Params):
+    """A LoRA adapter in safetensors."""
+
+    name: str = Field(description="hub name or local folder")
+    revision: str | None = Field(default=None, description="commit on the hub; pin it")
+
+
 def fetch_adapter(name: str, revision: str | None) -> Path:
-    """The folder of an adapter: a local one as it is, one of the hub downloaded (safetensors only, never a pickle).
+    """The folder of an adapter; one of the hub is downloaded first (safetensors only, never a pickle).
 
     Raises:
-        TeacherError: it cannot be found, or holds no adapter in safetensors.
+        TeacherError: it is not found, or holds no adapter in safetensors.
     """
     folder = Path(name) if Path(name).is_dir() else _download(name, revision)
     if not (folder / CONFIG).is_file():
-        raise TeacherError(f"embed.teacher.adapters: {name} holds no {CONFIG}: it is not an adapter")
+        raise _error(f"{name} holds no {CONFIG}: it is not an adapter")
     if not (folder / WEIGHTS).is_file():
-        raise TeacherError(
-            f"embed.teacher.adapters: {name} holds no {WEIGHTS}; a pickle ({PICKLE}) can run any code when it is "
-            "read, so it is not: convert it where you trust it"
-        )
+        raise _error(f"{name} holds no {WEIGHTS}; a pickle ({PICKLE}) may run any code when it is read: convert it")
     return folder
+
+
+def _error(message: str) -> TeacherError:
+    return TeacherError(message, argument="name")
 
 
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise TeacherError(f"embed.teacher.adapters: folder {name} does not exist")
+        raise _error(f"folder {name} does not exist")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         at = f" at revision {revision}" if revision else ""
-        raise TeacherError(f"embed.teacher.adapters: cannot load '{name}'{at}: {reason}") from None
+        raise _error(f"cannot load '{name}'{at}: {reason}") from None
 
 
 def merge_adapter(body: "PreTrainedModel", folder: Path, name: str) -> "PreTrainedModel":
-    """The transformer with `scale * B @ A` of the adapter added to its weights, which change in place.
+    """The transformer with `scale * B @ A` of the adapter added to its weights in place.
 
-    In half precision the sum is rounded to it, as the base's own weights were; on a 135 M model in bfloat16 two merged
-    adapters were as close to float32 as the base alone, and closer than one merged and one kept beside.
+    In half precision the sum is rounded; on a 135 M model in bfloat16 two merged adapters were as close to float32 as
+    the base alone, and closer than one merged and one unmerged adapter.
 
     Args:
         body: a transformer without its head.
@@ -78,7 +89,7 @@ def merge_adapter(body: "PreTrainedModel", folder: Path, name: str) -> "PreTrain
         name: of the adapter, for messages.
 
     Raises:
-        TeacherError: it is no LoRA adapter, does not fit the model name by name and shape by shape, or changes nothing.
+        TeacherError: it is no LoRA adapter, does not fit the model's names and shapes, or changes nothing.
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -93,7 +104,7 @@ def merge_adapter(body: "PreTrainedModel", folder: Path, name: str) -> "PreTrain
         merged = wrapped.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise TeacherError(f"embed.teacher.adapters: {name} does not fit the base model: {reason[:300]}") from None
+        raise _error(f"{name} does not fit the base model: {reason[:300]}") from None
     log.info("teacher: adapter %s merged, all %d tensors", name, len(weights))
     return merged.eval().requires_grad_(False)
 
@@ -104,9 +115,9 @@ def _lora_config(folder: Path, name: str) -> Any:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise TeacherError(f"embed.teacher.adapters: {name}: {CONFIG} cannot be read: {error}") from None
+        raise _error(f"{name}: {CONFIG} cannot be read: {error}") from None
     if not isinstance(config, LoraConfig):
-        raise TeacherError(f"embed.teacher.adapters: {name} is of type {config.peft_type}, known is LORA")
+        raise _error(f"{name} is of type {config.peft_type}, known is LORA")
     # A task would wrap the body in a class that expects a head.
     config.task_type = None
     config.inference_mode = True
@@ -120,17 +131,17 @@ def _weights(folder: Path, name: str) -> "dict[str, torch.Tensor]":
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise TeacherError(f"embed.teacher.adapters: {name}: {WEIGHTS} cannot be read: {error}") from None
+        raise _error(f"{name}: {WEIGHTS} cannot be read: {error}") from None
     if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
-        raise TeacherError(f"embed.teacher.adapters: {name} holds NaN or infinite weights")
+        raise _error(f"{name} holds NaN or infinite weights")
     effects = [tensor for key, tensor in weights.items() if "lora_B" in key or "lora_embedding_B" in key]
     if not any(bool(tensor.any()) for tensor in effects):
-        raise TeacherError(f"embed.teacher.adapters: {name} changes nothing: all its B matrices are zero or missing")
+        raise _error(f"{name} changes nothing: all its B matrices are zero or missing")
     return weights
 
 
 def _renamed(weights: "dict[str, torch.Tensor]", expected: set[str], name: str) -> "dict[str, torch.Tensor]":
-    """The weights under the names that the model expects, whichever model they were saved from."""
+    """The weights under the names that the model expects."""
     attempts = [
         {_PREFIXES[0] + key.removeprefix(prefix): tensor for key, tensor in weights.items()} for prefix in _PREFIXES
     ]
@@ -139,10 +150,9 @@ def _renamed(weights: "dict[str, torch.Tensor]", expected: set[str], name: str) 
             return attempt
     best = max(attempts, key=lambda attempt: len(expected & set(attempt)))
     missing, unknown = sorted(expected - set(best)), sorted(set(best) - expected)
-    raise TeacherError(
-        f"embed.teacher.adapters: {name} does not fit the base model: of the {len(expected)} tensors that its config "
-        f"asks for {len(missing)} are missing{_first(missing)}, of its {len(weights)} tensors {len(unknown)} have no "
-        f"place{_first(unknown)}"
+    raise _error(
+        f"{name} does not fit the base model: {len(missing)} of the {len(expected)} tensors of its config are "
+        f"missing{_first(missing)}, {len(unknown)} of its {len(weights)} tensors are unknown{_first(unknown)}"
     )
 
 
@@ -153,4 +163,4 @@ def _first(names: list[str]) -> str:
 def _check_arrived(file: "dict[str, torch.Tensor]", model: "dict[str, torch.Tensor]", name: str) -> None:
     wrong = [key for key, tensor in file.items() if not bool((model[key].cpu().float() == tensor.float()).all())]
     if wrong:
-        raise TeacherError(f"embed.teacher.adapters: {name}: {len(wrong)} tensors did not arrive{_first(wrong)}")
+        raise _error(f"{name}: {len(wrong)} tensors did not arrive{_first(wrong)}")

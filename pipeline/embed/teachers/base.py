@@ -1,4 +1,4 @@
-"""What every teacher is: texts in, vectors out."""
+"""The interface of a teacher: texts in, vectors out."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,9 +21,9 @@ class Teacher(Protocol):
         ...
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens the teacher reads of each text: special tokens and prompts count, what is cut off not."""
+        """Tokens that the teacher reads of each text: with special tokens and prompts, without what is cut off."""
         ...
 
     def truncated(self, texts: Sequence[str]) -> list[bool]:
-        """Which texts are longer than the teacher reads, so that `embed` leaves out their ends."""
+        """Which texts are longer than the teacher reads: `embed` leaves out their ends."""
         ...

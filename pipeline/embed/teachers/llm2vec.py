@@ -18,134 +18,87 @@ What is read and pooled follows the released checkpoints:
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
 
 from pipeline.backbone.device import best_device
-from pipeline.backbone.loading import BackboneParams, identify, load_backbone, load_tokenizer
-from pipeline.core.errors import BackboneError, TeacherError
-from pipeline.embed.teachers.adapters import TOKENIZER, fetch_adapter, merge_adapter
+from pipeline.backbone.loading import BackboneParams, DType, identify, load_backbone, load_tokenizer
+from pipeline.core.errors import nested_in, section
+from pipeline.embed.teachers.adapters import TOKENIZER, AdapterParams, fetch_adapter, merge_adapter
 from pipeline.embed.teachers.bidirectional import check_bidirectional, make_bidirectional
-from pipeline.embed.teachers.pooling import PooledTeacher, TextPooler, check_positions
-from pipeline.embed.teachers.template import SLOT, Pooling, Reader
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pipeline.embed.teachers.pooling import PooledTeacher, check_positions
+from pipeline.embed.teachers.template import SLOT, Pooling, TemplateTokenizer
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
 
 
-class Llm2VecTeacher(PooledTeacher):
-    """The mean over a text's own tokens of the last (final-normed) hidden states, attention in both directions."""
+def load_llm2vec(
+    backbone: BackboneParams,
+    adapters: Sequence[AdapterParams],
+    *,
+    max_tokens: int,
+    dtype: DType,
+    batch_size: int,
+    name: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    template: str = SLOT,
+    pooling: Pooling = "mean",
+) -> PooledTeacher:
+    """Load the base model onto the best device and merge the adapters into it.
 
-    def __init__(
-        self,
-        body: "PreTrainedModel",
-        tokenizer: "PreTrainedTokenizerBase",
-        *,
-        max_tokens: int,
-        batch_size: int,
-        identity: dict[str, Any],
-        template: str = SLOT,
-        pooling: Pooling = "mean",
-    ) -> None:
-        """Take a loaded model as it is, on the device it is on.
+    Args:
+        backbone: the base model where `name` is None.
+        adapters: in the order in which they are merged.
+        max_tokens: longer texts lose their end.
+        dtype: of the weights.
+        batch_size: texts of one forward pass.
+        name: another base model, a hub name or a local folder.
+        revision: its commit on the hub.
+        trust_remote_code: run code that it ships.
+        template: what is read, see `template`.
+        pooling: which of its tokens are pooled, see `template`.
 
-        Args:
-            body: a transformer without its head, bidirectional, in eval mode.
-            tokenizer: its tokenizer.
-            max_tokens: longer texts lose their end.
-            batch_size: texts of one forward pass.
-            identity: what pins the embeddings; `name` is used in messages.
-            template: what is read, see `reading`.
-            pooling: which of its tokens are pooled, see `reading`.
-
-        Raises:
-            TeacherError: the model is causal, padding changes its rows, or the template leaves no room for a text.
-        """
-        check_bidirectional(body, str(identity["name"]))
-        reader = Reader(tokenizer, max_tokens=max_tokens, template=template, pooling=pooling, strip=True)
-        super().__init__(TextPooler(body, reader, batch_size=batch_size), identity)
-
-    @classmethod
-    def load(
-        cls,
-        base: BackboneParams,
-        adapters: Sequence[tuple[str, str | None]],
-        *,
-        max_tokens: int,
-        batch_size: int,
-        template: str = SLOT,
-        pooling: Pooling = "mean",
-    ) -> "Llm2VecTeacher":
-        """Load the base onto the best device and merge the adapters into it.
-
-        Args:
-            base: the base model.
-            adapters: names and revisions, in the order they are merged.
-            max_tokens: longer texts lose their end.
-            batch_size: texts of one forward pass.
-            template: what is read, see `reading`.
-            pooling: which of its tokens are pooled, see `reading`.
-
-        Raises:
-            TeacherError: base or adapters cannot be loaded or do not fit each other, or see the constructor.
-        """
-        device = best_device()
-        log.info("teacher %s: device %s (the best present), %s", base.name, device, base.dtype)
-        folders = [fetch_adapter(name, revision) for name, revision in adapters]
-        identity = {
-            **_identify(base.name, base.revision, "name"),
-            "adapters": [_identify(name, revision, "adapters") for name, revision in adapters],
+    Raises:
+        BackboneError: the base model cannot be loaded.
+        TeacherError: an adapter cannot be loaded or does not fit, the model stays causal, padding changes its rows,
+            `max_tokens` exceeds its positions, or the template leaves no room for a text.
+    """
+    base = backbone.model_copy(update={"dtype": dtype})
+    if name:
+        own = {"name": name, "revision": revision, "trust_remote_code": trust_remote_code}
+        base = base.model_copy(update=own)
+    device = best_device()
+    log.info("teacher %s: device %s (the best present), %s", base.name, device, base.dtype)
+    folders = []
+    for index, adapter in enumerate(adapters):
+        with nested_in(f"adapters.{index}"):
+            folders.append(fetch_adapter(adapter.name, adapter.revision))
+    shipped = next((folder for folder in folders if (folder / TOKENIZER).is_file()), None)
+    log.info("teacher %s: tokenizer of %s", base.name, f"the adapter {shipped}" if shipped else "the base model")
+    with nullcontext() if name else section("backbone"):
+        identity = identify(base.name, base.revision)
+        tokenizer = load_tokenizer(BackboneParams(name=str(shipped)) if shipped else base)
+        body = load_backbone(base, device).get_decoder()
+    check_positions(body.config, max_tokens)
+    for index, (adapter, folder) in enumerate(zip(adapters, folders, strict=True)):
+        with nested_in(f"adapters.{index}"):
+            body = merge_adapter(body, folder, adapter.name)
+    make_bidirectional(body)
+    check_bidirectional(body, base.name)
+    return PooledTeacher(
+        body,
+        TemplateTokenizer(tokenizer, max_tokens=max_tokens, template=template, pooling=pooling, strip=True),
+        batch_size=batch_size,
+        identity={
+            **identity,
+            "adapters": [identify(adapter.name, adapter.revision) for adapter in adapters],
             "kind": "llm2vec",
             "version": VERSION,
             "template": template,
             "pooling": pooling,
             "max_tokens": max_tokens,
-            "dtype": base.dtype,
-        }
-        tokenizer = _tokenizer(base, folders)
-        body = _body(base, device)
-        check_positions(body.config, max_tokens, "base model")
-        for (name, _), folder in zip(adapters, folders, strict=True):
-            body = merge_adapter(body, folder, name)
-        make_bidirectional(body)
-        return cls(
-            body,
-            tokenizer,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            identity=identity,
-            template=template,
-            pooling=pooling,
-        )
-
-
-def _identify(name: str, revision: str | None, key: str) -> dict[str, str]:
-    try:
-        return identify(name, revision)
-    except BackboneError as error:
-        raise TeacherError(f"embed.teacher.{key}: {error}") from None
-
-
-def _body(base: BackboneParams, device: str) -> "PreTrainedModel":
-    try:
-        return load_backbone(base, device).get_decoder()
-    except BackboneError as error:
-        raise _of_base(error) from None
-
-
-def _tokenizer(base: BackboneParams, folders: Sequence[Path]) -> "PreTrainedTokenizerBase":
-    shipped = next((folder for folder in folders if (folder / TOKENIZER).is_file()), None)
-    log.info("teacher %s: tokenizer of %s", base.name, f"the adapter {shipped}" if shipped else "the base model")
-    source = BackboneParams(name=str(shipped)) if shipped else base
-    try:
-        return load_tokenizer(source)
-    except BackboneError as error:
-        raise _of_base(error) from None
-
-
-def _of_base(error: BackboneError) -> TeacherError:
-    return TeacherError(f"embed.teacher.name: {str(error).removeprefix('backbone.name: ')}")
+            "dtype": dtype,
+        },
+    )

@@ -1,14 +1,16 @@
 """Several teachers, one process and one GPU each, behind the interface of one."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 from pipeline.backbone.loading import BackboneParams
 from pipeline.core.errors import TeacherError
-from pipeline.embed.teachers import TeacherParams, build_teacher
+from pipeline.embed.params import TeacherParams
 from pipeline.embed.teachers.base import Teacher
+from pipeline.embed.teachers.registry import TEACHERS, build_teacher
 from pipeline.parallel.devices import Count, Place, places, worker_count
 from pipeline.parallel.text_pool import TextJobs
 
@@ -16,33 +18,27 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-class Ready(NamedTuple):
-    """What a process says of its teacher."""
-
-    width: int
-    identity: dict[str, Any]
-
-
 class ParallelTeacher:
-    """A teacher in each place. Texts are cut into jobs of similar lengths, the longest first; who is free takes one."""
+    """A teacher on each device; the texts of a call are shared out as `TextJobs` does."""
 
-    def __init__(self, load: Callable[[], Teacher], where: Sequence[Place], job_texts: int) -> None:
+    def __init__(self, load: Callable[[], Teacher], devices: Sequence[Place], job_texts: int) -> None:
         """Start the processes and wait until all teachers are loaded.
 
         Args:
             load: loads a teacher (picklable); runs in each process.
-            where: a place for each.
+            devices: one for each process.
             job_texts: texts of a job.
 
         Raises:
             PipelineError: what a teacher raised when it was loaded, or TeacherError if its process died.
         """
-        self._jobs = TextJobs(load, _ready, where, job_texts=job_texts, kind="teacher process", error=TeacherError)
+        describe = attrgetter("width", "identity")
+        self._jobs = TextJobs(load, describe, devices, job_texts=job_texts, kind="teacher process", error=TeacherError)
         self.width, self.identity = self._jobs.facts
 
     @property
     def processes(self) -> int:
-        """How many share the texts of one call: give it as many more at once."""
+        """Number of processes: a call needs as many batches to keep all of them busy."""
         return len(self._jobs)
 
     def embed(self, texts: Sequence[str]) -> "np.ndarray[Any, Any]":
@@ -50,60 +46,45 @@ class ParallelTeacher:
         import numpy as np
 
         vectors = np.empty((len(texts), self.width), np.float32)
-        for chosen, value in self._jobs.run("embed", texts):
-            vectors[chosen] = value
+        for rows, value in self._jobs.run("embed", texts):
+            vectors[rows] = value
         return vectors
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """See `Teacher.token_counts`."""
-        return self._each("token_counts", texts)
+        return self._in_order("token_counts", texts)
 
     def truncated(self, texts: Sequence[str]) -> list[bool]:
         """See `Teacher.truncated`."""
-        return self._each("truncated", texts)
+        return self._in_order("truncated", texts)
 
     def close(self) -> None:
         """Stop the processes."""
         self._jobs.close()
 
-    def _each(self, method: str, texts: Sequence[str]) -> list[Any]:
-        """What `method` gives for each text."""
-        found: dict[int, Any] = {}
-        for chosen, value in self._jobs.run(method, texts):
-            found |= zip(chosen, value, strict=True)
-        return [found[row] for row in range(len(texts))]
+    def _in_order(self, method: str, texts: Sequence[str]) -> list[Any]:
+        results: dict[int, Any] = {}
+        for rows, values in self._jobs.run(method, texts):
+            results |= zip(rows, values, strict=True)
+        return [results[row] for row in range(len(texts))]
 
 
-def _ready(teacher: Teacher) -> Ready:
-    return Ready(teacher.width, teacher.identity)
-
-
-@contextmanager
 def open_teacher(
-    params: TeacherParams, backbone: BackboneParams, data_parallel: Count, *, knob: str = "embed.data_parallel"
-) -> Iterator[Teacher]:
-    """The teacher of the params: in this process, or in several that are stopped at the end.
+    params: TeacherParams, backbone: BackboneParams, data_parallel: Count
+) -> AbstractContextManager[Teacher]:
+    """Load the teacher of the params: in this process, or in several that stop when the context ends.
 
     Args:
-        params: which teacher.
-        backbone: the language model, for the teachers that are built on it.
+        params: section `embed.teacher`.
+        backbone: for the kinds that are built on it.
         data_parallel: processes; "auto" is one a visible GPU, and one on a CPU.
-        knob: the params key of `data_parallel`, for messages.
 
     Raises:
         TeacherError: it cannot be loaded with these params, or there are too few GPUs.
-        BackboneError: the backbone cannot be loaded.
+        BackboneError: the language model that it is built on cannot be loaded.
     """
-    count = _processes(params, data_parallel, knob)
+    count = 1
+    if data_parallel != "auto" or TEACHERS[params.kind].parallel:
+        count = worker_count(data_parallel, gpus_each=1, knob="embed.data_parallel", error=TeacherError)
     load = partial(build_teacher, params, backbone)
-    if count == 1:
-        yield load()
-        return
-    with closing(ParallelTeacher(load, places(count), params.batch_size)) as teacher:
-        yield teacher
-
-
-def _processes(params: TeacherParams, data_parallel: Count, knob: str) -> int:
-    if params.kind == "hash" and data_parallel == "auto":
-        return 1
-    return worker_count(data_parallel, gpus_each=1, knob=knob, error=TeacherError)
+    return nullcontext(load()) if count == 1 else closing(ParallelTeacher(load, places(count), params.batch_size))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import DType, identify
-from pipeline.core.errors import BackboneError, TeacherError
+from pipeline.core.errors import TeacherError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VERSION = 1
-PARAMS_KEY = "embed.teacher"  # of a teacher, for messages
 
 
 class SentenceTransformersTeacher:
@@ -44,6 +43,7 @@ class SentenceTransformersTeacher:
             trust_remote_code: run code that the model ships.
 
         Raises:
+            BackboneError: it is a folder that does not exist.
             TeacherError: it cannot be loaded.
         """
         device = best_device()
@@ -54,7 +54,7 @@ class SentenceTransformersTeacher:
         self._counted: tuple[list[str], list[int]] = [], []
         self.width = int(self._model.get_embedding_dimension())
         self.identity = {
-            **identify_model(name, revision),
+            **identify(name, revision),
             "kind": "sentence-transformers",
             "version": VERSION,
             "max_tokens": self._limit,
@@ -86,7 +86,7 @@ class SentenceTransformersTeacher:
         return [self._limit is not None and length > self._limit for length in self._lengths(texts)]
 
     def _lengths(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of the whole of each text; those asked for last are remembered, as one is asked for several facts."""
+        """Tokens of each whole text; the last answer is cached, for `token_counts` and `truncated` ask for the same."""
         prompted = [self._prompt + text for text in texts]
         if prompted != self._counted[0]:
             self._counted = prompted, _token_lengths(self._model.tokenizer, prompted)
@@ -99,45 +99,29 @@ def _token_lengths(tokenizer: Any, texts: list[str]) -> list[int]:
     return [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]] if texts else []
 
 
-def limit_tokens(model: Any, name: str, max_tokens: int, where: str = PARAMS_KEY) -> int | None:
-    """Tokens that the model reads, set in the model: `max_tokens`, or its own limit where that is lower.
-
-    None stands for all, however many. `where` is the params key of the model.
-    """
+def limit_tokens(model: Any, name: str, max_tokens: int) -> int | None:
+    """Set the tokens that the model reads: `max_tokens`, or its own limit where that is lower; None means all."""
     own = model.max_seq_length
     if own == math.inf:
-        log.info("%s: reads the whole of every text (static word vectors), whatever %s.max_tokens", name, where)
+        log.info("%s: reads the whole of every text (static word vectors); max_tokens has no effect", name)
         return None
     if own is not None and own < max_tokens:
-        log.info("%s: %d tokens a text (its own limit, below %s.max_tokens)", name, own, where)
+        log.info("%s: %d tokens a text (its own limit, below max_tokens)", name, own)
     model.max_seq_length = min(max_tokens, own or max_tokens)
     return int(model.max_seq_length)
 
 
-def identify_model(name: str, revision: str | None, where: str = PARAMS_KEY) -> dict[str, Any]:
-    """What pins a sentence-transformers model.
+def load_model(name: str, revision: str | None, dtype: DType, device: str, trust_remote_code: bool) -> Any:
+    """The SentenceTransformer.
 
     Raises:
-        TeacherError: it is a folder that does not exist.
-    """
-    try:
-        return dict(identify(name, revision))
-    except BackboneError as error:
-        raise TeacherError(f"{where}.name: {error}") from None
-
-
-def load_model(
-    name: str, revision: str | None, dtype: DType, device: str, trust_remote_code: bool, where: str = PARAMS_KEY
-) -> Any:
-    """The SentenceTransformer; `where` is its params key.
-
-    Raises:
+        BackboneError: it is a folder that does not exist.
         TeacherError: it cannot be loaded.
     """
     import torch
     from sentence_transformers import SentenceTransformer
 
-    identify_model(name, revision, where)  # a folder that does not exist is said here, before it is a hub name
+    identify(name, revision)  # refuses a missing folder, which would be taken for a name on the hub
     try:
         return SentenceTransformer(
             name,
@@ -148,4 +132,4 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TeacherError(f"{where}.name: cannot load '{name}': {reason}") from None
+        raise TeacherError(f"cannot load '{name}': {reason}", argument="name") from None

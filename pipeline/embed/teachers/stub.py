@@ -1,9 +1,11 @@
-"""A stub for tests and dry runs of the pipeline: pseudo-random vectors made from a text's hash, without meaning."""
+"""A stub for tests and dry runs: pseudo-random vectors seeded by a text's hash."""
 
 import hashlib
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
+
+from pipeline.core.errors import TeacherError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,7 +17,7 @@ class HashTeacher:
     """Standard normal vectors of `width` dimensions, a function of the text alone."""
 
     def __init__(self, width: int = 64, delay: float = 0.0) -> None:
-        """`delay` is the time in seconds that a text takes. Raises ValueError if `width` is below 1."""
+        """`delay` is in seconds a text. Raises ValueError if `width` is below 1."""
         if width < 1:
             raise ValueError(f"width is {width}, must be at least 1")
         self.width, self._delay = width, delay
@@ -26,6 +28,14 @@ class HashTeacher:
             "version": VERSION,
             "width": width,
         }
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> Self:
+        """The teacher with these arguments. Raises TeacherError if they are wrong."""
+        try:
+            return cls(**options)
+        except (TypeError, ValueError) as error:
+            raise TeacherError(f"{options}: {error}", argument="options") from None
 
     def embed(self, texts: Sequence[str]) -> "np.ndarray[Any, Any]":
         """See `Teacher.embed`."""

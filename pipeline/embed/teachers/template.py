@@ -1,16 +1,16 @@
 """How a text becomes the tokens that a language model reads, and which of them are pooled.
 
-A template holds `{text}` one or more times, or is a name of `TEMPLATES`. What is pooled begins at the last one and ends
-where the template ends:
+A template holds `{text}` at least once, or is a name of `TEMPLATES`. Tokens are pooled from the last `{text}` to the
+end of the template:
 
     "{text}"                                                   the text alone
-    "<|start_header_id|>user<|end_header_id|>\\n\\n{text}<|eot_id|>"   a frame; what closes it is pooled too
+    "<|start_header_id|>user<|end_header_id|>\\n\\n{text}<|eot_id|>"   a chat turn; its closing token is pooled too
     "Rewrite the sentence: {text}, rewritten sentence: {text}"  echo (Springer et al. 2024): only the second reading is
-                                                               pooled, in which a causal model has seen the whole text
+                                                               pooled, for which a causal model has the whole text
     'This sentence : "{text}" means in one word:"'              one-word (PromptEOL, Jiang et al. 2023), pooled by
-                                                               `last`: the state that would name the word
+                                                               `last`: the state that predicts the word
 
-Special tokens that the tokenizer itself puts around are read and not pooled, except with `mean-all`.
+Special tokens that the tokenizer adds are read and not pooled, except with `mean-all`.
 """
 
 import math
@@ -45,11 +45,8 @@ class Tokens(NamedTuple):
     pooled: list[int]
 
 
-class Reader:
-    """Turns texts into tokens, at most `max_tokens` each; of a text that is too long the end is left out.
-
-    The template stays whole, and with an echo each reading loses the same end.
-    """
+class TemplateTokenizer:
+    """Turns texts into tokens, at most `max_tokens` each; a longer text loses its end, in each slot of the template."""
 
     def __init__(
         self,
@@ -60,15 +57,15 @@ class Reader:
         pooling: Pooling = "mean",
         strip: bool = False,
     ) -> None:
-        """Set the rules.
+        """Check the template.
 
         Args:
             tokenizer: a fast one where the template is more than the text (it needs character offsets).
-            max_tokens: limit of the whole, special tokens and template included.
+            max_tokens: limit that includes special tokens and template.
             template: see the module.
-            pooling: `mean` over the tokens from the last text on, `mean-all` over every token, special ones included,
-                `last` the last of the tokens that `mean` averages: the text's own last, or the template's closing one.
-            strip: take white space off both ends of a text.
+            pooling: `mean`: the tokens from the last slot on; `mean-all`: every token; `last`: the last token of
+                `mean`.
+            strip: remove white space at both ends of a text.
 
         Raises:
             TeacherError: the template has no slot, leaves no room for a text, or needs a fast tokenizer.
@@ -80,14 +77,14 @@ class Reader:
         self._counted: tuple[list[str], list[int]] = [], []
         self._bare = self._parts == ["", ""]
         if self._slots < 1:
-            raise TeacherError(f"embed.teacher.template: {template!r} holds no {SLOT}")
+            raise TeacherError(f"template {template!r} holds no {SLOT}")
         if not self._bare and not tokenizer.is_fast:
-            raise TeacherError(f"embed.teacher.template: the tokenizer of '{tokenizer.name_or_path}' gives no offsets")
+            raise TeacherError(f"template {template!r}: the tokenizer of '{tokenizer.name_or_path}' gives no offsets")
         self._overhead = len(tokenizer("".join(self._parts))["input_ids"])
         if self._overhead + self._slots > max_tokens:
             raise TeacherError(
-                f"embed.teacher.max_tokens ({max_tokens}) leaves no room for a text: "
-                f"the template and special tokens take {self._overhead}"
+                f"{max_tokens} leaves no room for a text: template and special tokens take {self._overhead}",
+                argument="max_tokens",
             )
 
     def __call__(self, texts: Sequence[str]) -> list[Tokens]:
@@ -95,18 +92,18 @@ class Reader:
         texts = self._prepared(texts)
         if self._bare:
             return self._tokens(texts, texts)
-        kept = [
+        short = [
             self._cut(text) if length > self._max_tokens else text
             for text, length in zip(texts, self._lengths(texts), strict=True)
         ]
-        return self._tokens(kept, [self._render(text) for text in kept])
+        return self._tokens(short, [self._render(text) for text in short])
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens are read of each text, special tokens and template counted."""
+        """Tokens read of each text, with special tokens and template."""
         return [min(length, self._max_tokens) for length in self._lengths(self._prepared(texts))]
 
     def truncated(self, texts: Sequence[str]) -> list[bool]:
-        """Which texts lose their end, special tokens and template counted."""
+        """Which texts lose their end."""
         return [length > self._max_tokens for length in self._lengths(self._prepared(texts))]
 
     def _prepared(self, texts: Sequence[str]) -> list[str]:
@@ -116,7 +113,7 @@ class Reader:
         return text.join(self._parts)
 
     def _lengths(self, texts: list[str]) -> list[int]:
-        """Tokens of the whole of each text; those asked for last are remembered, as one is asked for several facts."""
+        """Tokens of each whole text; the last answer is cached, for `token_counts` and `truncated` ask for the same."""
         if texts != self._counted[0]:
             rows = self._tokenizer([self._render(text) for text in texts], verbose=False)["input_ids"] if texts else []
             self._counted = texts, [len(ids) for ids in rows]
@@ -127,10 +124,10 @@ class Reader:
         ends = [end for _, end in offsets["offset_mapping"]]
         count = min((self._max_tokens - self._overhead) // self._slots, len(ends))
         while count > 0:
-            kept = text[: ends[count - 1]]
-            excess = len(self._tokenizer(self._render(kept))["input_ids"]) - self._max_tokens
+            beginning = text[: ends[count - 1]]
+            excess = len(self._tokenizer(self._render(beginning))["input_ids"]) - self._max_tokens
             if excess <= 0:
-                return kept
+                return beginning
             count -= math.ceil(excess / self._slots)
         return ""
 
@@ -152,11 +149,11 @@ class Reader:
         return rows
 
     def _own(self, encoded: Any, index: int, begin: int) -> list[int]:
-        """Which tokens belong to the last text or to what follows it in the template."""
+        """1 for each token of the last text and of what follows it in the template."""
         own = [1 - flag for flag in encoded["special_tokens_mask"][index]]
         if self._bare:
             return own
-        # A token may straddle the border: it holds the text's first letters, so it counts as the text's.
+        # A token across the border holds the text's first letters, so it counts as the text's.
         return [
             flag if end > begin else 0 for flag, (_, end) in zip(own, encoded["offset_mapping"][index], strict=True)
         ]

@@ -1,4 +1,4 @@
-"""A teacher in the space of its targets, where `embed.transform` changed them."""
+"""A teacher whose vectors are mapped by the transform that was fitted on its targets."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class TransformedTeacher:
-    """Embeds as the targets were made: the teacher's vector, mapped. Its identity says by what; see `Teacher`."""
+    """Gives the teacher's vectors in the space of the targets; its identity holds the transform's. See `Teacher`."""
 
     def __init__(self, teacher: Teacher, transform: TargetTransform) -> None:
         """Raises TeacherError if the transform was fitted on vectors of another width."""
         if teacher.width != transform.teacher_width:
             raise TeacherError(
-                f"embed.teacher gives {teacher.width} dimensions, {TRANSFORM_FILE} was fitted on "
+                f"the teacher gives {teacher.width} dimensions, {TRANSFORM_FILE} was fitted on "
                 f"{transform.teacher_width}: run embed and train again"
             )
         self._teacher, self._transform, self.width = teacher, transform, transform.width
@@ -39,7 +39,7 @@ class TransformedTeacher:
 
 
 def in_trained_space(teacher: Teacher, encoder: Path) -> Teacher:
-    """The teacher as it labelled the targets of an encoder folder; itself where they were not transformed.
+    """The teacher in the space of an encoder folder's targets; itself where they were not transformed.
 
     Raises:
         TeacherError: the folder's transform is damaged, or was fitted on vectors of another width.

@@ -10,39 +10,27 @@ import torch
 
 from pipeline.backbone.loading import BackboneParams, identify
 from pipeline.core.errors import TeacherError
-from pipeline.embed.teachers import TeacherParams, build_teacher
-from pipeline.embed.teachers.backbone import BackboneTeacher
+from pipeline.embed.params import TeacherParams
+from pipeline.embed.teachers.pooling import PooledTeacher
+from pipeline.embed.teachers.registry import build_teacher
+from pipeline.embed.teachers.template import TemplateTokenizer
 from pipeline.evaluate.baselines import ECHO_TEMPLATE
 from tests.conftest import tiny_model, tiny_tokenizer
+from tests.embed.teachers.test_template import with_bos
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3"]
 TEXTS = ["short", "a text that is longer than the sliding window", "héllo 😀", "x", "another one of middle size"]
 
 
 def teacher(architecture: str = "llama", batch_size: int = 2, max_tokens: int = 64, tokenizer: Any = None) -> Any:
-    return BackboneTeacher(
-        tiny_model(architecture),
-        tokenizer or tiny_tokenizer(),
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        identity={"name": "tiny"},
-    )
+    rules = TemplateTokenizer(tokenizer or tiny_tokenizer(), max_tokens=max_tokens)
+    body = tiny_model(architecture).get_decoder()
+    return PooledTeacher(body, rules, batch_size=batch_size, identity={"name": "tiny"})
 
 
 def pooled(model: Any, ids: list[int], first: int = 0) -> Any:
     """The mean over the final hidden states of one unpadded row, from position `first` on."""
     return model.get_decoder()(input_ids=torch.tensor([ids])).last_hidden_state[0, first:].mean(0).numpy()
-
-
-def with_bos() -> Any:
-    """A tokenizer that starts each text with <|bot|> (id 1), as Llama's does with its BOS."""
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|bot|> $A", pair="<|bot|> $A $B", special_tokens=[("<|bot|>", 1)]
-    )
-    return tokenizer
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -151,5 +139,5 @@ def test_half_precision_gives_float32_vectors_close_to_full(tiny_backbone: Calla
 
 def test_more_tokens_than_positions(tiny_backbone: Callable[..., Path]) -> None:
     params = TeacherParams(kind="backbone", max_tokens=513)
-    with pytest.raises(TeacherError, match=r"embed.teacher.max_tokens \(513\) exceeds the backbone's 512 positions"):
+    with pytest.raises(TeacherError, match=r"^embed\.teacher\.max_tokens: 513 exceeds .* 512 positions"):
         build_teacher(params, BackboneParams(name=str(tiny_backbone("llama"))))

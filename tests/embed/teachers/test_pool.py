@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.backbone.loading import BackboneParams
 from pipeline.core.errors import TeacherError
-from pipeline.embed.teachers import TeacherParams
+from pipeline.embed.params import TeacherParams
 from pipeline.embed.teachers.pool import ParallelTeacher, open_teacher
 from pipeline.embed.teachers.stub import HashTeacher
 
@@ -65,7 +65,7 @@ def test_a_dead_process_is_named() -> None:
 
 
 def test_what_a_process_refuses_comes_as_its_own_error() -> None:
-    message = r"teacher process \d \(.*\): embed.teacher.options \{'width': 0\}"
+    message = r"teacher process \d \(.*\): .*options: \{'width': 0\}"
     with pytest.raises(TeacherError, match=message), open_teacher(hash_params(width=0), BACKBONE, 2):
         pass
 

@@ -8,7 +8,8 @@ import pytest
 from pipeline.backbone.loading import BackboneParams
 from pipeline.core.config import validate
 from pipeline.core.errors import ParamsError, TeacherError
-from pipeline.embed.teachers import TeacherParams, build_teacher
+from pipeline.embed.params import TeacherParams
+from pipeline.embed.teachers.registry import build_teacher
 from pipeline.embed.teachers.stub import HashTeacher
 
 BACKBONE = BackboneParams(name="org/model")
@@ -54,14 +55,14 @@ def test_delay_is_no_part_of_the_identity() -> None:
 
 @pytest.mark.parametrize(("options", "message"), [({"widht": 5}, "widht"), ({"width": 0}, "width is 0")])
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(TeacherError, match=rf"embed\.teacher\.options.*{message}"):
+    with pytest.raises(TeacherError, match=rf"^embed\.teacher\.options: .*{message}"):
         build_teacher(params(kind="hash", options=options), BACKBONE)
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"kind": "sentence-transformers"}, "needs a name"),
+        ({"kind": "sentence-transformers"}, "needs name"),
         ({"kind": "backbone", "name": "org/other"}, "kind backbone takes no name"),
         ({"kind": "hash", "prompt": "query: "}, "kind hash takes no prompt"),
         ({"kind": "backbone", "options": {"width": 3}}, "kind backbone takes no options"),

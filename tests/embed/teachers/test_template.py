@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import TeacherError
-from pipeline.embed.teachers.template import Reader, Tokens
+from pipeline.embed.teachers.template import TemplateTokenizer, Tokens
 from tests.conftest import tiny_tokenizer
 
 ECHO = "Say: {text}, again: {text}"
@@ -27,7 +27,7 @@ def ids(text: str) -> list[int]:
 
 
 def read(text: str, tokenizer: Any = None, max_tokens: int = 64, **rules: Any) -> Tokens:
-    (row,) = Reader(tokenizer or tiny_tokenizer(), max_tokens=max_tokens, **rules)([text])
+    (row,) = TemplateTokenizer(tokenizer or tiny_tokenizer(), max_tokens=max_tokens, **rules)([text])
     return row
 
 
@@ -76,10 +76,10 @@ def test_both_readings_of_an_echo_lose_the_same_end() -> None:
 
 
 def test_truncated_counts_all_that_is_read() -> None:
-    bare = Reader(with_bos(), max_tokens=4)
+    bare = TemplateTokenizer(with_bos(), max_tokens=4)
     assert bare.truncated(["abc", "abcd", ""]) == [False, True, False]
     assert [len(row.ids) for row in bare(["abc", "abcd"])] == [4, 4]
-    echo = Reader(tiny_tokenizer(), max_tokens=len("Say: , again: ") + 7, template=ECHO)
+    echo = TemplateTokenizer(tiny_tokenizer(), max_tokens=len("Say: , again: ") + 7, template=ECHO)
     assert echo.truncated(["abc", "abcd"]) == [False, True]
     assert echo(["abcd"])[0].ids == ids("Say: abc, again: abc")
     assert bare.token_counts(["", "ab", "abcdefgh"]) == [1, 3, 4]
@@ -88,7 +88,7 @@ def test_truncated_counts_all_that_is_read() -> None:
 
 
 def test_stripping_comes_before_the_limit() -> None:
-    reader = Reader(tiny_tokenizer(), max_tokens=3, strip=True)
+    reader = TemplateTokenizer(tiny_tokenizer(), max_tokens=3, strip=True)
     assert reader.truncated(["\n abc \n"]) == [False]
     assert reader(["\n abc \n"]) == [Tokens(ids("abc"), [1, 1, 1])]
 
@@ -96,17 +96,17 @@ def test_stripping_comes_before_the_limit() -> None:
 def test_rows_do_not_depend_on_their_neighbours() -> None:
     texts = ["a", "a longer text than that", "", "é"]
     for rules in ({}, {"template": ECHO}):
-        reader = Reader(with_bos(), max_tokens=40, **rules)
+        reader = TemplateTokenizer(with_bos(), max_tokens=40, **rules)
         assert reader(texts) == [reader([text])[0] for text in texts]
 
 
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"template": "no slot"}, r"embed.teacher.template: 'no slot' holds no \{text\}"),
-        ({"template": ECHO, "max_tokens": 15}, r"max_tokens \(15\) leaves no room .* take 14"),
+        ({"template": "no slot"}, r"'no slot' holds no \{text\}"),
+        ({"template": ECHO, "max_tokens": 15}, r"^max_tokens: 15 leaves no room .* take 14"),
     ],
 )
 def test_mistakes_are_named(rules: dict[str, Any], message: str) -> None:
     with pytest.raises(TeacherError, match=message):
-        Reader(tiny_tokenizer(), **({"max_tokens": 64} | rules))
+        TemplateTokenizer(tiny_tokenizer(), **({"max_tokens": 64} | rules))
