@@ -64,7 +64,12 @@ def test_a_training_step_depends_on_the_passes_and_answers_and_not_on_inference(
     assert not found & {"encoder/inference.py", "encoder/folder/write.py", "train/__main__.py", "cli/plan.py"}
 
 
-def test_a_teaching_step_depends_on_its_phases_and_not_on_quality() -> None:
+def test_a_teaching_step_depends_on_what_decides_it_and_on_no_teacher() -> None:
     found = {path.relative_to("pipeline").as_posix() for path in import_closure(["pipeline.teach.recipe"], ROOT)}
-    assert found >= {"teach/mntp.py", "teach/simcse.py", "backbone/output_head.py", "embed/teachers/bidirectional.py"}
-    assert not found & {"teach/quality.py", "teach/card.py", "evaluate/run.py"}
+    assert found >= {"teach/mntp.py", "teach/simcse.py", "teach/dropout.py", "backbone/output_head.py"}
+    assert not {path for path in found if path.startswith("evaluate/")} | found & {"teach/quality.py", "teach/card.py"}
+    decisive = {"__init__", "adapters", "bidirectional", "pooling", "template"}
+    assert {path for path in found if path.startswith("embed/")} == {
+        "embed/__init__.py",
+        *(f"embed/teachers/{name}.py" for name in decisive),
+    }
