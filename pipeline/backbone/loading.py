@@ -47,11 +47,11 @@ def identify(name: str, revision: str | None) -> dict[str, str]:
     folder = Path(name)
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or (name.count("/") != 1 and "/" in name):
-            raise BackboneError(f"model folder {name} does not exist", argument="name")
+            raise BackboneError(f"model folder {name} does not exist")
         return {"name": name, "revision": revision or "main"}
     files = sorted({path for pattern in _IDENTITY_FILES for path in folder.rglob(pattern)})
     if not files:
-        raise BackboneError(f"{name} is a folder without model weights", argument="name")
+        raise BackboneError(f"{name} is a folder without model weights")
     hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
     return {"name": name, "sha256": digest_of(hashes)}
 

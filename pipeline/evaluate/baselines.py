@@ -173,7 +173,6 @@ class ModelSystem:
             trust_remote_code: run code that the model ships.
 
         Raises:
-            BackboneError: it is a folder that does not exist.
             TeacherError: it cannot be loaded.
         """
         from pipeline.embed.teachers.sentence_transformers import limit_tokens, load_model

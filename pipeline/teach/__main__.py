@@ -88,8 +88,7 @@ def _teach(inputs: Inputs, run_record: RunRecord, work: Path) -> None:
     queries, responses = (open_artifact(path, path.name) for path in (QUERIES_DIR, RESPONSES_DIR))
     # Checked before hours of training.
     tasks = find_quality_tasks(params.quality, Path(inputs.evaluate.local_dir))
-    with section("backbone"):
-        config = load_config(inputs.backbone)
+    config = load_config(inputs.backbone)
     with section("embed"), nested_in("teacher"):
         check_positions(config, teacher.max_tokens)
     local_dir = Path(inputs.collect.local_dir)

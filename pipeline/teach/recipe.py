@@ -18,7 +18,7 @@ from pipeline.backbone.loading import BackboneParams, identify, load_backbone, l
 from pipeline.backbone.lora import WEIGHTS_FILE, adapter_parameters, add_adapter, save_adapter
 from pipeline.core.artifacts import digest_of, disk_errors, file_sha256, write_json
 from pipeline.core.code_digest import code_digest
-from pipeline.core.errors import nested_in, section
+from pipeline.core.errors import nested_in
 from pipeline.embed.teachers.adapters import merge_adapter
 from pipeline.embed.teachers.bidirectional import check_bidirectional, make_bidirectional
 from pipeline.embed.teachers.pooling import check_positions
@@ -97,10 +97,9 @@ class Recipe:
         """
         self._params, self._backbone, self._texts, self._work = params, backbone, texts, work
         self._template, self._pooling = template, pooling
-        with section("backbone"):
-            self._identity = identify(backbone.name, backbone.revision)
-            self._tokenizer = load_tokenizer(backbone)
-            config = load_config(backbone)
+        self._identity = identify(backbone.name, backbone.revision)
+        self._tokenizer = load_tokenizer(backbone)
+        config = load_config(backbone)
         with nested_in("mntp"):
             self._mask_id = mask_token_id(self._tokenizer, params.mntp.mask_token)
             check_positions(config, params.mntp.max_tokens)
@@ -200,8 +199,7 @@ class Recipe:
     def _lm(self) -> Any:
         params, device = self._params, best_device()
         log.info("teach %s: device %s (the best present), %s", self._backbone.name, device, params.dtype)
-        with section("backbone"):
-            return load_backbone(self._backbone.model_copy(update={"dtype": params.dtype}), device)
+        return load_backbone(self._backbone.model_copy(update={"dtype": params.dtype}), device)
 
     def _mntp(self, rows: Sequence[Tokens]) -> Training:
         from pipeline.backbone.output_head import logit_transform

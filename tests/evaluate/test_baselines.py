@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.backbone.loading import BackboneParams
-from pipeline.core.errors import BackboneError
+from pipeline.core.errors import TeacherError
 from pipeline.evaluate.baselines import ECHO_TEMPLATE, HydeSystem, ModelSystem, pooled
 from pipeline.evaluate.system import revision_of
 from pipeline.generate.answer_cache import Answers
@@ -219,7 +219,7 @@ def test_equal_readings_are_equal_embeddings(model_folder: Path) -> None:
 
 
 def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BackboneError, match="^name: .*does not exist"):
+    with pytest.raises(TeacherError, match="^name: .*does not exist"):
         model(tmp_path / "nothing")
 
 

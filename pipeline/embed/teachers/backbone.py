@@ -4,7 +4,6 @@ import logging
 
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import BackboneParams, DType, identify, load_backbone, load_tokenizer
-from pipeline.core.errors import section
 from pipeline.embed.teachers.pooling import PooledTeacher, check_positions
 from pipeline.embed.teachers.template import SLOT, Pooling, TemplateTokenizer
 
@@ -41,18 +40,14 @@ def load_backbone_teacher(
     """
     device = best_device()
     log.info("teacher backbone: device %s (the best present), %s", device, dtype)
-    with section("backbone"):
-        model = load_backbone(backbone.model_copy(update={"dtype": dtype}), device)
-        tokenizer = load_tokenizer(backbone)
-        identity = identify(backbone.name, backbone.revision)
-    body = model.get_decoder()
+    body = load_backbone(backbone.model_copy(update={"dtype": dtype}), device).get_decoder()
     check_positions(body.config, max_tokens)
     return PooledTeacher(
         body,
-        TemplateTokenizer(tokenizer, max_tokens=max_tokens, template=template, pooling=pooling),
+        TemplateTokenizer(load_tokenizer(backbone), max_tokens=max_tokens, template=template, pooling=pooling),
         batch_size=batch_size,
         identity={
-            **identity,
+            **identify(backbone.name, backbone.revision),
             "kind": "backbone",
             "version": VERSION,
             "template": template,

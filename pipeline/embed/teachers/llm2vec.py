@@ -18,11 +18,10 @@ What is read and pooled follows the released checkpoints:
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import BackboneParams, DType, identify, load_backbone, load_tokenizer
-from pipeline.core.errors import nested_in, section
+from pipeline.core.errors import BackboneError, TeacherError, nested_in
 from pipeline.embed.teachers.adapters import TOKENIZER, AdapterParams, fetch_adapter, merge_adapter
 from pipeline.embed.teachers.bidirectional import check_bidirectional, make_bidirectional
 from pipeline.embed.teachers.pooling import PooledTeacher, check_positions
@@ -61,9 +60,9 @@ def load_llm2vec(
         pooling: which of its tokens are pooled, see `template`.
 
     Raises:
-        BackboneError: the base model cannot be loaded.
-        TeacherError: an adapter cannot be loaded or does not fit, the model stays causal, padding changes its rows,
-            `max_tokens` exceeds its positions, or the template leaves no room for a text.
+        BackboneError: the backbone cannot be loaded as the base model.
+        TeacherError: another base model or an adapter cannot be loaded or does not fit, the model stays causal, padding
+            changes its rows, `max_tokens` exceeds its positions, or the template leaves no room for a text.
     """
     base = backbone.model_copy(update={"dtype": dtype})
     if name:
@@ -77,10 +76,14 @@ def load_llm2vec(
             folders.append(fetch_adapter(adapter.name, adapter.revision))
     shipped = next((folder for folder in folders if (folder / TOKENIZER).is_file()), None)
     log.info("teacher %s: tokenizer of %s", base.name, f"the adapter {shipped}" if shipped else "the base model")
-    with nullcontext() if name else section("backbone"):
+    try:
         identity = identify(base.name, base.revision)
         tokenizer = load_tokenizer(BackboneParams(name=str(shipped)) if shipped else base)
         body = load_backbone(base, device).get_decoder()
+    except BackboneError as error:
+        if name:
+            raise TeacherError(error.message, argument="name") from None
+        raise
     check_positions(body.config, max_tokens)
     for index, (adapter, folder) in enumerate(zip(adapters, folders, strict=True)):
         with nested_in(f"adapters.{index}"):

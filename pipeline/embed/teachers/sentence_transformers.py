@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import DType, identify
-from pipeline.core.errors import TeacherError
+from pipeline.core.errors import BackboneError, TeacherError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,6 @@ class SentenceTransformersTeacher:
             trust_remote_code: run code that the model ships.
 
         Raises:
-            BackboneError: it is a folder that does not exist.
             TeacherError: it cannot be loaded.
         """
         device = best_device()
@@ -115,14 +114,13 @@ def load_model(name: str, revision: str | None, dtype: DType, device: str, trust
     """The SentenceTransformer.
 
     Raises:
-        BackboneError: it is a folder that does not exist.
         TeacherError: it cannot be loaded.
     """
     import torch
     from sentence_transformers import SentenceTransformer
 
-    identify(name, revision)  # refuses a missing folder, which would be taken for a name on the hub
     try:
+        identify(name, revision)  # refuses a missing folder, which would be taken for a name on the hub
         return SentenceTransformer(
             name,
             revision=revision,
@@ -130,6 +128,8 @@ def load_model(name: str, revision: str | None, dtype: DType, device: str, trust
             trust_remote_code=trust_remote_code,
             model_kwargs={"dtype": getattr(torch, dtype)},
         )
+    except BackboneError as error:
+        raise TeacherError(error.message, argument="name") from None
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TeacherError(f"cannot load '{name}': {reason}", argument="name") from None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.backbone.loading import BackboneParams, identify
-from pipeline.core.errors import BackboneError, TeacherError
+from pipeline.core.errors import TeacherError
 from pipeline.embed.params import TeacherParams
 from pipeline.embed.teachers.registry import build_teacher
 
@@ -103,7 +103,7 @@ def test_identity_is_that_of_the_folder(tiny_teacher: Path) -> None:
 
 
 def test_a_folder_that_is_not_there(workspace: Path) -> None:
-    with pytest.raises(BackboneError, match=r"^embed\.teacher\.name: .* \./nowhere"):
+    with pytest.raises(TeacherError, match=r"^embed\.teacher\.name: .* \./nowhere"):
         build("./nowhere")
 
 
