@@ -23,6 +23,7 @@ from pipeline.cli.presets import presets
 from pipeline.optim.flops import step_flops
 from tests.conftest import ROOT
 from tests.encoder.test_inference import write
+from tests.test_imports import LIBRARIES, ORDERED
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -44,6 +45,14 @@ FILE = re.compile(r"(?<![\w/.])(?:pipeline|tests|bench|scripts|docs|\.ci)/[\w/.-
 @current_page
 def test_the_files_that_a_page_names_exist(page: str) -> None:
     assert not [name for name in FILE.findall(CURRENT[page]) if not (ROOT / name).exists()]
+
+
+def test_the_map_is_the_table_of_imports() -> None:
+    rows = re.findall(r"^\| (`\w+/`.*?) \|.*\| (.+?) \|$", PAGES["docs/architecture.md"], re.MULTILINE)
+    folders = [(re.findall(r"`(\w+)/`", first), last) for first, last in rows]
+    libraries = {names[0]: set(re.findall(r"`(\w+)`", last)) for names, last in folders[: len(LIBRARIES)]}
+    assert libraries == LIBRARIES
+    assert [name for names, _ in folders[len(LIBRARIES) :] for name in names] == list(ORDERED)
 
 
 def test_the_pages_that_the_code_names_exist() -> None:
