@@ -42,8 +42,8 @@ def export_official(
     _print(model, out, export_official(model, out, backbone=backbone, dtype=chosen))
 
 
-def _print(source: str | Path, out: Path, remarks: Iterable[str]) -> None:
-    print("\n".join([f"{source} -> {out}", *(f"note: {remark}" for remark in remarks)]))
+def _print(source: str | Path, out: Path, notes: Iterable[str]) -> None:
+    print("\n".join([f"{source} -> {out}", *(f"note: {note}" for note in notes)]))
 
 
 def export_st(
@@ -76,4 +76,4 @@ def export_merged(
     merged = export_merged(model, out, prompts=prompts, dtype=chosen, backbone=backbone)
     kind = "its" if chosen == "float32" else f"with weights rounded to {chosen}, its"
     print(f"{out}: {kind} embeddings in float32 are the encoder's up to {merged.difference:.1g} of their length")
-    print("\n".join(usage(out, merged.shape)))
+    print("\n".join(usage(out, merged.layout)))

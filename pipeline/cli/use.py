@@ -158,7 +158,8 @@ def decode(
         if output is None:
             print_answers(encoder, request)
         else:
-            print("\n".join(read_to_files(encoder, request, output, html, teacher)))
+            with nested_in(names={"teacher": "embed.teacher"}):
+                print("\n".join(read_to_files(encoder, request, output, html, teacher)))
 
 
 def _open_teacher(stack: ExitStack, params: Path, model: Path) -> "Teacher":

@@ -1,4 +1,8 @@
-"""Soft prompts to text, greedily, by the frozen backbone: adapters embed, they never decode."""
+"""Soft prompts to text, greedily, by the frozen backbone without adapters.
+
+transformers decodes with the backbone that is loaded. vLLM loads it a second time in a process of its own, and batches
+many soft prompts continuously as prompt embeddings.
+"""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
     from pipeline.encoder.inference import Encoder
-    from pipeline.generate.engines.vllm import VllmEngine
 
 
 log = logging.getLogger(__name__)
@@ -25,6 +28,8 @@ log = logging.getLogger(__name__)
 MAX_NEW_TOKENS = 64
 # Rows decoded at once, by device: the cache of soft prompts and short answers is small.
 BATCH_ROWS = {"cpu": 16, "cuda": 256}
+# vLLM gives vectors the placeholder token 0; with prefixes shared, one row must never be taken for another.
+_VLLM_OPTIONS = {"enable_prompt_embeds": True, "enable_prefix_caching": False}
 
 EngineName = Literal["transformers", "vllm"]
 
@@ -40,9 +45,9 @@ def decode(
     instruction: str = "",
     batch_size: int | None = None,
 ) -> list[str]:
-    """The answers that the embeddings of `texts` hold, written greedily by the backbone from the soft prompts alone.
+    """The answers that the backbone writes greedily from the soft prompts of `texts`, without seeing the texts.
 
-    The query itself is not in its sight; the soft prompts are all it sees. See `decode_soft_prompts`.
+    See `decode_soft_prompts`.
     """
     soft = encoder.soft_prompts(texts, instruction=instruction)
     return decode_soft_prompts(encoder, soft, max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -56,19 +61,16 @@ def decode_soft_prompts(
     batch_size: int | None = None,
     show_progress: bool = False,
 ) -> list[str]:
-    """As `decode`, from stored soft prompts.
-
-    All rows are of one length, so none is padded, and a row that has ended is only waited for: its batch does not
-    change what a row decodes to, up to rounding.
+    """As `decode`, from stored soft prompts. All rows have one length and none is padded, so batches change nothing.
 
     Args:
-        encoder: whose backbone decodes.
+        encoder: its backbone decodes.
         soft_prompts: float32 `[B, n, d]`.
-        max_new_tokens: of an answer at most.
+        max_new_tokens: maximum length of an answer.
         batch_size: rows decoded at once; None: `BATCH_ROWS` of the device.
-        show_progress: show a bar.
+        show_progress: show a progress bar.
     """
-    rows = batch_size or rows_at_once(encoder)
+    rows = batch_size or _batch_rows(encoder)
     starts = range(0, len(soft_prompts), rows)
     stops = stop_token_ids(encoder.model, encoder.tokenizer)
     config = _greedy(stops, max_new_tokens)
@@ -85,42 +87,38 @@ def open_decoder(
     *,
     compression_tokens: int,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    place: str | None = None,
+    backbone: str | None = None,
 ) -> Iterator[Decoder]:
-    """A decoder by the backbone that is loaded (`transformers`), or by vLLM, which loads it once more.
+    """A decoder by the loaded backbone (`transformers`), or by vLLM, which loads it a second time.
 
     Args:
-        engine: which.
-        encoder: whose backbone decodes, in its dtype.
+        engine: that decodes.
+        encoder: its backbone decodes, in its dtype.
         compression_tokens: n of the soft prompts.
-        max_new_tokens: of an answer at most.
-        place: of the backbone, in place of the recorded folder or hub name.
+        max_new_tokens: maximum length of an answer.
+        backbone: folder or hub name that vLLM loads; None: the recorded one.
 
     Raises:
         EngineError: vLLM is not installed or cannot start.
     """
     if engine == "transformers":
-        rows = rows_at_once(encoder)
+        rows = _batch_rows(encoder)
         log.info("decode: %d rows at once (%s)", rows, encoder.model.device.type)
         yield partial(decode_soft_prompts, encoder, max_new_tokens=max_new_tokens, batch_size=rows)
         return
-    pass  # MOVED
-
     recorded = encoder.config.backbone
-    name = place or recorded["name"]
-    backbone = BackboneParams(
+    name = backbone or recorded["name"]
+    params = BackboneParams(
         name=name,
         revision=recorded.get("revision") if name == recorded["name"] else None,
         dtype=str(encoder.model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
     )
-    with vllm_decoder(backbone, compression_tokens=compression_tokens, max_new_tokens=max_new_tokens) as decoder:
+    with vllm_decoder(params, compression_tokens=compression_tokens, max_new_tokens=max_new_tokens) as decoder:
         yield decoder
 
 
-def rows_at_once(encoder: "Encoder") -> int:
-    """`BATCH_ROWS` of the encoder's device."""
-    device = encoder.model.device.type
-    return BATCH_ROWS.get(device, BATCH_ROWS["cuda"])
+def _batch_rows(encoder: "Encoder") -> int:
+    return BATCH_ROWS.get(encoder.model.device.type, BATCH_ROWS["cuda"])
 
 
 def _greedy(stops: list[int], max_new_tokens: int) -> "GenerationConfig":
@@ -149,16 +147,8 @@ def _decode_batch(
     with torch.inference_mode():
         found = model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config).tolist()
     ends = [next((at for at, token in enumerate(row) if token in stops), len(row)) for row in found]
-    kept = [row[:end] for row, end in zip(found, ends, strict=True)]
-    return [text.strip() for text in encoder.tokenizer.batch_decode(kept, skip_special_tokens=True)]
-
-
-# Soft prompts to text by vLLM, for many of them: they go in as prompt embeddings, continuously batched.
-#
-# vLLM has the backbone of its own beside the one that embeds, in a process of its own on a GPU.
-
-# vLLM gives vectors the placeholder token 0; with prefixes shared, one row must never be taken for another.
-_OPTIONS = {"enable_prompt_embeds": True, "enable_prefix_caching": False}
+    answers = [row[:end] for row, end in zip(found, ends, strict=True)]
+    return [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 @contextmanager
@@ -168,59 +158,43 @@ def vllm_decoder(
     compression_tokens: int,
     max_new_tokens: int = MAX_NEW_TOKENS,
     options: dict[str, Any] | None = None,
-    show_progress: bool = False,
 ) -> Iterator[Decoder]:
-    """A decoder by vLLM, stopped on leaving. As `decode_soft_prompts`, it is greedy and ends at the backbone's EOS.
+    """A decoder by vLLM, greedy and ended by the backbone's EOS as `decode_soft_prompts`; stopped on leaving.
 
     Args:
         backbone: the encoder's, in the dtype to decode in.
         compression_tokens: n of the soft prompts `[B, n, d]`.
-        max_new_tokens: of an answer at most.
-        options: arguments of vLLM's `EngineArgs`, over the automatic choices.
-        show_progress: show a bar.
+        max_new_tokens: maximum length of an answer.
+        options: arguments of vLLM's `EngineArgs`, which override the automatic ones.
 
     Raises:
         EngineError: vLLM is not installed, cannot start, or refuses a row.
     """
+    import torch
+    from transformers import AutoConfig
+
     from pipeline.generate.engines.vllm import VllmEngine
     from pipeline.generate.engines.vllm_defaults import token_bytes
-
-    engine = VllmEngine.load(
-        EngineSetup(
-            backbone,
-            max_model_len=compression_tokens + max_new_tokens,
-            options={**_OPTIONS, **(options or {})},
-            token_bytes=token_bytes(_text_config(backbone), backbone.dtype),
-        )
-    )
-    with closing(engine):
-        yield lambda soft_prompts: _decode(engine, backbone, soft_prompts, max_new_tokens, show_progress)
-
-
-def _text_config(backbone: BackboneParams) -> Any:
-    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(
         backbone.name, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
     )
-    return config.get_text_config()
-
-
-def _decode(
-    engine: "VllmEngine",
-    backbone: BackboneParams,
-    soft_prompts: "np.ndarray[Any, Any]",
-    max_new_tokens: int,
-    show_progress: bool,
-) -> list[str]:
-    import torch
-
+    engine = VllmEngine.load(
+        EngineSetup(
+            backbone,
+            max_model_len=compression_tokens + max_new_tokens,
+            options={**_VLLM_OPTIONS, **(options or {})},
+            token_bytes=token_bytes(config.get_text_config(), backbone.dtype),
+        )
+    )
     dtype = getattr(torch, backbone.dtype)
-    prompts = (SoftPrompt(str(row), torch.tensor(each).to(dtype)) for row, each in enumerate(soft_prompts))
-    answers = engine.generate(prompts, Sampling(max_new_tokens))
-    if show_progress:
-        answers = iter(progress(answers, total=len(soft_prompts), desc="decode"))
-    return _in_order(answers, len(soft_prompts))
+
+    def decoder(soft_prompts: "np.ndarray[Any, Any]") -> list[str]:
+        prompts = (SoftPrompt(str(row), torch.tensor(each).to(dtype)) for row, each in enumerate(soft_prompts))
+        return _in_order(engine.generate(prompts, Sampling(max_new_tokens)), len(soft_prompts))
+
+    with closing(engine):
+        yield decoder
 
 
 def _in_order(completions: Iterable[Completion], count: int) -> list[str]:

@@ -1,9 +1,9 @@
-"""How faithful a decoded text is: cosines in the teacher's space, beside what chance would give.
+"""How faithful a decoded text is: its cosines in the teacher's space, compared with those of shuffled pairs.
 
-The teacher embeds the decoded text. Near to the student's embedding: the text says what the embedding says. Near to the
-teacher's embedding of the real response: the text says what the backbone would have answered. Teachers differ in how
-near any two texts are to each other, so a cosine is read against that of shuffled pairs: each decoded text with every
-row's counterpart but its own, a mean over all of them and so the same at every run.
+The teacher embeds the decoded text. A high cosine to the student's embedding: the text says what the embedding encodes.
+A high cosine to the teacher's embedding of the real response: the text says what the backbone would have answered.
+Teachers differ in how similar unrelated texts are, so each cosine is compared with the mean cosine of the decoded text
+to the counterparts of all other rows.
 """
 
 import logging
@@ -25,10 +25,12 @@ CHANCE = "chance"
 
 
 @dataclass(frozen=True)
-class Paired:
-    """Cosines float32 `[N]` of N pairs, and of each first with the seconds of all other pairs on average.
+class PairCosines:
+    """Cosines of N pairs.
 
-    The latter is NaN where there was no other pair to shuffle with.
+    Attributes:
+        own: of each pair, float32 `[N]`.
+        chance: mean of each first to the seconds of all other pairs, float32 `[N]`; NaN for a single pair.
     """
 
     own: Array
@@ -36,7 +38,7 @@ class Paired:
 
 
 class Summary(NamedTuple):
-    """Mean cosine, the ends of its bootstrap interval (None without one), mean of shuffled pairs (None of one pair)."""
+    """Mean cosine, its bootstrap interval (None without one), and the mean of shuffled pairs (None for one pair)."""
 
     mean: float
     low: float | None
@@ -44,20 +46,17 @@ class Summary(NamedTuple):
     chance: float | None
 
 
-def pair(first: Array, second: Array) -> Paired:
-    """Compare rows of `[N, e]` with rows of `[N, e]`, of any length; a zero vector is at cosine 0 to all.
-
-    With one pair there is nothing to shuffle: its chance is NaN.
-    """
+def pair(first: Array, second: Array) -> PairCosines:
+    """Compare each row of `[N, e]` with that of another `[N, e]`; a zero vector has cosine 0 to all."""
     a, b = unit_rows(first.astype(np.float64)), unit_rows(second.astype(np.float64))
     own = (a * b).sum(axis=1)
     others = len(a) - 1
     chance = (a @ b.sum(axis=0) - own) / others if others else np.full(len(a), np.nan)
-    return Paired(own.astype(np.float32), chance.astype(np.float32))
+    return PairCosines(own.astype(np.float32), chance.astype(np.float32))
 
 
-def summary(metric: str, pairs: Paired, settings: BootstrapParams) -> Summary:
-    """The mean over pairs with its interval; `metric` and the seed decide what is drawn."""
+def summary(metric: str, pairs: PairCosines, settings: BootstrapParams) -> Summary:
+    """The mean over pairs with its interval; the resamples depend on `metric` and the seed."""
     interval = delta_of(metric, "", sample_means(metric, pairs.own, np.zeros_like(pairs.own), settings), settings)
     shuffled = pairs.chance[np.isfinite(pairs.chance)]
     return Summary(
@@ -68,43 +67,43 @@ def summary(metric: str, pairs: Paired, settings: BootstrapParams) -> Summary:
     )
 
 
-def over_chance(metric: str, pairs: Paired, settings: BootstrapParams) -> Delta | None:
-    """How far the pairs are above shuffled ones, and whether that is more than noise.
-
-    Pairs that there was nothing to shuffle with do not count; None if that is so of all.
-    """
+def over_chance(metric: str, pairs: PairCosines, settings: BootstrapParams) -> Delta | None:
+    """How far the pairs are above shuffled ones, with its interval; None if no pair could be shuffled."""
     shuffled = np.isfinite(pairs.chance)
     if not shuffled.any():
         return None
     return paired_delta(metric, CHANCE, pairs.own[shuffled], pairs.chance[shuffled], settings)
 
 
-def check_teacher(found: Mapping[str, Any], recorded: Mapping[str, Any], whose: str) -> None:
-    """Compare a teacher with the recorded one; where nothing pins that, a warning says so.
+def check_teacher(identity: Mapping[str, Any], recorded: Mapping[str, Any], owner: str) -> None:
+    """Compare the teacher that is to judge with the recorded one, but for folder names and transforms.
+
+    A recorded teacher without a `kind` cannot be compared and is warned of.
 
     Args:
-        found: identity of the teacher that is to judge.
-        recorded: identity of the one that the targets were made by, as the encoder or its targets record it.
-        whose: "the encoder", "the targets".
+        identity: of the teacher that is to judge.
+        recorded: identity of the one that made the targets, as the encoder or its targets record it.
+        owner: "the encoder" or "the targets".
 
     Raises:
-        EvaluationError: they differ; a folder may lie elsewhere, and by which transform its vectors go on is not asked.
+        EvaluationError: they differ.
     """
     if "kind" not in recorded:
         name = recorded.get("name", "unknown")
-        log.warning("nothing tells whether %s (embed.teacher) is the teacher of %s, %s", found.get("name"), whose, name)
+        log.warning("cannot tell whether teacher %s is the one of %s, %s", identity.get("name"), owner, name)
         return
-    ours, theirs = ({key: _pinned(value) for key, value in _pinned(each).items()} for each in (found, recorded))
+    ours, theirs = ({key: _pinned(value) for key, value in _pinned(each).items()} for each in (identity, recorded))
     for key in sorted((ours.keys() | theirs.keys()) - {"transform"}):
         if ours.get(key) != theirs.get(key):
             raise EvaluationError(
-                f"embed.teacher is another teacher than that of {whose}: its {key} is {found.get(key)!r}, there it is "
-                f"{recorded.get(key)!r}: cosines would mean nothing; name that teacher in the params"
+                f"another teacher than that of {owner}: its {key} is {identity.get(key)!r}, recorded is "
+                f"{recorded.get(key)!r}. Cosines would mean nothing; name the recorded teacher",
+                argument="teacher",
             )
 
 
 def _pinned(identity: Any) -> Any:
-    """An identity without names of folders, whose weights are pinned by their sha256."""
+    """An identity without the names of folders, whose weights are pinned by their sha256."""
     if isinstance(identity, list):
         return [_pinned(each) for each in identity]
     if isinstance(identity, Mapping) and "sha256" in identity:

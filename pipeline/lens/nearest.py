@@ -1,6 +1,6 @@
-"""The latent lens: the known texts whose vectors in the teacher's space are nearest to an embedding, exactly.
+"""The latent lens: exact nearest neighbours of an embedding among known texts, by their vectors in the teacher's space.
 
-An index is gone through in chunks, so memory does not grow with it, and only the texts that were found are kept.
+An index is read in chunks and only the texts of neighbours are loaded, so memory does not grow with the index.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +20,11 @@ from pipeline.core.run import progress
 from pipeline.core.vectors import matrix, top_k
 
 CHUNK_ROWS = 8192
-# Fewer are gone through before a bar is read.
+# A larger index shows a progress bar.
 QUICK_ROWS = 200_000
 
 
-class Near(NamedTuple):
+class Neighbour(NamedTuple):
     """A known text: its id (in a file its row), the cosine of its vector to the embedding, the text."""
 
     id: str
@@ -34,15 +34,15 @@ class Near(NamedTuple):
 
 @dataclass(frozen=True)
 class Index:
-    """Known texts with vectors; `index_of_targets` and `open_index` make one.
+    """Known texts with vectors, made by `index_of_targets` or `open_index`.
 
     Attributes:
-        name: in messages.
-        version: changes with what it holds.
-        rows: how many texts.
-        width: of a vector.
-        vectors: float32 `[B, e]` chunk by chunk, from the first on at each call.
-        entries: id and text of each row that is asked for.
+        name: for messages.
+        version: changes with the content.
+        rows: number of texts.
+        width: dimensions of a vector.
+        vectors: chunks float32 `[B, e]`, from the first row at each call.
+        entries: id and text of the given rows.
     """
 
     name: str
@@ -53,38 +53,36 @@ class Index:
     entries: Callable[[set[int]], Mapping[int, tuple[str, str]]]
 
 
-def nearest(embeddings: np.ndarray[Any, Any], index: Index, count: int) -> list[list[Near]]:
-    """Of each embedding `[N, e]` the `count` texts of largest cosine, best first; of equal ones the first.
+def nearest(embeddings: np.ndarray[Any, Any], index: Index, count: int) -> list[list[Neighbour]]:
+    """The `count` texts of largest cosine to each embedding `[N, e]`, best first; of equal ones the first.
 
     Raises:
-        SourceError: the index is of another width, or damaged.
+        SourceError: the index has another width, or is damaged.
     """
     check_width(index, embeddings.shape[1])
-    vectors = _told(index) if index.rows > QUICK_ROWS else index.vectors()
+    vectors = _with_progress(index) if index.rows > QUICK_ROWS else index.vectors()
     rows, cosines = top_k(embeddings, vectors, count)
     entries = index.entries(set(rows.reshape(-1).tolist()))
-    return [
-        [_near(entries[row], cosine) for row, cosine in zip(found, near, strict=True)]
-        for found, near in zip(rows.tolist(), cosines.tolist(), strict=True)
-    ]
+
+    def neighbour(row: int, cosine: float) -> Neighbour:
+        name, text = entries[row]
+        return Neighbour(name, cosine, text)
+
+    return [list(map(neighbour, *best)) for best in zip(rows.tolist(), cosines.tolist(), strict=True)]
 
 
 def check_width(index: Index, width: int) -> None:
-    """Raises SourceError if an index is not of the encoder's width."""
+    """Raises SourceError if the vectors of an index do not have the encoder's width."""
     if width != index.width:
         raise SourceError(
             f"{index.name} holds vectors of {index.width} dimensions, the encoder's have {width}: "
-            "give the targets of its teacher, or what encode wrote with it"
+            "give the targets of its teacher, or the output of encode with it"
         )
 
 
-def _near(entry: tuple[str, str], cosine: float) -> Near:
-    return Near(entry[0], cosine, entry[1])
-
-
-def _told(index: Index) -> Iterator[np.ndarray[Any, Any]]:
-    nothing: list[str] = []
-    with progress(nothing, total=index.rows, desc="look through the index", unit="vector") as bar:
+def _with_progress(index: Index) -> Iterator[np.ndarray[Any, Any]]:
+    no_items: list[str] = []
+    with progress(no_items, total=index.rows, desc="search the index", unit="vector") as bar:
         for vectors in index.vectors():
             yield vectors
             bar.update(len(vectors))
@@ -94,27 +92,26 @@ def index_of_targets(targets: Artifact, responses: Artifact, only: Sequence[str]
     """The teacher's vectors of responses.
 
     Args:
-        targets: the artifact.
-        responses: whose texts they are.
-        only: ids to leave it at (held-out ones); None: all.
+        targets: artifact with the vectors.
+        responses: artifact with the texts.
+        only: ids to include (held-out ones); None: all.
     """
-    kept = None if only is None else pa.array(only, pa.string())
+    included = None if only is None else pa.array(only, pa.string())
 
     def batches(columns: list[str]) -> Iterator[pa.Table]:
         for table in targets.batches(columns, CHUNK_ROWS):
-            yield table if kept is None else table.filter(pc.is_in(table["id"], kept))
+            yield table if included is None else table.filter(pc.is_in(table["id"], included))
 
     def entries(rows: set[int]) -> dict[int, tuple[str, str]]:
         ids = _at_rows((table["id"] for table in batches(["id"])), rows)
         texts = _responses(responses, list(ids.values()))
         return {row: (name, texts[name]) for row, name in ids.items()}
 
-    width = pq.read_schema(targets.tables()[0]).field("embedding").type.list_size
     return Index(
         name=str(targets.path),
         version=digest_of([targets.digest, responses.digest, None if only is None else list(only)]),
         rows=targets.manifest.rows if only is None else len(only),
-        width=width,
+        width=pq.read_schema(targets.tables()[0]).field("embedding").type.list_size,
         vectors=lambda: (matrix(table["embedding"]) for table in batches(["id", "embedding"])),
         entries=entries,
     )
@@ -129,55 +126,56 @@ def _responses(responses: Artifact, ids: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def open_index(path: Path, option: str = "--corpus") -> Index:
-    """An index of a user's path: a data folder with `targets` and `responses`, or a Parquet file that encode wrote.
+def open_index(path: Path) -> Index:
+    """The index in a data folder with `targets` and `responses`, or in a Parquet file that encode wrote.
 
     Raises:
         ArtifactError: an artifact of the folder is missing or damaged.
-        SourceError: the file is missing or damaged, or has no texts with embeddings.
+        SourceError: the file is missing, damaged, or has no texts with embeddings.
     """
     if path.is_dir():
         targets, responses = (open_artifact(path / kind, kind) for kind in ("targets", "responses"))
         return index_of_targets(targets, responses)
-    with _damage(path, option):
+    with _readable(path):
         metadata = pq.read_metadata(path)
         schema = metadata.schema.to_arrow_schema()
     kind = schema.field("embedding").type if "embedding" in schema.names else None
     if "text" not in schema.names or kind is None or not pa.types.is_fixed_size_list(kind):
         raise SourceError(
-            f"{option}: {path} needs the columns 'text' and 'embedding' as encode writes them (columns there: "
-            f"{', '.join(schema.names)}): make it with encode --output NAME.parquet"
+            f"{path} needs the columns 'text' and 'embedding' as encode writes them (its columns: "
+            f"{', '.join(schema.names)}): make it with encode --output NAME.parquet",
+            argument="corpus",
         )
 
     def entries(rows: set[int]) -> dict[int, tuple[str, str]]:
-        return {row: (str(row), text) for row, text in _at_rows(_column(path, "text", option), rows).items()}
+        return {row: (str(row), text) for row, text in _at_rows(_column(path, "text"), rows).items()}
 
     return Index(
         name=str(path),
         version=f"{path.stat().st_size} {path.stat().st_mtime_ns}",
         rows=metadata.num_rows,
         width=kind.list_size,
-        vectors=lambda: map(matrix, _column(path, "embedding", option)),
+        vectors=lambda: map(matrix, _column(path, "embedding")),
         entries=entries,
     )
 
 
 @contextmanager
-def _damage(path: Path, option: str) -> Iterator[None]:
+def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{option}: {path} cannot be read as Parquet: {error}") from None
+        raise SourceError(f"{path} cannot be read as Parquet: {error}", argument="corpus") from None
 
 
-def _column(path: Path, name: str, option: str) -> Iterator[pa.ChunkedArray]:
-    with _damage(path, option), pq.ParquetFile(path) as file:
+def _column(path: Path, name: str) -> Iterator[pa.ChunkedArray]:
+    with _readable(path), pq.ParquetFile(path) as file:
         for batch in file.iter_batches(CHUNK_ROWS, columns=[name]):
             yield pa.chunked_array([batch.column(0)])
 
 
 def _at_rows(columns: Iterator[pa.ChunkedArray], rows: set[int]) -> dict[int, str]:
-    """The values at these rows of a column that comes in chunks."""
+    """The values of a chunked column at some rows."""
     found: dict[int, str] = {}
     start = 0
     for column in columns:

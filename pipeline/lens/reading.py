@@ -1,4 +1,4 @@
-"""What embeddings hold, as rows of a table: decoded text, words, nearest known texts, and cosines to judge them by."""
+"""What embeddings encode, as a table: decoded text, vocabulary, nearest known texts, and cosines to judge them by."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipeline.core.errors import EvaluationError
 from pipeline.lens.decoding import Decoder
-from pipeline.lens.faithfulness import Paired, Summary, pair, summary
+from pipeline.lens.faithfulness import PairCosines, Summary, pair, summary
 from pipeline.lens.nearest import Index, nearest
 from pipeline.lens.vocabulary import words_of
 
@@ -38,35 +38,35 @@ ROWS = pa.schema(
 )
 
 
-class Held(NamedTuple):
-    """What an encoder makes of B texts: hidden states `[B, n, d]` if known, soft prompts, embeddings `[B, e]`."""
+class EncoderOutputs(NamedTuple):
+    """Outputs for B texts: hidden states `[B, n, d]` if known, soft prompts `[B, n, d]`, embeddings `[B, e]`."""
 
     hidden: Array | None
     soft_prompts: Array
     embeddings: Array
 
 
-def held_by(encoder: "Encoder", texts: Sequence[str], instruction: str = "") -> Held:
-    """All three from one pass."""
+def outputs_for_texts(encoder: "Encoder", texts: Sequence[str], instruction: str = "") -> EncoderOutputs:
+    """All three outputs from one forward pass."""
     import torch
 
     hidden = encoder.hidden_states(texts, instruction=instruction)
     with torch.inference_mode():
         soft = encoder.student.soft_prompts(torch.from_numpy(hidden).to(encoder.model.device))
-        return Held(hidden, soft.float().cpu().numpy(), encoder.student.embedding(soft).float().cpu().numpy())
+    return outputs_for_soft_prompts(encoder, soft.float().cpu().numpy())._replace(hidden=hidden)
 
 
-def held_in(encoder: "Encoder", soft_prompts: Array) -> Held:
-    """Of stored soft prompts float32 `[B, n, d]`: what they were made of is not known."""
+def outputs_for_soft_prompts(encoder: "Encoder", soft_prompts: Array) -> EncoderOutputs:
+    """The embeddings of stored soft prompts float32 `[B, n, d]`, whose hidden states are not known."""
     import torch
 
     with torch.inference_mode():
         soft = torch.from_numpy(soft_prompts).to(encoder.model.device)
-        return Held(None, soft_prompts, encoder.student.embedding(soft).float().cpu().numpy())
+        return EncoderOutputs(None, soft_prompts, encoder.student.embedding(soft).float().cpu().numpy())
 
 
 class Entries(NamedTuple):
-    """What is known of the texts beside their embeddings; None where it is not."""
+    """What is known of the texts; None: unknown."""
 
     ids: Sequence[str]
     queries: Sequence[str | None]
@@ -75,14 +75,14 @@ class Entries(NamedTuple):
 
 @dataclass(frozen=True)
 class Lens:
-    """How embeddings are read.
+    """What is read of an encoder's embeddings.
 
     Attributes:
-        encoder: whose they are.
+        encoder: that made them.
         decoder: soft prompts to text.
-        vocabulary: words a compression token; 0: none.
-        index: known texts to find the nearest among; None: none.
-        count: of nearest texts.
+        vocabulary: words per compression token; 0: none.
+        index: known texts to search; None: none.
+        count: nearest texts per row.
     """
 
     encoder: "Encoder"
@@ -91,36 +91,36 @@ class Lens:
     index: Index | None = None
     count: int = 5
 
-    def read(self, entries: Entries, held: Held) -> pa.Table:
-        """Rows by the schema `ROWS`, whose cosines `measured` fills in."""
-        nothing = [None] * len(entries.ids)
-        columns: dict[str, Any] = dict.fromkeys(_COSINES, nothing)
+    def read(self, entries: Entries, outputs: EncoderOutputs) -> pa.Table:
+        """Rows of schema `ROWS` without cosines, which `add_cosines` fills in."""
+        nulls = [None] * len(entries.ids)
+        columns: dict[str, Any] = dict.fromkeys(_COSINES, nulls)
         columns |= {"id": entries.ids, "query": entries.queries, "response": entries.responses}
-        columns["decoded"] = self.decoder(held.soft_prompts)
-        columns["vocabulary"] = self._vocabulary(held) or nothing
-        columns["nearest"] = self.near(held.embeddings) if self.searches else nothing
+        columns["decoded"] = self.decoder(outputs.soft_prompts)
+        columns["vocabulary"] = self._vocabulary(outputs) or nulls
+        columns["nearest"] = self.nearest(outputs.embeddings) if self.searches else nulls
         return pa.table(columns, schema=ROWS)
 
-    def _vocabulary(self, held: Held) -> list[Any]:
-        if held.hidden is None or not self.vocabulary:
+    def _vocabulary(self, outputs: EncoderOutputs) -> list[Any]:
+        if outputs.hidden is None or not self.vocabulary:
             return []
-        found = words_of(self.encoder, held.hidden, self.vocabulary)
+        found = words_of(self.encoder, outputs.hidden, self.vocabulary)
         return [[[word._asdict() for word in token] for token in row] for row in found]
 
     @property
     def searches(self) -> bool:
-        """Whether there is anything to find."""
+        """Whether nearest texts are looked up."""
         return self.index is not None and self.count > 0
 
-    def near(self, embeddings: Array) -> pa.Array:
+    def nearest(self, embeddings: Array) -> pa.Array:
         """The column `nearest` of embeddings `[N, e]`, from one pass through the index."""
         if self.index is None:
             return pa.nulls(len(embeddings), _NEAR)
         found = nearest(embeddings, self.index, self.count)
-        return pa.array([[near._asdict() for near in row] for row in found], _NEAR)
+        return pa.array([[neighbour._asdict() for neighbour in row] for row in found], _NEAR)
 
 
-def measured(rows: pa.Table, embeddings: Array, embed: Callable[[Sequence[str]], Array]) -> pa.Table:
+def add_cosines(rows: pa.Table, embeddings: Array, embed: Callable[[Sequence[str]], Array]) -> pa.Table:
     """The rows with their cosines; those to the response only where there is one.
 
     Args:
@@ -129,25 +129,26 @@ def measured(rows: pa.Table, embeddings: Array, embed: Callable[[Sequence[str]],
         embed: the teacher: texts in, vectors `[N, e]` out.
 
     Raises:
-        EvaluationError: the teacher's vectors are of another width, so it is not the one of the training.
+        EvaluationError: the teacher's vectors have another width, so the student was trained with another teacher.
     """
     decoded = embed(rows["decoded"].to_pylist())
     if decoded.shape[1] != embeddings.shape[1]:
         raise EvaluationError(
-            f"embed.teacher gives vectors of {decoded.shape[1]} dimensions, the encoder was trained for one of "
-            f"{embeddings.shape[1]}: name the teacher that it was trained with"
+            f"it gives vectors of {decoded.shape[1]} dimensions, the encoder was trained for one of "
+            f"{embeddings.shape[1]}: name the teacher that it was trained with",
+            argument="teacher",
         )
-    rows = _with(rows, "embedding", pair(decoded, embeddings), range(rows.num_rows))
+    rows = _set_cosines(rows, "embedding", pair(decoded, embeddings), range(rows.num_rows))
     responses = rows["response"].to_pylist()
     answered = [row for row, response in enumerate(responses) if response is not None]
     if not answered:
         return rows
-    real = embed([responses[row] for row in answered])
-    return _with(rows, "response", pair(decoded[answered], real), answered)
+    response_vectors = embed([responses[row] for row in answered])
+    return _set_cosines(rows, "response", pair(decoded[answered], response_vectors), answered)
 
 
-def _with(rows: pa.Table, what: str, pairs: Paired, at: Sequence[int]) -> pa.Table:
-    for name, values in ((f"cosine_{what}", pairs.own), (f"chance_{what}", pairs.chance)):
+def _set_cosines(rows: pa.Table, counterpart: str, pairs: PairCosines, at: Sequence[int]) -> pa.Table:
+    for name, values in ((f"cosine_{counterpart}", pairs.own), (f"chance_{counterpart}", pairs.chance)):
         column = np.full(rows.num_rows, np.nan, np.float32)
         column[list(at)] = values
         array = pa.array(column, pa.float32(), from_pandas=True)  # NaN becomes null
@@ -155,14 +156,17 @@ def _with(rows: pa.Table, what: str, pairs: Paired, at: Sequence[int]) -> pa.Tab
     return rows
 
 
-def pairs_in(rows: pa.Table, what: str) -> Paired | None:
-    """The cosines to `what` ("embedding" or "response") that rows hold; None if none."""
-    own, chance = (rows[f"{name}_{what}"].to_numpy() for name in ("cosine", "chance"))  # null becomes NaN
-    there = np.isfinite(own)
-    return Paired(own[there], chance[there]) if there.any() else None
+def pair_cosines(rows: pa.Table) -> dict[str, PairCosines]:
+    """The cosines of rows by their counterpart, "embedding" or "response", where there are any."""
+    found = {}
+    for counterpart in ("embedding", "response"):
+        own, chance = (rows[f"{name}_{counterpart}"].to_numpy() for name in ("cosine", "chance"))  # null becomes NaN
+        known = np.isfinite(own)
+        if known.any():
+            found[counterpart] = PairCosines(own[known], chance[known])
+    return found
 
 
 def summaries(rows: pa.Table, settings: "BootstrapParams") -> dict[str, Summary]:
-    """Of both cosines, by what they are to; without those that the rows do not hold."""
-    found = {what: pairs_in(rows, what) for what in ("embedding", "response")}
-    return {what: summary(f"cosine_{what}", pairs, settings) for what, pairs in found.items() if pairs is not None}
+    """Of the cosines by their counterpart, "embedding" or "response", where there are any."""
+    return {name: summary(f"cosine_{name}", pairs, settings) for name, pairs in pair_cosines(rows).items()}

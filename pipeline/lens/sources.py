@@ -1,4 +1,8 @@
-"""What is to be read: texts, a file of texts (with the real responses beside them), or stored soft prompts."""
+"""What `decode` reads: texts, a file of texts (with their real responses), or stored soft prompts.
+
+Stored soft prompts `[N, n, d]` lie in .npy, .safetensors (one tensor, or `soft_prompts`) or a Parquet column:
+`np.save("soft.npy", encoder.soft_prompts(texts))`.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,20 +20,15 @@ from pipeline.core.text import normalize_text, query_id
 from pipeline.core.text_files import TextFile, check_not_read, open_texts
 from pipeline.lens.reading import Entries
 
-# Soft prompts of a file, read in chunks: .npy, .safetensors (one tensor, or `soft_prompts`) or a Parquet column.
-#
-# np.save("soft.npy", encoder.soft_prompts(texts))
-
 COLUMN = "soft_prompts"
-FORMATS = (".npy", ".safetensors", ".parquet")
-OPTION = "--soft-prompts"
+_ARGUMENT = "soft_prompts"
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class StoredSoftPrompts:
-    """Soft prompts `[rows, tokens, hidden]` on the disk; `open_soft_prompts` makes one."""
+    """Soft prompts `[rows, tokens, hidden]` on disk, made by `open_soft_prompts`."""
 
     path: Path
     rows: int
@@ -40,32 +39,33 @@ class StoredSoftPrompts:
         """Float32 `[B, n, d]`, the last one shorter.
 
         Raises:
-            SourceError: the file is damaged, or holds a value that is not finite.
+            SourceError: the file is damaged, or a value is not finite.
         """
         start = 0
         for chunk in _READERS[self.path.suffix](self.path, rows):
             if not np.isfinite(chunk).all():
                 row = start + int(np.argmin(np.isfinite(chunk).all(axis=(1, 2))))
-                raise SourceError(f"{OPTION}: {self.path}: row {row} holds a value that is not finite")
+                raise SourceError(f"{self.path}: row {row} holds a value that is not finite", argument=_ARGUMENT)
             yield np.array(chunk, dtype=np.float32)  # a copy: what is mapped from the disk cannot be written to
             start += len(chunk)
 
 
 def open_soft_prompts(path: Path, hidden: int) -> StoredSoftPrompts:
-    """Look at a file: whether it holds soft prompts for a backbone of this hidden size.
+    """Check that a file holds soft prompts for a backbone of this hidden size.
 
     Raises:
-        SourceError: it is missing, damaged, empty or of another shape.
+        SourceError: it is missing, damaged, empty or has another shape.
     """
     if not path.is_file():
-        raise SourceError(f"{OPTION}: {path} does not exist")
-    if path.suffix not in FORMATS:
-        raise SourceError(f"{OPTION}: unknown format '{path.suffix}' (known: {', '.join(FORMATS)})")
+        raise SourceError(f"{path} does not exist", argument=_ARGUMENT)
+    if path.suffix not in _READERS:
+        raise SourceError(f"unknown format '{path.suffix}' (known: {', '.join(_READERS)})", argument=_ARGUMENT)
     rows, tokens, width = _shape(path)
     if not rows or not tokens:
-        raise SourceError(f"{OPTION}: {path} holds no soft prompt")
+        raise SourceError(f"{path} holds no soft prompt", argument=_ARGUMENT)
     if width != hidden:
-        raise SourceError(f"{OPTION}: {path} holds vectors of {width} dimensions, the backbone's have {hidden}")
+        message = f"{path} holds vectors of {width} dimensions, the backbone's have {hidden}"
+        raise SourceError(message, argument=_ARGUMENT)
     return StoredSoftPrompts(path, rows, tokens, width)
 
 
@@ -84,17 +84,22 @@ def _array_chunks(path: Path, rows: int) -> Iterator[Array]:
 
 
 def _opened(path: Path) -> Array:
-    """The whole array, not yet read where the format can wait."""
+    """The whole array; .npy is mapped, not read."""
     try:
-        # Without pickles: a file from somewhere must not run code.
+        # A pickle could run code.
         array = np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix == ".npy" else _tensor(path)
     except (ValueError, OSError, EOFError) as error:
-        raise SourceError(f"{OPTION}: {path} is damaged or no {path.suffix[1:]} file: {error}") from None
+        raise _damaged(path, error) from None
     if array.ndim != 3 or not np.issubdtype(array.dtype, np.floating):
         raise SourceError(
-            f"{OPTION}: {path} holds {array.dtype} of shape {list(array.shape)}, expected floats [rows, tokens, hidden]"
+            f"{path} holds {array.dtype} of shape {list(array.shape)}, expected floats [rows, tokens, hidden]",
+            argument=_ARGUMENT,
         )
     return array
+
+
+def _damaged(path: Path, error: Exception) -> SourceError:
+    return SourceError(f"{path} is damaged or no {path.suffix[1:]} file: {error}", argument=_ARGUMENT)
 
 
 def _tensor(path: Path) -> Array:
@@ -116,12 +121,12 @@ def _parquet_chunks(path: Path, rows: int) -> Iterator[Array]:
     try:
         with pq.ParquetFile(path) as file:
             if COLUMN not in file.schema_arrow.names:
-                there = ", ".join(file.schema_arrow.names)
-                raise SourceError(f"{OPTION}: {path}: no column '{COLUMN}' (columns there: {there})")
+                columns = ", ".join(file.schema_arrow.names)
+                raise SourceError(f"{path}: no column '{COLUMN}' (its columns: {columns})", argument=_ARGUMENT)
             for batch in file.iter_batches(rows, columns=[COLUMN]):
                 yield _stacked(path, batch.column(0))
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{OPTION}: {path} is damaged or no parquet file: {error}") from None
+        raise _damaged(path, error) from None
 
 
 def _stacked(path: Path, column: pa.Array) -> Array:
@@ -130,7 +135,8 @@ def _stacked(path: Path, column: pa.Array) -> Array:
     except (ValueError, TypeError):
         found = np.empty(0, dtype=np.float32)
     if found.ndim != 3:
-        raise SourceError(f"{OPTION}: {path}: column '{COLUMN}' must hold lists of equally long lists of floats")
+        message = f"{path}: column '{COLUMN}' must hold lists of equally long lists of floats"
+        raise SourceError(message, argument=_ARGUMENT)
     return found
 
 
@@ -138,7 +144,7 @@ _READERS = {".npy": _array_chunks, ".safetensors": _array_chunks, ".parquet": _p
 
 
 class Chunk(NamedTuple):
-    """Rows read together; `soft_prompts` float32 `[B, n, d]` where they are stored, else made of the queries."""
+    """B rows; `soft_prompts` float32 `[B, n, d]` if they are stored, else the encoder makes them of the queries."""
 
     entries: Entries
     soft_prompts: np.ndarray[Any, Any] | None = None
@@ -149,10 +155,10 @@ class Source:
     """Rows to read.
 
     Attributes:
-        name: in titles and messages.
-        rows: how many.
-        chunks: of so many rows, the last one shorter.
-        tokens: of a soft prompt, where they are stored.
+        name: for titles and messages.
+        rows: their number.
+        chunks: the rows in chunks of a given size, the last one shorter.
+        tokens: n of stored soft prompts.
     """
 
     name: str
@@ -161,8 +167,8 @@ class Source:
     tokens: int | None = None
 
 
-def listed(texts: Sequence[str]) -> Source:
-    """Texts at hand."""
+def from_texts(texts: Sequence[str]) -> Source:
+    """Texts in memory."""
     tidy = [normalize_text(text) for text in texts]
 
     def chunks(rows: int) -> Iterator[Chunk]:
@@ -172,18 +178,18 @@ def listed(texts: Sequence[str]) -> Source:
 
 
 def from_file(texts: TextFile, responses: TextFile | None = None) -> Source:
-    """Texts of a file, with the real responses of another column, row by row.
+    """Texts of a file, with the real responses from another column.
 
     Raises:
-        SourceError: the two have not as many rows.
+        SourceError: the columns differ in length.
     """
     if responses is not None and responses.rows != texts.rows:
         raise SourceError(f"{responses.option}: {responses.rows} responses for {texts.rows} texts of {texts.path}")
 
     def chunks(rows: int) -> Iterator[Chunk]:
         real: Iterator[list[str] | None] = repeat(None) if responses is None else responses.chunks(rows)
-        for some, beside in zip(texts.chunks(rows), real, strict=False):
-            yield _entries(some, beside)
+        for chunk, chunk_responses in zip(texts.chunks(rows), real, strict=False):
+            yield _entries(chunk, chunk_responses)
 
     return Source(texts.path.name, texts.rows, chunks)
 
@@ -193,12 +199,12 @@ def _entries(texts: list[str], responses: Sequence[str] | None = None) -> Chunk:
 
 
 def from_soft_prompts(stored: StoredSoftPrompts) -> Source:
-    """Stored soft prompts, of whatever text they were made."""
+    """Stored soft prompts, whose texts are unknown."""
 
     def chunks(rows: int) -> Iterator[Chunk]:
-        for some in stored.chunks(rows):
-            nothing = [None] * len(some)
-            yield Chunk(Entries([bytes_sha256(row.tobytes())[:32] for row in some], nothing, nothing), some)
+        for chunk in stored.chunks(rows):
+            unknown = [None] * len(chunk)
+            yield Chunk(Entries([bytes_sha256(row.tobytes())[:32] for row in chunk], unknown, unknown), chunk)
 
     return Source(stored.path.name, stored.rows, chunks, stored.tokens)
 
@@ -258,4 +264,4 @@ def open_source(
         return from_file(open_texts(file, column), responses)
     if soft_prompts is not None:
         return from_soft_prompts(open_soft_prompts(soft_prompts, hidden()))
-    return listed(texts or [])
+    return from_texts(texts or [])

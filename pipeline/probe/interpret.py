@@ -15,6 +15,7 @@ from pydantic import Field
 from pipeline.core.artifacts import Artifact
 from pipeline.core.bootstrap import BootstrapParams, Delta
 from pipeline.core.config import Params
+from pipeline.core.errors import section
 from pipeline.probe.base import ProbeContext, ProbeResult, described
 from pipeline.probe.descriptions import Description
 from pipeline.probe.heldout import heldout_rows
@@ -50,18 +51,19 @@ def run(params: InterpretParams, context: ProbeContext) -> ProbeResult:
     """
     from pipeline.lens.batch import render_page
     from pipeline.lens.faithfulness import check_teacher
-    from pipeline.lens.reading import Held, held_by, measured, summaries
+    from pipeline.lens.reading import add_cosines, outputs_for_texts, summaries
 
     artifacts, heldout = heldout_rows()
     encoder = context.systems.encoder()
-    held: Held = held_by(encoder, heldout["text"].slice(0, params.queries).to_pylist())
-    rows = _read(params, encoder, artifacts, heldout, held)
+    outputs = outputs_for_texts(encoder, heldout["text"].slice(0, params.queries).to_pylist())
+    rows = _read(params, encoder, artifacts, heldout, outputs)
     systems = {}
     for system in context.build(["student", "teacher"]):
         systems[system.name] = described(system)
         if system.name == "teacher":
-            check_teacher(system.identity, artifacts[2].manifest.models.get("teacher", {}), "the targets")
-            rows = measured(rows, held.embeddings, partial(system.encode, instruction=""))
+            with section("embed"):
+                check_teacher(system.identity, artifacts[2].manifest.models.get("teacher", {}), "the targets")
+                rows = add_cosines(rows, outputs.embeddings, partial(system.encode, instruction=""))
     metrics = _metrics(rows, context.bootstrap)
     page = render_page(rows, rows.num_rows, summaries(rows, context.bootstrap), "What the embeddings hold")
     deltas = _deltas(rows, context.bootstrap)
@@ -69,7 +71,7 @@ def run(params: InterpretParams, context: ProbeContext) -> ProbeResult:
 
 
 def _read(
-    params: InterpretParams, encoder: Any, artifacts: tuple[Artifact, ...], heldout: pa.Table, held: Any
+    params: InterpretParams, encoder: Any, artifacts: tuple[Artifact, ...], heldout: pa.Table, outputs: Any
 ) -> pa.Table:
     from pipeline.lens.decoding import decode_soft_prompts
     from pipeline.lens.nearest import index_of_targets
@@ -89,7 +91,7 @@ def _read(
         count=params.nearest,
     )
     shown = heldout.slice(0, params.queries)
-    return lens.read(Entries(*(shown[name].to_pylist() for name in ("id", "text", "response"))), held)
+    return lens.read(Entries(*(shown[name].to_pylist() for name in ("id", "text", "response"))), outputs)
 
 
 def _metrics(rows: pa.Table, settings: BootstrapParams) -> dict[str, Any]:
@@ -106,8 +108,7 @@ def _metrics(rows: pa.Table, settings: BootstrapParams) -> dict[str, Any]:
 
 def _deltas(rows: pa.Table, settings: BootstrapParams) -> list[Delta]:
     from pipeline.lens.faithfulness import over_chance
-    from pipeline.lens.reading import pairs_in
+    from pipeline.lens.reading import pair_cosines
 
-    compared = {f"cosine_{what}": pairs_in(rows, what) for what in ("embedding", "response")}
-    found = (over_chance(metric, pairs, settings) for metric, pairs in compared.items() if pairs is not None)
+    found = (over_chance(f"cosine_{name}", pairs, settings) for name, pairs in pair_cosines(rows).items())
     return [delta for delta in found if delta is not None]

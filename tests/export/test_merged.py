@@ -128,9 +128,10 @@ def test_a_long_text_loses_the_side_that_the_encoder_loses(
     lost = "A text that is too long loses its start here, and the prompt in front of it with that"
     assert "of a longer text the start is cut" in Path("merged/README.md").read_text()
     assert lost in Path("merged/README.md").read_text()
-    assert usage(Path("merged"), merged.shape)[-1].startswith(f"note: a{lost[1:]}")
+    assert usage(Path("merged"), merged.layout)[-1].startswith(f"note: a{lost[1:]}")
 
 
+@pytest.mark.slow
 def test_the_folder_needs_nothing_of_ours(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
     """In a process that cannot import this project."""
     model = write_model(tiny_backbone("llama"), compression=2)

@@ -100,10 +100,10 @@ def test_an_imported_checkpoint_embeds_as_in_their_package(
     folders: Path, tmp_path: Path, kind: str, theirs: list[list[float]]
 ) -> None:
     """The expected numbers are what their package (0.1.3, transformers 4.56.2) gave for the very same folder."""
-    remarks = import_official(str(folders / kind), tmp_path / "ours", max_length=MAX_LENGTH)
+    notes = import_official(str(folders / kind), tmp_path / "ours", max_length=MAX_LENGTH)
     encoder = Encoder.load(tmp_path / "ours")
     np.testing.assert_allclose(encoder.encode(TEXTS), theirs, atol=1e-5)
-    assert remarks == ["it was trained on inputs of at most 512 tokens and will read 64: --max-length sets that"]
+    assert notes == ["it was trained on inputs of at most 512 tokens and will read 64; --max-length changes this"]
 
 
 def test_an_imported_folder_says_where_it_came_from(folders: Path, tmp_path: Path) -> None:
@@ -200,14 +200,14 @@ def test_a_projection_that_the_run_config_names_must_be_there(
 
 def test_a_trained_decoder_is_named(checkpoint: Path) -> None:
     Path("theirs/encoder_decoder_config.json").write_text('{"encoding_mode": "last_3_tokens", "save_decoder": true}')
-    [remark] = import_official("theirs", Path("ours"))
-    assert "its decoder was trained too" in remark
+    [note] = import_official("theirs", Path("ours"))
+    assert "its decoder was trained too" in note
 
 
 def test_a_tokenizer_that_pads_where_their_package_reads_is_named(checkpoint: Path) -> None:
     edit("tokenizer_config.json", padding_side="right")
-    [remark] = import_official("theirs", Path("ours"))
-    assert remark.startswith("its tokenizer pads on the right")
+    [note] = import_official("theirs", Path("ours"))
+    assert note.startswith("its tokenizer pads on the right")
 
 
 # --- safely ---------------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_a_pickle_that_runs_something_is_refused(checkpoint: Path, name: str, in
     Path("theirs/encoder/adapter_model.safetensors").unlink() if name.endswith(".bin") else None
     torch.save({"config": {}, "state_dict": Harm()} if inside else Harm(), Path("theirs") / name)
     with pytest.raises(
-        ArtifactError, match=rf"theirs/{name} is refused: it asks for posix.system; .*nothing of it was run"
+        ArtifactError, match=rf"theirs/{name} is refused: it asks for posix.system; .*none of which was run"
     ):
         import_official("theirs", Path("ours"))
     assert not Path("harmed").exists()
@@ -268,7 +268,7 @@ BREAKS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: Path("theirs/encoder/adapter_model.safetensors").write_bytes(b"x"), ArtifactError, "cannot be read"),
     (lambda: Path("theirs/tokenizer.json").unlink(), ArtifactError, "tokenizer.json is missing"),
     (lambda: Path("theirs/alignment_mlp").write_bytes(b"x"), ArtifactError, "alignment_mlp is refused: it is damaged"),
-    (lambda: torch.save([1], "theirs/alignment_mlp"), ArtifactError, "is no projection"),
+    (lambda: torch.save([1], "theirs/alignment_mlp"), ArtifactError, "is not a projection"),
     (lambda: edit("encoder_decoder_config.json", encoding_mode="last_5_tokens"), ArtifactError, "last_1_tokens to"),
     (lambda: edit("encoder_decoder_config.json", encoding_mode="mean"), ArtifactError, "encoding_mode is 'mean'"),
     (lambda: edit("encoder/adapter_config.json", token_indices=[1, 2, 3]), ArtifactError, "lists 3 trained tokens"),
@@ -294,7 +294,7 @@ def test_what_is_not_theirs_or_not_whole(
     [
         (numbers((5, 32), 0), numbers((5,), 0), {"size": 3}, "size 3 and pooling_mode 'linear'"),
         (numbers((5, 32), 0), numbers((5,), 0), {"pooling_mode": "mean_linear"}, "pooling_mode 'mean_linear'"),
-        (numbers((5, 31), 0), numbers((5,), 0), {}, r"shape \[5, 31\].*must be \[5, 32\]"),
+        (numbers((5, 31), 0), numbers((5,), 0), {}, r"shape \[5, 31\].* need \[5, 32\]"),
         (numbers((5, 32), 0) / 0, numbers((5,), 0), {}, "projection.weight holds NaN or infinite"),
     ],
 )
@@ -308,7 +308,7 @@ def test_projections_of_another_kind(
 
 def test_another_backbone(checkpoint: Path) -> None:
     write_backbone(Path("narrow"), hidden=24)
-    with pytest.raises(BackboneError, match="narrow has hidden size 24, the checkpoint was trained on 32"):
+    with pytest.raises(BackboneError, match="narrow has hidden size 24, the checkpoint 32"):
         import_official("theirs", Path("ours"), backbone="narrow")
     table = load_backbone(BackboneParams(name="backbone")).get_input_embeddings().weight.detach()
     from safetensors.torch import load_file, save_file
@@ -318,7 +318,7 @@ def test_another_backbone(checkpoint: Path) -> None:
     save_file({**load_file(file), "base_model.model.embed_tokens.base_layer.weight": table[:259].clone()}, file)
     import_official("theirs", Path("ours"))
     write_backbone(Path("other"), seed=5)
-    with pytest.raises(BackboneError, match="other has other input embeddings than the checkpoint's"):
+    with pytest.raises(BackboneError, match="other has other input embeddings than the checkpoint"):
         import_official("theirs", Path("ours2"), backbone="other")
 
 
@@ -335,11 +335,11 @@ def test_another_tokenizer(checkpoint: Path) -> None:
 def test_places_that_do_not_exist_or_are_taken(checkpoint: Path) -> None:
     with pytest.raises(ArtifactError, match="folder ./gone does not exist"):
         import_official("./gone", Path("ours"))
-    with pytest.raises(ArtifactError, match="--revision abc: theirs is a folder"):
+    with pytest.raises(ArtifactError, match="revision: abc: theirs is a folder"):
         import_official("theirs", Path("ours"), revision="abc")
     with pytest.raises(ArtifactError, match="cannot load 'someone/model' at revision 0123abc: "):
         import_official("someone/model", Path("ours"), revision="0123abc")
-    with pytest.raises(ArtifactError, match="--max-length is 4, the 4 new tokens of theirs leave no room"):
+    with pytest.raises(ArtifactError, match="max_length: 4: the 4 new tokens of theirs leave no room"):
         import_official("theirs", Path("ours"), max_length=4)
     Path("ours").mkdir()
     Path("ours/mine.txt").write_text("kept")
@@ -438,9 +438,9 @@ def test_a_backbone_that_version_4_would_misread_is_copied_with_the_base_of_its_
     content = json.loads(file.read_text())
     del content["rope_theta"]
     file.write_text(json.dumps(content))
-    remarks = export_official(write_ours(Path("ours"), Path("backbone")), Path("theirs"))
+    notes = export_official(write_ours(Path("ours"), Path("backbone")), Path("theirs"))
     copied = Path("theirs/backbone").resolve()
-    assert f"the backbone was copied to {copied}, its config written for transformers 4: keep it there" in remarks
+    assert f"the backbone was copied to {copied}, its config written for transformers 4: keep it there" in notes
     assert json.loads((copied / "config.json").read_text())["rope_theta"] == 500.0
     assert (copied / "model.safetensors").read_bytes() == Path("backbone/model.safetensors").read_bytes()
     assert RunConfig(Path("theirs")).text("model_name_or_path") == str(copied)
@@ -462,8 +462,8 @@ def test_a_chat_template_is_written_into_the_tokenizer(folders: Path, workspace:
 def test_the_side_that_their_package_cannot_keep_is_said(folders: Path, workspace: Path) -> None:
     sides: list[Keep] = ["start", "end"]
     for keep in sides:
-        remarks = export_official(write_ours(Path(keep), folders / "backbone", keep=keep), Path(f"theirs-{keep}"))
-        said = "this encoder keeps the end of a text of more than 61 tokens" in " ".join(remarks)
+        notes = export_official(write_ours(Path(keep), folders / "backbone", keep=keep), Path(f"theirs-{keep}"))
+        said = "this encoder keeps the end of a text of more than 61 tokens" in " ".join(notes)
         assert said == (keep == "end")
 
 
@@ -486,7 +486,7 @@ def test_what_their_package_cannot_have_is_said(folders: Path, workspace: Path) 
 
 def test_a_backbone_that_scales_its_input_embeddings(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
     ours = write_ours(Path("ours"), tiny_backbone("gemma3"))
-    with pytest.raises(TrainingError, match="scales its rows: their format has no words for that"):
+    with pytest.raises(TrainingError, match="scales its rows, which their format cannot express"):
         export_official(ours, Path("theirs"))
 
 
@@ -517,7 +517,7 @@ def peer(*arguments: object, texts: list[str] | None = None) -> str:
     if not PEER.is_file():
         pytest.skip("the authors' package is not here: python -m bench.encode makes .bench/reference-env")
     done = subprocess.run(
-        [PEER, ROOT / "tests" / "interop" / "official_peer.py", *map(str, arguments)],
+        [PEER, ROOT / "tests" / "export" / "official_peer.py", *map(str, arguments)],
         input=json.dumps(texts), capture_output=True, text=True,
         env={"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

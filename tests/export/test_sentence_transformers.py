@@ -28,7 +28,6 @@ from pipeline.encoder.student import new_student
 from pipeline.export.publish import publish
 from pipeline.lens import decode_soft_prompts
 from pipeline.tasks.instructions import load_instructions
-from tests.conftest import ROOT
 from tests.evaluate.fakes import retrieval_folder, sts_folder
 
 TEXTS = ["a", "Why is the sky blue?", "", "mid size ünïcode ✓", "long " * 40, "a much longer text than the others"]
@@ -257,6 +256,7 @@ sys.exit("the project can be imported here")
 """
 
 
+@pytest.mark.slow
 def test_a_machine_without_this_project(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
     folder = write(Path("models/encoder"), tiny_backbone("qwen3"), "chat").resolve()
     elsewhere = workspace / "elsewhere"
@@ -610,7 +610,3 @@ def test_a_published_folder_shows_the_scores_of_this_encoder_only(
         publish(folder, Path("out/mine"))
     assert publish(folder, Path("out/bare")) == []
     assert NO_RESULTS in Path("out/bare/README.md").read_text()
-
-
-def test_the_module_stands_in_the_package() -> None:
-    assert module_file() == ROOT / "pipeline" / "interop" / "st_module.py"

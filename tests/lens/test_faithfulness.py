@@ -10,7 +10,7 @@ import pytest
 from pipeline.core.bootstrap import BootstrapParams
 from pipeline.core.errors import EvaluationError
 from pipeline.lens.faithfulness import check_teacher, over_chance, pair, summary
-from pipeline.lens.reading import ROWS, measured, pairs_in, summaries
+from pipeline.lens.reading import ROWS, add_cosines, pair_cosines, summaries
 from tests.evaluate.fakes import VectorSystem
 
 SETTINGS = BootstrapParams(resamples=500)
@@ -67,13 +67,12 @@ def test_a_pair_without_a_chance_leaves_the_others_theirs() -> None:
     teacher = VectorSystem({str(row): vectors[row].tolist() for row in range(65)})
     texts = [str(row) for row in range(65)]
     parts = [
-        measured(rows(texts[at], texts[at]), vectors[at], lambda some: teacher.encode(some, ""))
+        add_cosines(rows(texts[at], texts[at]), vectors[at], lambda some: teacher.encode(some, ""))
         for at in (slice(0, 64), slice(64, 65))
     ]
     together = pa.concat_tables(parts)
     assert summaries(together, SETTINGS) == dict.fromkeys(("embedding", "response"), (1.0, 1.0, 1.0, 0.0))
-    pairs = pairs_in(together, "response")
-    assert pairs is not None
+    pairs = pair_cosines(together)["response"]
     assert (len(pairs.own), int(np.isnan(pairs.chance).sum())) == (65, 1)
     delta = over_chance("m", pairs, SETTINGS)
     assert delta is not None
@@ -92,20 +91,21 @@ def rows(decoded: Sequence[str], responses: Sequence[str | None]) -> pa.Table:
 
 def test_only_rows_with_a_response_are_compared_with_one() -> None:
     teacher = VectorSystem({"a": [1, 0], "b": [1, 1], "": [0, 1]})
-    found = measured(rows(["a", "b", "a"], ["a", None, ""]), np.eye(3)[:, :2], lambda texts: teacher.encode(texts, ""))
+    found = add_cosines(
+        rows(["a", "b", "a"], ["a", None, ""]), np.eye(3)[:, :2], lambda texts: teacher.encode(texts, "")
+    )
     np.testing.assert_allclose(found["cosine_embedding"].to_pylist(), [1, 0.5**0.5, 0], atol=1e-6)
     assert found["cosine_response"].to_pylist() == [1.0, None, 0.0]
     assert found["chance_response"].to_pylist() == [0.0, None, 1.0]
     assert set(summaries(found, SETTINGS)) == {"embedding", "response"}
-    without = measured(rows(["a", "b"], [None, None]), np.eye(2), lambda texts: teacher.encode(texts, ""))
-    assert pairs_in(without, "response") is None
+    without = add_cosines(rows(["a", "b"], [None, None]), np.eye(2), lambda texts: teacher.encode(texts, ""))
     assert set(summaries(without, SETTINGS)) == {"embedding"}
 
 
 def test_a_teacher_of_another_width_is_refused() -> None:
     teacher = VectorSystem({"a": [1, 0]})
     with pytest.raises(EvaluationError, match="2 dimensions, the encoder was trained for one of 5"):
-        measured(rows(["a"], ["a"]), np.ones((1, 5)), lambda texts: teacher.encode(texts, ""))
+        add_cosines(rows(["a"], ["a"]), np.ones((1, 5)), lambda texts: teacher.encode(texts, ""))
 
 
 HUB = {"name": "org/t", "revision": "a", "kind": "llm2vec", "dtype": "float32", "adapters": [{"name": "org/a"}]}
@@ -143,4 +143,4 @@ def test_where_nothing_pins_the_teacher_a_warning_says_so(
     recorded: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     check_teacher(HUB, recorded, "the encoder")
-    assert "nothing tells whether org/t (embed.teacher) is the teacher of the encoder" in caplog.text
+    assert "cannot tell whether teacher org/t is the one of the encoder" in caplog.text

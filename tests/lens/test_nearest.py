@@ -84,11 +84,11 @@ def test_a_corpus_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="vectors of 2 dimensions, the encoder's have 3"):
         nearest(np.ones((1, 3)), open_index(tmp_path / "c.parquet"), 1)
     write_parquet(pa.table({"text": ["x"]}), tmp_path / "plain.parquet")
-    with pytest.raises(SourceError, match=r"needs the columns 'text' and 'embedding'.*columns there: text"):
+    with pytest.raises(SourceError, match=r"needs the columns 'text' and 'embedding'.*its columns: text"):
         open_index(tmp_path / "plain.parquet")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
     for name in ("torn.parquet", "gone.parquet"):
-        with pytest.raises(SourceError, match=f"--corpus: .*{name} cannot be read"):
+        with pytest.raises(SourceError, match=f"corpus: .*{name} cannot be read"):
             open_index(tmp_path / name)
     with pytest.raises(ArtifactError):
         open_index(tmp_path)

@@ -1,8 +1,8 @@
-"""A trained encoder as a standard checkpoint for engines that run none of our code: `python -m pipeline export-merged`.
+"""An encoder as a standard checkpoint for engines that run no code of this project: `python -m pipeline export-merged`.
 
-The new tokens become rows of the embedding matrix, which the tokenizer appends to each text; the two projections become
-one linear layer, for the second follows the first with nothing in between. Before the folder appears under its name, it
-is read back, and what it embeds is compared with the encoder.
+The new tokens become rows of the embedding matrix and the tokenizer appends them to each text. The two projections,
+which no activation separates, become one linear layer. The folder is read back and its embeddings are compared with the
+encoder's before it appears.
 """
 
 import logging
@@ -18,8 +18,8 @@ from pipeline.core.errors import ArtifactError, TrainingError
 from pipeline.encoder.folder.read import ADAPTER
 from pipeline.encoder.inference import Encoder
 from pipeline.encoder.student import Student
-from pipeline.export.merged.folder import PROMPT_IS_CUT, Shape, write_config, write_modules, write_readme
-from pipeline.export.merged.tokenizer import PROBES, find_frame, fitting, write_tokenizer
+from pipeline.export.merged.folder import PROMPT_IS_CUT, MergedLayout, write_config, write_modules, write_readme
+from pipeline.export.merged.tokenizer import PROBES, find_frame, fitting_probes, write_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,15 +34,15 @@ LIMIT = 1e-4
 
 
 class Merged(NamedTuple):
-    """What was written.
+    """A written checkpoint.
 
     Attributes:
-        shape: its sizes.
-        difference: the largest relative difference of an embedding from the encoder's in float32, when the written
-            weights, rounded to their dtype, compute in float32.
+        layout: its sizes.
+        difference: largest relative difference of an embedding from the encoder's in float32, computed in float32 with
+            the weights rounded to their dtype.
     """
 
-    shape: Shape
+    layout: MergedLayout
     difference: float
 
 
@@ -59,30 +59,26 @@ def export_merged(
     Args:
         model: an encoder folder.
         out: the folder to write; an earlier export there is replaced, anything else is refused.
-        prompts: what sentence-transformers puts before a text, as it is, by name ("query", "document").
-        dtype: of the written weights; the embeddings are compared before they are rounded to it and measured after.
+        prompts: by name ("query", "document"), which sentence-transformers puts before a text unchanged.
+        dtype: of the written weights; embeddings are compared before rounding to it and measured after.
         backbone: name or folder to use in place of the recorded one.
-
-    Returns:
-        What was written.
 
     Raises:
         ArtifactError: `out` holds something else.
-        TrainingError: `model` is no encoder, or the tokenizer cannot be made to append the tokens, or the embeddings
-            differ.
+        TrainingError: `model` is no encoder, its tokenizer cannot append the tokens, or the embeddings differ.
         BackboneError: the backbone cannot be loaded.
     """
     _check_target(out)
     encoder = Encoder.load(model, backbone=backbone)
     config = encoder.config
     frame = find_frame(encoder.tokenizer, config.template, config.chat_template_kwargs)
-    probes = fitting(encoder.tokenizer, frame, encoder.max_tokens)
+    probes = fitting_probes(encoder.tokenizer, frame, encoder.max_tokens)
     expected = encoder.encode(probes)
     if config.lora is not None:
         _merge_adapter(encoder.model, load_adapter(encoder.model, model / ADAPTER, config.lora))
-    # Behind the matrix and behind the tokenizer: some matrices are larger than their tokenizer, some smaller.
+    # After the matrix and after the tokenizer: some matrices are larger than their tokenizer, some smaller.
     first = max(len(encoder.model.get_input_embeddings().weight), len(encoder.tokenizer))
-    shape = Shape(
+    layout = MergedLayout(
         first_id=first,
         thought_tokens=config.thought_tokens,
         compression_tokens=config.compression_tokens,
@@ -94,22 +90,22 @@ def export_merged(
     add_rows(encoder.model, encoder.student.tokens, first)
     weight, bias = compose(encoder.student)
     with create(out, kind=KIND, params={"dtype": dtype}, models={"encoder": encoder.identity}) as writer:
-        # Which class reads a tokenizer depends on the config beside it.
+        # The class of a tokenizer depends on the config in its folder.
         encoder.model.config.save_pretrained(writer.path)
-        write_tokenizer(writer.path, encoder.tokenizer, frame, shape)
-        write_modules(writer.path, shape, weight, bias, prompts, dtype)
-        write_readme(writer.path, shape, config, dtype, encoder.identity, prompts)
-        difference = _difference(_embed(writer.path, encoder.model, probes, shape, weight, bias), expected)
+        write_tokenizer(writer.path, encoder.tokenizer, frame, layout)
+        write_modules(writer.path, layout, weight, bias, prompts, dtype)
+        write_readme(writer.path, layout, config, dtype, encoder.identity, prompts)
+        difference = _largest_difference(_embed(writer.path, encoder.model, probes, layout, weight, bias), expected)
         if not difference <= LIMIT:
             raise TrainingError(
-                f"the merged checkpoint of {model} embeds differently from the encoder: by {difference:.2g}, the limit "
-                f"is {LIMIT}: nothing was written"
+                f"the merged checkpoint of {model} embeds differently from the encoder, by {difference:.2g} (limit "
+                f"{LIMIT}): nothing was written"
             )
         if dtype != "float32":
             _round(encoder.model, dtype)
-            difference = _difference(_embed(writer.path, encoder.model, probes, shape, weight, bias), expected)
-        _save_model(encoder.model, shape, writer.path, dtype)
-    return Merged(shape, difference)
+            difference = _largest_difference(_embed(writer.path, encoder.model, probes, layout, weight, bias), expected)
+        _save_model(encoder.model, layout, writer.path, dtype)
+    return Merged(layout, difference)
 
 
 def compose(student: Student) -> "tuple[Tensor, Tensor]":
@@ -124,12 +120,12 @@ def compose(student: Student) -> "tuple[Tensor, Tensor]":
 
 
 def add_rows(model: Any, rows: "Tensor", first: int) -> None:
-    """Make `rows` `[N, d]`, as the first layer sees them, rows `first`, `first + 1`, ... of the embedding matrix.
+    """Store `rows` `[N, d]`, given as the first layer's input, at row `first` of the embedding matrix.
 
-    A head that shares the matrix grows with it; one of its own gets zeros. What else is new is zero too.
+    An output head of its own grows too, by zeros; all other new rows are zero.
 
     Raises:
-        TrainingError: the model does not multiply its rows by one number on their way in.
+        TrainingError: the embedding layer does more than scale its rows by one number.
     """
     import torch
 
@@ -148,21 +144,21 @@ def add_rows(model: Any, rows: "Tensor", first: int) -> None:
 
 
 def _scale(embeddings: Any) -> float:
-    """What the embedding layer multiplies a row by: 1 with most models, the root of d with Gemma."""
+    """The factor that the embedding layer multiplies a row by: 1 in most models, the root of d in Gemma."""
     import torch
 
     with torch.no_grad():
-        some = embeddings.weight[:1024].double()
-        row = int(some.norm(dim=1).argmax())
-        stored, seen = some[row], embeddings(torch.tensor([row], device=some.device))[0].double()
-        scale = float((stored @ seen) / (stored @ stored))
-        if not torch.allclose(seen, scale * stored, rtol=0.02, atol=0.0):
-            raise TrainingError("the backbone's embedding layer does more than to scale its rows: no row can be added")
+        first_rows = embeddings.weight[:1024].double()
+        row = int(first_rows.norm(dim=1).argmax())
+        stored, output = first_rows[row], embeddings(torch.tensor([row], device=first_rows.device))[0].double()
+        scale = float((stored @ output) / (stored @ stored))
+        if not torch.allclose(output, scale * stored, rtol=0.02, atol=0.0):
+            raise TrainingError("the backbone's embedding layer does more than scale its rows: no row can be added")
     return scale
 
 
 def _merge_adapter(model: Any, adapted: Any) -> None:
-    """Add the adapters' updates to the weights of `model`, over whose tensors `adapted` is built."""
+    """Add the adapters' updates to the weights of `model`, which `adapted` shares."""
     import torch
     from peft.tuners.lora import LoraLayer
 
@@ -174,7 +170,7 @@ def _merge_adapter(model: Any, adapted: Any) -> None:
 
 
 def _round(model: Any, dtype: DType) -> None:
-    """Round the parameters and leave them in float32; buffers (angles of rotation) are not stored and stay exact."""
+    """Round the parameters but keep them in float32; buffers (RoPE angles) are not stored and stay exact."""
     import torch
 
     with torch.no_grad():
@@ -182,45 +178,45 @@ def _round(model: Any, dtype: DType) -> None:
             parameter.copy_(parameter.to(getattr(torch, dtype)))
 
 
-def _save_model(model: Any, shape: Shape, folder: Path, dtype: DType) -> None:
+def _save_model(model: Any, layout: MergedLayout, folder: Path, dtype: DType) -> None:
     import torch
 
-    # A shared head has logits for the new rows too; no text may ever hold them.
-    model.generation_config.suppress_tokens = shape.new_ids
+    # A shared head has logits for the new rows, which must never be generated.
+    model.generation_config.suppress_tokens = layout.new_ids
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=SHARD_SIZE)
     write_config(folder, model.config)
 
 
 def _embed(
-    folder: Path, model: Any, texts: Sequence[str], shape: Shape, weight: "Tensor", bias: "Tensor"
+    folder: Path, model: Any, texts: Sequence[str], layout: MergedLayout, weight: "Tensor", bias: "Tensor"
 ) -> "np.ndarray[Any, Any]":
-    """Embeddings of texts by the written tokenizer, the grown model and the one linear layer, one at a time."""
+    """Embeddings `[N, e]` by the written tokenizer, the grown model and the linear layer, one text at a time."""
     import torch
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    _check_cut(tokenizer, shape)
+    _check_cut(tokenizer, layout)
     pooled = []
     with torch.inference_mode():
         for ids in tokenizer(list(texts))["input_ids"]:
             row = torch.tensor([ids], device=weight.device)
             hidden = model.get_decoder()(input_ids=row, use_cache=False).last_hidden_state
-            pooled.append(hidden[0, -shape.compression_tokens :].float().mean(dim=0))
+            pooled.append(hidden[0, -layout.compression_tokens :].float().mean(dim=0))
         return (torch.stack(pooled) @ weight.T + bias).cpu().numpy()
 
 
-def _check_cut(tokenizer: Any, shape: Shape) -> None:
-    """Raises TrainingError unless a text that is cut keeps the appended tokens."""
-    for length in (shape.max_tokens, None):
-        [ids] = tokenizer([PROBES[0] * shape.max_tokens], truncation=True, max_length=length)["input_ids"]
-        if len(ids) != shape.max_tokens or ids[-len(shape.new_ids) :] != shape.new_ids:
+def _check_cut(tokenizer: Any, layout: MergedLayout) -> None:
+    """Raises TrainingError unless a truncated text keeps the appended tokens."""
+    for length in (layout.max_tokens, None):
+        [ids] = tokenizer([PROBES[0] * layout.max_tokens], truncation=True, max_length=length)["input_ids"]
+        if len(ids) != layout.max_tokens or ids[-len(layout.new_ids) :] != layout.new_ids:
             raise TrainingError(
-                f"the tokenizer cuts a long text to {len(ids)} tokens that end with {ids[-3:]}: expected "
-                f"{shape.max_tokens} tokens that end with {shape.new_ids[-3:]}"
+                f"the tokenizer cuts a long text to {len(ids)} tokens that end with {ids[-3:]}, expected "
+                f"{layout.max_tokens} that end with {layout.new_ids[-3:]}"
             )
 
 
-def _difference(found: "np.ndarray[Any, Any]", expected: "np.ndarray[Any, Any]") -> float:
+def _largest_difference(found: "np.ndarray[Any, Any]", expected: "np.ndarray[Any, Any]") -> float:
     import numpy as np
 
     return float((np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)).max())
@@ -233,15 +229,15 @@ def _check_target(out: Path) -> None:
     check_new(out)
 
 
-def usage(out: Path, shape: Shape) -> Sequence[str]:
-    """How to load what was written, in lines for a terminal."""
+def usage(out: Path, layout: MergedLayout) -> Sequence[str]:
+    """How to load the checkpoint, in lines for a terminal."""
     lines = [f'SentenceTransformer("{out}").encode(texts)']
-    if shape.compression_tokens == 1:
+    if layout.compression_tokens == 1:
         lines.append(f'vLLM: LLM("{out}", runner="pooling", dtype="float32").embed(texts)')
     else:
         lines.append(
-            f"vLLM: per-token pooling and the mean of the last {shape.compression_tokens}, see {out}/README.md"
+            f"vLLM: per-token pooling and the mean of the last {layout.compression_tokens}, see {out}/README.md"
         )
-    if shape.keep == "end":
+    if layout.keep == "end":
         lines.append(f"note: {PROMPT_IS_CUT[0].lower()}{PROMPT_IS_CUT[1:]}")
     return lines

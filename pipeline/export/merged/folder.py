@@ -1,4 +1,4 @@
-"""What lies in a merged checkpoint beside weights and tokenizer: pooling, the linear layer, prompts, a README."""
+"""The files of a merged checkpoint besides weights and tokenizer: pooling, the linear layer, prompts, a README."""
 
 import json
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ _MODULES = "sentence_transformers.models"
 _POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 
 
-class Shape(NamedTuple):
+class MergedLayout(NamedTuple):
     """Sizes of a merged checkpoint.
 
     Attributes:
         first_id: id of the first new token.
-        thought_tokens: how many new tokens are not read out; they come first.
-        compression_tokens: n, how many are.
-        hidden: d, the width of the backbone.
-        width: e, the width of an embedding.
+        thought_tokens: new tokens that are not read out; they come first.
+        compression_tokens: n, new tokens that are read out.
+        hidden: d, the hidden size of the backbone.
+        width: e, the dimensions of an embedding.
         max_tokens: longest input, new tokens included.
-        keep: which side of a longer one is kept.
+        keep: which side of a longer input is kept.
     """
 
     first_id: int
@@ -45,22 +45,22 @@ class Shape(NamedTuple):
 
     @property
     def new_names(self) -> list[str]:
-        """What to call the new tokens, in their order."""
+        """Names of the new tokens in their order."""
         thoughts = [f"<|thought_{index}|>" for index in range(self.thought_tokens)]
         return thoughts + [f"<|compression_{index}|>" for index in range(self.compression_tokens)]
 
 
 def write_config(folder: Path, config: Any) -> None:
-    """Say in config.json once more, where older readers look for it, how positions are rotated."""
+    """Add to config.json the RoPE keys that older readers look for."""
     path = folder / "config.json"
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | old_rope_keys(rope))
 
 
 def old_rope_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta`, and `rope_scaling` where there is one, of the `rope_parameters` of a config.
+    """The keys `rope_theta`, `rope_scaling` and `rope_local_base_freq` for the `rope_parameters` of a config.
 
-    Models that rotate local layers by another base have parameters by kind of layer.
+    Models whose local layers have another base have parameters by kind of layer.
     """
     kinds = {name: value for name, value in rope.items() if isinstance(value, Mapping)}
     keys = {}
@@ -76,73 +76,72 @@ def old_rope_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_modules(
-    folder: Path, shape: Shape, weight: "Tensor", bias: "Tensor", prompts: Mapping[str, str], dtype: DType
+    folder: Path, layout: MergedLayout, weight: "Tensor", bias: "Tensor", prompts: Mapping[str, str], dtype: DType
 ) -> None:
     """Write the modules of sentence-transformers, which vLLM reads too.
 
     Args:
         folder: of the checkpoint.
-        shape: of the checkpoint.
+        layout: of the checkpoint.
         weight: of the linear layer, `[e, d]`.
         bias: of the linear layer, `[e]`.
-        prompts: what is put before a text, by name.
+        prompts: by name, to put before a text.
         dtype: of the written weights.
     """
-    names = ["Transformer", "Pooling", "Dense"] if shape.compression_tokens == 1 else [
-        "Transformer", "WordWeights", "Pooling", "Dense",
-    ]  # fmt: skip
+    weights = ["WordWeights"] if layout.compression_tokens > 1 else []
+    names = ["Transformer", *weights, "Pooling", "Dense"]
     paths = {name: f"{index}_{name}" if index else "" for index, name in enumerate(names)}
     modules = [
         {"idx": index, "name": str(index), "path": paths[name], "type": f"{_MODULES}.{name}"}
         for index, name in enumerate(names)
     ]
     write_json(folder / "modules.json", modules)
-    write_json(folder / "sentence_bert_config.json", _reading(shape, dtype))
+    write_json(folder / "sentence_bert_config.json", _sentence_bert_config(layout, dtype))
     write_json(
         folder / "config_sentence_transformers.json",
         {"prompts": dict(prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"},
     )
     if "WordWeights" in paths:
-        write_json(folder / paths["WordWeights"] / "config.json", _token_weights(shape))
-    write_json(folder / paths["Pooling"] / "config.json", _pooling(shape))
-    _write_dense(folder / paths["Dense"], shape, weight, bias)
+        write_json(folder / paths["WordWeights"] / "config.json", _token_weights(layout))
+    write_json(folder / paths["Pooling"] / "config.json", _pooling(layout))
+    _write_dense(folder / paths["Dense"], layout, weight, bias)
 
 
-def _reading(shape: Shape, dtype: DType) -> dict[str, Any]:
-    config: dict[str, Any] = {"max_seq_length": shape.max_tokens, "do_lower_case": False}
-    return {**config, "model_args": {"dtype": "float32"}} if _widened(shape, dtype) else config
+def _sentence_bert_config(layout: MergedLayout, dtype: DType) -> dict[str, Any]:
+    config: dict[str, Any] = {"max_seq_length": layout.max_tokens, "do_lower_case": False}
+    return {**config, "model_args": {"dtype": "float32"}} if _computes_in_float32(layout, dtype) else config
 
 
-def _widened(shape: Shape, dtype: DType) -> bool:
-    """Whether sentence-transformers computes in float32 with weights that are stored in half precision.
+def _computes_in_float32(layout: MergedLayout, dtype: DType) -> bool:
+    """Whether sentence-transformers must compute in float32 with weights stored in half precision.
 
-    `WordWeights` makes float32 of any precision, which a linear layer in half precision would not take.
+    `WordWeights` returns float32, which a linear layer in half precision would not accept.
     """
-    return shape.compression_tokens > 1 and dtype != "float32"
+    return layout.compression_tokens > 1 and dtype != "float32"
 
 
-def _token_weights(shape: Shape) -> dict[str, Any]:
-    """Weight 1 for the compression tokens and 0 for all else, so that the mean over a text is theirs."""
-    read = shape.new_ids[shape.thought_tokens :]
+def _token_weights(layout: MergedLayout) -> dict[str, Any]:
+    """Weight 1 for the compression tokens and 0 for all others: the mean over a text is the mean over them."""
+    compression_ids = layout.new_ids[layout.thought_tokens :]
     return {
-        "vocab": [str(token) for token in range(read[-1] + 1)],
-        "word_weights": {str(token): 1.0 for token in read},
+        "vocab": [str(token) for token in range(compression_ids[-1] + 1)],
+        "word_weights": {str(token): 1.0 for token in compression_ids},
         "unknown_word_weight": 0.0,
     }
 
 
-def _pooling(shape: Shape) -> dict[str, Any]:
-    mode = "lasttoken" if shape.compression_tokens == 1 else "mean_tokens"
+def _pooling(layout: MergedLayout) -> dict[str, Any]:
+    mode = "lasttoken" if layout.compression_tokens == 1 else "mean_tokens"
     modes = {f"pooling_mode_{name}": name == mode for name in _POOLING_MODES}
-    return {"word_embedding_dimension": shape.hidden, **modes, "include_prompt": True}
+    return {"word_embedding_dimension": layout.hidden, **modes, "include_prompt": True}
 
 
-def _write_dense(folder: Path, shape: Shape, weight: "Tensor", bias: "Tensor") -> None:
+def _write_dense(folder: Path, layout: MergedLayout, weight: "Tensor", bias: "Tensor") -> None:
     from safetensors.torch import save_file
 
     config = {
-        "in_features": shape.hidden,
-        "out_features": shape.width,
+        "in_features": layout.hidden,
+        "out_features": layout.width,
         "bias": True,
         "activation_function": "torch.nn.modules.linear.Identity",
     }
@@ -211,32 +210,34 @@ vectors = [output.outputs.data[-{n}:].mean(dim=0) for output in outputs]
 
 def write_readme(
     folder: Path,
-    shape: Shape,
+    layout: MergedLayout,
     config: EncoderConfig,
     dtype: DType,
     identity: Mapping[str, Any],
     prompts: Mapping[str, str],
 ) -> None:
-    """Write what the folder is, how it is used, and where it differs from the encoder that it was made from."""
-    vllm = _VLLM_ONE if shape.compression_tokens == 1 else _VLLM_MANY.format(n=shape.compression_tokens)
+    """Describe the folder, its use, and where its embeddings differ from the encoder's."""
+    vllm = _VLLM_ONE if layout.compression_tokens == 1 else _VLLM_MANY.format(n=layout.compression_tokens)
     frozen = "The language model's own weights are unchanged; generate with the model that it was made from."
     text = _README.format(
         backbone=config.backbone["name"],
         frame="the chat template around and " if config.template == "chat" else "",
-        new=len(shape.new_ids),
-        first=shape.new_ids[0],
-        last=shape.new_ids[-1],
+        new=len(layout.new_ids),
+        first=layout.new_ids[0],
+        last=layout.new_ids[-1],
         adapted=frozen if config.lora is None else "LoRA adapters are merged into the weights: this is another model.",
         dtype=dtype,
-        in_float32=", sentence-transformers computes with them in float32" if _widened(shape, dtype) else "",
-        width=shape.width,
+        in_float32=", sentence-transformers computes with them in float32"
+        if _computes_in_float32(layout, dtype)
+        else "",
+        width=layout.width,
         sha256=identity.get("sha256", "unknown"),
         prompt=', prompt_name="query"' if prompts.get("query") else "",
         vllm=vllm,
-        max_tokens=shape.max_tokens,
-        lost="end" if shape.keep == "start" else "start",
-        last_left="last" if shape.keep == "start" else "first",
-        prompt_cut="" if shape.keep == "start" else f"{PROMPT_IS_CUT}\n",
+        max_tokens=layout.max_tokens,
+        lost="end" if layout.keep == "start" else "start",
+        last_left="last" if layout.keep == "start" else "first",
+        prompt_cut="" if layout.keep == "start" else f"{PROMPT_IS_CUT}\n",
         empty="" if config.template == "chat" else "; of an empty text it reads an end-of-sequence token",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

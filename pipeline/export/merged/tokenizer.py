@@ -1,7 +1,7 @@
-"""A tokenizer that puts the template around a text and the new tokens behind it, by its post-processor alone.
+"""A tokenizer whose post-processor adds the template around a text and the new tokens at its end.
 
-The post-processor works on token ids after a long text was cut, so what it adds is never cut off. The new ids are not
-in the vocabulary: no text can spell them, and they may lie behind rows of the embedding matrix that have no token.
+The post-processor runs after truncation, so its tokens are never cut off. The new ids are not in the vocabulary: no
+text can spell them, and rows of the embedding matrix without a token may lie before them.
 """
 
 import json
@@ -13,9 +13,9 @@ from pipeline.backbone.loading import Template
 from pipeline.backbone.prompting import PromptFormatter
 from pipeline.core.artifacts import write_json
 from pipeline.core.errors import TrainingError
-from pipeline.export.merged.folder import Shape
+from pipeline.export.merged.folder import MergedLayout
 
-# The frame around a text is right if it is the same around all of these.
+# A frame is correct if it is the same around all of these.
 PROBES = [
     "What is the capital of France?",
     "x",
@@ -31,27 +31,27 @@ PROBES = [
 ]
 # Longer than any frame and any probe.
 _UNBOUNDED = 2**20
-# What would change the post-processor when the tokenizer is loaded, or cut and pad in a way of its own.
+# Settings that would change the post-processor on loading, or change truncation and padding.
 _DROPPED = ("add_bos_token", "add_eos_token", "chat_template", "max_length", "truncation_side", "truncation_strategy",
             "stride", "pad_to_multiple_of", "auto_map")  # fmt: skip
 
 
 class Frame(NamedTuple):
-    """Token ids before and behind the tokens of each text."""
+    """Token ids before and after the tokens of each text."""
 
     before: list[int]
     behind: list[int]
 
     def around(self, ids: Sequence[int]) -> list[int]:
-        """The ids of a text with the frame around them."""
+        """The ids of a text within the frame."""
         return [*self.before, *ids, *self.behind]
 
 
 def find_frame(tokenizer: Any, template: Template, chat_template_kwargs: Mapping[str, Any]) -> Frame:
-    """What the template puts around a text, as token ids.
+    """The token ids that the template puts around a text.
 
     Raises:
-        TrainingError: it is not the same around every text, so that no post-processor can add it.
+        TrainingError: they depend on the text, so no post-processor can add them.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise TrainingError(f"tokenizer of '{tokenizer.name_or_path}' has no tokenizer.json: it cannot append tokens")
@@ -68,32 +68,32 @@ def find_frame(tokenizer: Any, template: Template, chat_template_kwargs: Mapping
             misfit = wrong[0]
     raise TrainingError(
         f"template {template} of '{tokenizer.name_or_path}' is not the same tokens around every text (around "
-        f"{misfit!r} it differs), so a tokenizer cannot add it: this encoder runs with our own code only; "
-        "train.template: raw can be exported"
+        f"{misfit!r} it differs), so a tokenizer cannot add it. This encoder runs only with the code of this project; "
+        "one trained with the template raw can be exported"
     )
 
 
-def fitting(tokenizer: Any, frame: Frame, max_tokens: int) -> list[str]:
-    """The probes that have at most `max_tokens` tokens with the frame."""
+def fitting_probes(tokenizer: Any, frame: Frame, max_tokens: int) -> list[str]:
+    """The probes of at most `max_tokens` tokens, frame included."""
     bare = tokenizer(PROBES, add_special_tokens=False)["input_ids"]
     return [text for text, ids in zip(PROBES, bare, strict=True) if len(frame.around(ids)) <= max_tokens]
 
 
-def write_tokenizer(folder: Path, tokenizer: Any, frame: Frame, shape: Shape) -> None:
+def write_tokenizer(folder: Path, tokenizer: Any, frame: Frame, layout: MergedLayout) -> None:
     """Write the files of a tokenizer that adds the frame and the new tokens."""
     tokenizer.save_pretrained(folder)
     content = _read(folder / "tokenizer.json")
-    content |= {"truncation": None, "padding": None, "post_processor": _post_processor(tokenizer, frame, shape)}
+    content |= {"truncation": None, "padding": None, "post_processor": _post_processor(tokenizer, frame, layout)}
     write_json(folder / "tokenizer.json", content)
-    # With a chat template in the folder, sentence-transformers would put it around each text.
+    # sentence-transformers would apply a chat template that lies in the folder.
     for leftover in [folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*")]:
         leftover.unlink(missing_ok=True)
     settings = {name: value for name, value in _read(folder / "tokenizer_config.json").items() if name not in _DROPPED}
     settings |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": shape.max_tokens,
-        "truncation_side": "right" if shape.keep == "start" else "left",
-        # The new tokens then have the positions that they were trained at, whatever else is in the batch.
+        "model_max_length": layout.max_tokens,
+        "truncation_side": "right" if layout.keep == "start" else "left",
+        # So the new tokens have their trained positions in every batch.
         "padding_side": "right",
         "pad_token": tokenizer.pad_token or tokenizer.eos_token,
     }
@@ -104,12 +104,12 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _post_processor(tokenizer: Any, frame: Frame, shape: Shape) -> dict[str, Any]:
+def _post_processor(tokenizer: Any, frame: Frame, layout: MergedLayout) -> dict[str, Any]:
     pieces = {
         "frame": (frame.before, tokenizer.convert_ids_to_tokens(frame.before)),
         "new": (
-            [*frame.behind, *shape.new_ids],
-            [*tokenizer.convert_ids_to_tokens(frame.behind), *shape.new_names],
+            [*frame.behind, *layout.new_ids],
+            [*tokenizer.convert_ids_to_tokens(frame.behind), *layout.new_names],
         ),
     }
     before = [{"SpecialToken": {"id": "frame", "type_id": 0}}] if frame.before else []

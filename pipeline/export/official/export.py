@@ -10,9 +10,9 @@ from pipeline.core.artifacts import check_new, create, read_manifest, write_json
 from pipeline.core.errors import BackboneError, TrainingError
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.export.merged.folder import old_rope_keys
-from pipeline.export.official import format as official
+from pipeline.export.official import files
 from pipeline.export.official.tokenizer import own_frame, write_tokenizer
-from pipeline.export.official.writing import Skeleton, write_adapter, write_backbone, write_projections
+from pipeline.export.official.writing import BackboneStructure, write_adapter, write_backbone, write_projections
 
 BACKBONE = "backbone"
 
@@ -33,21 +33,20 @@ embeddings = model.encode(["Why is the sky blue?"], max_length={max_length})
 
 
 def export_official(model: Path, out: Path, *, backbone: str | None = None, dtype: DType = "float32") -> list[str]:
-    """Write a folder that their package reads and that embeds the same there.
+    """Write a folder that embeds in their package as the encoder does.
 
     Args:
         model: an encoder folder.
         out: a new folder.
         backbone: folder or name of the backbone, in place of the recorded one.
-        dtype: of all that their package computes; float32 gives the embeddings that the encoder gives in float32.
+        dtype: that their package computes in; float32 gives the encoder's own embeddings in float32.
 
     Returns:
-        What the user should know, a line each.
+        Notes for the user, a line each.
 
     Raises:
         ArtifactError: `out` exists.
-        TrainingError: `model` is no encoder, the backbone is not the one that it was trained on, or their format has no
-            words for it.
+        TrainingError: `model` is no encoder, was trained on another backbone, or their format cannot express it.
         BackboneError: the backbone is missing.
     """
     from safetensors.torch import load_file
@@ -58,26 +57,26 @@ def export_official(model: Path, out: Path, *, backbone: str | None = None, dtyp
     config = read_config(model)
     name = backbone or config.backbone["name"]
     check_backbone(config, name)
-    skeleton = _skeleton(config, name)
+    structure = _structure(config, name)
     tokenizer = load_tokenizer(BackboneParams(name=str(model)))
     frame = own_frame(tokenizer, config.template, config.chat_template_kwargs)
     student = load_file(model / WEIGHTS_FILE)
-    texts = official.token_texts(len(student["tokens"]))
+    texts = files.token_texts(len(student["tokens"]))
     with create(out, kind="official", params={"dtype": dtype}, models={"backbone": config.backbone}) as writer:
-        # Longer than any probe: what is cut is for `max_length` to say.
+        # Longer than any probe: truncation is up to `max_length`.
         formatter = PromptFormatter(tokenizer, config.template, 2**20, config.chat_template_kwargs)
         ids = write_tokenizer(writer.path, tokenizer, texts, formatter, frame)
         write_projections(writer.path, student, dtype)
-        write_adapter(writer.path, model, config, skeleton, student["tokens"], ids, dtype)
+        write_adapter(writer.path, model, config, structure, student["tokens"], ids, dtype)
         copied = write_backbone(writer.path / BACKBONE, Path(name))
-        place = (out / BACKBONE if copied else Path(name)).resolve() if Path(name).is_dir() else name
-        _write_configs(writer.path, config, skeleton, str(place), texts, ids, dtype)
+        location = (out / BACKBONE if copied else Path(name)).resolve() if Path(name).is_dir() else name
+        _write_configs(writer.path, config, structure, str(location), texts, ids, dtype)
         card = _card(config, model, dtype, framed=frame is not None)
         (writer.path / "README.md").write_text(card, encoding="utf-8")
-    return _remarks(config, name, texts, place=str(place), copied=copied, framed=frame is not None)
+    return _notes(config, name, texts, location=str(location), copied=copied, framed=frame is not None)
 
 
-def _skeleton(config: EncoderConfig, name: str) -> Skeleton:
+def _structure(config: EncoderConfig, name: str) -> BackboneStructure:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -90,31 +89,31 @@ def _skeleton(config: EncoderConfig, name: str) -> Skeleton:
     embeddings = model.get_input_embeddings()
     if type(embeddings) is not torch.nn.Embedding:
         raise TrainingError(
-            f"{type(embeddings).__name__} of '{name}' scales its rows: their format has no words for that"
+            f"{type(embeddings).__name__} of '{name}' scales its rows, which their format cannot express"
         )
     if embeddings.weight.shape[1] != config.hidden:
         raise BackboneError(
             f"backbone {name} has hidden size {embeddings.weight.shape[1]}, the encoder was trained on {config.hidden}"
         )
     (inside,) = [path for path, module in model.base_model.named_modules() if module is embeddings]
-    return Skeleton(described, inside, model.base_model_prefix)
+    return BackboneStructure(described, inside, model.base_model_prefix)
 
 
 def _write_configs(
     folder: Path,
     config: EncoderConfig,
-    skeleton: Skeleton,
+    structure: BackboneStructure,
     backbone: str,
     texts: Sequence[str],
     ids: Sequence[int],
     dtype: DType,
 ) -> None:
     mode = f"last_{config.compression_tokens}_tokens"
-    rope = old_rope_keys(getattr(skeleton.config, "rope_parameters", None) or {})
-    described = {**skeleton.config.to_dict(), **rope, "vocab_size": ids[-1] + 1, "num_special_tokens": len(ids)}
+    rope = old_rope_keys(getattr(structure.config, "rope_parameters", None) or {})
+    described = {**structure.config.to_dict(), **rope, "vocab_size": ids[-1] + 1, "num_special_tokens": len(ids)}
     described |= {"special_tokens_ids": list(ids)}
-    write_json(folder / official.ENCODER / "config.json", described)
-    write_json(folder / official.MODEL_CONFIG, {"encoding_mode": mode, "save_decoder": False})
+    write_json(folder / files.ENCODER / "config.json", described)
+    write_json(folder / files.MODEL_CONFIG, {"encoding_mode": mode, "save_decoder": False})
     run = {
         "model_name_or_path": backbone,
         "model_revision": config.backbone.get("revision", "main"),
@@ -128,7 +127,7 @@ def _write_configs(
     }
     # Values in JSON are values in YAML.
     lines = [f"{key}: {json.dumps(value)}\n" for key, value in run.items()]
-    (folder / official.RUN_CONFIG).write_text("".join(lines), encoding="utf-8")
+    (folder / files.RUN_CONFIG).write_text("".join(lines), encoding="utf-8")
 
 
 def _card(config: EncoderConfig, model: Path, dtype: DType, *, framed: bool) -> str:
@@ -144,25 +143,25 @@ def _card(config: EncoderConfig, model: Path, dtype: DType, *, framed: bool) -> 
     )  # fmt: skip
 
 
-def _remarks(
-    config: EncoderConfig, name: str, texts: Sequence[str], *, place: str, copied: bool, framed: bool
+def _notes(
+    config: EncoderConfig, name: str, texts: Sequence[str], *, location: str, copied: bool, framed: bool
 ) -> list[str]:
-    remarks = []
+    notes = []
     length, revision = config.max_query_tokens + len(texts), config.backbone.get("revision", "main")
-    if length != official.MAX_LENGTH:
-        remarks.append(f"their encode cuts inputs to {official.MAX_LENGTH} tokens: call it with max_length={length}")
+    if length != files.MAX_LENGTH:
+        notes.append(f"their encode cuts inputs to {files.MAX_LENGTH} tokens: call it with max_length={length}")
     if config.keep == "end":
-        remarks.append(
-            f"this encoder keeps the end of a text of more than {config.max_query_tokens} tokens, their format has no "
-            "words for that: cut such texts before"
+        notes.append(
+            f"this encoder keeps the end of a text of more than {config.max_query_tokens} tokens, which their format "
+            "cannot express: cut such texts before"
         )
     if framed:
-        remarks.append(
-            "the tokenizer adds the template and the new tokens itself, so their scripts that look for the new tokens "
-            "by name find none"
+        notes.append(
+            "the tokenizer adds the template and the new tokens itself, so scripts of theirs that look for the new "
+            "tokens by name find none"
         )
     if copied:
-        remarks.append(f"the backbone was copied to {place}, its config written for transformers 4: keep it there")
+        notes.append(f"the backbone was copied to {location}, its config written for transformers 4: keep it there")
     elif not Path(name).is_dir() and revision != "main":
-        remarks.append(f"their package reads {name} as it is on the hub now, the encoder was trained on {revision}")
-    return remarks
+        notes.append(f"their package reads the current {name} on the hub, the encoder was trained on {revision}")
+    return notes

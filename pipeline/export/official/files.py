@@ -1,4 +1,21 @@
-"""The files of a checkpoint of the authors, read without running anything that is in them."""
+"""The checkpoint format of the paper's authors: what `LLM2VecGenModel.from_pretrained` of their package (0.1.3) reads.
+
+    run_config.yml                      name of the backbone, dtype of everything, texts of the N new tokens
+    encoder_decoder_config.json         "encoding_mode": "last_n_tokens", "save_decoder": false
+    encoder/                            a peft adapter, and the config of the backbone with N more tokens
+    reconstruction_mlp, alignment_mlp   pickles: the state dict of a linear layer and its shape
+    tokenizer.json, tokenizer_config.json   the backbone's, with the N new tokens added in order
+
+The adapter is of type TRAINABLE_TOKENS, or of type LORA with `trainable_token_indices`; either way its
+`...trainable_tokens_delta` `[N, d]` holds the rows themselves, for the ids that its config lists. It may also hold the
+whole embedding table, which is the backbone's.
+
+Their `encode` appends the texts of the new tokens to the bare text, truncates both together to 512 tokens but keeps the
+new ones, runs everything in the dtype of `run_config.yml`, and averages alignment(reconstruction(h)) over the last n
+positions, without normalising.
+
+Files are read here without running anything that is in them.
+"""
 
 import json
 import re
@@ -7,51 +24,68 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.artifacts import digest_of, file_sha256
 from pipeline.core.errors import ArtifactError
-from pipeline.export.official import format as official
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# All that is read of a checkpoint on the hub; among the rest may be optimiser states and pickled training arguments.
+RUN_CONFIG = "run_config.yml"
+MODEL_CONFIG = "encoder_decoder_config.json"
+ENCODER = "encoder"
+RECONSTRUCTION = "reconstruction_mlp"
+ALIGNMENT = "alignment_mlp"
+ADAPTER_CONFIG = f"{ENCODER}/adapter_config.json"
+ADAPTER_WEIGHTS = f"{ENCODER}/adapter_model.safetensors"
+ADAPTER_PICKLE = f"{ENCODER}/adapter_model.bin"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+# Default `max_length` of their `encode`: text and new tokens together.
+MAX_LENGTH = 512
+# peft's prefix of the names of wrapped modules.
+PREFIX = "base_model.model."
+ROWS = "trainable_tokens_delta"
+# Read from a checkpoint on the hub; others may be optimiser states and pickled training arguments.
 _FILES = (
-    official.RUN_CONFIG,
-    official.MODEL_CONFIG,
-    official.ADAPTER_CONFIG,
-    official.ADAPTER_WEIGHTS,
-    official.ADAPTER_PICKLE,
-    official.RECONSTRUCTION,
-    official.ALIGNMENT,
-    official.TOKENIZER,
-    official.TOKENIZER_CONFIG,
+    RUN_CONFIG,
+    MODEL_CONFIG,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ADAPTER_PICKLE,
+    RECONSTRUCTION,
+    ALIGNMENT,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
 )
+
+
+def token_texts(count: int) -> list[str]:
+    """Texts of the new tokens in the authors' runs."""
+    return [f"<question{number}>" for number in range(1, count + 1)]
 
 
 def fetch(source: str, revision: str | None) -> tuple[Path, dict[str, str]]:
     """The folder of a checkpoint, and what pins it: hub name and commit, or the sha256 over the files that are read.
 
     Raises:
-        ArtifactError: it cannot be found.
+        ArtifactError: it is not found.
     """
     folder = Path(source)
     if folder.is_dir():
         if revision is not None:
-            raise ArtifactError(f"--revision {revision}: {source} is a folder, only models of the hub have revisions")
+            message = f"{revision}: {source} is a folder, only models on the hub have revisions"
+            raise ArtifactError(message, argument="revision")
         hashes = {name: file_sha256(folder / name) for name in _FILES if (folder / name).is_file()}
         return folder, {"name": source, "sha256": digest_of(hashes)}
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ArtifactError(f"folder {source} does not exist")
-    return _download(source, revision)
-
-
-def _download(name: str, revision: str | None) -> tuple[Path, dict[str, str]]:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(_FILES)))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"cannot load '{name}' at revision {revision or 'main'}: {reason}") from None
-    return folder, {"name": name, "revision": folder.name}
+        raise ArtifactError(f"cannot load '{source}' at revision {revision or 'main'}: {reason}") from None
+    return folder, {"name": source, "revision": folder.name}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -74,12 +108,12 @@ def read_json(path: Path) -> dict[str, Any]:
 class RunConfig:
     """Top-level texts and lists of texts of `run_config.yml`.
 
-    They are taken from the nodes of the document, so that no tag in it makes an object. Of several values of one key
-    the last counts: a training run that starts again appends to the file.
+    They are read from the nodes of the document, so no tag in it creates an object. The last value of a key counts,
+    because a restarted training run appends to the file.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read the file in a checkpoint's folder, or, for a checkpoint within a training run, in the run's.
+        """Read the file in a checkpoint's folder, or in the folder of the training run that the checkpoint lies in.
 
         Raises:
             ArtifactError: there is none, or it is not a YAML mapping.
@@ -99,16 +133,16 @@ class RunConfig:
                 self._lists[str(key.value)] = [str(item.value) for item in value.value]
 
     def text(self, key: str, default: str = "") -> str:
-        """The value of a key; the default where it has none."""
+        """The value of a key, or the default."""
         value = self._texts.get(key, "")
-        # The package writes Python's None as a word.
+        # Their package writes Python's None as a word.
         return default if value in ("", "None", "null", "~") else value
 
     def texts(self, key: str) -> list[str]:
-        """The values of a key that has a list.
+        """The list of a key.
 
         Raises:
-            ArtifactError: it has none.
+            ArtifactError: there is none.
         """
         if not self._lists.get(key):
             raise ArtifactError(f"{self._path}: {key} is missing or not a list")
@@ -116,10 +150,10 @@ class RunConfig:
 
 
 def _run_config_file(folder: Path) -> Path:
-    for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
-        if (place / official.RUN_CONFIG).is_file():
-            return place / official.RUN_CONFIG
-    raise ArtifactError(f"{folder} is no checkpoint of the authors' package: it holds no {official.RUN_CONFIG}")
+    for parent in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
+        if (parent / RUN_CONFIG).is_file():
+            return parent / RUN_CONFIG
+    raise ArtifactError(f"{folder} is no checkpoint of the authors' package: it holds no {RUN_CONFIG}")
 
 
 def _yaml_nodes(path: Path) -> Any:
@@ -136,7 +170,7 @@ def unpickle(path: Path) -> Any:
     """Tensors and plain values of a pickle.
 
     Raises:
-        ArtifactError: it asks for anything else, or is damaged.
+        ArtifactError: it holds anything else, or is damaged.
     """
     import pickle
     import warnings
@@ -149,7 +183,7 @@ def unpickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {asked[1]}" if asked else "it is damaged, or asks for more than tensors and plain values"
-        raise ArtifactError(f"{path} is refused: {what}; that could run any code, and nothing of it was run") from None
+        raise ArtifactError(f"{path} is refused: {what}; that could run any code, none of which was run") from None
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
@@ -179,7 +213,7 @@ def adapter_tensors(folder: Path) -> "dict[str, Tensor]":
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    weights, pickled = folder / official.ADAPTER_WEIGHTS, folder / official.ADAPTER_PICKLE
+    weights, pickled = folder / ADAPTER_WEIGHTS, folder / ADAPTER_PICKLE
     if not weights.is_file() and pickled.is_file():
         return named_tensors(unpickle(pickled), pickled)
     try:

@@ -8,17 +8,17 @@ from pipeline.backbone.loading import BackboneParams, identify, load_backbone, l
 from pipeline.core.artifacts import check_new, create
 from pipeline.core.errors import ArtifactError, BackboneError
 from pipeline.encoder.folder.config import EncoderConfig
-from pipeline.export.official import format as official
+from pipeline.export.official import files
 from pipeline.export.official.files import fetch
 from pipeline.export.official.reading import Linear, OfficialCheckpoint, read_checkpoint
-from pipeline.export.official.tokenizer import check_reading
+from pipeline.export.official.tokenizer import check_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.encoder.student import Student
 
-# Of the norm: what rounding to another half precision may change in the backbone's embedding table.
+# Relative change of the backbone's embedding table that rounding to another half precision may cause.
 _SAME_TABLE = 0.01
 _COMPARED_ROWS = 2_000
 
@@ -46,21 +46,21 @@ Teacher: {teacher}. What it was trained on, how long and with which scores, its 
 def import_official(
     source: str, out: Path, *, backbone: str | None = None, revision: str | None = None, max_length: int | None = None
 ) -> list[str]:
-    """Write an encoder folder that embeds as their package does with a checkpoint of theirs.
+    """Write an encoder folder that embeds as a checkpoint does in their package.
 
     Args:
         source: a folder, or a name on the hub.
         out: a new folder.
-        backbone: folder or name to take in place of the one that the checkpoint names.
+        backbone: folder or name, in place of the one that the checkpoint names.
         revision: commit of a checkpoint on the hub.
-        max_length: longest input in tokens, new tokens included; None: 512, as their `encode` does.
+        max_length: longest input in tokens, new tokens included; None: 512, as in their `encode`.
 
     Returns:
-        What the user should know, a line each.
+        Notes for the user, a line each.
 
     Raises:
-        ArtifactError: `out` exists, or the checkpoint is not one of theirs, damaged, unsafe, or beyond our format.
-        BackboneError: the backbone cannot be loaded, or is not the one of the checkpoint.
+        ArtifactError: `out` exists, or the checkpoint is of another format, damaged, unsafe, or beyond our format.
+        BackboneError: the backbone cannot be loaded, or is not the checkpoint's.
         TrainingError: the adapters do not fit the backbone.
     """
     from pipeline.encoder.folder.write import write_encoder
@@ -70,14 +70,15 @@ def import_official(
     checkpoint = read_checkpoint(folder)
     params = BackboneParams(name=backbone or checkpoint.backbone)
     if not params.name:
-        raise ArtifactError(
-            f"{source}: its {official.RUN_CONFIG} names no backbone (model_name_or_path): --backbone does"
-        )
+        message = f"the {files.RUN_CONFIG} of {source} names none (model_name_or_path): give it"
+        raise ArtifactError(message, argument="backbone")
     student = _student(checkpoint, source)
-    length = max_length or official.MAX_LENGTH
-    _check_length(length, len(checkpoint.texts), source)
+    length = max_length or files.MAX_LENGTH
+    if length <= (new := len(checkpoint.texts)):
+        message = f"{length}: the {new} new tokens of {source} leave no room for a text"
+        raise ArtifactError(message, argument="max_length")
     tokenizer = load_tokenizer(params)
-    check_reading(folder, "".join(checkpoint.texts), checkpoint.ids, tokenizer)
+    check_tokenizer(folder, "".join(checkpoint.texts), checkpoint.ids, tokenizer)
     model = load_backbone(params)
     _check_backbone(checkpoint, model, params.name)
     config = _config(checkpoint, student, _identity(params.name), origin, length)
@@ -86,12 +87,7 @@ def import_official(
     with create(out, kind="encoder", params={"origin": origin, "max_length": length}, models=models) as writer:
         write_encoder(writer, student, tokenizer, config, rows=0, steps=0, adapter=adapter)
         (writer.path / "README.md").write_text(_card(config), encoding="utf-8")
-    return _remarks(checkpoint, length)
-
-
-def _check_length(max_length: int, new: int, source: str) -> None:
-    if max_length <= new:
-        raise ArtifactError(f"--max-length is {max_length}, the {new} new tokens of {source} leave no room for a text")
+    return _notes(checkpoint, length)
 
 
 def _check_backbone(checkpoint: OfficialCheckpoint, model: Any, name: str) -> None:
@@ -99,24 +95,21 @@ def _check_backbone(checkpoint: OfficialCheckpoint, model: Any, name: str) -> No
 
     embeddings = model.get_input_embeddings()
     if type(embeddings) is not torch.nn.Embedding:
-        raise BackboneError(
-            f"backbone {name}: its input embeddings are scaled ({type(embeddings).__name__}), no row fits"
-        )
+        kind = type(embeddings).__name__
+        raise BackboneError(f"{name} scales its input embeddings ({kind}), no row fits", argument="backbone")
     found, expected = embeddings.weight.shape[1], checkpoint.rows.shape[1]
+    problem = None
     if found != expected:
-        raise BackboneError(
-            f"backbone {name} has hidden size {found}, the checkpoint was trained on {expected} "
-            f"({checkpoint.backbone}): give its backbone with --backbone"
-        )
-    if checkpoint.table is not None and not _same_table(embeddings.weight, checkpoint.table, checkpoint.ids):
-        raise BackboneError(
-            f"backbone {name} has other input embeddings than the checkpoint's, which was trained on "
-            f"{checkpoint.backbone}: give its backbone with --backbone"
-        )
+        problem = f"hidden size {found}, the checkpoint {expected}"
+    elif checkpoint.table is not None and not _same_table(embeddings.weight, checkpoint.table, checkpoint.ids):
+        problem = "other input embeddings than the checkpoint"
+    if problem:
+        message = f"{name} has {problem}, which was trained on {checkpoint.backbone}: give that backbone"
+        raise BackboneError(message, argument="backbone")
 
 
 def _same_table(ours: "Tensor", theirs: "Tensor", new: list[int]) -> bool:
-    """Whether two embedding tables agree in the rows that both have; the new tokens' do not count."""
+    """Whether two embedding tables agree in the rows that both have, but for those of the new tokens."""
     import torch
 
     rows = torch.arange(shared := min(len(ours), len(theirs)))[:: max(1, shared // _COMPARED_ROWS)]
@@ -126,7 +119,7 @@ def _same_table(ours: "Tensor", theirs: "Tensor", new: list[int]) -> bool:
 
 
 def _identity(name: str) -> dict[str, str]:
-    """What pins a backbone that was just loaded. Their package reads whatever the hub holds: what it held is kept."""
+    """What pins a backbone that was just loaded; the checkpoint names no commit, so the cached one is recorded."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(name).is_dir():
@@ -139,16 +132,15 @@ def _student(checkpoint: OfficialCheckpoint, source: str) -> "Student":
     from pipeline.encoder.student import Student
 
     tokens, hidden = checkpoint.rows.shape
-    reconstruction = checkpoint.reconstruction or _unchanged(hidden)
-    alignment = checkpoint.alignment or _unchanged(hidden)
+    reconstruction = checkpoint.reconstruction or _identity_layer(hidden)
+    alignment = checkpoint.alignment or _identity_layer(hidden)
     for name, layer, shape in (
-        (official.RECONSTRUCTION, reconstruction, (hidden, hidden)),
-        (official.ALIGNMENT, alignment, (len(alignment.bias), hidden)),
+        (files.RECONSTRUCTION, reconstruction, (hidden, hidden)),
+        (files.ALIGNMENT, alignment, (len(alignment.bias), hidden)),
     ):
         if tuple(layer.weight.shape) != shape or len(layer.bias) != shape[0]:
             raise ArtifactError(
-                f"{source}: {name} has shape {list(layer.weight.shape)}, with the rows of its new tokens it must be "
-                f"{list(shape)}"
+                f"{source}: {name} has shape {list(layer.weight.shape)}, the rows of its new tokens need {list(shape)}"
             )
     width, read = len(alignment.bias), checkpoint.compression_tokens
     student = Student(hidden, width, read, tokens - read)
@@ -163,8 +155,8 @@ def _student(checkpoint: OfficialCheckpoint, source: str) -> "Student":
     return student
 
 
-def _unchanged(hidden: int) -> Linear:
-    """The linear layer that stands for none."""
+def _identity_layer(hidden: int) -> Linear:
+    """Stands for a missing projection."""
     import torch
 
     return Linear(torch.eye(hidden), torch.zeros(hidden))
@@ -193,17 +185,15 @@ def _config(
 
 
 def _adapter(checkpoint: OfficialCheckpoint, model: Any, source: str) -> "dict[str, Tensor] | None":
-    """The adapters under our names, each with a place in the backbone."""
+    """The adapters under our names; raises TrainingError if one does not fit the backbone."""
     from pipeline.backbone.lora import add_adapter, set_adapter
 
     if checkpoint.lora is None:
         return None
     # Theirs adapt the transformer without its head, ours the whole model.
-    body = f"{official.PREFIX}{model.base_model_prefix}."
-    tensors = {body + name.removeprefix(official.PREFIX): tensor.float() for name, tensor in checkpoint.adapter.items()}
-    set_adapter(
-        add_adapter(model, **checkpoint.lora.model_dump(), seed=0), tensors, where=f"{source}/{official.ENCODER}"
-    )
+    body = f"{files.PREFIX}{model.base_model_prefix}."
+    tensors = {body + name.removeprefix(files.PREFIX): tensor.float() for name, tensor in checkpoint.adapter.items()}
+    set_adapter(add_adapter(model, **checkpoint.lora.model_dump(), seed=0), tensors, where=f"{source}/{files.ENCODER}")
     return tensors
 
 
@@ -220,20 +210,20 @@ def _card(config: EncoderConfig) -> str:
     )
 
 
-def _remarks(checkpoint: OfficialCheckpoint, max_length: int) -> list[str]:
-    remarks = []
+def _notes(checkpoint: OfficialCheckpoint, max_length: int) -> list[str]:
+    notes = []
     if checkpoint.max_length != max_length:
-        remarks.append(
-            f"it was trained on inputs of at most {checkpoint.max_length} tokens and will read {max_length}: "
-            "--max-length sets that"
+        notes.append(
+            f"it was trained on inputs of at most {checkpoint.max_length} tokens and will read {max_length}; "
+            "--max-length changes this"
         )
     if not checkpoint.pads_left:
-        remarks.append(
-            "its tokenizer pads on the right, so that in a batch their package reads padding in all but the longest "
-            "text; here each text has the embedding that it has there alone"
+        notes.append(
+            "its tokenizer pads on the right, so their package reads padding in all but the longest text of a batch; "
+            "here each text has the embedding that it has there alone"
         )
     if checkpoint.own_decoder:
-        remarks.append(
+        notes.append(
             "its decoder was trained too and is not imported: embeddings are the same, what they decode to is not"
         )
-    return remarks
+    return notes

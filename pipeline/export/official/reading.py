@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from pipeline.backbone.lora import LoraParams
 from pipeline.core.config import validate
 from pipeline.core.errors import ArtifactError
-from pipeline.export.official import format as official
+from pipeline.export.official import files
 from pipeline.export.official.files import RunConfig, adapter_tensors, named_tensors, read_json, unpickle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What peft's LoRA can do beyond adding alpha / rank * B @ A.
+# Options of peft's LoRA beyond adding alpha / rank * B @ A.
 _OTHER_LORA = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "alora_invocation_tokens")
 
 
@@ -29,23 +29,23 @@ class Linear:
 
 @dataclass(frozen=True)
 class OfficialCheckpoint:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
-        backbone: name that its run config gives.
+        backbone: its name in the run config.
         texts: of the N new tokens, in the order in which they are appended.
         ids: of the new tokens, in the same order.
         rows: `[N, d]`, input embeddings of the new tokens, in the same order.
-        compression_tokens: how many of them, from the end, the embedding is read from.
-        reconstruction: None where the hidden states themselves are the soft prompts.
-        alignment: None where the mean soft prompt is the embedding.
+        compression_tokens: number of new tokens, from the end, that are read out.
+        reconstruction: None if the hidden states are the soft prompts.
+        alignment: None if the mean soft prompt is the embedding.
         lora: None without adapters.
-        adapter: their tensors, named as peft names those of a transformer without its head.
-        table: `[V, d]`, the backbone's input embeddings where the checkpoint has them.
+        adapter: tensors of the adapters under peft's names for a transformer without its head.
+        table: `[V, d]`, the backbone's input embeddings if the checkpoint has them.
         teacher: names of the teacher and of its second adapter.
-        max_length: tokens of an input in training, the new ones included.
+        max_length: input tokens in training, new ones included.
         own_decoder: whether the decoder was trained too; it is not read.
-        pads_left: whether its tokenizer does.
+        pads_left: whether its tokenizer pads on the left.
     """
 
     backbone: str
@@ -68,12 +68,12 @@ def read_checkpoint(folder: Path) -> OfficialCheckpoint:
     """Read and check a checkpoint. Its pickles may hold tensors and plain values only.
 
     Raises:
-        ArtifactError: it is none of theirs, a file is missing, damaged or unsafe, or it says what we cannot.
-        ParamsError: its adapter has no rank or an impossible one.
+        ArtifactError: it has another format, a file is missing, damaged or unsafe, or our format cannot express it.
+        ParamsError: the rank of its adapter is missing or impossible.
     """
     run = RunConfig(folder)
-    model = read_json(folder / official.MODEL_CONFIG) if (folder / official.MODEL_CONFIG).is_file() else {}
-    adapter, tensors = read_json(folder / official.ADAPTER_CONFIG), adapter_tensors(folder)
+    model = read_json(folder / files.MODEL_CONFIG) if (folder / files.MODEL_CONFIG).is_file() else {}
+    adapter, tensors = read_json(folder / files.ADAPTER_CONFIG), adapter_tensors(folder)
     texts = run.texts("special_tokens")
     ids = _token_ids(folder, texts)
     mode = str(model.get("encoding_mode", run.text("encoding_mode", "last_10_tokens")))
@@ -84,15 +84,15 @@ def read_checkpoint(folder: Path) -> OfficialCheckpoint:
         ids=ids,
         rows=_rows(tensors, adapter, ids, folder),
         compression_tokens=_compression_tokens(mode, len(texts), folder),
-        reconstruction=_projection(folder, official.RECONSTRUCTION, run),
-        alignment=_projection(folder, official.ALIGNMENT, run),
+        reconstruction=_projection(folder, files.RECONSTRUCTION, run),
+        alignment=_projection(folder, files.ALIGNMENT, run),
         lora=_lora(adapter, tensors, folder),
         adapter={name: tensor for name, tensor in tensors.items() if ".lora_" in name},
         table=next((tensor for name, tensor in tensors.items() if name.endswith("base_layer.weight")), None),
         teacher=[name for end in ("", "_2") if (name := run.text(f"pretrained_teacher_path{end}"))],
-        max_length=int(length) if length.isdecimal() else official.MAX_LENGTH,
+        max_length=int(length) if length.isdecimal() else files.MAX_LENGTH,
         own_decoder=bool(model.get("save_decoder")),
-        pads_left=read_json(folder / official.TOKENIZER_CONFIG).get("padding_side") == "left",
+        pads_left=read_json(folder / files.TOKENIZER_CONFIG).get("padding_side") == "left",
     )
 
 
@@ -104,52 +104,51 @@ def _compression_tokens(mode: str, tokens: int, folder: Path) -> int:
 
 
 def _token_ids(folder: Path, texts: list[str]) -> list[int]:
-    """Ids of the new tokens in the order of their texts, which must be what `encode` appends."""
-    described = read_json(folder / official.TOKENIZER_CONFIG)
+    """Ids of the new tokens in the order of their texts, which must be those that `encode` appends."""
+    described = read_json(folder / files.TOKENIZER_CONFIG)
     listed = described.get("additional_special_tokens") or described.get("extra_special_tokens") or []
     appended = [token.get("content") if isinstance(token, dict) else token for token in listed]
     if not appended:
         raise ArtifactError(
-            f"{folder / official.TOKENIZER_CONFIG} names no new tokens for their encode to append: export-official "
-            "writes that of an encoder with a chat template, whose frame and new tokens the tokenizer adds by itself. "
-            "Such a folder cannot be imported: take the encoder that it was made from"
+            f"{folder / files.TOKENIZER_CONFIG} names no new tokens for their encode to append. export-official "
+            "writes this for an encoder with a chat template, where the tokenizer adds template and new tokens. Such a "
+            "folder cannot be imported: use the encoder that it was made from"
         )
     if appended != texts:
         raise ArtifactError(
-            f"{folder}: its {official.RUN_CONFIG} lists {', '.join(texts)} as the new tokens, its tokenizer appends "
+            f"{folder}: its {files.RUN_CONFIG} lists {', '.join(texts)} as the new tokens, its tokenizer appends "
             f"{', '.join(map(str, appended))}"
         )
-    tokens = read_json(folder / official.TOKENIZER).get("added_tokens", [])
+    tokens = read_json(folder / files.TOKENIZER).get("added_tokens", [])
     added = {token.get("content"): token.get("id") for token in tokens}
     missing = [text for text in texts if text not in added]
     if missing:
-        raise ArtifactError(f"{folder / official.TOKENIZER} has no token {missing[0]}")
+        raise ArtifactError(f"{folder / files.TOKENIZER} has no token {missing[0]}")
     return [added[text] for text in texts]
 
 
 def _rows(tensors: "Mapping[str, Tensor]", adapter: Mapping[str, Any], ids: list[int], folder: Path) -> "Tensor":
     """Rows `[N, d]` in the order of `ids`."""
-    stored = [tensor for name, tensor in tensors.items() if name.endswith(official.ROWS)]
+    stored = [tensor for name, tensor in tensors.items() if name.endswith(files.ROWS)]
     indices = adapter.get("token_indices") or adapter.get("trainable_token_indices") or []
     if isinstance(indices, dict):
-        indices = [token for of_layer in indices.values() for token in of_layer]
-    where = folder / official.ADAPTER_CONFIG
+        indices = [token for layer_indices in indices.values() for token in layer_indices]
+    where = folder / files.ADAPTER_CONFIG
     if len(stored) != 1 or len(indices) != len(stored[0]):
         found = ", ".join(str(list(tensor.shape)) for tensor in stored) or "none"
-        raise ArtifactError(f"{where} lists {len(indices)} trained tokens, the rows beside it are {found}")
+        raise ArtifactError(f"{where} lists {len(indices)} trained tokens, the stored rows are {found}")
     if set(indices) != set(ids):
         raise ArtifactError(f"{where} trains the tokens {sorted(indices)}, the tokenizer appends {ids}")
     return stored[0][[indices.index(token) for token in ids]]
 
 
 def _projection(folder: Path, name: str, run: RunConfig) -> Linear | None:
-    """A linear layer; None where there is no file and the run config, which may be silent, does not ask for one."""
+    """A linear layer; None if there is no file and the run config does not ask for one."""
     if (folder / name).is_file():
         return _linear(folder / name)
     if run.text(f"add_{name}").lower() == "true":
         raise ArtifactError(
-            f"{folder / name} is missing: the checkpoint is not complete, for its {official.RUN_CONFIG} says "
-            f"add_{name}: true"
+            f"{folder / name} is missing: the checkpoint is not complete, its {files.RUN_CONFIG} says add_{name}: true"
         )
     return None
 
@@ -157,7 +156,7 @@ def _projection(folder: Path, name: str, run: RunConfig) -> Linear | None:
 def _linear(path: Path) -> Linear:
     content = unpickle(path)
     if not isinstance(content, dict) or not isinstance(config := content.get("config"), dict):
-        raise ArtifactError(f"{path} is no projection of the authors' package")
+        raise ArtifactError(f"{path} is not a projection of the authors' package")
     size, mode = config.get("size", 1), config.get("pooling_mode", "linear")
     if size != 1 or mode != "linear":
         raise ArtifactError(f"{path}: size {size} and pooling_mode '{mode}', known are 1 and 'linear'")
@@ -168,14 +167,14 @@ def _linear(path: Path) -> Linear:
 
 
 def _lora(adapter: Mapping[str, Any], tensors: "Mapping[str, Tensor]", folder: Path) -> LoraParams | None:
-    where, kind = folder / official.ADAPTER_CONFIG, adapter.get("peft_type")
+    where, kind = folder / files.ADAPTER_CONFIG, adapter.get("peft_type")
     if kind == "TRAINABLE_TOKENS":
         return None
     if kind != "LORA":
         raise ArtifactError(f"{where}: peft_type is {kind}, known are TRAINABLE_TOKENS and LORA")
     other = [key for key in _OTHER_LORA if adapter.get(key)]
     if other or adapter.get("bias", "none") != "none":
-        raise ArtifactError(f"{where}: {(other or ['bias'])[0]} is set, which train.lora has no words for")
+        raise ArtifactError(f"{where}: {(other or ['bias'])[0]} is set, which LoRA here does not support")
     targets = {name.split(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name}
     content = {
         "rank": adapter.get("r"),

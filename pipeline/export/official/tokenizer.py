@@ -1,7 +1,6 @@
 """The tokenizer of a checkpoint of the authors: the backbone's with the new tokens added, both ways.
 
-It is compared with ours on what it makes of whole inputs, for the same file can read a text in several ways: by a start
-token, an end token, a template.
+It is compared with ours on whole inputs, because start tokens, end tokens and templates change how a text is read.
 """
 
 from collections.abc import Sequence
@@ -12,47 +11,43 @@ from pipeline.backbone.prompting import PromptFormatter, eos_token_id
 from pipeline.core.artifacts import write_json
 from pipeline.core.errors import ArtifactError, TrainingError
 from pipeline.export.merged.tokenizer import PROBES, Frame, find_frame
-from pipeline.export.official import format as official
+from pipeline.export.official import files
 
 # Longer than any template and any probe.
 _UNBOUNDED = 2**20
 _NAMED = ("bos_token", "eos_token", "unk_token")
 
 
-def check_reading(folder: Path, appended: str, ids: Sequence[int], tokenizer: Any) -> None:
-    """Whether the tokenizer in `folder` makes of a text followed by `appended` what ours makes of it, and `ids`.
-
-    Raises:
-        ArtifactError: it does not.
-    """
+def check_tokenizer(folder: Path, appended: str, ids: Sequence[int], tokenizer: Any) -> None:
+    """Raises ArtifactError unless `folder` reads a text followed by `appended` as `tokenizer` reads it, then `ids`."""
     from tokenizers import Tokenizer
 
-    theirs = _plain(Tokenizer.from_file(str(folder / official.TOKENIZER)))
+    theirs = _plain(Tokenizer.from_file(str(folder / files.TOKENIZER)))
     ours = PromptFormatter(tokenizer, "raw", _UNBOUNDED).batch(PROBES)
     for text, prompt in zip(PROBES, ours, strict=True):
         found, expected = theirs.encode(text + appended).ids, [*prompt.token_ids, *ids]
         if found != expected:
             raise ArtifactError(
-                f"{folder / official.TOKENIZER} reads {text!r} as {found}, with the backbone's tokenizer it would be "
-                f"{expected}: it is another backbone's, or it adds more than the new tokens"
+                f"{folder / files.TOKENIZER} reads {text!r} as {found}, the backbone's tokenizer as {expected}: it "
+                "is another backbone's, or it adds more than the new tokens"
             )
 
 
 def write_tokenizer(
     folder: Path, tokenizer: Any, texts: Sequence[str], formatter: PromptFormatter, frame: Frame | None
 ) -> list[int]:
-    """Write the backbone's tokenizer with new tokens as version 4 of transformers reads it; returns their ids.
+    """Write the backbone's tokenizer with new tokens for version 4 of transformers; returns their ids.
 
     Args:
         folder: of the checkpoint.
         tokenizer: the backbone's.
         texts: of the new tokens, in order.
-        formatter: how a text is read; what is written is compared with it.
-        frame: what the tokenizer itself puts around a text, with the new tokens behind; None leaves it to whoever reads
-            the checkpoint to append the texts of the new tokens, which their package does.
+        formatter: the encoder's; the written tokenizer is compared with it.
+        frame: that the tokenizer puts around a text, followed by the new tokens; None: their package appends the texts
+            of the new tokens.
 
     Raises:
-        TrainingError: the tokenizer cannot take them.
+        TrainingError: the tokenizer cannot add them.
     """
     from tokenizers import AddedToken, Tokenizer
 
@@ -62,9 +57,9 @@ def write_tokenizer(
     if (found := [backend.token_to_id(text) for text in texts]) != ids:
         raise TrainingError(f"the new tokens {', '.join(texts)} have ids {found} in the tokenizer, not {ids}")
     if frame is not None:
-        backend.post_processor = _around(backend, frame, ids)
+        backend.post_processor = _post_processor(backend, frame, ids)
     _check_written(backend, "".join(texts) if frame is None else "", ids, formatter)
-    backend.save(str(folder / official.TOKENIZER))
+    backend.save(str(folder / files.TOKENIZER))
     names = {name: token for name in _NAMED if (token := getattr(tokenizer, name, None)) is not None}
     eos = tokenizer.convert_ids_to_tokens(eos_token_id(tokenizer))
     settings = {
@@ -76,29 +71,29 @@ def write_tokenizer(
         "pad_token": tokenizer.pad_token or eos,
         **names,
     }
-    write_json(folder / official.TOKENIZER_CONFIG, settings)
+    write_json(folder / files.TOKENIZER_CONFIG, settings)
     return ids
 
 
 def own_frame(tokenizer: Any, template: Any, chat_template_kwargs: dict[str, Any]) -> Frame | None:
-    """The frame that a checkpoint's tokenizer has to add itself, or None where texts are read as their package does.
+    """The frame that a checkpoint's tokenizer must add itself; None if their package reads texts in the same way.
 
     Raises:
-        TrainingError: the template is not the same around every text.
+        TrainingError: the template depends on the text.
     """
     frame = find_frame(tokenizer, template, chat_template_kwargs)
-    # A start token is what the tokenizer adds by itself.
+    # The tokenizer adds a start token by itself.
     return frame if template == "chat" or frame.behind else None
 
 
 def _plain(backend: Any) -> Any:
-    """Without the truncation and padding that were on when it was saved."""
+    """Without the truncation and padding that it was saved with."""
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
-def _around(backend: Any, frame: Frame, ids: Sequence[int]) -> Any:
+def _post_processor(backend: Any, frame: Frame, ids: Sequence[int]) -> Any:
     from tokenizers.processors import TemplateProcessing
 
     pieces = {"frame": frame.before, "new": [*frame.behind, *ids]}

@@ -1,4 +1,4 @@
-"""Parts of a checkpoint of the authors that hold tensors: projections, adapter, a backbone that must be copied."""
+"""The tensor files of a checkpoint of the authors: projections, adapter, and the backbone if it must be copied."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from pipeline.core.artifacts import write_json
 from pipeline.core.errors import TrainingError
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.export.merged.folder import old_rope_keys
-from pipeline.export.official import format as official
+from pipeline.export.official import files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
-class Skeleton(NamedTuple):
-    """What is known of a backbone without its weights.
+class BackboneStructure(NamedTuple):
+    """A backbone without its weights.
 
     Attributes:
         config: of transformers.
@@ -34,11 +34,11 @@ class Skeleton(NamedTuple):
 
 
 def write_projections(folder: Path, student: "Mapping[str, Tensor]", dtype: DType) -> None:
-    """Write the two linear layers of a student, as tensors by name."""
+    """Write the two linear layers of a student, given as tensors by name."""
     import torch
 
     kind = getattr(torch, dtype)
-    for file, layer in ((official.RECONSTRUCTION, "reconstruction"), (official.ALIGNMENT, "alignment")):
+    for file, layer in ((files.RECONSTRUCTION, "reconstruction"), (files.ALIGNMENT, "alignment")):
         weight, bias = student[f"{layer}.weight"].to(kind), student[f"{layer}.bias"].to(kind)
         config = {
             "input_dim": weight.shape[1],
@@ -56,15 +56,15 @@ def write_adapter(
     folder: Path,
     model: Path,
     config: EncoderConfig,
-    skeleton: Skeleton,
+    backbone: BackboneStructure,
     rows: "Tensor",
     ids: Sequence[int],
     dtype: DType,
 ) -> None:
-    """Write the adapter of the encoder folder `model`: rows `[N, d]` of the new tokens `ids`, and LoRA where it has it.
+    """Write the adapter of the encoder folder `model`: rows `[N, d]` of the new tokens `ids`, and LoRA if it has it.
 
     Raises:
-        TrainingError: LoRA adapts something beside the transformer.
+        TrainingError: LoRA adapts something outside the transformer.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -72,46 +72,42 @@ def write_adapter(
     from pipeline.backbone.lora import WEIGHTS_FILE
     from pipeline.encoder.folder.read import ADAPTER
 
-    name = f"{official.PREFIX}{skeleton.embeddings}"
-    described: dict[str, Any] = {"base_model_name_or_path": config.backbone["name"], "inference_mode": True}
+    name = f"{files.PREFIX}{backbone.embeddings}"
+    content: dict[str, Any] = {"base_model_name_or_path": config.backbone["name"], "inference_mode": True}
     tensors = {}
     if config.lora is None:
-        name = f"{name}.{official.ROWS}"
-        described |= {
+        name = f"{name}.{files.ROWS}"
+        content |= {
             "peft_type": "TRAINABLE_TOKENS",
-            "target_modules": [skeleton.embeddings],
+            "target_modules": [backbone.embeddings],
             "token_indices": list(ids),
             "init_weights": True,
         }
     else:
-        name = f"{name}.token_adapter.{official.ROWS}"
-        tensors = _without_body(load_file(model / ADAPTER / WEIGHTS_FILE), skeleton.body)
-        described |= {
+        name = f"{name}.token_adapter.{files.ROWS}"
+        tensors = _without_body(load_file(model / ADAPTER / WEIGHTS_FILE), backbone.body)
+        content |= {
             "peft_type": "LORA",
             "r": config.lora.rank,
             "lora_alpha": config.lora.alpha,
             "lora_dropout": config.lora.dropout,
             "bias": "none",
             "target_modules": _targets(config.lora.targets, tensors),
-            "trainable_token_indices": {skeleton.embeddings: list(ids)},
+            "trainable_token_indices": {backbone.embeddings: list(ids)},
         }
-    (folder / official.ENCODER).mkdir()
-    write_json(folder / official.ADAPTER_CONFIG, described)
+    (folder / files.ENCODER).mkdir()
+    write_json(folder / files.ADAPTER_CONFIG, content)
     tensors |= {name: rows.to(getattr(torch, dtype)).contiguous()}
-    save_file(tensors, folder / official.ADAPTER_WEIGHTS, {"format": "pt"})
+    save_file(tensors, folder / files.ADAPTER_WEIGHTS, {"format": "pt"})
 
 
 def _without_body(tensors: "Mapping[str, Tensor]", body: str) -> "dict[str, Tensor]":
-    """Adapters of the whole language model under their names in its transformer.
-
-    Raises:
-        TrainingError: one is not of the transformer.
-    """
-    prefix = f"{official.PREFIX}{body}."
+    """Adapters of the whole language model under their names in its transformer."""
+    prefix = f"{files.PREFIX}{body}."
     outside = [name for name in tensors if not name.startswith(prefix)]
     if outside:
-        raise TrainingError(f"adapter {outside[0]} is not within the transformer: their package adapts nothing else")
-    return {official.PREFIX + name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        raise TrainingError(f"adapter {outside[0]} lies outside the transformer: their package adapts nothing else")
+    return {files.PREFIX + name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def _targets(targets: list[str] | str, tensors: "Mapping[str, Tensor]") -> list[str]:
@@ -121,15 +117,15 @@ def _targets(targets: list[str] | str, tensors: "Mapping[str, Tensor]") -> list[
 
 
 def write_backbone(folder: Path, local: Path) -> bool:
-    """Copy a local backbone whose config version 4 of transformers would misread; whether there was need."""
+    """Copy a local backbone if version 4 of transformers would misread its config; returns whether it did."""
     if not local.is_dir():
         return False
-    described = json.loads((local / "config.json").read_text(encoding="utf-8"))
-    old = old_rope_keys(described.get("rope_parameters") or {})
-    if all(described.get(key) == value for key, value in old.items()):
+    content = json.loads((local / "config.json").read_text(encoding="utf-8"))
+    old = old_rope_keys(content.get("rope_parameters") or {})
+    if all(content.get(key) == value for key, value in old.items()):
         return False
     folder.mkdir()
-    write_json(folder / "config.json", described | old)
+    write_json(folder / "config.json", content | old)
     for file in sorted({file for pattern in _WEIGHTS for file in local.glob(pattern)}):
         shutil.copyfile(file, folder / file.name)
     return True

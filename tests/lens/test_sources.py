@@ -42,7 +42,7 @@ def test_one_tensor_needs_no_name_and_half_precision_is_read(tmp_path: Path) -> 
 
 def test_what_is_no_soft_prompt_is_said(tmp_path: Path) -> None:
     def fails(message: str, name: str) -> None:
-        with pytest.raises(SourceError, match=f"(?s)--soft-prompts: .*{message}"):
+        with pytest.raises(SourceError, match=f"(?s)soft_prompts: .*{message}"):
             open_soft_prompts(tmp_path / name, 3)
 
     fails("gone.npy does not exist", "gone.npy")
@@ -67,7 +67,7 @@ def test_what_is_no_soft_prompt_is_said(tmp_path: Path) -> None:
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
     fails("torn.parquet is damaged", "torn.parquet")
     write_parquet(pa.table({"text": ["x"]}), tmp_path / "texts.parquet")
-    fails(r"no column 'soft_prompts' \(columns there: text\)", "texts.parquet")
+    fails(r"no column 'soft_prompts' \(its columns: text\)", "texts.parquet")
     write_parquet(pa.table({"soft_prompts": [[[1.0, 2.0, 3.0], [1.0]]]}), tmp_path / "ragged.parquet")
     fails("must hold lists of equally long lists", "ragged.parquet")
 
