@@ -143,7 +143,7 @@ PROBED = {f"probe@{key}" for key in DEMO["probes"]}
         ("probe/alignment.py", {"probe@alignment"} & PROBED),
         ("probe/passages.py", PROBED),
         ("report/render.py", {"report"}),
-        ("report/report.html.j2", {"report"}),
+        ("report/report.j2", {"report"}),
         ("audit/chain.py", {"report"}),
         ("collect/rows.py", {"collect"}),
         ("generate/engines/vllm.py", {"generate", *EVALUATED, *PROBED}),

@@ -1,10 +1,10 @@
-"""Content to pages."""
+"""Content to pages. `report.j2` has the sections, `html.j2` and `markdown.j2` write their parts."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
@@ -16,26 +16,25 @@ from pipeline.report.content import Content
 from pipeline.report.cost import totals
 from pipeline.report.sections import untrained_spread
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
 LOSSES = {"align": "alignment loss", "recon": "reconstruction loss"}
 HELDOUT = {"cosine": "held-out cosine to the target", "recon": "held-out reconstruction loss"}
+_ESCAPES = {ord(char): f"\\{char}" for char in "\\`*_[]|"} | {ord("<"): "&lt;", ord(">"): "&gt;"}
 
 
 def render_html(content: Content) -> str:
-    """The page: one file, no other asset."""
-    environment = _environment(autoescape=True)
-    return environment.get_template("report.html.j2").render(content=content, curves=_curves(content))
+    """The page: one file that loads nothing else."""
+    return _render(content, "html")
 
 
 def render_markdown(content: Content) -> str:
-    """The same facts as Markdown, without curves."""
-    return _environment(autoescape=False).get_template("report.md.j2").render(content=content)
+    """The same facts as Markdown, without charts."""
+    return _render(content, "markdown")
 
 
-def _environment(*, autoescape: bool) -> "Environment":
-    environment = templates(Path(__file__).parent, autoescape=autoescape)
+def _render(content: Content, format: str) -> str:
+    environment = templates(Path(__file__).parent)
+    if format == "markdown":
+        environment.finalize = escape_markdown
     filters: dict[str, Any] = {
         "number": number,
         "signed": signed,
@@ -43,25 +42,25 @@ def _environment(*, autoescape: bool) -> "Environment":
         "percent": percent,
         "label": label,
         "seconds": seconds,
-        "cell": cell,
+        "hours": hours,
+        "fence": fence,
         "spread": untrained_spread,
         "totals": totals,
         "forests": charts,
-        "hours": hours,
-        "fence": fence,
+        "curves": curves,
     }
     environment.filters.update(filters)
-    environment.globals["notes"] = {name: note for name in probe_names() if (note := describe(name).note)}
-    return environment
+    notes = {name: note for name in probe_names() if (note := describe(name).note)}
+    return environment.get_template("report.j2").render(content=content, format=format, notes=notes)
 
 
-def _curves(content: Content) -> list[Markup]:
-    """Curves of the losses and held-out scores; made here from numbers alone, so safe to print unescaped."""
+def curves(content: Content) -> list[Markup]:
+    """Curves of the losses and held-out scores; made from numbers alone, so safe to print unescaped."""
     return [*_drawn(content.curve, LOSSES), *_drawn(content.heldout, HELDOUT)]
 
 
 def _drawn(rows: Sequence[Mapping[str, float]], labels: Mapping[str, str]) -> list[Markup]:
-    """One curve for each column that every row has, and that is a number throughout."""
+    """A curve for each column that is a finite number in every row."""
     steps = [row["step"] for row in rows if "step" in row]
     columns = {name: [row.get(key, math.nan) for row in rows] for key, name in labels.items()}
     series = {name: [value for value in values if math.isfinite(value)] for name, values in columns.items()}
@@ -69,7 +68,7 @@ def _drawn(rows: Sequence[Mapping[str, float]], labels: Mapping[str, str]) -> li
 
 
 def charts(table: Comparison) -> list[Markup]:
-    """The forest plots of a table; labels are escaped where they are drawn, so safe to print unescaped."""
+    """The forest plots of a table; labels are escaped in the drawing, so safe to print unescaped."""
     return [Markup(svg) for svg in forests(table)]
 
 
@@ -87,11 +86,11 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
-def interval(entry: Cell) -> str:
-    """The interval of a difference in brackets, nothing where there is none."""
+def interval(entry: Cell) -> Markup:
+    """The interval of a difference in brackets; empty without one."""
     if entry.low is None or entry.high is None:
-        return ""
-    return f"[{signed(entry.low)}, {signed(entry.high)}]"
+        return Markup("")
+    return Markup(f"[{signed(entry.low)}, {signed(entry.high)}]")
 
 
 def percent(value: float | None) -> str:
@@ -118,16 +117,15 @@ def hours(value: float) -> str:
     return f"{value:.2f}" if value else "no GPU"
 
 
-def fence(text: str) -> str:
+def fence(text: str) -> Markup:
     """Text as a Markdown code block that nothing in it ends."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     ticks = "`" * max(3, longest + 1)
-    return f"{ticks}yaml\n{visible(text).rstrip()}\n{ticks}"
+    return Markup(f"{ticks}yaml\n{visible(text).rstrip()}\n{ticks}")
 
 
-def cell(value: Any) -> str:
-    """Text for a Markdown table: one line, no pipes, no markup."""
-    line = " ".join(visible(str(value)).split())
-    for char in "\\`*_[]|<>":
-        line = line.replace(char, f"\\{char}" if char not in "<>" else {"<": "&lt;", ">": "&gt;"}[char])
-    return line
+def escape_markdown(value: Any) -> Markup:
+    """Text for Markdown on one line, without markup of its own; Markup stays as it is."""
+    if isinstance(value, Markup):
+        return value
+    return Markup(" ".join(visible(str(value)).split()).translate(_ESCAPES))

@@ -85,6 +85,11 @@ class Checked:
     seconds: float
 
     @property
+    def lines(self) -> list[str]:
+        """A line for each finding."""
+        return [finding.line() for finding in self.findings]
+
+    @property
     def verdict(self) -> str:
         """One sentence."""
         if count := len(self.findings):

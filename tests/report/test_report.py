@@ -16,7 +16,17 @@ from pipeline.evaluate.comparison import Cell
 from pipeline.report.__main__ import Inputs, run
 from pipeline.report.charts import curve_svg, running_mean
 from pipeline.report.content import gather
-from pipeline.report.render import cell, interval, label, number, percent, render_html, render_markdown, seconds, signed
+from pipeline.report.render import (
+    escape_markdown,
+    interval,
+    label,
+    number,
+    percent,
+    render_html,
+    render_markdown,
+    seconds,
+    signed,
+)
 from pipeline.report.sections import check
 from tests.report.toy_results import EVIL, RECORD, SAFETY, SYSTEMS, content_of
 from tests.toy_workspace import edit_manifest, flip_byte
@@ -164,7 +174,7 @@ def test_numbers(value: Any, text: str) -> None:
 def test_durations_signs_and_cells() -> None:
     assert [seconds(value) for value in (3.21, 65, 7260)] == ["3.2 s", "1 min 5 s", "2 h 1 min"]
     assert (signed(0.5), signed(-0.5)) == ("+0.500", "−0.500")
-    assert cell("a|b\n<c>") == "a\\|b &lt;c&gt;"
+    assert escape_markdown("a|b\n<c>") == "a\\|b &lt;c&gt;"
     assert (percent(None), percent(61.94), percent(-0.5)) == ("–", "61.9", "−0.5")
     assert label("backbone/refusal_rate_safe") == "backbone: refusal rate safe"
     assert interval(Cell(0.5, 0.1, -0.05, 0.25)) == "[−0.050, +0.250]"
