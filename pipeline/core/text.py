@@ -15,13 +15,13 @@ def visible(text: str) -> str:
     return "".join(char for char in text if char.isprintable() or char in "\n\t")
 
 
-def templates(folder: Path) -> "Environment":
-    """The templates of a folder, autoescaped, with the filter `visible`; an undefined name is an error."""
+def templates(folder: Path, *, autoescape: bool = True) -> "Environment":
+    """The templates of a folder, with the filter `visible`; an undefined name is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(folder),
-        autoescape=True,
+        autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -4,12 +4,12 @@ Rows are written in parts: after a kill, the same command continues behind the l
 looked up last, for thousands of rows at once, because their index may be far larger than the input.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -21,7 +21,7 @@ from pipeline.core.run import progress
 from pipeline.core.text import templates, visible
 from pipeline.core.vectors import matrix
 from pipeline.encoder.encode_file import made_by, not_made_by
-from pipeline.lens.decoding import EngineName, open_decoder
+from pipeline.lens.decoding import Decoder, EngineName, open_decoder
 from pipeline.lens.faithfulness import Summary, check_teacher
 from pipeline.lens.nearest import Index, check_width, open_index
 from pipeline.lens.reading import (
@@ -38,8 +38,6 @@ from pipeline.lens.sources import Chunk, Source
 if TYPE_CHECKING:
     from pipeline.embed.teachers.base import Teacher
     from pipeline.encoder.inference import Encoder
-
-Array = np.ndarray[Any, Any]
 
 # Covers whatever changes a row.
 VERSION = 2
@@ -61,10 +59,6 @@ class Request:
     """What to read, and how.
 
     Attributes:
-        source: the rows.
-        instruction: put before each text.
-        max_new_tokens: maximum length of an answer.
-        engine: that decodes.
         backbone: folder or hub name that vLLM loads; None: the recorded one.
         vocabulary: words per compression token; 0: none.
         corpus: of known texts, see `open_index`; None: none.
@@ -87,7 +81,7 @@ def print_answers(encoder: "Encoder", request: Request) -> None:
     Raises:
         PipelineError: the source is damaged, or the engine cannot start.
     """
-    with open_decoder(request.engine, encoder, **_decoding(encoder, request)) as decoder:
+    with _decoder(encoder, request) as decoder:
         for chunk in request.source.chunks(PRINTED_ROWS):
             for answer in decoder(_outputs(encoder, chunk, request.instruction).soft_prompts):
                 print(visible(answer), flush=True)
@@ -96,33 +90,50 @@ def print_answers(encoder: "Encoder", request: Request) -> None:
 def read_to_files(
     encoder: "Encoder", request: Request, output: Path, page: Path | None = None, teacher: "Teacher | None" = None
 ) -> list[str]:
-    """Write what is read to `output`, and the first rows as `page`; returns lines that report on it.
+    """Write what is read to `output` (schema `reading.ROWS`), the first rows as `page`; returns a report in lines.
+
+    Existing files are replaced when the new ones are complete. Without a teacher, cosines stay null.
 
     Raises:
-        PipelineError: the source or corpus is damaged, the corpus was embedded by another encoder, the engine cannot
-            start, or the teacher is not the recorded one.
+        SourceError: the source or corpus is damaged or changes meanwhile, or another encoder embedded the corpus.
+        EvaluationError: the teacher is not the recorded one.
+        EngineError: the engine cannot start.
+        WorkError: the disk is full, or another process does the same work.
     """
     index = None if request.corpus is None else _index(encoder, request.corpus)
     if teacher is not None:
         check_teacher(teacher.identity, encoder.config.teacher, "the encoder")
-    conditions = _conditions(encoder, request, index, teacher)
-    with open_decoder(request.engine, encoder, **_decoding(encoder, request)) as decoder:
+    rows = CHUNK_ROWS.get(encoder.model.device.type, CHUNK_ROWS["cuda"])
+    # What a row depends on besides its source's content.
+    conditions = {
+        "version": VERSION,
+        "chunk_rows": rows,
+        "instruction": request.instruction,
+        "made_by": made_by(encoder, request.instruction),
+        "dtype": str(encoder.model.dtype),
+        "device": encoder.model.device.type,
+        "engine": request.engine,
+        "max_new_tokens": request.max_new_tokens,
+        "vocabulary": request.vocabulary,
+        "index": None if index is None else [index.name, index.version, request.count],
+        "teacher": None if teacher is None else teacher.identity,
+        "source": request.source.name,
+    }
+    with _decoder(encoder, request) as decoder, open_parts("decode", conditions, ".parquet") as parts:
         lens = Lens(encoder, decoder, request.vocabulary, index, request.count)
-        written = write_rows(
-            lens,
-            request.source,
-            output,
-            conditions=conditions,
-            instruction=request.instruction,
-            embed=teacher.embed if teacher else None,
-        )
-    reused = f" ({written.reused} of them from the run before)" if written.reused else ""
-    return [f"{written.rows} texts read -> {output}{reused}", *_report(output, page, request.source.name)]
+        paths, reused = _read_all(lens, request, parts, rows, teacher)
+        tables = (pq.read_table(path) for path in paths)
+        with whole_file(output) as unfinished:
+            found = _with_nearest(lens, tables, parts.within("nearest")) if lens.searches else tables
+            ArtifactWriter(unfinished.parent).write_stream(unfinished.name, found, ROWS)
+    from_before = f" ({reused} of them from the run before)" if reused else ""
+    return [f"{request.source.rows} texts read -> {output}{from_before}", *_report(output, page, request.source.name)]
 
 
 def _index(encoder: "Encoder", corpus: Path) -> Index:
     """The known texts. Their vectors must be the encoder's; the instruction before them may differ."""
     index = open_index(corpus)
+    check_width(index, encoder.width)
     problem = not_made_by(encoder, corpus) if corpus.is_file() else None
     if problem is not None:
         raise SourceError(
@@ -153,79 +164,14 @@ def _report(output: Path, page: Path | None, title: str) -> list[str]:
     return lines
 
 
-def _decoding(encoder: "Encoder", request: Request) -> dict[str, Any]:
-    return {
-        "compression_tokens": request.source.tokens or encoder.config.compression_tokens,
-        "max_new_tokens": request.max_new_tokens,
-        "backbone": request.backbone,
-    }
-
-
-def _conditions(encoder: "Encoder", request: Request, index: Index | None, teacher: "Teacher | None") -> dict[str, Any]:
-    """What a row depends on besides its source."""
-    return {
-        "made_by": made_by(encoder, request.instruction),
-        "dtype": str(encoder.model.dtype),
-        "device": encoder.model.device.type,
-        "engine": request.engine,
-        "max_new_tokens": request.max_new_tokens,
-        "vocabulary": request.vocabulary,
-        "index": None if index is None else [index.name, index.version, request.count],
-        "teacher": None if teacher is None else teacher.identity,
-        "source": request.source.name,
-    }
-
-
-class Written(NamedTuple):
-    """Number of rows, and how many of them an earlier run had read."""
-
-    rows: int
-    reused: int
-
-
-def write_rows(
-    lens: Lens,
-    source: Source,
-    output: Path,
-    *,
-    conditions: Mapping[str, Any],
-    instruction: str = "",
-    embed: Callable[[Sequence[str]], Array] | None = None,
-    chunk_rows: int | None = None,
-) -> Written:
-    """Read a source and write the rows (schema `reading.ROWS`).
-
-    Args:
-        lens: that reads.
-        source: the rows.
-        output: appears when it is complete; an existing file is replaced.
-        conditions: what a row depends on besides its source (serialises to JSON); parts made under others are not used.
-        instruction: put before each text, see `Encoder.encode`.
-        embed: the teacher, for the cosines; None leaves them null.
-        chunk_rows: rows of a part; None: `CHUNK_ROWS` of the device.
-
-    Raises:
-        SourceError: the source is damaged or changes meanwhile, or the lens' index has another width.
-        WorkError: the disk is full, or another process does the same work.
-    """
-    if lens.index is not None:
-        check_width(lens.index, lens.encoder.width)
-    rows = chunk_rows or CHUNK_ROWS.get(lens.encoder.model.device.type, CHUNK_ROWS["cuda"])
-    everything = {"version": VERSION, "chunk_rows": rows, "instruction": instruction, **conditions}
-
-    def read(chunk: Chunk) -> pa.Table:
-        outputs = _outputs(lens.encoder, chunk, instruction)
-        table = replace(lens, index=None).read(chunk.entries, outputs)
-        table = table if embed is None else add_cosines(table, outputs.embeddings, embed)
-        return table.append_column(_EMBEDDING, _column(outputs.embeddings)) if lens.searches else table
-
-    with open_parts("decode", everything, ".parquet") as parts:
-        paths, reused = _read_all(source, parts, rows, read)
-        tables = (pq.read_table(path) for path in paths)
-        with whole_file(output) as unfinished:
-            found = _with_nearest(lens, tables, parts.within("nearest")) if lens.searches else tables
-            ArtifactWriter(unfinished.parent).write_stream(unfinished.name, found, ROWS)
-    return Written(source.rows, reused)
+def _decoder(encoder: "Encoder", request: Request) -> AbstractContextManager[Decoder]:
+    return open_decoder(
+        request.engine,
+        encoder,
+        compression_tokens=request.source.tokens or encoder.config.compression_tokens,
+        max_new_tokens=request.max_new_tokens,
+        backbone=request.backbone,
+    )
 
 
 def _outputs(encoder: "Encoder", chunk: Chunk, instruction: str) -> EncoderOutputs:
@@ -234,34 +180,47 @@ def _outputs(encoder: "Encoder", chunk: Chunk, instruction: str) -> EncoderOutpu
     return outputs_for_texts(encoder, [query or "" for query in chunk.entries.queries], instruction)
 
 
-def _read_all(source: Source, parts: Parts, rows: int, read: Callable[[Chunk], pa.Table]) -> tuple[list[Path], int]:
+def _read_all(
+    lens: Lens, request: Request, parts: Parts, rows: int, teacher: "Teacher | None"
+) -> tuple[list[Path], int]:
     """Files of all parts in order, and how many rows were reused."""
     paths: list[Path] = []
     reused = total = 0
     no_items: list[str] = []
-    with progress(no_items, total=source.rows, desc="decode", unit="text") as bar:
-        for position, chunk in enumerate(source.chunks(rows)):
-            made_of = [list(chunk.entries.ids), list(chunk.entries.responses)]
-            part = parts.find(position, made_of)
+    with progress(no_items, total=request.source.rows, desc="decode", unit="text") as bar:
+        for position, chunk in enumerate(request.source.chunks(rows)):
+            content = [list(chunk.entries.ids), list(chunk.entries.responses)]
+            part = parts.find(position, content)
             count = len(chunk.entries.ids)
             if part is not None:
                 reused += count
                 bar.initial += count
-            paths.append(part or parts.put(position, made_of, _content(read(chunk))))
+            paths.append(part or parts.put(position, content, _to_parquet(_read(lens, chunk, request, teacher))))
             total += count
             bar.update(count)
-    if total != source.rows:
-        raise SourceError(f"{source.name} changed while it was read: run again")
+    if total != request.source.rows:
+        raise SourceError(f"{request.source.name} changed while it was read: run again")
     return paths, reused
+
+
+def _read(lens: Lens, chunk: Chunk, request: Request, teacher: "Teacher | None") -> pa.Table:
+    outputs = _outputs(lens.encoder, chunk, request.instruction)
+    table = replace(lens, index=None).read(chunk.entries, outputs)
+    if teacher is not None:
+        table = add_cosines(table, outputs.embeddings, teacher.embed)
+    if not lens.searches:
+        return table
+    flat = pa.array(outputs.embeddings.reshape(-1))
+    return table.append_column(_EMBEDDING, pa.FixedSizeListArray.from_arrays(flat, outputs.embeddings.shape[1]))
 
 
 def _with_nearest(lens: Lens, tables: Iterator[pa.Table], parts: Parts) -> Iterator[pa.Table]:
     """The rows with their nearest texts in place of their embeddings, looked up in groups."""
     for position, group in enumerate(_groups(tables)):
         embeddings = matrix(group[_EMBEDDING])
-        made_of = bytes_sha256(embeddings.tobytes())
-        part = parts.find(position, made_of)
-        found = part or parts.put(position, made_of, _content(pa.table({"nearest": lens.nearest(embeddings)})))
+        digest = bytes_sha256(embeddings.tobytes())
+        part = parts.find(position, digest)
+        found = part or parts.put(position, digest, _to_parquet(pa.table({"nearest": lens.nearest(embeddings)})))
         yield group.drop_columns(["nearest", _EMBEDDING]).append_column("nearest", pq.read_table(found)["nearest"])
 
 
@@ -277,11 +236,7 @@ def _groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(group)
 
 
-def _column(embeddings: Array) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
-
-
-def _content(table: pa.Table) -> pa.Buffer:
+def _to_parquet(table: pa.Table) -> pa.Buffer:
     sink = pa.BufferOutputStream()
     write_parquet(table, sink)
     return sink.getvalue()

@@ -89,14 +89,9 @@ def open_decoder(
     max_new_tokens: int = MAX_NEW_TOKENS,
     backbone: str | None = None,
 ) -> Iterator[Decoder]:
-    """A decoder by the loaded backbone (`transformers`), or by vLLM, which loads it a second time.
+    """A decoder by the encoder's loaded backbone (`transformers`), or by vLLM in the same dtype.
 
-    Args:
-        engine: that decodes.
-        encoder: its backbone decodes, in its dtype.
-        compression_tokens: n of the soft prompts.
-        max_new_tokens: maximum length of an answer.
-        backbone: folder or hub name that vLLM loads; None: the recorded one.
+    vLLM loads the backbone from the folder or hub name `backbone`; None: the recorded one.
 
     Raises:
         EngineError: vLLM is not installed or cannot start.
@@ -161,11 +156,7 @@ def vllm_decoder(
 ) -> Iterator[Decoder]:
     """A decoder by vLLM, greedy and ended by the backbone's EOS as `decode_soft_prompts`; stopped on leaving.
 
-    Args:
-        backbone: the encoder's, in the dtype to decode in.
-        compression_tokens: n of the soft prompts `[B, n, d]`.
-        max_new_tokens: maximum length of an answer.
-        options: arguments of vLLM's `EngineArgs`, which override the automatic ones.
+    `options` are arguments of vLLM's `EngineArgs`, which override the automatic ones.
 
     Raises:
         EngineError: vLLM is not installed, cannot start, or refuses a row.

@@ -37,10 +37,7 @@ class Index:
     """Known texts with vectors, made by `index_of_targets` or `open_index`.
 
     Attributes:
-        name: for messages.
         version: changes with the content.
-        rows: number of texts.
-        width: dimensions of a vector.
         vectors: chunks float32 `[B, e]`, from the first row at each call.
         entries: id and text of the given rows.
     """
@@ -89,13 +86,7 @@ def _with_progress(index: Index) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def index_of_targets(targets: Artifact, responses: Artifact, only: Sequence[str] | None = None) -> Index:
-    """The teacher's vectors of responses.
-
-    Args:
-        targets: artifact with the vectors.
-        responses: artifact with the texts.
-        only: ids to include (held-out ones); None: all.
-    """
+    """The teacher's vectors of responses; `only` has the ids to include (held-out ones), None: all."""
     included = None if only is None else pa.array(only, pa.string())
 
     def batches(columns: list[str]) -> Iterator[pa.Table]:

@@ -23,8 +23,8 @@ _WORDS = pa.list_(pa.struct([("word", pa.string()), ("probability", pa.float32()
 _NEAR = pa.list_(pa.struct([("id", pa.string()), ("cosine", pa.float32()), ("text", pa.string())]))
 _COSINES = ("cosine_embedding", "chance_embedding", "cosine_response", "chance_response")
 
-# In the teacher's space, of the decoded text: its cosine to the student's embedding and to the real response, and the
-# same with the other rows' embeddings and responses on average.
+# Cosines of the decoded text in the teacher's space: to the student's embedding and the real response of the row
+# ("cosine"), and the mean over those of all other rows ("chance").
 ROWS = pa.schema(
     [
         ("id", pa.string()),
@@ -75,15 +75,7 @@ class Entries(NamedTuple):
 
 @dataclass(frozen=True)
 class Lens:
-    """What is read of an encoder's embeddings.
-
-    Attributes:
-        encoder: that made them.
-        decoder: soft prompts to text.
-        vocabulary: words per compression token; 0: none.
-        index: known texts to search; None: none.
-        count: nearest texts per row.
-    """
+    """What is read of an encoder's embeddings: `vocabulary` words per compression token, `count` texts of `index`."""
 
     encoder: "Encoder"
     decoder: Decoder

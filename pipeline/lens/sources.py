@@ -21,7 +21,6 @@ from pipeline.core.text_files import TextFile, check_not_read, open_texts
 from pipeline.lens.reading import Entries
 
 COLUMN = "soft_prompts"
-_ARGUMENT = "soft_prompts"
 
 Array = np.ndarray[Any, Any]
 
@@ -45,7 +44,7 @@ class StoredSoftPrompts:
         for chunk in _READERS[self.path.suffix](self.path, rows):
             if not np.isfinite(chunk).all():
                 row = start + int(np.argmin(np.isfinite(chunk).all(axis=(1, 2))))
-                raise SourceError(f"{self.path}: row {row} holds a value that is not finite", argument=_ARGUMENT)
+                raise _unusable(self.path, f"holds a value in row {row} that is not finite")
             yield np.array(chunk, dtype=np.float32)  # a copy: what is mapped from the disk cannot be written to
             start += len(chunk)
 
@@ -57,16 +56,19 @@ def open_soft_prompts(path: Path, hidden: int) -> StoredSoftPrompts:
         SourceError: it is missing, damaged, empty or has another shape.
     """
     if not path.is_file():
-        raise SourceError(f"{path} does not exist", argument=_ARGUMENT)
+        raise _unusable(path, "does not exist")
     if path.suffix not in _READERS:
-        raise SourceError(f"unknown format '{path.suffix}' (known: {', '.join(_READERS)})", argument=_ARGUMENT)
+        raise _unusable(path, f"has an unknown format (known: {', '.join(_READERS)})")
     rows, tokens, width = _shape(path)
     if not rows or not tokens:
-        raise SourceError(f"{path} holds no soft prompt", argument=_ARGUMENT)
+        raise _unusable(path, "holds no soft prompt")
     if width != hidden:
-        message = f"{path} holds vectors of {width} dimensions, the backbone's have {hidden}"
-        raise SourceError(message, argument=_ARGUMENT)
+        raise _unusable(path, f"holds vectors of {width} dimensions, the backbone's have {hidden}")
     return StoredSoftPrompts(path, rows, tokens, width)
+
+
+def _unusable(path: Path, problem: str) -> SourceError:
+    return SourceError(f"{path} {problem}", argument="soft_prompts")
 
 
 def _shape(path: Path) -> tuple[int, int, int]:
@@ -89,17 +91,11 @@ def _opened(path: Path) -> Array:
         # A pickle could run code.
         array = np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix == ".npy" else _tensor(path)
     except (ValueError, OSError, EOFError) as error:
-        raise _damaged(path, error) from None
+        raise _unusable(path, f"is damaged or no {path.suffix[1:]} file: {error}") from None
     if array.ndim != 3 or not np.issubdtype(array.dtype, np.floating):
-        raise SourceError(
-            f"{path} holds {array.dtype} of shape {list(array.shape)}, expected floats [rows, tokens, hidden]",
-            argument=_ARGUMENT,
-        )
+        found = f"{array.dtype} of shape {list(array.shape)}"
+        raise _unusable(path, f"holds {found}, expected floats [rows, tokens, hidden]")
     return array
-
-
-def _damaged(path: Path, error: Exception) -> SourceError:
-    return SourceError(f"{path} is damaged or no {path.suffix[1:]} file: {error}", argument=_ARGUMENT)
 
 
 def _tensor(path: Path) -> Array:
@@ -121,12 +117,11 @@ def _parquet_chunks(path: Path, rows: int) -> Iterator[Array]:
     try:
         with pq.ParquetFile(path) as file:
             if COLUMN not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names)
-                raise SourceError(f"{path}: no column '{COLUMN}' (its columns: {columns})", argument=_ARGUMENT)
+                raise _unusable(path, f"has no column '{COLUMN}' (but {', '.join(file.schema_arrow.names)})")
             for batch in file.iter_batches(rows, columns=[COLUMN]):
                 yield _stacked(path, batch.column(0))
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from None
+        raise _unusable(path, f"is damaged or no {path.suffix[1:]} file: {error}") from None
 
 
 def _stacked(path: Path, column: pa.Array) -> Array:
@@ -135,8 +130,7 @@ def _stacked(path: Path, column: pa.Array) -> Array:
     except (ValueError, TypeError):
         found = np.empty(0, dtype=np.float32)
     if found.ndim != 3:
-        message = f"{path}: column '{COLUMN}' must hold lists of equally long lists of floats"
-        raise SourceError(message, argument=_ARGUMENT)
+        raise _unusable(path, f"must hold lists of equally long lists of floats in column '{COLUMN}'")
     return found
 
 
@@ -155,8 +149,6 @@ class Source:
     """Rows to read.
 
     Attributes:
-        name: for titles and messages.
-        rows: their number.
         chunks: the rows in chunks of a given size, the last one shorter.
         tokens: n of stored soft prompts.
     """
@@ -219,7 +211,7 @@ def check_options(
     corpus: Path | None,
     faithfulness: bool,
 ) -> None:
-    """Raises ParamsError unless the options of `decode` go together, SourceError if a file to read would be lost."""
+    """Raises ParamsError if options of `decode` conflict, SourceError if one would overwrite a file that is read."""
     given = {"TEXT": bool(texts), "--input": file is not None, "--soft-prompts": soft_prompts is not None}
     named = [name for name, there in given.items() if there]
     if len(named) != 1:
@@ -246,15 +238,7 @@ def open_source(
     column: str | None = None,
     response_column: str | None = None,
 ) -> Source:
-    """What the options of `decode` name, looked through once.
-
-    Args:
-        texts: as they stand on the command line.
-        file: of texts.
-        soft_prompts: file of stored ones.
-        hidden: hidden size of the backbone, asked for soft prompts.
-        column: of the texts in `file`.
-        response_column: of the real responses in `file`.
+    """The source that the options of `decode` name; `hidden` gives the backbone's hidden size for soft prompts.
 
     Raises:
         SourceError: a file is missing, damaged or empty.

@@ -1,8 +1,7 @@
 """The logit lens: the vocabulary that the backbone's output head finds at each compression token.
 
-`Encoder.hidden_states` are the backbone's last hidden states, to which its final norm has been applied once already:
-the head applies to them directly. Soft prompts have no such lens: they are what the backbone reads, not what it would
-say, and the head was never trained on them; decode them.
+`Encoder.hidden_states` are normed already, so the head applies to them directly. The head was not trained on soft
+prompts, which are the backbone's input; decode them instead.
 """
 
 from collections.abc import Sequence
@@ -44,10 +43,9 @@ def words_of(encoder: "Encoder", hidden: "np.ndarray[Any, Any]", count: int) -> 
 
 
 def head_logits(model: Any, hidden: "torch.Tensor") -> "torch.Tensor":
-    """Logits float32 `[..., V]` as the causal LM `model` makes them of its final-normed hidden states `[..., d]`.
+    """Logits float32 `[..., V]` of the causal LM `model` for its final-normed hidden states `[..., d]`.
 
-    The head may be tied to the input embeddings or not; what a config says beyond it (a soft cap in Gemma, a scale in
-    Cohere and Granite) is applied too: it changes no order, but every probability.
+    A soft cap (Gemma) or scale (Cohere, Granite) in the config is applied too, since it changes the probabilities.
     """
     logits = model.get_output_embeddings()(hidden).float()
     config = model.config.get_text_config()
@@ -67,6 +65,6 @@ def _entries(encoder: "Encoder") -> int:
 def _words(encoder: "Encoder", ids: Sequence[int], probabilities: Sequence[float]) -> list[Word]:
     texts = encoder.tokenizer.batch_decode([[token] for token in ids])
     pieces = encoder.tokenizer.convert_ids_to_tokens(list(ids))
-    # Part of a character decodes to a replacement mark, all such entries alike; the tokenizer's own name tells them.
+    # Every part of a character decodes to the same replacement mark; the tokenizer's own names differ.
     names = [(piece or text) if "\ufffd" in text else text for text, piece in zip(texts, pieces, strict=True)]
     return [Word(name, value) for name, value in zip(names, probabilities, strict=True)]

@@ -16,13 +16,13 @@ from pipeline.core.run import setup_logging, user_errors
 from pipeline.report import ReportParams
 
 if TYPE_CHECKING:
-    from pipeline.report.sections import Checked
+    from pipeline.report.sections import AuditOutcome
 
 log = logging.getLogger(__name__)
 
 
 class Inputs(Params):
-    """The sections that this stage reads; suites and probes as they are, which their own stages check."""
+    """The sections that this stage reads; other stages validate the suites and probes."""
 
     report: ReportParams
     suites: dict[str, Any]
@@ -30,7 +30,7 @@ class Inputs(Params):
 
 
 def run(inputs: Inputs, params: Path = PARAMS_FILE) -> None:
-    """Write both pages. A missing piece or a finding of the audit is said on them, and is no error.
+    """Write both pages. Missing pieces and findings of the audit are printed on them and are no errors.
 
     Raises:
         ParamsError: the file of published figures is damaged.
@@ -39,24 +39,24 @@ def run(inputs: Inputs, params: Path = PARAMS_FILE) -> None:
     from pipeline.report.content import gather
     from pipeline.report.render import render_html, render_markdown
 
-    checked = _checked() if inputs.report.audit else None
-    written = params.read_text(encoding="utf-8") if params.is_file() else ""
-    content = gather(inputs.report.title, inputs.suites, inputs.probes, checked=checked, params=written)
+    audit = _audit() if inputs.report.audit else None
+    params_text = params.read_text(encoding="utf-8") if params.is_file() else ""
+    content = gather(inputs.report.title, inputs.suites, inputs.probes, audit=audit, params=params_text)
     for line in content.missing:
         log.warning("missing from the report: %s", line)
     for page, text in zip(REPORT_PAGES, (render_html(content), render_markdown(content)), strict=True):
         write_bytes(page, text.encode())
 
 
-def _checked() -> "Checked":
-    from pipeline.report.sections import check
+def _audit() -> "AuditOutcome":
+    from pipeline.report.sections import audit_workspace
 
-    log.info("audit: reading every artifact (report.audit: false leaves it out)")
-    checked = check(Path(), REPORT_PAGES)
-    for finding in checked.findings:
-        log.warning("audit: %s", finding.line())
-    log.info("audit: %s, after %.1f s", checked.verdict, checked.seconds)
-    return checked
+    log.info("audit: reading every artifact (report.audit: false skips this)")
+    outcome = audit_workspace(Path(), REPORT_PAGES)
+    for line in outcome.lines:
+        log.warning("audit: %s", line)
+    log.info("audit: %s, after %.1f s", outcome.verdict, outcome.seconds)
+    return outcome
 
 
 def main(params: Path = typer.Option(PARAMS_FILE, help="The params file.")) -> None:

@@ -1,4 +1,4 @@
-"""matplotlib figures as SVG text whose colours the page decides, light or dark."""
+"""Training curves and forest plots as SVG text, drawn by matplotlib in the page's own colours, light or dark."""
 
 import contextlib
 import io
@@ -10,15 +10,21 @@ from typing import Any
 
 from pipeline.evaluate.comparison import Comparison
 
-# Colours that no figure has by chance; in the SVG each becomes one of the page's own.
+# Placeholder colours; in the SVG each becomes a colour of the page.
 INK, LINE, GOOD, BAD, DIM = "#010203", "#010204", "#010205", "#010206", "#010207"
-_OF_PAGE = {
+_PAGE_COLOURS = {
     INK: "currentColor",
     LINE: "var(--line-ink)",
     GOOD: "var(--good)",
     BAD: "var(--bad)",
     DIM: "var(--dim)",
 }
+# With more tasks than this, only the means by category are drawn.
+MOST_TASKS = 16
+LONGEST_NAME = 28
+# By verdict: colour, marker, filled or not, so that no reader depends on colour.
+_STYLES = {"better": (GOOD, "^", True), "worse": (BAD, "v", True)}
+_NOISE = (DIM, "o", False)
 
 
 @contextlib.contextmanager
@@ -26,15 +32,15 @@ def drawn_axes(label: str, *, width: float = 5.2, height: float = 3.2) -> Iterat
     """Axes to draw on; after the block the list holds the SVG.
 
     Args:
-        label: what the chart shows, for those who cannot see it. Charts of one page need different ones.
-        width: of the figure, in inches; the page scales it.
-        height: of the figure, in inches.
+        label: what the chart shows, for screen readers; unique on a page.
+        width: of the figure in inches; the page scales it.
+        height: of the figure in inches.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # A fixed salt, no date: equal charts give equal bytes. It also keeps the ids of two charts apart.
+    # A fixed salt and no date: equal charts give equal bytes, and the ids of two charts differ.
     settings: dict[str, Any] = {"svg.hashsalt": label, "svg.fonttype": "none", "font.size": 11, "text.color": INK}
     settings |= dict.fromkeys(("xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor"), INK)
     with rc_context(settings):
@@ -51,30 +57,21 @@ def drawn_axes(label: str, *, width: float = 5.2, height: float = 3.2) -> Iterat
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib prints as it is."""
+    """Text that matplotlib does not read as mathematics."""
     return text.replace("$", r"\$")
 
 
 def _inline(svg: str, label: str) -> str:
     """The svg element alone, sized and coloured by the page."""
-    # Groups are numbered from 1 in every chart, and nothing refers to them: ids are unique in a page.
+    # Every chart numbers its groups from 1 and nothing refers to them: without these, ids are unique in a page.
     body = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
-    for colour, of_page in _OF_PAGE.items():
-        body = body.replace(colour, of_page)
+    for colour, page_colour in _PAGE_COLOURS.items():
+        body = body.replace(colour, page_colour)
     return body.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
 
 
-# Training curves as SVG text that follows the page's colours.
-
-
 def curve_svg(steps: Sequence[float], values: Sequence[float], label: str) -> str:
-    """One curve over the steps: every point faintly, its running mean as the line.
-
-    Args:
-        steps: x values.
-        values: y values, as many.
-        label: title of the curve.
-    """
+    """A curve of values over steps: the points faintly, their running mean as the line."""
     with drawn_axes(label) as (axes, result):
         axes.plot(steps, values, color=LINE, alpha=0.35, linewidth=1)
         axes.plot(steps, running_mean(values), color=LINE, linewidth=2)
@@ -84,25 +81,15 @@ def curve_svg(steps: Sequence[float], values: Sequence[float], label: str) -> st
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Mean over the last tenth of the curve at each point, so that it lags but never looks ahead."""
+    """At each point the mean over the last tenth of the curve, so it never looks ahead."""
     window = max(1, len(values) // 10)
     tails = (values[max(0, end - window) : end] for end in range(1, len(values) + 1))
     return [sum(tail) / len(tail) for tail in tails]
 
 
-# Student minus each other system, with its interval, a line a task: forest plots.
-
-# With more tasks than this, the means by category are drawn alone.
-MOST_TASKS = 16
-LONGEST_NAME = 28
-# By verdict: colour, marker, and whether the marker is filled; so that no reader depends on colour.
-_STYLES = {"better": (GOOD, "^", True), "worse": (BAD, "v", True)}
-_NOISE = (DIM, "o", False)
-
-
 @dataclass(frozen=True)
-class Line:
-    """A difference: of which metric, how large, between which ends, and the record's verdict."""
+class ForestLine:
+    """A difference of one metric with its interval and verdict."""
 
     metric: str
     delta: float
@@ -111,20 +98,20 @@ class Line:
     verdict: str | None
 
 
-def forest_lines(table: Comparison, system: str) -> list[Line]:
-    """The differences of a table to one system that have an interval, in the table's order."""
+def forest_lines(table: Comparison, system: str) -> list[ForestLine]:
+    """The differences to one system that have an interval, in the table's order."""
     at = table.systems.index(system)
     few = len(table.tasks) <= MOST_TASKS
     cells = [(row, row.cells[at]) for row in table.rows if few or row.summary]
     return [
-        Line(row.metric + (" ↓" if row.lower_is_better else ""), cell.delta, cell.low, cell.high, cell.verdict)
+        ForestLine(row.metric + (" ↓" if row.lower_is_better else ""), cell.delta, cell.low, cell.high, cell.verdict)
         for row, cell in cells
         if cell.delta is not None and cell.low is not None and cell.high is not None
     ]
 
 
 def forests(table: Comparison) -> list[str]:
-    """A chart for each system that the table has intervals for, all on the same scale."""
+    """A chart for each system with intervals, all on the same scale."""
     lines = {system: found for system in table.systems if (found := forest_lines(table, system))}
     ends = [end for found in lines.values() for line in found for end in (line.low, line.high, 0.0)]
     margin = 0.06 * (max(ends) - min(ends)) if ends else 0.0
@@ -132,20 +119,14 @@ def forests(table: Comparison) -> list[str]:
     return [forest_svg(found, f"{table.name}: student minus {system}", scale) for system, found in lines.items()]
 
 
-def forest_svg(lines: Sequence[Line], label: str, scale: tuple[float, float]) -> str:
-    """One forest plot.
-
-    Args:
-        lines: from top to bottom.
-        label: title of the chart.
-        scale: ends of the x axis.
-    """
+def forest_svg(lines: Sequence[ForestLine], label: str, scale: tuple[float, float]) -> str:
+    """One forest plot, its lines from top to bottom; `scale` has the ends of the x axis."""
     with drawn_axes(label, height=0.95 + 0.3 * len(lines)) as (axes, result):
-        for place, line in enumerate(lines):
+        for position, line in enumerate(lines):
             colour, marker, filled = _STYLES.get(line.verdict or "", _NOISE)
-            axes.hlines(place, line.low, line.high, color=colour, linewidth=2)
+            axes.hlines(position, line.low, line.high, color=colour, linewidth=2)
             fill = colour if filled else "none"
-            axes.plot([line.delta], [place], marker=marker, color=colour, markerfacecolor=fill, markersize=7)
+            axes.plot([line.delta], [position], marker=marker, color=colour, markerfacecolor=fill, markersize=7)
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_yticks(range(len(lines)), [plain(_shortened(line.metric)) for line in lines])
         axes.set_ylim(len(lines) - 0.4, -0.6)

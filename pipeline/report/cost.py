@@ -1,4 +1,4 @@
-"""What each stage took: time, GPUs, tokens, memory. From the records of the runs alone; nothing is estimated."""
+"""Time, GPUs, tokens and memory of each stage, from the records of the runs alone; nothing is estimated."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,15 +7,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StageRun:
-    """One run of a stage. None is what its record does not say.
+    """One run of a stage; None: not recorded.
 
     Attributes:
-        gpus: how many GPUs it held: those it saw; in training, one a process.
-        work: what it worked on, e.g. "4,400 rows".
-        tokens_in: tokens read, of what was computed in this run.
-        tokens_out: tokens written, of what was computed in this run.
-        peak_memory_mib: largest process.
-        gpu_memory_mib: fullest GPU.
+        gpus: GPUs that it saw; in training, one per process.
+        work: for example "4,400 rows".
+        tokens_in: tokens read in this run.
+        tokens_out: tokens written in this run.
+        peak_memory_mib: of the largest process.
+        gpu_memory_mib: of the fullest GPU.
     """
 
     name: str
@@ -30,23 +30,13 @@ class StageRun:
 
     @property
     def gpu_hours(self) -> float:
-        """Time on each GPU, added up."""
+        """Time on all GPUs."""
         return self.seconds * self.gpus / 3600
 
 
 @dataclass(frozen=True)
-class Totals:
-    """Sums over the runs; None where no run says anything."""
-
-    seconds: float
-    gpu_hours: float
-    tokens_in: int | None
-    tokens_out: int | None
-
-
-@dataclass(frozen=True)
 class Machine:
-    """Where and with what some stages ran."""
+    """The hardware and software that some stages ran on."""
 
     stages: list[str] = field(default_factory=list)
     hardware: str = ""
@@ -56,7 +46,7 @@ class Machine:
 
 
 def stage_run(name: str, record: Mapping[str, Any]) -> StageRun:
-    """The cost that a record states."""
+    """The cost in a record."""
     return StageRun(
         name=name,
         seconds=float(record.get("seconds", 0.0)),
@@ -70,18 +60,14 @@ def stage_run(name: str, record: Mapping[str, Any]) -> StageRun:
     )
 
 
-def totals(runs: Sequence[StageRun]) -> Totals:
-    """What all runs took together."""
-    return Totals(
-        seconds=sum(run.seconds for run in runs),
-        gpu_hours=sum(run.gpu_hours for run in runs),
-        tokens_in=_sum([run.tokens_in for run in runs]),
-        tokens_out=_sum([run.tokens_out for run in runs]),
-    )
+def total(runs: Sequence[StageRun], attribute: str) -> float | None:
+    """Sum of an attribute over the runs; None if no run has it."""
+    known = [value for run in runs if (value := getattr(run, attribute)) is not None]
+    return sum(known) if known else None
 
 
 def machines(records: Mapping[str, Mapping[str, Any]]) -> list[Machine]:
-    """The environments of the stages' records, each once."""
+    """The distinct environments in the stages' records."""
     found: dict[tuple[str, ...], list[str]] = {}
     for stage, record in records.items():
         found.setdefault(_environment(_mapping(record.get("environment"))), []).append(stage)
@@ -89,8 +75,8 @@ def machines(records: Mapping[str, Mapping[str, Any]]) -> list[Machine]:
 
 
 def _environment(environment: Mapping[str, Any]) -> tuple[str, ...]:
-    size = [f"{environment[key]} {unit}" for key, unit in (("cores", "cores"), ("memory_gib", "GiB"))
-            if environment.get(key)]  # fmt: skip
+    units = {"cores": "cores", "memory_gib": "GiB"}
+    size = [f"{environment[key]} {unit}" for key, unit in units.items() if environment.get(key)]
     versions = _mapping(environment.get("versions"))
     return (
         ", ".join([*_counted(environment.get("gpus") or ["no GPU"]), *size]) if environment else "",
@@ -118,8 +104,8 @@ def _work(record: Mapping[str, Any]) -> str:
         kept = _mapping(_mapping(record.get("counts")).get("all"))
         rows = kept["train"] + kept.get("heldout", 0) if isinstance(kept.get("train"), int) else None
     reused = record.get("reused_rows")
-    before = f", {reused:,} kept from before" if isinstance(reused, int) and reused else ""
-    return "" if rows is None else f"{rows:,} rows{before}"
+    from_before = f", {reused:,} kept from before" if isinstance(reused, int) and reused else ""
+    return "" if rows is None else f"{rows:,} rows{from_before}"
 
 
 def _gpu_memory(record: Mapping[str, Any]) -> int | None:
@@ -130,11 +116,6 @@ def _gpu_memory(record: Mapping[str, Any]) -> int | None:
 
 def _first(record: Mapping[str, Any], *keys: str) -> int | None:
     return next((record[key] for key in keys if isinstance(record.get(key), int)), None)
-
-
-def _sum(values: Sequence[int | None]) -> int | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""The stages of a workspace as a graph: what each made, and whether that still holds."""
+"""The stages of a workspace as a graph: what each made, and whether it is still valid."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from pipeline.report.sections import trained_here
 
 
 class State(StrEnum):
-    """What is known of a stage's artifact. The worst that holds is shown."""
+    """The state of a stage's artifact; the worst one that applies is shown."""
 
     MADE = "made"
     VERIFIED = "made, verified"
@@ -26,13 +26,13 @@ class State(StrEnum):
     FAILED = "failed verification"
 
 
-# For those who do not see colours.
+# For readers who do not see colours.
 MARKS = {State.MISSING: "○", State.OUT_OF_DATE: "↻", State.STUB: "▲", State.FAILED: "✗"}
 
 
 @dataclass(frozen=True)
 class Node:
-    """A stage and its artifact; `digest` is that of its manifest, `reasons` say why it is not simply made."""
+    """A stage and its artifact; `digest` is its manifest's, `reasons` explain a state other than made."""
 
     stage: str
     artifact: str
@@ -43,7 +43,7 @@ class Node:
 
     @property
     def mark(self) -> str:
-        """A sign of the state."""
+        """A character for the state."""
         return MARKS.get(self.state, "✓")
 
 
@@ -55,14 +55,14 @@ def pipeline_graph(
     stubs: Collection[str],
     findings: Sequence[Finding] | None,
 ) -> list[list[Node]]:
-    """The stages in the order of the pipeline; those of one list need nothing of each other.
+    """The stages in the order of the pipeline; those of one list do not depend on each other.
 
     Args:
         root: the workspace.
         suites: names of the suites.
         probes: names of the probes.
-        stubs: stages and artifacts that a stub made.
-        findings: of an audit, None where none was run.
+        stubs: stages and artifacts made by a stub.
+        findings: of an audit; None: not run.
     """
     last = {f"evaluate {name}": (EVALUATE_DIR / name).as_posix() for name in suites}
     last |= {f"probe {name}": (PROBE_DIR / name).as_posix() for name in probes}
@@ -75,7 +75,7 @@ def pipeline_graph(
 
 
 def chain_of(root: Path) -> dict[str, str]:
-    """The stages up to the encoder with their artifacts; teach only where a teacher was asked of it."""
+    """The stages up to the encoder with their artifacts; teach only if it was asked for a teacher."""
     return {stage: path.as_posix() for stage, path in STAGE_ARTIFACTS.items() if stage != "teach" or trained_here(root)}
 
 
@@ -94,8 +94,8 @@ def _node(
     upstream = (path for path in artifact.manifest.inputs if path in known and path not in changed)
     outdated += [f"{path} is out of date" for path in upstream if known[path].state == State.OUT_OF_DATE]
     states: dict[State, Any] = {State.FAILED: wrong, State.OUT_OF_DATE: outdated, State.STUB: stub}
-    fine = State.MADE if findings is None else State.VERIFIED
-    state = next((state for state, holds in states.items() if holds), fine)
+    valid = State.MADE if findings is None else State.VERIFIED
+    state = next((state for state, applies in states.items() if applies), valid)
     reasons = [*wrong, *outdated, *(["made by a stub"] if stub else [])]
     return Node(stage, name, state, artifact.digest, artifact.manifest.rows, reasons)
 

@@ -1,4 +1,4 @@
-"""The paper's figures (`published.yaml`), set beside a run's own where both measured the same on the same backbone."""
+"""The paper's figures (`published.yaml`) compared with a run's own, where both measured the same on one backbone."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,17 +18,17 @@ class Source(Params):
 
     title: str
     arxiv: str = Field(pattern=r"^\d{4}\.\d{5}$")
-    version: str | None = Field(pattern=r"^v\d+$", description="null: it is not known which")
+    version: str | None = Field(pattern=r"^v\d+$", description="null: unknown")
 
     def __str__(self) -> str:
         return f"arXiv {self.arxiv}{self.version or ''}"
 
 
 class Match(Params):
-    """Which suite or probe measures the same; exactly one of the first three.
+    """Which suite or probe measures the same.
 
-    A suite is the benchmark if it names this and nothing else; tasks are compared with what was scored; datasets with
-    what a probe's params name. `facts` must all stand in the record.
+    A suite matches a benchmark if it names it and nothing else; tasks match those that were scored; datasets match a
+    probe's params. All `facts` must be in the record.
     """
 
     benchmark: str | None = None
@@ -44,7 +44,7 @@ class Match(Params):
 
 
 class PublishedRow(Params):
-    """A system's figures, one a column; `ours` is the system here that it is compared with."""
+    """A system's figures, one per column; `ours` is the system here that it is compared with."""
 
     system: str
     ours: str | None = None
@@ -53,7 +53,7 @@ class PublishedRow(Params):
 
 
 class PublishedTable(Params):
-    """One measurement; `columns` are metrics of ours with their headings, figures are percentages."""
+    """One measurement in percent; `columns` are metrics of ours with their headings."""
 
     title: str
     source: Source
@@ -88,7 +88,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Line:
+class PaperRow:
     """One row of a table; `origin` says who measured it."""
 
     system: str
@@ -98,53 +98,49 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Against:
-    """One published table with our rows below the published ones that they answer to; all figures in percent."""
+class PaperTable:
+    """One published table in percent, each of our rows below its published counterpart."""
 
     title: str
     name: str
     columns: list[str]
     lower_is_better: bool
     note: str
-    lines: list[Line]
+    lines: list[PaperRow]
 
 
 @dataclass(frozen=True)
-class AgainstPaper:
+class PaperComparison:
     """The section of the report.
 
     Attributes:
-        backbone: this run's, None where it is not known.
-        tables: those that both sides have.
-        unmeasured: titles of tables with figures for this backbone, of which this run measured nothing.
-        backbones: all that have figures.
-        sources: where the figures for this backbone were published.
+        backbone: this run's; None: unknown.
+        tables: that both sides have.
+        unmeasured: titles of tables with figures for this backbone that this run did not measure.
+        backbones: all with figures.
+        sources: of the figures for this backbone.
     """
 
     backbone: str | None = None
-    tables: list[Against] = field(default_factory=list)
+    tables: list[PaperTable] = field(default_factory=list)
     unmeasured: list[str] = field(default_factory=list)
     backbones: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
 
 
 def load_published(path: Path = PUBLISHED_FILE) -> Published:
-    """Read the file.
-
-    Raises:
-        ParamsError: with one line for each mistake in it.
-    """
+    """Read the file; raises ParamsError with a line for each mistake."""
     return load(path, Published, whole_file=True)
 
 
-def against_paper(published: Published, backbone: str | None, measured: Sequence[Measured]) -> AgainstPaper:
-    """What the paper has for `backbone`, beside what was measured here."""
+def compare_with_paper(published: Published, backbone: str | None, measured: Sequence[Measured]) -> PaperComparison:
+    """The paper's figures for `backbone` with those measured here."""
     theirs = [table for table in published.tables if backbone in table.backbones]
     pairs = [(table, own) for table in theirs for own in measured if _same(table.match, own)]
     met = {table.title for table, _ in pairs}
-    return AgainstPaper(
+    return PaperComparison(
         backbone=backbone,
-        tables=[_against(table, str(backbone), own.comparison) for table, own in pairs],
+        tables=[_table(table, str(backbone), own.comparison) for table, own in pairs],
         unmeasured=[table.title for table in theirs if table.title not in met],
         backbones=sorted({name for table in published.tables for name in table.backbones}),
         sources=list(dict.fromkeys(f"{table.source.title}, {table.source}" for table in theirs)),
@@ -160,28 +156,24 @@ def _same(match: Match, own: Measured) -> bool:
         return settings.get("benchmark") == match.benchmark and not (settings.get("tasks") or settings.get("local"))
     if match.tasks:
         return own.comparison.tasks == set(match.tasks)
-    return bool({_text(settings.get("dataset")), _text(settings.get("local"))} & set(match.datasets))
+    return any(settings.get(key) in match.datasets for key in ("dataset", "local"))
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _against(table: PublishedTable, backbone: str, own: Comparison) -> Against:
-    return Against(
+def _table(table: PublishedTable, backbone: str, own: Comparison) -> PaperTable:
+    return PaperTable(
         title=table.title,
         name=own.name,
         columns=list(table.columns.values()),
         lower_is_better=table.lower_is_better,
         note=table.note,
-        lines=list(_lines(table, backbone, own)),
+        lines=list(_rows(table, backbone, own)),
     )
 
 
-def _lines(table: PublishedTable, backbone: str, own: Comparison) -> Iterable[Line]:
+def _rows(table: PublishedTable, backbone: str, own: Comparison) -> Iterable[PaperRow]:
     for row in table.backbones[backbone]:
-        yield Line(row.system, f"published, {row.source or table.source}", True, row.values)
+        yield PaperRow(row.system, f"published, {row.source or table.source}", True, row.values)
         if row.ours in own.systems:
             scores = [own.score(str(row.ours), metric) for metric in table.columns]
             values = [None if score is None else 100 * score for score in scores]
-            yield Line(str(row.ours), "measured here", False, values)
+            yield PaperRow(str(row.ours), "measured here", False, values)

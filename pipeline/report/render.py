@@ -13,7 +13,7 @@ from pipeline.evaluate.comparison import Cell, Comparison
 from pipeline.probe.descriptions import describe, probe_names
 from pipeline.report.charts import curve_svg, forests
 from pipeline.report.content import Content
-from pipeline.report.cost import totals
+from pipeline.report.cost import total
 from pipeline.report.sections import untrained_spread
 
 LOSSES = {"align": "alignment loss", "recon": "reconstruction loss"}
@@ -45,7 +45,7 @@ def _render(content: Content, format: str) -> str:
         "hours": hours,
         "fence": fence,
         "spread": untrained_spread,
-        "totals": totals,
+        "total": total,
         "forests": charts,
         "curves": curves,
     }
@@ -73,7 +73,7 @@ def charts(table: Comparison) -> list[Markup]:
 
 
 def number(value: Any) -> str:
-    """Three decimals for a fraction, thousands for a count, a dash for nothing."""
+    """Three decimals for a fraction, separators for a count, a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -82,7 +82,7 @@ def number(value: Any) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference, its sign always shown."""
+    """A difference with its sign."""
     return f"{value:+.3f}".replace("-", "−")
 
 
@@ -94,12 +94,12 @@ def interval(entry: Cell) -> Markup:
 
 
 def percent(value: float | None) -> str:
-    """A figure in percent as papers print it."""
+    """A figure in percent with one decimal, as in papers."""
     return "–" if value is None else f"{value:.1f}".replace("-", "−")
 
 
 def label(key: str) -> str:
-    """A flat key in words: `backbone/refusal_rate_safe` is "backbone: refusal rate safe"."""
+    """A key in words: `backbone/refusal_rate_safe` becomes "backbone: refusal rate safe"."""
     return key.replace("/", ": ").replace("_", " ")
 
 

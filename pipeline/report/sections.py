@@ -1,8 +1,9 @@
-"""The rows of the probe `interpret`, as the report prints them."""
+"""What the report says besides scores and cost: samples, the audit, provenance, systems and the teacher."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, stdev
 from time import monotonic
@@ -22,11 +23,11 @@ from pipeline.evaluate.registry import system_order
 
 @dataclass(frozen=True)
 class Sample:
-    """What one held-out query's embedding holds; None and empty are what the artifact does not say.
+    """What one held-out query's embedding encodes; None or empty where the artifact lacks a column.
 
     Attributes:
-        faithfulness: the decoded text's cosine to the response, in the teacher's space.
-        to_embedding: the decoded text's cosine to the embedding itself, there too.
+        faithfulness: cosine of the decoded text to the response, in the teacher's space.
+        to_embedding: cosine of the decoded text to the embedding, in the same space.
     """
 
     query: str
@@ -38,11 +39,7 @@ class Sample:
 
 
 def read_samples(folder: Path) -> list[Sample]:
-    """The rows of the artifact in `folder`.
-
-    Raises:
-        ArtifactError: it is missing or damaged.
-    """
+    """The rows of the probe `interpret` in `folder`; raises ArtifactError if they are missing or damaged."""
     return [
         Sample(
             query=row.get("query") or "",
@@ -57,25 +54,19 @@ def read_samples(folder: Path) -> list[Sample]:
 
 
 def _words(per_token: Sequence[Sequence[Any]]) -> list[str]:
-    """The words nearest to any token, each once, in the order of their first appearance by rank."""
-    deepest = max((len(words) for words in per_token), default=0)
-    ranked = (_word(words[rank]) for rank in range(deepest) for words in per_token if rank < len(words))
-    return list(dict.fromkeys(word for word in ranked if word))[:16]
-
-
-def _word(entry: Any) -> str:
-    """A word as it is, or with its probability beside it."""
-    return str(entry.get("word", "") if isinstance(entry, dict) else entry).strip()
-
-
-# The audit of the workspace as the report shows it.
+    """The words nearest to any token, each once, by rank."""
+    entries = (entry for rank in zip_longest(*per_token, fillvalue="") for entry in rank)
+    # Older artifacts hold words without probabilities.
+    words = (str(entry.get("word", "") if isinstance(entry, dict) else entry).strip() for entry in entries)
+    return list(dict.fromkeys(word for word in words if word))[:16]
 
 
 @dataclass(frozen=True)
-class Checked:
-    """The outcome of an audit, and how long it took.
+class AuditOutcome:
+    """The findings of an audit, and how long it took.
 
-    `locked` is how many outs of dvc.lock were compared, None without a dvc.lock.
+    Attributes:
+        locked: how many outs of dvc.lock were compared; None without a dvc.lock.
     """
 
     findings: Sequence[Finding]
@@ -91,7 +82,7 @@ class Checked:
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """One sentence on the outcome."""
         if count := len(self.findings):
             return f"{count} finding{'s' if count > 1 else ''}: what is listed here does not hold"
         if not self.verified:
@@ -101,19 +92,16 @@ class Checked:
         return f"no findings in {len(self.verified)} artifacts ({read:,} bytes read), {compared}"
 
 
-def check(root: Path, being_written: Sequence[Path]) -> Checked:
-    """Audit the workspace; `being_written` are files that dvc.lock cannot know yet."""
+def audit_workspace(root: Path, being_written: Sequence[Path]) -> AuditOutcome:
+    """Audit the workspace without the files `being_written`, which dvc.lock cannot know yet."""
     started = monotonic()
     found = audit(root, being_written=being_written)
-    return Checked(found.findings, found.verified, found.not_made, found.locked, monotonic() - started)
-
-
-# The params that made each artifact, and the params file, as text.
+    return AuditOutcome(found.findings, found.verified, found.not_made, found.locked, monotonic() - started)
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an artifact's manifest says of its making: its own digest, its inputs' and its params as YAML."""
+    """What made an artifact: the digests of its manifest and its inputs, and its params and models as YAML."""
 
     artifact: str
     digest: str
@@ -122,30 +110,26 @@ class Provenance:
 
 
 def provenance(root: Path, artifacts: Iterable[str]) -> list[Provenance]:
-    """Of each artifact that is there and readable."""
+    """Of each readable artifact."""
     found = []
     for name in artifacts:
         try:
             artifact = read_manifest(root / name)
         except ArtifactError:
-            continue  # said elsewhere
+            continue  # listed as missing
         manifest = artifact.manifest
-        made_by = {"params": manifest.params} | ({"models": manifest.models} if manifest.models else {})
-        found.append(Provenance(name, artifact.digest, manifest.inputs, to_yaml(made_by)))
+        origin = {"params": manifest.params} | ({"models": manifest.models} if manifest.models else {})
+        found.append(Provenance(name, artifact.digest, manifest.inputs, _to_yaml(origin)))
     return found
 
 
-def to_yaml(value: Any) -> str:
-    """Block-style YAML in the order of the keys."""
+def _to_yaml(value: Any) -> str:
     yaml = YAML()
     yaml.default_flow_style = False
     yaml.width = 100
     sink = StringIO()
     yaml.dump(value, sink)
     return sink.getvalue()
-
-
-# What each compared system is and reads, gathered from all records; and how far random starts lie apart.
 
 
 @dataclass(frozen=True)
@@ -158,17 +142,17 @@ class SystemFacts:
 
 
 def system_facts(known: Sequence[SystemFacts], comparison: Comparison, record: Mapping[str, Any]) -> list[SystemFacts]:
-    """`known` and the systems of a further record, in reading order; what was said first stays."""
+    """`known` and the systems of another record, in reading order; the first description of a system stays."""
     found = {facts.name: facts for facts in known}
     for name in comparison.systems:
-        before = found.get(name, SystemFacts(name, "", ""))
+        first = found.get(name, SystemFacts(name, "", ""))
         model, prompting = _model(record["systems"][name]), comparison.prompting.get(name, "")
-        found[name] = SystemFacts(name, before.model or model, before.prompting or prompting)
+        found[name] = SystemFacts(name, first.model or model, first.prompting or prompting)
     return [found[name] for name in sorted(found, key=system_order)]
 
 
 def _model(described: Any) -> str:
-    """A system's own model, else the names of those that it is made of."""
+    """A system's own model, else the names of its parts."""
     identity = described.get("identity") if isinstance(described, dict) else None
     if not isinstance(identity, dict):
         return ""
@@ -180,7 +164,7 @@ def _model(described: Any) -> str:
 
 @dataclass(frozen=True)
 class Spread:
-    """One metric of the untrained student over its random starts."""
+    """One metric of the untrained student over its seeds."""
 
     metric: str
     seeds: int
@@ -189,9 +173,9 @@ class Spread:
 
 
 def untrained_spread(comparison: Comparison) -> list[Spread]:
-    """Mean and standard deviation (n - 1) over `untrained` and `untrained-<seed>`, nothing for a single seed.
+    """Mean and standard deviation (n - 1) over `untrained` and `untrained-<seed>`, if there are several.
 
-    Of the means where the table has some, else of every metric.
+    Of the table's means, or of every metric if it has no means.
     """
     at = [index for index, name in enumerate(comparison.systems) if _is_untrained(name)]
     summaries = [row for row in comparison.rows if row.summary]
@@ -208,19 +192,16 @@ def _spread(row: Row, at: Sequence[int]) -> Spread | None:
     return Spread(row.metric, len(scores), fmean(scores), stdev(scores)) if len(scores) > 1 else None
 
 
-# The teacher on the page: which it is, what that means, and how good one that was trained here was found to be.
-
-
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What is said of the teacher.
+    """The teacher and its quality.
 
     Attributes:
         kind: as in `embed.teacher.kind`.
-        meaning: what that means for the numbers.
+        meaning: what the kind means for the numbers.
         transform: kind of `embed.transform`, "none" without one.
-        scores: of one trained here: a row a task, its score by system.
-        worse: that it is no better than mean pooling, in words; None where it is or was not measured.
+        scores: of a teacher trained here, by task and system.
+        worse: a sentence if it scores no better than mean pooling; None if it does or was not measured.
     """
 
     kind: str
@@ -231,7 +212,7 @@ class TeacherFacts:
 
 
 def teacher_facts(root: Path, trained: Mapping[str, Any] | None) -> TeacherFacts | None:
-    """Of the workspace's targets; None where there are none. `trained` is the record of the stage teach, if it ran."""
+    """The teacher of the workspace's targets; None without targets. `trained` is the record of the stage teach."""
     try:
         manifest = read_manifest(root / TARGETS_DIR).manifest
     except ArtifactError:
@@ -242,20 +223,20 @@ def teacher_facts(root: Path, trained: Mapping[str, Any] | None) -> TeacherFacts
     kind = _kind(identity)
     record = (trained or {}) if kind == TRAINED else {}
     transform = manifest.params.get("transform") or {"kind": "none"}
-    meaning = (TEACHERS[kind].meaning if kind in TEACHERS else "") + _text_of(record)
+    meaning = (TEACHERS[kind].meaning if kind in TEACHERS else "") + _training_text(record)
     return TeacherFacts(kind, meaning, transform["kind"], _scores(record), record.get("worse_than_mean_pooling"))
 
 
 def trained_here(root: Path) -> bool:
-    """Whether the workspace holds a teacher that the stage teach was asked for."""
+    """Whether the stage teach was asked to train the workspace's teacher."""
     try:
         return bool(read_manifest(root / TEACHER_DIR).manifest.params.get("asked"))
     except ArtifactError:
         return False
 
 
-def _text_of(record: Mapping[str, Any]) -> str:
-    """What a teacher that was trained here read; of sources nobody looked for the held-out queries."""
+def _training_text(record: Mapping[str, Any]) -> str:
+    """The training text of a teacher that was trained here."""
     corpus = (record.get("corpus") or {}).get("kind")
     if corpus is None:
         return ""

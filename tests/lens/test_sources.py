@@ -47,7 +47,7 @@ def test_what_is_no_soft_prompt_is_said(tmp_path: Path) -> None:
 
     fails("gone.npy does not exist", "gone.npy")
     (tmp_path / "a.pt").write_bytes(b"x")
-    fails(r"unknown format '.pt' \(known: .npy, .safetensors, .parquet\)", "a.pt")
+    fails(r"a.pt has an unknown format \(known: .npy, .safetensors, .parquet\)", "a.pt")
     np.save(tmp_path / "flat.npy", SOFT[0])
     fails(r"holds float32 of shape \[2, 3\], expected floats", "flat.npy")
     np.save(tmp_path / "ints.npy", SOFT.astype(np.int64))
@@ -67,7 +67,7 @@ def test_what_is_no_soft_prompt_is_said(tmp_path: Path) -> None:
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
     fails("torn.parquet is damaged", "torn.parquet")
     write_parquet(pa.table({"text": ["x"]}), tmp_path / "texts.parquet")
-    fails(r"no column 'soft_prompts' \(its columns: text\)", "texts.parquet")
+    fails(r"no column 'soft_prompts' \(but text\)", "texts.parquet")
     write_parquet(pa.table({"soft_prompts": [[[1.0, 2.0, 3.0], [1.0]]]}), tmp_path / "ragged.parquet")
     fails("must hold lists of equally long lists", "ragged.parquet")
 
@@ -76,5 +76,5 @@ def test_a_row_that_is_not_finite_is_named(tmp_path: Path) -> None:
     wrong = SOFT.copy()
     wrong[3, 1, 0] = np.nan
     stored = open_soft_prompts(write(tmp_path / "soft.npy", wrong), 3)
-    with pytest.raises(SourceError, match="row 3 holds a value that is not finite"):
+    with pytest.raises(SourceError, match="a value in row 3 that is not finite"):
         list(stored.chunks(2))

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from pipeline.evaluate.comparison import Comparison, compare
-from pipeline.report.charts import MOST_TASKS, Line, forest_lines, forests
+from pipeline.report.charts import MOST_TASKS, ForestLine, forest_lines, forests
 
 
 def table(tasks: int = 2, name: str = "demo", baseline: str = "teacher") -> Comparison:
@@ -19,7 +19,10 @@ def table(tasks: int = 2, name: str = "demo", baseline: str = "teacher") -> Comp
 
 def test_lines_are_the_records_differences() -> None:
     found = forest_lines(table(1), "teacher")
-    assert found == [Line("Task0", 0.1, -0.1, 0.3, "within noise"), Line("type/STS", 0.1, -0.1, 0.3, "within noise")]
+    assert found == [
+        ForestLine("Task0", 0.1, -0.1, 0.3, "within noise"),
+        ForestLine("type/STS", 0.1, -0.1, 0.3, "within noise"),
+    ]
     assert forest_lines(table(1), "student") == []
 
 

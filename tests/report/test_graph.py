@@ -10,7 +10,7 @@ import pytest
 from pipeline.audit.findings import Finding
 from pipeline.report.graph import Node, State, pipeline_graph
 from pipeline.report.render import render_html, render_markdown
-from pipeline.report.sections import check
+from pipeline.report.sections import audit_workspace
 from tests.report.toy_results import content_of
 from tests.toy_workspace import flip_byte, make_workspace
 
@@ -47,7 +47,7 @@ def test_stages_stand_in_the_order_of_the_pipeline(toy: Path) -> None:
 
 def test_an_audit_tells_made_from_verified(toy: Path) -> None:
     assert set(states()) == {State.MADE}
-    assert set(states(check(toy, []).findings)) == {State.VERIFIED}
+    assert set(states(audit_workspace(toy, []).findings)) == {State.VERIFIED}
 
 
 def test_what_follows_a_changed_artifact_is_out_of_date(toy: Path) -> None:
@@ -58,14 +58,14 @@ def test_what_follows_a_changed_artifact_is_out_of_date(toy: Path) -> None:
     assert found["train"].reasons == ["data/responses was made anew since", "data/targets is out of date"]
     assert found["evaluate demo"].reasons == ["models/encoder is out of date"]
     # Staleness is the audit's finding too, and no damage.
-    findings = check(Path(), []).findings
+    findings = audit_workspace(Path(), []).findings
     assert all(finding.stale for finding in findings)
     assert states(findings)[2:] == ["out of date"] * 4
 
 
 def test_a_flipped_byte_fails_its_stage_alone(toy: Path) -> None:
     flip_byte(Path("models/encoder/student.safetensors"), -1)
-    found = nodes(check(toy, []).findings)
+    found = nodes(audit_workspace(toy, []).findings)
     assert [stage for stage, node in found.items() if node.state == State.FAILED] == ["train"]
     assert found["train"].reasons[0].startswith("student.safetensors sha256 is")
 

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.core.artifacts import write_json
 from pipeline.report.render import render_html
-from pipeline.report.sections import check
+from pipeline.report.sections import audit_workspace
 from tests.report.browser import Browser
 from tests.report.toy_results import RECORD, SUITE, SYSTEMS, content_of
 
@@ -61,7 +61,7 @@ def page(judged: Path) -> Path:
         manifest.write("\n")
     params = f"report:\n  title: Toy  # {'long ' * 80}\n"
     file = Path("report.html")
-    file.write_text(render_html(content_of(checked=check(Path(), []), params=params)), encoding="utf-8")
+    file.write_text(render_html(content_of(audit=audit_workspace(Path(), []), params=params)), encoding="utf-8")
     return file
 
 

@@ -10,7 +10,7 @@ from pipeline.core.artifacts import write_json
 from pipeline.core.errors import ParamsError
 from pipeline.evaluate.comparison import compare
 from pipeline.report.content import gather
-from pipeline.report.published import AgainstPaper, Measured, against_paper, load_published
+from pipeline.report.published import Measured, PaperComparison, compare_with_paper, load_published
 from pipeline.report.render import render_html, render_markdown
 from pipeline.tasks.suites import named_suites
 from tests.toy_workspace import edit_manifest, make_workspace
@@ -30,8 +30,8 @@ def measured(name: str, metrics: dict[str, Any], settings: Any) -> Measured:
     return Measured(compare(name, {"metrics": metrics, "systems": SYSTEMS}), settings)
 
 
-def against(backbone: str | None, *own: Measured) -> AgainstPaper:
-    return against_paper(load_published(), backbone, own)
+def against(backbone: str | None, *own: Measured) -> PaperComparison:
+    return compare_with_paper(load_published(), backbone, own)
 
 
 def test_categories_stand_beside_ours_in_percent() -> None:

@@ -27,7 +27,7 @@ from pipeline.report.render import (
     seconds,
     signed,
 )
-from pipeline.report.sections import check
+from pipeline.report.sections import audit_workspace
 from tests.report.toy_results import EVIL, RECORD, SAFETY, SYSTEMS, content_of
 from tests.toy_workspace import edit_manifest, flip_byte
 
@@ -292,8 +292,8 @@ def test_the_pages_being_written_are_no_finding(made: Path) -> None:
     outs = "".join(f"    - {{path: {page}, md5: {'0' * 32}}}\n" for page in REPORT_PAGES)
     Path("dvc.lock").write_text(f"stages:\n  report:\n    outs:\n{outs}")
     REPORT_PAGES[0].write_text("of the run before")
-    assert len(check(Path(), []).findings) == 2
-    assert check(Path(), REPORT_PAGES).findings == []
+    assert len(audit_workspace(Path(), []).findings) == 2
+    assert audit_workspace(Path(), REPORT_PAGES).findings == []
 
 
 def test_params_versions_and_costs_are_on_both_pages(made: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.backbone.loading import DType, Keep
 from pipeline.core.artifacts import write_json
+from pipeline.core.text import templates
 from pipeline.encoder.folder.config import EncoderConfig
 
 if TYPE_CHECKING:
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 # Names that every version of sentence-transformers knows, and vLLM too.
 _MODULES = "sentence_transformers.models"
 _POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+
+# The encoder itself cuts the text behind an instruction; a tokenizer reads both as one text.
+PROMPT_IS_CUT = (
+    "A text that is too long loses its start here, and the prompt in front of it with that: cut such texts before."
+)
 
 
 class MergedLayout(NamedTuple):
@@ -150,64 +156,6 @@ def _write_dense(folder: Path, layout: MergedLayout, weight: "Tensor", bias: "Te
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-# The encoder itself cuts the text behind an instruction; a tokenizer sees both as one.
-PROMPT_IS_CUT = (
-    "A text that is too long loses its start here, and the prompt in front of it with that: cut such texts before."
-)
-
-_README = """\
----
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [sentence-transformers, embeddings, llm2vec-gen]
----
-# Encoder of {backbone}, merged
-
-An embedding of this model encodes what `{backbone}` would answer to the input (LLM2Vec-Gen).
-This folder is for embedding: the tokenizer puts {frame}{new} new tokens (ids {first} to {last}) behind each text,
-so that a text for generation would end with them too.
-{adapted}
-Weights are {dtype}{in_float32}; embeddings have {width} dimensions, are not normalised, and are compared by cosine.
-Made from the encoder with sha256 `{sha256}`.
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("this folder")  # no trust_remote_code
-queries = model.encode(["Why is the sky blue?"]{prompt})
-```
-
-{vllm}
-Inputs are {max_tokens} tokens at most, the {new} new ones included; of a longer text the {lost} is cut, never those
-(vLLM: `tokenization_kwargs={{"truncate_prompt_tokens": -1}}`, without `truncation_side`, which cuts them).
-Texts are expected without white space at their ends. A text that is cut may differ from the encoder's own in its
-{last_left} tokens, for that one cuts characters and reads them again{empty}.
-{prompt_cut}"""
-
-_VLLM_ONE = """\
-```python
-from vllm import LLM
-
-llm = LLM("this folder", runner="pooling", dtype="float32")
-vectors = [output.outputs.embedding for output in llm.embed(["Why is the sky blue?"])]
-```
-"""
-
-_VLLM_MANY = """\
-vLLM pools one token or all of them; take the mean of the last {n} yourself (`embed` would give another embedding):
-
-```python
-from vllm import LLM
-from vllm.config import PoolerConfig
-
-pooler = PoolerConfig(task="token_embed", use_activation=False)
-llm = LLM("this folder", runner="pooling", dtype="float32", pooler_config=pooler)
-outputs = llm.encode(["Why is the sky blue?"], pooling_task="token_embed")
-vectors = [output.outputs.data[-{n}:].mean(dim=0) for output in outputs]
-```
-"""
-
-
 def write_readme(
     folder: Path,
     layout: MergedLayout,
@@ -217,27 +165,17 @@ def write_readme(
     prompts: Mapping[str, str],
 ) -> None:
     """Describe the folder, its use, and where its embeddings differ from the encoder's."""
-    vllm = _VLLM_ONE if layout.compression_tokens == 1 else _VLLM_MANY.format(n=layout.compression_tokens)
-    frozen = "The language model's own weights are unchanged; generate with the model that it was made from."
-    text = _README.format(
-        backbone=config.backbone["name"],
-        frame="the chat template around and " if config.template == "chat" else "",
-        new=len(layout.new_ids),
-        first=layout.new_ids[0],
-        last=layout.new_ids[-1],
-        adapted=frozen if config.lora is None else "LoRA adapters are merged into the weights: this is another model.",
-        dtype=dtype,
-        in_float32=", sentence-transformers computes with them in float32"
-        if _computes_in_float32(layout, dtype)
-        else "",
-        width=layout.width,
-        sha256=identity.get("sha256", "unknown"),
-        prompt=', prompt_name="query"' if prompts.get("query") else "",
-        vllm=vllm,
-        max_tokens=layout.max_tokens,
-        lost="end" if layout.keep == "start" else "start",
-        last_left="last" if layout.keep == "start" else "first",
-        prompt_cut="" if layout.keep == "start" else f"{PROMPT_IS_CUT}\n",
-        empty="" if config.template == "chat" else "; of an empty text it reads an end-of-sequence token",
+    text = (
+        templates(Path(__file__).parent, autoescape=False)
+        .get_template("readme.md.j2")
+        .render(
+            layout=layout,
+            config=config,
+            dtype=dtype,
+            computes_in_float32=_computes_in_float32(layout, dtype),
+            sha256=identity.get("sha256", "unknown"),
+            prompts={"query": "", **prompts},
+            prompt_is_cut=PROMPT_IS_CUT,
+        )
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -8,6 +8,7 @@ from pipeline.backbone.loading import BackboneParams, DType, load_tokenizer
 from pipeline.backbone.prompting import PromptFormatter
 from pipeline.core.artifacts import check_new, create, read_manifest, write_json
 from pipeline.core.errors import BackboneError, TrainingError
+from pipeline.core.text import templates
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.export.merged.folder import old_rope_keys
 from pipeline.export.official import files
@@ -15,21 +16,6 @@ from pipeline.export.official.tokenizer import own_frame, write_tokenizer
 from pipeline.export.official.writing import BackboneStructure, write_adapter, write_backbone, write_projections
 
 BACKBONE = "backbone"
-
-_CARD = """\
-# Encoder of {backbone} for the authors' package
-
-Made from an encoder folder of LLM2Vec-Gen Pipeline whose manifest has sha256 `{sha256}`; everything is {dtype}.
-
-```python
-from llm2vec_gen import LLM2VecGenModel
-
-model = LLM2VecGenModel.from_pretrained("this folder")
-embeddings = model.encode(["Why is the sky blue?"], max_length={max_length})
-```
-
-`max_length` counts the {tokens} new tokens{frame}. `run_config.yml` says where the backbone is (`model_name_or_path`).
-"""
 
 
 def export_official(model: Path, out: Path, *, backbone: str | None = None, dtype: DType = "float32") -> list[str]:
@@ -131,37 +117,26 @@ def _write_configs(
 
 
 def _card(config: EncoderConfig, model: Path, dtype: DType, *, framed: bool) -> str:
-    tokens = config.compression_tokens + config.thought_tokens
-    return _CARD.format(
-        backbone=config.backbone["name"],
-        sha256=read_manifest(model).digest,
-        dtype=dtype,
-        max_length=config.max_query_tokens + tokens,
-        tokens=tokens,
-        frame=" and the template around the text, which the tokenizer adds; texts are expected without white space at "
-        "their ends" if framed else "",
-    )  # fmt: skip
+    template = templates(Path(__file__).parent, autoescape=False).get_template("exported.md.j2")
+    return template.render(config=config, sha256=read_manifest(model).digest, dtype=dtype, framed=framed)
 
 
 def _notes(
     config: EncoderConfig, name: str, texts: Sequence[str], *, location: str, copied: bool, framed: bool
 ) -> list[str]:
-    notes = []
     length, revision = config.max_query_tokens + len(texts), config.backbone.get("revision", "main")
-    if length != files.MAX_LENGTH:
-        notes.append(f"their encode cuts inputs to {files.MAX_LENGTH} tokens: call it with max_length={length}")
-    if config.keep == "end":
-        notes.append(
-            f"this encoder keeps the end of a text of more than {config.max_query_tokens} tokens, which their format "
-            "cannot express: cut such texts before"
-        )
-    if framed:
-        notes.append(
-            "the tokenizer adds the template and the new tokens itself, so scripts of theirs that look for the new "
-            "tokens by name find none"
-        )
-    if copied:
-        notes.append(f"the backbone was copied to {location}, its config written for transformers 4: keep it there")
-    elif not Path(name).is_dir() and revision != "main":
-        notes.append(f"their package reads the current {name} on the hub, the encoder was trained on {revision}")
-    return notes
+    on_hub = not copied and not Path(name).is_dir()
+    notes = {
+        f"their encode cuts inputs to {files.MAX_LENGTH} tokens: call it with max_length={length}": (
+            length != files.MAX_LENGTH
+        ),
+        f"this encoder keeps the end of a text of more than {config.max_query_tokens} tokens, which their format "
+        "cannot express: cut such texts before": config.keep == "end",
+        "the tokenizer adds the template and the new tokens itself, so scripts of theirs that look for the new tokens "
+        "by name find none": framed,
+        f"the backbone was copied to {location}, its config written for transformers 4: keep it there": copied,
+        f"their package reads the current {name} on the hub, the encoder was trained on {revision}": (
+            on_hub and revision != "main"
+        ),
+    }
+    return [note for note, applies in notes.items() if applies]

@@ -89,11 +89,7 @@ def fetch(source: str, revision: str | None) -> tuple[Path, dict[str, str]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ArtifactError: the file is missing or holds anything else.
-    """
+    """A JSON object; raises ArtifactError if the file is missing or holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -139,11 +135,7 @@ class RunConfig:
         return default if value in ("", "None", "null", "~") else value
 
     def texts(self, key: str) -> list[str]:
-        """The list of a key.
-
-        Raises:
-            ArtifactError: there is none.
-        """
+        """The list of a key; raises ArtifactError if there is none."""
         if not self._lists.get(key):
             raise ArtifactError(f"{self._path}: {key} is missing or not a list")
         return self._lists[key]
@@ -167,11 +159,7 @@ def _yaml_nodes(path: Path) -> Any:
 
 
 def unpickle(path: Path) -> Any:
-    """Tensors and plain values of a pickle.
-
-    Raises:
-        ArtifactError: it holds anything else, or is damaged.
-    """
+    """Tensors and plain values of a pickle; raises ArtifactError if it holds anything else, or is damaged."""
     import pickle
     import warnings
 
@@ -189,11 +177,7 @@ def unpickle(path: Path) -> Any:
 
 
 def named_tensors(content: Any, path: Path) -> "dict[str, Tensor]":
-    """Finite tensors by name.
-
-    Raises:
-        ArtifactError: `content` of the file `path` is anything else.
-    """
+    """Finite tensors by name; raises ArtifactError if `content` of the file `path` is anything else."""
     import torch
 
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
@@ -205,11 +189,7 @@ def named_tensors(content: Any, path: Path) -> "dict[str, Tensor]":
 
 
 def adapter_tensors(folder: Path) -> "dict[str, Tensor]":
-    """Tensors of the adapter under peft's names.
-
-    Raises:
-        ArtifactError: they are missing or damaged.
-    """
+    """Tensors of the adapter under peft's names; raises ArtifactError if they are missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.backbone.loading import BackboneParams, identify, load_backbone, load_tokenizer
 from pipeline.core.artifacts import check_new, create
 from pipeline.core.errors import ArtifactError, BackboneError
+from pipeline.core.text import templates
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.export.official import files
 from pipeline.export.official.files import fetch
@@ -21,26 +22,6 @@ if TYPE_CHECKING:
 # Relative change of the backbone's embedding table that rounding to another half precision may cause.
 _SAME_TABLE = 0.01
 _COMPARED_ROWS = 2_000
-
-_CARD = """\
----
-library_name: llm2vec-gen-pipeline
-pipeline_tag: sentence-similarity
-tags: [embeddings, llm2vec-gen]
----
-# Encoder of {backbone}, imported
-
-An embedding of this model encodes what `{backbone}` would answer to the input (LLM2Vec-Gen). It was trained by the
-authors' package and converted from {origin}. The backbone is frozen and not in this folder; its {tokens} new tokens, of
-which the last {read} are read out, {adapted}and two linear layers are. Embeddings have {width} dimensions, are not
-normalised, and are compared by cosine.
-
-Texts are read bare, without a chat template, and are at most {max_query_tokens} tokens long. In the dtype that both run
-in, embeddings are those of the authors' package; one text differs: the empty one, where the tokenizer has no start
-token (an end-of-sequence token stands for it here).
-
-Teacher: {teacher}. What it was trained on, how long and with which scores, its authors know.
-"""
 
 
 def import_official(
@@ -198,32 +179,17 @@ def _adapter(checkpoint: OfficialCheckpoint, model: Any, source: str) -> "dict[s
 
 
 def _card(config: EncoderConfig) -> str:
-    return _CARD.format(
-        backbone=config.backbone["name"],
-        origin=", ".join(f"{key} `{value}`" for key, value in (config.origin or {}).items()),
-        tokens=config.compression_tokens + config.thought_tokens,
-        read=config.compression_tokens,
-        adapted=f"LoRA adapters of rank {config.lora.rank} under which the backbone embeds, " if config.lora else "",
-        width=config.width,
-        max_query_tokens=config.max_query_tokens,
-        teacher=config.teacher["name"],
-    )
+    return templates(Path(__file__).parent, autoescape=False).get_template("imported.md.j2").render(config=config)
 
 
 def _notes(checkpoint: OfficialCheckpoint, max_length: int) -> list[str]:
-    notes = []
-    if checkpoint.max_length != max_length:
-        notes.append(
-            f"it was trained on inputs of at most {checkpoint.max_length} tokens and will read {max_length}; "
-            "--max-length changes this"
-        )
-    if not checkpoint.pads_left:
-        notes.append(
-            "its tokenizer pads on the right, so their package reads padding in all but the longest text of a batch; "
-            "here each text has the embedding that it has there alone"
-        )
-    if checkpoint.own_decoder:
-        notes.append(
-            "its decoder was trained too and is not imported: embeddings are the same, what they decode to is not"
-        )
-    return notes
+    notes = {
+        f"it was trained on inputs of at most {checkpoint.max_length} tokens and will read {max_length}; "
+        "--max-length changes this": checkpoint.max_length != max_length,
+        "its tokenizer pads on the right, so their package reads padding in all but the longest text of a batch; here "
+        "each text has the embedding that it has there alone": not checkpoint.pads_left,
+        "its decoder was trained too and is not imported: embeddings are the same, what they decode to is not": (
+            checkpoint.own_decoder
+        ),
+    }
+    return [note for note, applies in notes.items() if applies]
