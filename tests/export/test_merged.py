@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,55 +17,23 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
-from pipeline.backbone.loading import BackboneParams, DType, Keep, Template, identify, load_backbone, load_tokenizer
-from pipeline.backbone.lora import LoraParams, adapter_parameters, add_adapter
-from pipeline.core.artifacts import create
+from pipeline.backbone.loading import BackboneParams, DType, Template, load_tokenizer
+from pipeline.backbone.lora import LoraParams
 from pipeline.core.errors import ArtifactError, TrainingError
-from pipeline.encoder.folder.config import EncoderConfig
-from pipeline.encoder.folder.write import write_encoder
 from pipeline.encoder.inference import Encoder
-from pipeline.encoder.student import Student, new_student
+from pipeline.encoder.student import Student
 from pipeline.export.merged.export import add_rows, compose, export_merged, usage
 from pipeline.export.merged.folder import old_rope_keys
 from pipeline.export.merged.tokenizer import PROBES, Frame, find_frame
 from tests.conftest import ROOT, tiny_model, tiny_tokenizer
+from tests.export.encoder_folders import write_folder
 
 PROMPTS = {"query": "Say: ", "document": ""}
 TEXTS = ["one", "What is it?", "ein längerer Text, 東京", "def f():\n    pass"]
 LORA = LoraParams(rank=2, alpha=8.0)
 
 
-def write_model(
-    folder: Path,
-    *,
-    template: Template = "raw",
-    compression: int = 1,
-    thoughts: int = 0,
-    max_query_tokens: int = 64,
-    keep: Keep = "start",
-    lora: LoraParams | None = None,
-    width: int = 5,
-) -> Path:
-    """An encoder folder over a backbone folder, with projections and tokens drawn at random."""
-    params = BackboneParams(name=str(folder), dtype="float32")
-    backbone = load_backbone(params)
-    student = new_student(backbone, width, compression_tokens=compression, thought_tokens=thoughts, seed=1)
-    config = EncoderConfig(
-        backbone=identify(str(folder), None), chat_template_kwargs={}, template=template,
-        max_query_tokens=max_query_tokens, keep=keep, compression_tokens=compression, thought_tokens=thoughts,
-        hidden=student.hidden, width=width, teacher={"name": "t"}, lora=lora,
-    )  # fmt: skip
-    adapter = None
-    if lora is not None:
-        adapter = adapter_parameters(add_adapter(backbone, **lora.model_dump(), seed=3))
-        with torch.no_grad():
-            for index, (_, value) in enumerate(sorted(adapter.items())):
-                generator = torch.Generator().manual_seed(index)
-                value.copy_(0.05 * torch.randn(value.shape, generator=generator))
-    out = Path("encoder")
-    with create(out, kind="encoder", params={}) as writer:
-        write_encoder(writer, student, load_tokenizer(params), config, rows=1, steps=1, adapter=adapter)
-    return out
+write_model = partial(write_folder, Path("encoder"), compression_tokens=1, thought_tokens=0)
 
 
 def plain(folder: Path | str) -> Any:
@@ -86,8 +55,9 @@ def test_both_projections_as_one_layer() -> None:
         torch.testing.assert_close(hidden[:, 0] @ weight.T + bias, student.embedding(student.soft_prompts(hidden)))
 
 
-@pytest.mark.parametrize("template", ["raw", "chat"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    ("architecture", "template"), [("llama", "raw"), ("qwen3", "chat"), ("gemma3", "raw"), ("gemma3", "chat")]
+)
 def test_one_token_in_plain_sentence_transformers(
     workspace: Path, tiny_backbone: Callable[..., Path], architecture: str, template: Template
 ) -> None:
@@ -106,12 +76,13 @@ def test_one_token_in_plain_sentence_transformers(
     assert merged.difference < 1e-5
 
 
-@pytest.mark.parametrize(("compression", "thoughts"), [(3, 0), (2, 2), (1, 2)])
-@pytest.mark.parametrize("template", ["raw", "chat"])
+@pytest.mark.parametrize(("compression", "thoughts", "template"), [(3, 0, "raw"), (2, 2, "chat"), (1, 2, "raw")])
 def test_several_tokens_in_plain_sentence_transformers(
     workspace: Path, tiny_backbone: Callable[..., Path], compression: int, thoughts: int, template: Template
 ) -> None:
-    model = write_model(tiny_backbone("llama"), compression=compression, thoughts=thoughts, template=template)
+    model = write_model(
+        tiny_backbone("llama"), compression_tokens=compression, thought_tokens=thoughts, template=template
+    )
     export_merged(model, Path("merged"), prompts=PROMPTS)
     texts = [*TEXTS, "z" * 300]
     np.testing.assert_allclose(embed("merged", texts), Encoder.load(model).encode(texts), atol=1e-4)
@@ -121,7 +92,9 @@ def test_several_tokens_in_plain_sentence_transformers(
 def test_a_long_text_loses_the_side_that_the_encoder_loses(
     workspace: Path, tiny_backbone: Callable[..., Path], template: Template
 ) -> None:
-    model = write_model(tiny_backbone("llama"), compression=2, template=template, max_query_tokens=24, keep="end")
+    model = write_model(
+        tiny_backbone("llama"), compression_tokens=2, template=template, max_query_tokens=24, keep="end"
+    )
     merged = export_merged(model, Path("merged"), prompts=PROMPTS)
     texts = ["the beginning of it, much more of it, and its end", "short", "z" * 300]
     np.testing.assert_allclose(embed("merged", texts), Encoder.load(model).encode(texts), atol=1e-4)
@@ -134,7 +107,7 @@ def test_a_long_text_loses_the_side_that_the_encoder_loses(
 @pytest.mark.slow
 def test_the_folder_needs_nothing_of_ours(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
     """In a process that cannot import this project."""
-    model = write_model(tiny_backbone("llama"), compression=2)
+    model = write_model(tiny_backbone("llama"), compression_tokens=2)
     export_merged(model, Path("merged"), prompts=PROMPTS)
     code = (
         "import sys, numpy as np\n"
@@ -163,7 +136,7 @@ def test_a_matrix_larger_than_its_tokenizer_is_never_shrunk(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tiny_backbone("qwen3")  # 260 rows for 259 tokens
-    export_merged(write_model(folder, compression=2), Path("merged"), prompts=PROMPTS)
+    export_merged(write_model(folder, compression_tokens=2), Path("merged"), prompts=PROMPTS)
     grown = AutoModelForCausalLM.from_pretrained("merged").get_input_embeddings().weight
     before = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
     assert len(load_tokenizer(BackboneParams(name=str(folder)))) < len(before) == 260
@@ -202,7 +175,7 @@ def test_the_checkpoint_writes_what_the_backbone_writes(
     from transformers import AutoModelForCausalLM
 
     folder = tiny_backbone(architecture)
-    export_merged(write_model(folder, compression=3), Path("merged"), prompts=PROMPTS)
+    export_merged(write_model(folder, compression_tokens=3), Path("merged"), prompts=PROMPTS)
     prompt = torch.tensor([[7, 30, 41, 120]])
     texts = [
         AutoModelForCausalLM.from_pretrained(name).generate(
@@ -226,7 +199,7 @@ def test_no_text_can_spell_a_new_token(workspace: Path, tiny_backbone: Callable[
 def test_a_cut_text_keeps_the_frame_and_the_new_tokens(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
     from transformers import AutoTokenizer
 
-    model = write_model(tiny_backbone("llama"), template="chat", compression=2, max_query_tokens=20)
+    model = write_model(tiny_backbone("llama"), template="chat", compression_tokens=2, max_query_tokens=20)
     export_merged(model, Path("merged"), prompts=PROMPTS)
     tokenizer = AutoTokenizer.from_pretrained("merged")
     for ids in tokenizer(["a" * 100, "a" * 17], truncation=True, max_length=22)["input_ids"]:
@@ -286,12 +259,11 @@ def test_nothing_is_left_of_an_export_that_embeds_differently(
     assert not Path("merged").exists()
 
 
-@pytest.mark.parametrize("compression", [1, 3])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("compression", "dtype"), [(1, "float16"), (3, "bfloat16")])
 def test_half_precision_in_plain_sentence_transformers(
     workspace: Path, tiny_backbone: Callable[..., Path], compression: int, dtype: Any
 ) -> None:
-    model = write_model(tiny_backbone("llama"), compression=compression, thoughts=1)
+    model = write_model(tiny_backbone("llama"), compression_tokens=compression, thought_tokens=1)
     export_merged(model, Path("merged"), prompts=PROMPTS, dtype=dtype)
     found = plain("merged")
     expected = Encoder.load(model).encode(TEXTS)
@@ -304,7 +276,7 @@ def test_half_precision_in_plain_sentence_transformers(
 
 def test_vllm_reads_the_length_of_a_folder_that_says_more(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
     config = pytest.importorskip("vllm.transformers_utils.config")
-    model = write_model(tiny_backbone("llama"), compression=3)
+    model = write_model(tiny_backbone("llama"), compression_tokens=3)
     export_merged(model, Path("merged"), prompts=PROMPTS, dtype="bfloat16")
     read = config.get_sentence_transformer_tokenizer_config(str(Path("merged").resolve()))
     assert (read["max_seq_length"], read["do_lower_case"]) == (64 + 3, False)
@@ -328,7 +300,7 @@ def test_weights_are_rounded_last(workspace: Path, tiny_backbone: Callable[..., 
 
 
 def test_the_command(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
-    model = write_model(tiny_backbone("llama"), compression=2)
+    model = write_model(tiny_backbone("llama"), compression_tokens=2)
     done = CliRunner().invoke(app, ["export-merged", str(model), "merged", "--dtype", "bfloat16"])
     assert done.exit_code == 0, done.output
     assert (
@@ -381,7 +353,7 @@ def test_vllm_gives_our_embedding(
     workspace: Path, small_lm: Path, count: int, template: Template, dtype: DType
 ) -> None:
     pytest.importorskip("vllm")
-    model = write_model(small_lm, compression=count, template=template, max_query_tokens=64, width=24)
+    model = write_model(small_lm, compression_tokens=count, template=template, max_query_tokens=64, width=24)
     export_merged(model, Path("merged"), prompts=PROMPTS, dtype=dtype)
     texts = ["What is the capital of France?", "Why is the sky blue?", "rain", "again and " * 100]
     expected = Encoder.load(model).encode(texts) if dtype == "float32" else embed("merged", texts)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.backbone.loading import BackboneParams, Keep, Template, identify, load_backbone, load_tokenizer
-from pipeline.backbone.lora import LoraParams, adapter_parameters, add_adapter
+from pipeline.backbone.lora import LoraParams
 from pipeline.backbone.prompting import PromptFormatter
 from pipeline.core.artifacts import create, open_artifact
 from pipeline.core.errors import ArtifactError, BackboneError, ParamsError, TrainingError
@@ -29,6 +30,7 @@ from pipeline.export.official.files import RunConfig
 from pipeline.export.official.import_ import import_official
 from pipeline.export.official.reading import read_checkpoint
 from tests.conftest import ROOT, tiny_tokenizer
+from tests.export.encoder_folders import write_folder
 from tests.export.official_folders import TOKENS, WIDTH, numbers, save_projection, write_backbone, write_checkpoint
 
 TEXTS = ["Why is the sky blue?", "a", " spaces, and\na line of its own ", "long " * 30]
@@ -65,31 +67,7 @@ def checkpoint(workspace: Path) -> Path:
     return write_checkpoint(workspace / "theirs", write_backbone(workspace / "backbone"))
 
 
-def write_ours(
-    out: Path,
-    backbone: Path,
-    *,
-    template: Template = "raw",
-    lora: LoraParams | None = None,
-    max_query_tokens: int = 61,
-    keep: Keep = "start",
-) -> Path:
-    """An encoder of ours with two thought and three compression tokens, its LoRA trained, if it has any."""
-    params = BackboneParams(name=str(backbone), dtype="float32")
-    model = load_backbone(params)
-    config = EncoderConfig(
-        backbone=identify(str(backbone), None), chat_template_kwargs={}, template=template, compression_tokens=3,
-        max_query_tokens=max_query_tokens, keep=keep, thought_tokens=2, hidden=32, width=5, teacher={"name": "t"},
-        lora=lora,
-    )  # fmt: skip
-    student = new_student(model, 5, compression_tokens=3, thought_tokens=2, seed=0)
-    adapter = adapter_parameters(add_adapter(model, **lora.model_dump(), seed=0)) if lora else None
-    for number, (name, parameter) in enumerate((adapter or {}).items()):
-        if "lora_B" in name:
-            parameter.data = numbers(parameter.shape, number)
-    with create(out, kind="encoder", params={}) as writer:
-        write_encoder(writer, student, load_tokenizer(params), config, rows=1, steps=1, adapter=adapter)
-    return out
+write_ours = partial(write_folder, max_query_tokens=61)
 
 
 # --- what theirs becomes --------------------------------------------------------------------------------------------
@@ -180,8 +158,10 @@ def test_without_projections_the_mean_hidden_state_is_the_embedding(checkpoint: 
     np.testing.assert_allclose(encoder.encode(["q"]), encoder.hidden_states(["q"]).mean(axis=1), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["reconstruction_mlp", "alignment_mlp"])
-@pytest.mark.parametrize(("said", "complete"), [("True", False), ("true", False), ("False", True)])
+@pytest.mark.parametrize(
+    ("name", "said", "complete"),
+    [("reconstruction_mlp", "True", False), ("alignment_mlp", "true", False), ("alignment_mlp", "False", True)],
+)
 def test_a_projection_that_the_run_config_names_must_be_there(
     checkpoint: Path, name: str, said: str, complete: bool
 ) -> None:
@@ -220,8 +200,10 @@ class Harm:
         return os.system, ("touch harmed",)
 
 
-@pytest.mark.parametrize("name", ["reconstruction_mlp", "alignment_mlp", "encoder/adapter_model.bin"])
-@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [("reconstruction_mlp", True), ("alignment_mlp", False), ("encoder/adapter_model.bin", True)],
+)
 def test_a_pickle_that_runs_something_is_refused(checkpoint: Path, name: str, inside: bool) -> None:
     Path("theirs/encoder/adapter_model.safetensors").unlink() if name.endswith(".bin") else None
     torch.save({"config": {}, "state_dict": Harm()} if inside else Harm(), Path("theirs") / name)

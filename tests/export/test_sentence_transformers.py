@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,20 +16,18 @@ import pytest
 import torch
 
 from pipeline.backbone.loading import BackboneParams, Keep, Template, identify, load_backbone, load_tokenizer
-from pipeline.backbone.lora import LoraParams, adapter_parameters, add_adapter
+from pipeline.backbone.lora import LoraParams
 from pipeline.core.artifacts import create, open_artifact
 from pipeline.core.errors import ArtifactError
 from pipeline.core.target_transform import TargetTransform
 from pipeline.encoder.folder.card import NO_RESULTS
-from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.encoder.folder.st_files import module_file, st_prompts
-from pipeline.encoder.folder.write import write_encoder
 from pipeline.encoder.inference import Encoder
-from pipeline.encoder.student import new_student
 from pipeline.export.publish import publish
 from pipeline.lens import decode_soft_prompts
 from pipeline.tasks.instructions import load_instructions
 from tests.evaluate.fakes import retrieval_folder, sts_folder
+from tests.export.encoder_folders import write_folder
 
 TEXTS = ["a", "Why is the sky blue?", "", "mid size ünïcode ✓", "long " * 40, "a much longer text than the others"]
 LORA = LoraParams(rank=2, alpha=4.0)
@@ -44,36 +43,7 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def write(
-    out: Path,
-    backbone: Path,
-    template: Template = "raw",
-    lora: LoraParams | None = None,
-    max_query_tokens: int = 96,
-    compression_tokens: int = 3,
-    recorded: dict[str, str] | None = None,
-    keep: Keep = "start",
-    transform: TargetTransform | None = None,
-    **card: Any,
-) -> Path:
-    """An encoder folder with random trained tensors."""
-    params = BackboneParams(name=str(backbone), dtype="float32")
-    model = load_backbone(params)
-    config = EncoderConfig(
-        backbone=recorded or identify(str(backbone), None), chat_template_kwargs={}, template=template,
-        max_query_tokens=max_query_tokens, keep=keep, compression_tokens=compression_tokens, thought_tokens=2,
-        hidden=model.config.hidden_size, width=6, teacher={"name": "t"}, lora=lora,
-        transform=transform.identity if transform else None,
-    )  # fmt: skip
-    student = new_student(model, 6, compression_tokens=compression_tokens, thought_tokens=2, seed=0)
-    adapter = adapter_parameters(add_adapter(model, **lora.model_dump(), seed=0)) if lora else None
-    for name, parameter in (adapter or {}).items():
-        torch.nn.init.normal_(parameter, std=0.1) if "lora_B" in name else None
-    with create(out, kind="encoder", params={}) as writer:
-        write_encoder(writer, student, load_tokenizer(params), config, rows=7, steps=3, adapter=adapter, **card)
-        if transform is not None:
-            transform.save(writer.path)
-    return out
+write = partial(write_folder, max_query_tokens=96, width=6)
 
 
 def load(folder: Path, **model_kwargs: Any) -> Any:
@@ -86,12 +56,13 @@ def load(folder: Path, **model_kwargs: Any) -> Any:
 # --- the same embeddings --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("template", ["raw", "chat"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    ("architecture", "template"), [("llama", "raw"), ("qwen3", "chat"), ("gemma3", "raw"), ("gemma3", "chat")]
+)
 def test_embeddings_equal_ours(
     workspace: Path, tiny_backbone: Callable[..., Path], architecture: str, template: Template
 ) -> None:
-    folder = write(Path("encoder"), tiny_backbone(architecture), template)
+    folder = write(Path("encoder"), tiny_backbone(architecture), template=template)
     encoder, model = Encoder.load(folder), load(folder)
     np.testing.assert_allclose(model.encode(TEXTS, batch_size=4), encoder.encode(TEXTS), atol=1e-5)
     np.testing.assert_allclose(model.encode("a"), encoder.encode(["a"])[0], atol=1e-5)
@@ -226,7 +197,7 @@ def test_several_processes_embed_as_one(workspace: Path, tiny_backbone: Callable
 @pytest.mark.models
 @pytest.mark.slow
 def test_a_real_model_embeds_the_same(workspace: Path, small_lm: Path) -> None:
-    folder = write(Path("encoder"), small_lm, "chat", max_query_tokens=64, compression_tokens=10)
+    folder = write(Path("encoder"), small_lm, template="chat", max_query_tokens=64, compression_tokens=10)
     texts = ["Why is the sky blue?", "", "How do I bake bread? " * 40, "1 + 1"]
     expected = Encoder.load(folder).encode(texts)
     scale = np.abs(expected).max()
@@ -258,7 +229,7 @@ sys.exit("the project can be imported here")
 
 @pytest.mark.slow
 def test_a_machine_without_this_project(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
-    folder = write(Path("models/encoder"), tiny_backbone("qwen3"), "chat").resolve()
+    folder = write(Path("models/encoder"), tiny_backbone("qwen3"), template="chat").resolve()
     elsewhere = workspace / "elsewhere"
     elsewhere.mkdir()
     done = subprocess.run(
@@ -294,7 +265,7 @@ def test_the_module_file_is_copied_byte_for_byte_and_needs_four_packages(
 def test_a_saved_model_is_the_same_folder(
     workspace: Path, tiny_backbone: Callable[..., Path], lora: LoraParams | None
 ) -> None:
-    folder = write(Path("encoder"), tiny_backbone("llama"), "chat", lora)
+    folder = write(Path("encoder"), tiny_backbone("llama"), template="chat", lora=lora)
     model = load(folder)
     model.save_pretrained("saved")
     kept = ["encoder_config.json", "student.safetensors", "st_module.py", "README.md", "tokenizer.json"]
@@ -395,7 +366,7 @@ def test_code_of_a_backbone_does_not_run_because_the_module_may(
 
 @pytest.fixture
 def model(workspace: Path, tiny_backbone: Callable[..., Path]) -> Any:
-    return load(write(Path("encoder"), tiny_backbone("llama"), "chat", max_query_tokens=16))
+    return load(write(Path("encoder"), tiny_backbone("llama"), template="chat", max_query_tokens=16))
 
 
 def test_a_long_text_loses_its_end_is_counted_and_keeps_the_new_tokens(
@@ -414,8 +385,7 @@ def test_a_long_text_loses_its_end_is_counted_and_keeps_the_new_tokens(
         model.encode(["x"])
 
 
-@pytest.mark.parametrize("template", ["raw", "chat"])
-@pytest.mark.parametrize("keep", ["start", "end"])
+@pytest.mark.parametrize(("template", "keep"), [("raw", "start"), ("raw", "end"), ("chat", "end")])
 def test_the_side_of_a_long_text_that_is_kept_is_ours(
     workspace: Path,
     tiny_backbone: Callable[..., Path],
@@ -423,7 +393,7 @@ def test_the_side_of_a_long_text_that_is_kept_is_ours(
     template: Template,
     keep: Keep,
 ) -> None:
-    folder = write(Path("encoder"), tiny_backbone("llama"), template, max_query_tokens=24, keep=keep)
+    folder = write(Path("encoder"), tiny_backbone("llama"), template=template, max_query_tokens=24, keep=keep)
     encoder, model = Encoder.load(folder), load(folder)
     texts = ["the beginning of it, much more of it, and its end", "short", "", "ü" * 900]
     np.testing.assert_allclose(model.encode(texts), encoder.encode(texts), atol=1e-5)
@@ -457,7 +427,7 @@ def test_nothing_and_what_is_no_text(model: Any) -> None:
 
 
 def test_folders_that_are_damaged(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
-    folder = write(Path("encoder"), tiny_backbone("llama"), "chat")
+    folder = write(Path("encoder"), tiny_backbone("llama"), template="chat")
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         from sentence_transformers import SentenceTransformer
 

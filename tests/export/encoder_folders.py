@@ -1,0 +1,50 @@
+"""Encoder folders with random projections, tokens and adapters over a backbone folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.backbone.loading import BackboneParams, Keep, Template, identify, load_backbone, load_tokenizer
+from pipeline.backbone.lora import LoraParams, adapter_parameters, add_adapter
+from pipeline.core.artifacts import create
+from pipeline.core.target_transform import TargetTransform
+from pipeline.encoder.folder.config import EncoderConfig
+from pipeline.encoder.folder.write import write_encoder
+from pipeline.encoder.student import new_student
+
+
+def write_folder(
+    out: Path,
+    backbone: Path,
+    *,
+    template: Template = "raw",
+    compression_tokens: int = 3,
+    thought_tokens: int = 2,
+    max_query_tokens: int = 64,
+    keep: Keep = "start",
+    lora: LoraParams | None = None,
+    width: int = 5,
+    recorded: dict[str, str] | None = None,
+    transform: TargetTransform | None = None,
+    **card: Any,
+) -> Path:
+    """Write the encoder folder `out`; `recorded` is the identity of the backbone that it names."""
+    params = BackboneParams(name=str(backbone), dtype="float32")
+    model = load_backbone(params)
+    student = new_student(model, width, compression_tokens=compression_tokens, thought_tokens=thought_tokens, seed=1)
+    config = EncoderConfig(
+        backbone=recorded or identify(str(backbone), None), chat_template_kwargs={}, template=template,
+        max_query_tokens=max_query_tokens, keep=keep, compression_tokens=compression_tokens,
+        thought_tokens=thought_tokens, hidden=student.hidden, width=width, teacher={"name": "t"}, lora=lora,
+        transform=transform.identity if transform else None,
+    )  # fmt: skip
+    adapter = adapter_parameters(add_adapter(model, **lora.model_dump(), seed=3)) if lora else None
+    with torch.no_grad():
+        for seed, (_, value) in enumerate(sorted((adapter or {}).items())):
+            value.copy_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)))
+    with create(out, kind="encoder", params={}) as writer:
+        write_encoder(writer, student, load_tokenizer(params), config, rows=7, steps=3, adapter=adapter, **card)
+        if transform is not None:
+            transform.save(writer.path)
+    return out
