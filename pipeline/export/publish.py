@@ -1,6 +1,6 @@
 """An encoder folder to give away: `python -m pipeline export-st MODEL OUT`.
 
-The trained files as they are, the module file and prompts of this version, and the scores in the model card.
+It has the trained files unchanged, this version's module file and prompts, and scores in the model card.
 """
 
 import json
@@ -19,21 +19,15 @@ from pipeline.probe.descriptions import describe
 
 log = logging.getLogger(__name__)
 
-# Other systems are the report's matter: these say what the numbers of the student are worth.
+# Systems to compare the student with; the report has the others.
 SHOWN = ("student", "teacher", "untrained", "backbone-mean")
 _KINDS = ("evaluate", "probe")
 
 
 def publish(model: Path, out: Path, results: Path | None = None) -> list[str]:
-    """Write an encoder's folder anew, without this pipeline's manifest.
+    """Write the verified encoder folder `model` as a new folder `out`, without this pipeline's manifest.
 
-    Args:
-        model: an encoder folder, as the train stage writes it; its files are verified.
-        out: a new folder.
-        results: the folder of results; evaluations of this very encoder are shown in the card. None: no scores.
-
-    Returns:
-        The evaluations that the card shows.
+    The card shows the evaluations of this encoder in the folder `results`; their names are returned.
 
     Raises:
         ArtifactError: the encoder is missing or damaged, a record is damaged, or `out` exists.

@@ -29,13 +29,7 @@ _NOISE = (DIM, "o", False)
 
 @contextlib.contextmanager
 def drawn_axes(label: str, *, width: float = 5.2, height: float = 3.2) -> Iterator[tuple[Any, list[str]]]:
-    """Axes to draw on; after the block the list holds the SVG.
-
-    Args:
-        label: what the chart shows, for screen readers; unique on a page.
-        width: of the figure in inches; the page scales it.
-        height: of the figure in inches.
-    """
+    """Axes of some inches to draw on; after the block the list holds the SVG. Labels are unique on a page."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

@@ -68,18 +68,15 @@ def gather(
     audit: AuditOutcome | None = None,
     params: str = "",
 ) -> Content:
-    """The content of the report on the workspace `root`.
+    """The content of the report on the workspace `root`; raises ParamsError if the published figures are damaged.
 
     Args:
         title: of the page.
-        suites: that section of params.yaml.
-        probes: that section of params.yaml.
+        suites: that section of the params.
+        probes: that section of the params.
         root: the workspace.
         audit: its outcome; None: not run.
         params: text of the params file.
-
-    Raises:
-        ParamsError: the file of published figures is damaged.
     """
     content = Content(title, audit, params)
     for stage, artifact in chain_of(root).items():

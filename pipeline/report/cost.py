@@ -12,8 +12,6 @@ class StageRun:
     Attributes:
         gpus: GPUs that it saw; in training, one per process.
         work: for example "4,400 rows".
-        tokens_in: tokens read in this run.
-        tokens_out: tokens written in this run.
         peak_memory_mib: of the largest process.
         gpu_memory_mib: of the fullest GPU.
     """

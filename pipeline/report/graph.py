@@ -57,12 +57,7 @@ def pipeline_graph(
 ) -> list[list[Node]]:
     """The stages in the order of the pipeline; those of one list do not depend on each other.
 
-    Args:
-        root: the workspace.
-        suites: names of the suites.
-        probes: names of the probes.
-        stubs: stages and artifacts made by a stub.
-        findings: of an audit; None: not run.
+    `stubs` are stages and artifacts made by a stub, `findings` those of an audit (None: not run).
     """
     last = {f"evaluate {name}": (EVALUATE_DIR / name).as_posix() for name in suites}
     last |= {f"probe {name}": (PROBE_DIR / name).as_posix() for name in probes}

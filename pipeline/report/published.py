@@ -114,7 +114,6 @@ class PaperComparison:
     """The section of the report.
 
     Attributes:
-        backbone: this run's; None: unknown.
         tables: that both sides have.
         unmeasured: titles of tables with figures for this backbone that this run did not measure.
         backbones: all with figures.

@@ -25,9 +25,7 @@ from pipeline.evaluate.registry import system_order
 class Sample:
     """What one held-out query's embedding encodes; None or empty where the artifact lacks a column.
 
-    Attributes:
-        faithfulness: cosine of the decoded text to the response, in the teacher's space.
-        to_embedding: cosine of the decoded text to the embedding, in the same space.
+    `faithfulness` and `to_embedding` are cosines of the decoded text to response and embedding, in the teacher's space.
     """
 
     query: str
@@ -63,11 +61,7 @@ def _words(per_token: Sequence[Sequence[Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class AuditOutcome:
-    """The findings of an audit, and how long it took.
-
-    Attributes:
-        locked: how many outs of dvc.lock were compared; None without a dvc.lock.
-    """
+    """The findings of an audit, its seconds, and how many outs of dvc.lock it compared (None without a dvc.lock)."""
 
     findings: Sequence[Finding]
     verified: Sequence[Verified]
@@ -197,9 +191,8 @@ class TeacherFacts:
     """The teacher and its quality.
 
     Attributes:
-        kind: as in `embed.teacher.kind`.
         meaning: what the kind means for the numbers.
-        transform: kind of `embed.transform`, "none" without one.
+        transform: its kind, "none" without one.
         scores: of a teacher trained here, by task and system.
         worse: a sentence if it scores no better than mean pooling; None if it does or was not measured.
     """

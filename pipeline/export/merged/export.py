@@ -36,10 +36,8 @@ LIMIT = 1e-4
 class Merged(NamedTuple):
     """A written checkpoint.
 
-    Attributes:
-        layout: its sizes.
-        difference: largest relative difference of an embedding from the encoder's in float32, computed in float32 with
-            the weights rounded to their dtype.
+    `difference` is the largest relative difference of an embedding from the encoder's, both computed in float32, with
+    the weights rounded to their dtype.
     """
 
     layout: MergedLayout

@@ -84,16 +84,7 @@ def old_rope_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
 def write_modules(
     folder: Path, layout: MergedLayout, weight: "Tensor", bias: "Tensor", prompts: Mapping[str, str], dtype: DType
 ) -> None:
-    """Write the modules of sentence-transformers, which vLLM reads too.
-
-    Args:
-        folder: of the checkpoint.
-        layout: of the checkpoint.
-        weight: of the linear layer, `[e, d]`.
-        bias: of the linear layer, `[e]`.
-        prompts: by name, to put before a text.
-        dtype: of the written weights.
-    """
+    """Write the modules of sentence-transformers, which vLLM reads too; the linear layer has `[e, d]` and `[e]`."""
     weights = ["WordWeights"] if layout.compression_tokens > 1 else []
     names = ["Transformer", *weights, "Pooling", "Dense"]
     paths = {name: f"{index}_{name}" if index else "" for index, name in enumerate(names)}

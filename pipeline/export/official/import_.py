@@ -27,7 +27,7 @@ _COMPARED_ROWS = 2_000
 def import_official(
     source: str, out: Path, *, backbone: str | None = None, revision: str | None = None, max_length: int | None = None
 ) -> list[str]:
-    """Write an encoder folder that embeds as a checkpoint does in their package.
+    """Write an encoder folder that embeds as a checkpoint does in their package; returns notes for the user.
 
     Args:
         source: a folder, or a name on the hub.
@@ -35,9 +35,6 @@ def import_official(
         backbone: folder or name, in place of the one that the checkpoint names.
         revision: commit of a checkpoint on the hub.
         max_length: longest input in tokens, new tokens included; None: 512, as in their `encode`.
-
-    Returns:
-        Notes for the user, a line each.
 
     Raises:
         ArtifactError: `out` exists, or the checkpoint is of another format, damaged, unsafe, or beyond our format.

@@ -33,13 +33,11 @@ class OfficialCheckpoint:
 
     Attributes:
         backbone: its name in the run config.
-        texts: of the N new tokens, in the order in which they are appended.
-        ids: of the new tokens, in the same order.
+        texts, ids: of the N new tokens, in the order in which they are appended.
         rows: `[N, d]`, input embeddings of the new tokens, in the same order.
         compression_tokens: number of new tokens, from the end, that are read out.
         reconstruction: None if the hidden states are the soft prompts.
         alignment: None if the mean soft prompt is the embedding.
-        lora: None without adapters.
         adapter: tensors of the adapters under peft's names for a transformer without its head.
         table: `[V, d]`, the backbone's input embeddings if the checkpoint has them.
         teacher: names of the teacher and of its second adapter.

@@ -38,13 +38,8 @@ def write_tokenizer(
 ) -> list[int]:
     """Write the backbone's tokenizer with new tokens for version 4 of transformers; returns their ids.
 
-    Args:
-        folder: of the checkpoint.
-        tokenizer: the backbone's.
-        texts: of the new tokens, in order.
-        formatter: the encoder's; the written tokenizer is compared with it.
-        frame: that the tokenizer puts around a text, followed by the new tokens; None: their package appends the texts
-            of the new tokens.
+    With a frame, the written tokenizer puts it and the new tokens around each text; without one, their package appends
+    `texts`. What it makes of texts is compared with `formatter`.
 
     Raises:
         TrainingError: the tokenizer cannot add them.

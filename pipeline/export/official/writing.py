@@ -20,13 +20,7 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.j
 
 
 class BackboneStructure(NamedTuple):
-    """A backbone without its weights.
-
-    Attributes:
-        config: of transformers.
-        embeddings: name of the input embeddings within the transformer.
-        body: name of the transformer within the language model.
-    """
+    """A backbone's config, the names of its embeddings within the transformer and of that within the model."""
 
     config: Any
     embeddings: str
