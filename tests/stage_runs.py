@@ -1,6 +1,7 @@
 """Stages as subprocesses in a scratch workspace: inputs, params, kills and what is left on the disk."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,9 +11,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from ruamel.yaml import YAML
 
 from pipeline.core.artifacts import bytes_sha256, create
+from pipeline.core.fault_points import VARIABLE
 from pipeline.core.schemas import QUERIES, RESPONSES
 from tests.conftest import ROOT
 
@@ -61,6 +64,15 @@ def finish(stage: str) -> str:
     return stderr
 
 
+def killed(stage: str, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the stage until it kills itself at a point of `pipeline.core.fault_points`."""
+    with monkeypatch.context() as patched:
+        patched.setenv(VARIABLE, point)
+        process = start(stage)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, point
+
+
 def shards(stage: str) -> list[Path]:
     """The committed shards of a stage's work."""
     return sorted(Path(".work", stage).glob("*/*.parquet"))
@@ -78,12 +90,6 @@ def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]", 
         assert process.poll() is None, f"ended too early: {process.communicate()}"
         assert time.monotonic() < deadline, "took too long"
         time.sleep(0.02)
-
-
-def wait_for_line(process: "subprocess.Popen[str]", part: str) -> None:
-    """Read the process's stderr up to a line with `part`."""
-    assert process.stderr is not None
-    assert any(part in line for line in process.stderr), "ended too early"
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

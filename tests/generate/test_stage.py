@@ -1,7 +1,6 @@
 """The generate stage as a user runs it: whole, killed, interrupted, grown, and with what it cannot use."""
 
 import json
-import random
 import signal
 import time
 from collections.abc import Callable
@@ -13,22 +12,21 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pipeline.core.artifacts import open_artifact
+from pipeline.core.paths import RESPONSES_DIR
 from pipeline.core.schemas import RESPONSES, check_table
 from pipeline.generate.__main__ import app
 from tests.stage_runs import (
-    finish,
     folder_bytes,
     kept_rows,
+    killed,
     row_id,
     shards,
     start,
-    wait_for_line,
     wait_until,
     write_params,
     write_queries,
 )
 
-RESPONSES_DIR = Path("data/responses")
 TEXTS = [f"question number {index}" for index in range(1100)]
 GENERATE = {"engine": "echo", "dtype": "float32", "max_new_tokens": 32, "max_prompt_tokens": 40}
 
@@ -157,48 +155,45 @@ def test_what_becomes_of_a_query_that_is_too_long(
     assert facts()["counts"]["errors"] == ({"dropped": 1} if error else {})
 
 
-@pytest.mark.slow
-def test_kill_9_at_20_random_moments_then_run_again(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def uninterrupted(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Responses of a run in another work folder; they are in place when the test starts."""
     write_queries(TEXTS)
     configure()
-    monkeypatch.setenv("PIPELINE_WORK_DIR", "elsewhere")
-    finish("generate")
-    uninterrupted = folder_bytes(RESPONSES_DIR)
-    monkeypatch.delenv("PIPELINE_WORK_DIR")
+    with monkeypatch.context() as patched:
+        patched.setenv("PIPELINE_WORK_DIR", "elsewhere")
+        assert invoke().exit_code == 0
+    return folder_bytes(RESPONSES_DIR)
 
-    configure(options={"delay": 0.03})
-    moments = random.Random(0)
+
+KILLS = [
+    "row_store.commit:1", "row_store.committed:1", "file.rename:2", "row_store.commit:2", "row_store.committed:2",
+    "artifact.commit:1", "artifact.swap:1",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_at_each_point_then_run_again(
+    configure: Configure, uninterrupted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(options={"delay": 0.008})
     kept = [0]
-    for index in range(20):
-        process = start("generate")
-        if index % 5:  # the others may die before they did anything
-            wait_for_line(process, "the engine started")
-        time.sleep(moments.uniform(0, 3))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+    for point in KILLS:
+        killed("generate", point, monkeypatch)
         kept.append(kept_rows("generate"))
-    assert kept == sorted(kept)  # what was on the disk stays there
-    assert 300 <= kept[-1] < len(TEXTS)
-    assert folder_bytes(RESPONSES_DIR) == uninterrupted
+        assert folder_bytes(RESPONSES_DIR) == ({} if point.startswith("artifact.swap") else uninterrupted)
+    assert kept == sorted(kept)  # committed rows stay
+    assert kept[1] == 0 < kept[2] == kept[3] < kept[4] < kept[5] < kept[6] == len(TEXTS)
 
-    configure()
-    finish("generate")
+    assert invoke().exit_code == 0
     assert folder_bytes(RESPONSES_DIR) == uninterrupted
-    assert (facts()["computed_rows"], facts()["reused_rows"]) == (len(TEXTS) - kept[-1], kept[-1])
+    assert (facts()["computed_rows"], facts()["reused_rows"]) == (0, len(TEXTS))
 
 
 @pytest.mark.slow
 def test_two_engine_processes_fill_one_store_and_die_with_their_owner(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch
+    configure: Configure, uninterrupted: dict[str, bytes]
 ) -> None:
-    write_queries(TEXTS)
-    configure()
-    monkeypatch.setenv("PIPELINE_WORK_DIR", "elsewhere")
-    finish("generate")
-    alone = folder_bytes(RESPONSES_DIR)
-    monkeypatch.delenv("PIPELINE_WORK_DIR")
-
     configure(data_parallel=2, options={"delay": 0.02})
     process = start("generate")
     wait_until(lambda: kept_rows("generate") > 0, process)
@@ -212,8 +207,8 @@ def test_two_engine_processes_fill_one_store_and_die_with_their_owner(
     assert 0 < kept < len(TEXTS)
 
     configure(data_parallel=2)
-    finish("generate")
-    assert folder_bytes(RESPONSES_DIR) == alone
+    assert invoke().exit_code == 0
+    assert folder_bytes(RESPONSES_DIR) == uninterrupted
     assert (facts()["computed_rows"], facts()["reused_rows"]) == (len(TEXTS) - kept, kept)
 
 
@@ -228,13 +223,13 @@ def test_an_interrupted_run_keeps_every_finished_row(configure: Configure, numbe
     process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "interrupted: finished work is kept, run the same command again" in stderr
+    assert stderr.splitlines()[-1].startswith("interrupted: ")
     assert "Traceback" not in stderr
     assert not RESPONSES_DIR.exists()
     kept = kept_rows("generate")
     assert kept > 10  # also the rows that no full shard holds yet
     configure()
-    finish("generate")
+    assert invoke().exit_code == 0
     assert facts()["reused_rows"] == kept
 
 

@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from pipeline.backbone.loading import BackboneParams, load_tokenizer
-from pipeline.backbone.prompting import PromptFormatter
+from pipeline.backbone.loading import BackboneParams
 from pipeline.core.errors import EngineError
+from pipeline.core.paths import RESPONSES_DIR
+from pipeline.generate.__main__ import app
 from pipeline.generate.engines import openai_client
 from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Sampling
 from pipeline.generate.engines.openai import OpenAIEngine
 from pipeline.generate.engines.registry import build_engine
 from pipeline.generate.response_counts import failures
+from tests.generate.engines.conftest import GREEDY, SIZES, agree
 from tests.generate.engines.fake_endpoint import FakeEndpoint, Fault
-from tests.stage_runs import finish, folder_bytes, kept_rows, start, wait_until, write_params, write_queries
+from tests.stage_runs import folder_bytes, kept_rows, killed, write_params, write_queries
 
 SAMPLING = Sampling(max_new_tokens=8)
 KEY = "sk-very-secret-0123456789"
@@ -418,36 +421,27 @@ def test_the_stage_killed_and_run_again(
     server: FakeEndpoint, workspace: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    responses = Path("data/responses")
     write_queries(TEXTS)
     configure(server, tiny_backbone())
     monkeypatch.setenv("PIPELINE_WORK_DIR", "elsewhere")
-    finish("generate")
-    uninterrupted = folder_bytes(responses)
+    assert CliRunner().invoke(app, []).exit_code == 0
+    uninterrupted = folder_bytes(RESPONSES_DIR)
     monkeypatch.delenv("PIPELINE_WORK_DIR")
 
-    server.delay = 0.02
-    process = start("generate")
-    wait_until(lambda: kept_rows("generate") > 0, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    server.delay = 0.05
+    killed("generate", "row_store.committed:1", monkeypatch)
     kept = kept_rows("generate")
     assert 0 < kept < len(TEXTS)
     server.delay = 0
     before = sum(server.times.values())
     configure(server, tiny_backbone(), concurrency=16)
-    finish("generate")
-    assert folder_bytes(responses) == uninterrupted
+    assert CliRunner().invoke(app, []).exit_code == 0
+    assert folder_bytes(RESPONSES_DIR) == uninterrupted
     assert sum(server.times.values()) - before == len(TEXTS) - kept + 1
     assert not [path for path in workspace.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
 # --- the real thing -------------------------------------------------------------------------------------------------
-
-QUESTIONS = [
-    "What is the capital of France?", "How do I boil an egg?", "What is 12 times 7?", "Who wrote Hamlet?",
-    "Name three planets.", "Why is the sky blue?", "What is DNA?", "Explain rain to a child.",
-]  # fmt: skip
 
 
 @contextmanager
@@ -492,29 +486,23 @@ def _answers(url: str) -> bool:
 @pytest.mark.models
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_real_server_beside_transformers(small_lm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_real_server_beside_transformers(
+    small_lm: Path, questions: list[Prompt], by_transformers: dict[str, Completion],
+    tmp_path: Path, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     pytest.importorskip("vllm")
-    backbone = BackboneParams(name=str(small_lm))
-    formatter = PromptFormatter(load_tokenizer(backbone), "chat", 80)
-    asked = [
-        Prompt(f"q{index}", formatted.token_ids, index, formatted.text)
-        for index, formatted in enumerate(map(formatter, QUESTIONS))
-    ]
-    sizes: dict[str, Any] = {"dtype": "float32", "max_prompt_tokens": 80, "max_new_tokens": 16}
-    with closing(build_engine("transformers", backbone, **sizes)) as local:
-        expected = {c.id: c for c in local.generate(asked, Sampling(16))}
+    long = Prompt("long", [100] * 200, 0, "word " * 200)
     found = {}
     with vllm_serve(small_lm, tmp_path / "server.log") as url:
         for api in ("completions", "chat"):
             options = {"base_url": url, "model": "small", "api": api, "concurrency": 4}
-            long = Prompt("long", [100] * 200, 0, "word " * 200)
-            with closing(build_engine("openai", backbone, **sizes, options=options)) as loaded:
-                found[api] = {c.id: c for c in loaded.generate([long, *asked], Sampling(16))}
+            backbone = BackboneParams(name=str(small_lm))
+            with closing(build_engine("openai", backbone, **SIZES, options=options)) as loaded:
+                found[api] = {answer.id: answer for answer in loaded.generate([long, *questions], GREEDY)}
     assert "template" not in caplog.text  # its prompts are as long as ours
-    for api in found:
-        failed = found[api].pop("long")
+    for answered in found.values():
+        failed = answered.pop("long")
         assert failed.finish_reason == "error"
         assert "maximum context length" in str(failed.error)
-        same = [row for row, answer in expected.items() if found[api][row] == answer]
-        assert len(same) >= 6, [(found[api][row], answer) for row, answer in expected.items()]
+        assert agree(answered, by_transformers)
     assert found["chat"] == found["completions"]

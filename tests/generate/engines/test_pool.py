@@ -10,15 +10,14 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.backbone.loading import BackboneParams, load_tokenizer
-from pipeline.backbone.prompting import PromptFormatter
+from pipeline.backbone.loading import BackboneParams
 from pipeline.core.errors import EngineError
 from pipeline.generate.engines.base import Completion, Prompt, Sampling
 from pipeline.generate.engines.echo import EchoEngine
 from pipeline.generate.engines.pool import CHUNK, ParallelEngine
 from pipeline.generate.engines.registry import build_engine
 from pipeline.parallel.devices import Place
-from tests.generate.engines.test_vllm import QUESTIONS
+from tests.generate.engines.conftest import GREEDY, SIZES, agree
 
 SAMPLING = Sampling(8)
 PROMPTS = [Prompt(f"row{index}", [3 + index % 200] * (1 + index % 12), index) for index in range(300)]
@@ -126,23 +125,15 @@ def test_an_engine_that_does_not_load() -> None:
         ParallelEngine(refuse, PLACES)
 
 
-# --- by name --------------------------------------------------------------------------------------------------------
-
-
-def build(folder: Path, name: Any = "echo", **wanted: Any) -> Any:
-    return build_engine(
-        name, BackboneParams(name=str(folder)), dtype="float32", max_prompt_tokens=80, max_new_tokens=8, **wanted
-    )
-
-
 @pytest.mark.slow
 def test_by_name(tiny_backbone: Callable[..., Path]) -> None:
-    folder = tiny_backbone()
-    with closing(build(folder, data_parallel=2)) as engine:
+    backbone = BackboneParams(name=str(tiny_backbone()))
+    with closing(build_engine("echo", backbone, **SIZES, data_parallel=2)) as engine:
         assert isinstance(engine, ParallelEngine)
         found = rows(engine.generate(PROMPTS, SAMPLING))
-    assert found == rows(build(folder).generate(PROMPTS, SAMPLING))
-    assert isinstance(build(folder, data_parallel="auto"), EchoEngine)
+    alone = build_engine("echo", backbone, **SIZES, data_parallel="auto")
+    assert isinstance(alone, EchoEngine)
+    assert found == rows(alone.generate(PROMPTS, SAMPLING))
 
 
 # --- the real thing -------------------------------------------------------------------------------------------------
@@ -150,32 +141,19 @@ def test_by_name(tiny_backbone: Callable[..., Path]) -> None:
 
 @pytest.mark.models
 @pytest.mark.slow
-def test_two_vllm_processes_answer_as_one(small_lm: Path) -> None:
+def test_two_vllm_processes_answer_as_one_model(
+    small_lm: Path, questions: list[Prompt], by_transformers: dict[str, Completion]
+) -> None:
     pytest.importorskip("vllm")
-    formatter = PromptFormatter(load_tokenizer(BackboneParams(name=str(small_lm))), "chat", 80)
-    prompts = [Prompt(f"q{i}", formatter(text).token_ids, i) for i, text in enumerate(QUESTIONS)]
-    options = {"max_num_seqs": 8}
-    with closing(ParallelEngine(_Loader(small_lm, options), PLACES[:1])) as engine:
-        expected = rows(engine.generate(prompts, SAMPLING))
-    with closing(build(small_lm, "vllm", data_parallel=2, options=options)) as engine:
-        assert rows(engine.generate(prompts, SAMPLING)) == expected
-        many = [Prompt(f"{prompt.id}-{i}", prompt.token_ids, i) for i in range(50) for prompt in prompts]
-        completions = engine.generate(many, SAMPLING)
+    backbone, options = BackboneParams(name=str(small_lm)), {"max_num_seqs": 8}
+    with closing(build_engine("vllm", backbone, **SIZES, data_parallel=2, options=options)) as engine:
+        found = {answer.id: answer for answer in engine.generate(questions, GREEDY)}
+        many = [Prompt(f"{prompt.id}-{i}", prompt.token_ids, i) for i in range(50) for prompt in questions]
+        completions = engine.generate(many, GREEDY)
         next(completions)
         workers = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
         workers[0].kill()
         with pytest.raises(EngineError, match=r"engine process \d \(cores .*\) died \(killed by SIGKILL"):
             list(completions)
-    assert len(expected) == len(prompts)
-    assert "Paris" in expected[0].text
+    assert agree(found, by_transformers)
     assert not any(worker.is_running() for worker in workers)
-
-
-class _Loader:
-    """Loads the one engine in a process of its own too, so that this one stays free of vLLM."""
-
-    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
-        self._folder, self._options = folder, options
-
-    def __call__(self) -> Any:
-        return build(self._folder, "vllm", options=self._options)

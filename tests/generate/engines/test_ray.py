@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.backbone.loading import BackboneParams, load_tokenizer
-from pipeline.backbone.prompting import PromptFormatter
+from pipeline.backbone.loading import BackboneParams
 from pipeline.core.artifacts import open_artifact
 from pipeline.core.errors import EngineError
 from pipeline.generate.engines.base import Completion, Prompt, Sampling
@@ -33,19 +32,11 @@ from pipeline.generate.engines.ray_cluster import (
     split_options,
 )
 from pipeline.generate.engines.registry import build_engine
+from tests.generate.engines.conftest import GREEDY, SIZES, agree
 from tests.stage_runs import finish, kept_rows, start, wait_until, write_params, write_queries
 
 BACKBONE = BackboneParams(name="org/model", revision="abc", dtype="float32")
 CPU = Layout(on_gpu=False, devices=1, replicas=2, sequences=8, chunk_rows=4)
-
-
-@pytest.fixture
-def environment() -> Iterator[None]:
-    """Ray and vLLM write into os.environ; put it back."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -227,45 +218,35 @@ def test_the_configuration_that_ray_gets(environment: None) -> None:
 
 # --- the real thing -------------------------------------------------------------------------------------------------
 
-QUESTIONS = [
-    "What is the capital of France?", "How do I boil an egg?", "What is 12 times 7?", "Who wrote Hamlet?",
-    "Name three planets.", "Why is the sky blue?", "What is DNA?", "Explain rain to a child.",
-    "How can I sleep better?", "Is 'great phone' a positive review?",
-]  # fmt: skip
 OPTIONS = {"chunk_rows": 4, "max_num_seqs": 8, "kv_cache_memory_bytes": 2**28}
 
 
 @pytest.mark.models
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_local_ray_beside_transformers(small_lm: Path, environment: None) -> None:
+def test_a_local_ray_beside_transformers(
+    small_lm: Path, questions: list[Prompt], by_transformers: dict[str, Completion], environment: None
+) -> None:
     pytest.importorskip("vllm")
     pytest.importorskip("ray")
-    backbone = BackboneParams(name=str(small_lm))
-    formatter = PromptFormatter(load_tokenizer(backbone), "chat", 80)
-    good = [Prompt(f"q{i}", formatter(text).token_ids, i) for i, text in enumerate(QUESTIONS)]
     bad = [Prompt("long", [100] * 90, 0), Prompt("stranger", [1, 10**6], 0)]
-    sizes: dict[str, Any] = {"dtype": "float32", "max_prompt_tokens": 80, "max_new_tokens": 8}
-    with closing(build_engine("transformers", backbone, **sizes)) as engine:
-        expected = {c.id: c for c in engine.generate(good, Sampling(8))}
     handler = signal.getsignal(signal.SIGTERM)
-    with closing(build_engine("ray", backbone, **sizes, options=OPTIONS)) as engine:
+    with closing(build_engine("ray", BackboneParams(name=str(small_lm)), **SIZES, options=OPTIONS)) as engine:
         assert signal.getsignal(signal.SIGTERM) is handler
-        found = list(engine.generate(iter([*bad, *good]), Sampling(8)))
+        found = list(engine.generate(iter([*bad, *questions]), GREEDY))
         began = time.monotonic()
-        again = list(engine.generate(iter(good[:1]), Sampling(8)))
+        again = list(engine.generate(iter(questions[:1]), GREEDY))
         assert time.monotonic() - began < 15  # the engines are still up
         warm = Sampling(8, temperature=1.0)
-        sampled = [{c.id: c.text for c in engine.generate(order, warm)} for order in (good, good[::-1])]
+        sampled = [{c.id: c for c in engine.generate(order, warm)} for order in (questions, questions[::-1])]
     assert not [name for name in alive(descendants(os.getpid())) if "ray" in name or "VLLM" in name]
-    rows = {c.id: c for c in found}
-    assert len(found) == len(rows) == len(QUESTIONS) + 2
-    assert "prompt too long: 90 tokens + 8 new ones exceed 88" in str(rows["long"].error)
+    rows = {answer.id: answer for answer in found}
+    assert len(found) == len(rows) == len(questions) + 2
+    assert "prompt too long: 90 tokens + 16 new ones exceed 96" in str(rows["long"].error)
     assert rows["stranger"].finish_reason == "error"
-    same = [row for row, answer in expected.items() if rows[row] == answer]
-    assert len(same) >= 8, [(rows[row], answer) for row, answer in expected.items()]
-    assert [c.id for c in again] == ["q0"]
-    assert sum(sampled[0][row] == sampled[1][row] for row in expected) >= 8
+    assert agree(rows, by_transformers)
+    assert [answer.id for answer in again] == ["q0"]
+    assert agree(*sampled)
 
 
 def descendants(pid: int) -> list[psutil.Process]:

@@ -4,15 +4,12 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pipeline.backbone.loading import BackboneParams, load_tokenizer
-from pipeline.backbone.prompting import PromptFormatter
+from pipeline.backbone.loading import BackboneParams
 from pipeline.core.errors import EngineError
 from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Sampling
 from pipeline.generate.engines.registry import build_engine
@@ -20,35 +17,7 @@ from pipeline.generate.engines.vllm import CPU_KV_CACHE_VARIABLE, VllmEngine, _a
 from pipeline.generate.engines.vllm_defaults import Choice
 from pipeline.generate.engines.vllm_environment import check_batch_invariance, set_environment
 from tests.conftest import ROOT
-
-QUESTIONS = [
-    "What is the capital of France?", "How do I boil an egg?", "What is 12 times 7?", "Who wrote Hamlet?",
-    "Write a Python function that reverses a string.", "Is 'great phone' a positive review?", "Name three planets.",
-    "Why is the sky blue?", "How can I sleep better?", "Translate 'good morning' into Spanish.", "What is DNA?",
-    "Explain rain to a child.",
-]  # fmt: skip
-SAMPLING = Sampling(max_new_tokens=16)
-
-
-@pytest.fixture
-def environment() -> Iterator[None]:
-    """vLLM writes into os.environ; put it back."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-def build(name: Any, small_lm: Path) -> Any:
-    backbone = BackboneParams(name=str(small_lm))
-    options = {"kv_cache_memory_bytes": 2**28, "max_num_seqs": 8} if name == "vllm" else {}
-    return build_engine(name, backbone, dtype="float32", max_prompt_tokens=80, max_new_tokens=16, options=options)
-
-
-def answers(engine: Any, prompts: list[Prompt]) -> dict[str, Completion]:
-    found = list(engine.generate(iter(prompts), SAMPLING))
-    assert len(found) == len({completion.id for completion in found})
-    return {completion.id: completion for completion in found}
+from tests.generate.engines.conftest import GREEDY, SIZES, agree
 
 
 def test_missing_vllm_names_the_extras_and_the_fallback(monkeypatch: pytest.MonkeyPatch, environment: None) -> None:
@@ -137,22 +106,22 @@ def test_the_environment_is_set_and_logged(
 @pytest.mark.models
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_real_model_beside_transformers(small_lm: Path, environment: None) -> None:
+def test_real_model_beside_transformers(
+    small_lm: Path, questions: list[Prompt], by_transformers: dict[str, Completion], environment: None
+) -> None:
     pytest.importorskip("vllm")
-    formatter = PromptFormatter(load_tokenizer(BackboneParams(name=str(small_lm))), "chat", 80)
-    good = [Prompt(f"q{i}", formatter(text).token_ids, i) for i, text in enumerate(QUESTIONS)]
     bad = [Prompt("long", [100] * 90, 0), Prompt("stranger", [1, 10**6], 0)]
-    with closing(build("vllm", small_lm)) as engine:
-        found = answers(engine, [*bad, *good])
-        again = answers(engine, list(reversed(good)))
+    options = {"kv_cache_memory_bytes": 2**28, "max_num_seqs": 8}
+    with closing(build_engine("vllm", BackboneParams(name=str(small_lm)), **SIZES, options=options)) as engine:
+        found = list(engine.generate(iter([*bad, *questions]), GREEDY))
+        again = list(engine.generate(reversed(questions), GREEDY))
         warm = Sampling(16, temperature=1.0)
-        sampled = [{c.id: c.text for c in engine.generate(order, warm)} for order in (good, good[::-1])]
-    with closing(build("transformers", small_lm)) as engine:
-        expected = answers(engine, good)
-    assert "prompt too long: 90 tokens + 16 new ones exceed 96" in str(found["long"].error)
-    assert found["stranger"].finish_reason == "error"
-    assert len(again) == len(good) == len(found) - len(bad)
-    same = [row for row, answer in expected.items() if found[row] == answer]
-    assert len(same) >= 9, [(found[row].text, answer.text) for row, answer in expected.items()]
-    assert sum(sampled[0][row] == sampled[1][row] for row in expected) >= 9
-    assert "Paris" in found["q0"].text
+        sampled = [{c.id: c for c in engine.generate(order, warm)} for order in (questions, questions[::-1])]
+    rows = {answer.id: answer for answer in found}
+    assert len(found) == len(rows) == len(questions) + len(bad)
+    assert len(again) == len({answer.id for answer in again}) == len(questions)
+    assert "prompt too long: 90 tokens + 16 new ones exceed 96" in str(rows["long"].error)
+    assert rows["stranger"].finish_reason == "error"
+    assert agree(rows, by_transformers)
+    assert agree(*sampled)
+    assert "Paris" in rows["q0"].text
