@@ -14,7 +14,7 @@ from pipeline.collect.corpus import Check, Corpus
 from pipeline.collect.params import CollectParams
 from pipeline.collect.rows import FATES, SPLITS
 from pipeline.collect.spill import Mask
-from pipeline.core.errors import EvaluationError, SourceError, section
+from pipeline.core.errors import EvaluationError, SourceError
 from pipeline.core.run import progress
 from pipeline.tasks.texts import TextSource
 
@@ -68,8 +68,7 @@ def text_checks(params: CollectParams, backbone: BackboneParams) -> dict[str, Ch
     """
     checks: dict[str, Check] = {}
     if params.max_tokens is not None:
-        with section("backbone"):
-            checks["too_many_tokens"] = more_tokens_than(params.max_tokens, load_tokenizer(backbone))
+        checks["too_many_tokens"] = more_tokens_than(params.max_tokens, load_tokenizer(backbone))
     if params.languages is not None:
         wanted = languages.LanguageFilter(params.languages, params.language_confidence)
         checks["other_language"] = wanted.unwanted
