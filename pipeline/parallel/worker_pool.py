@@ -191,7 +191,7 @@ class Workers:
                 self._death = self._death or self._dead(worker)
                 return
             if error is not None:
-                self._death = type(error)(f"{worker.name}: {error}")
+                self._death = type(error)(f"{worker.name}: {error.message}", argument=error.argument)
                 return
             yield message
             if not worker.connection.poll():

@@ -45,10 +45,7 @@ class OpenAIEngine:
     def __init__(self, backbone: BackboneParams, options: OpenAIOptions, *, max_model_len: int) -> None:
         """Connect, and send one short request to check that the server accepts this form.
 
-        Args:
-            backbone: the model that the server serves; only its tokenizer is used here.
-            options: of the server.
-            max_model_len: positions of a prompt and its answer together.
+        The server serves the backbone; only its tokenizer is used here.
 
         Raises:
             EngineError: a package is missing, or the server cannot be reached, does not serve the model or refuses the
@@ -214,11 +211,7 @@ class OpenAIEngine:
     # --- failures ---------------------------------------------------------------------------------------------------
 
     def _failed(self, prompt: Prompt, error: Exception) -> Completion:
-        """A failure that concerns this row alone.
-
-        Raises:
-            EngineError: it concerns every row.
-        """
+        """A failure that concerns this row alone; raises EngineError if it concerns every row."""
         if is_transient(error):
             self._failed_in_a_row += 1
             if self._failed_in_a_row > 2 * self._options.concurrency:

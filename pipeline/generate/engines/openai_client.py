@@ -103,11 +103,7 @@ def limiter(per_minute: float | None, largest: int) -> "AsyncLimiter | None":
 
 
 def read_secret(variable: str) -> Secret:
-    """The key in the environment; empty for a server without one.
-
-    Raises:
-        EngineError: a variable other than the default is not set.
-    """
+    """The key in the environment, empty if the default variable is not set; raises EngineError for any other."""
     value = os.environ.get(variable, "").strip()
     if not value and variable != KEY_VARIABLE:
         raise EngineError(f"environment variable {variable} is not set", argument="options.api_key_env")
@@ -115,11 +111,7 @@ def read_secret(variable: str) -> Secret:
 
 
 def make_client(options: OpenAIOptions, secret: Secret) -> "AsyncOpenAI":
-    """A client without retries, which the engine does itself.
-
-    Raises:
-        EngineError: a package is missing.
-    """
+    """A client without retries, which the engine does itself; raises EngineError if a package is missing."""
     try:
         import aiolimiter  # noqa: F401
         import tenacity  # noqa: F401

@@ -75,11 +75,7 @@ class RayEngine:
 
     @classmethod
     def load(cls, setup: EngineSetup) -> Self:
-        """Connect to Ray and start the engines; options are `RayOptions` and arguments of vLLM's `EngineArgs`.
-
-        Raises:
-            EngineError: Ray is not installed, an option is wrong, or no engine starts.
-        """
+        """Connect to Ray and start the engines; options are `RayOptions` and arguments of vLLM's `EngineArgs`."""
         import_ray()
         options, arguments = split_options(setup.options)
         arguments |= {"tensor_parallel_size": setup.tensor_parallel}

@@ -155,11 +155,7 @@ def _known_arguments() -> set[str]:
 
 
 def import_ray() -> Any:
-    """The package, with its logging off.
-
-    Raises:
-        EngineError: it is not installed.
-    """
+    """The package, with its logging off; raises EngineError if it is not installed."""
     set_defaults(RAY_QUIET | QUIET)
     try:
         import ray
@@ -214,11 +210,7 @@ def choose_layout(resources: Mapping[str, float], options: RayOptions, arguments
 def processor_config(
     backbone: BackboneParams, max_model_len: int, layout: Layout, options: RayOptions, arguments: Mapping[str, Any]
 ) -> Any:
-    """The configuration of `ray.data.llm` for these engines: token ids in, and no stage but the engine.
-
-    Raises:
-        EngineError: this Ray has no `ray.data.llm`.
-    """
+    """The configuration of `ray.data.llm` for these engines: token ids in, and no stage but the engine."""
     try:
         from ray.data.llm import vLLMEngineProcessorConfig
     except ImportError as error:

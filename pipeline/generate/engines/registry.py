@@ -89,14 +89,11 @@ def build_engine(
 
     Args:
         engine: its name in `ENGINES`.
-        backbone: the model that answers.
-        dtype: precision of its weights.
+        backbone: the model that answers; `dtype` is the precision of its weights here.
         max_prompt_tokens: longest prompt.
         max_new_tokens: longest answer.
-        options: the engine's own options.
-        tensor_parallel: GPUs that each engine splits the model over.
         data_parallel: engines side by side, a process each; "auto": one for each group of GPUs, one on a CPU.
-        batch_invariant: answers do not depend on which rows share a batch.
+        options, tensor_parallel, batch_invariant: see `EngineSetup`.
 
     Raises:
         EngineError: the engine is not installed, refuses an option or cannot start, or there are too few GPUs.
@@ -120,11 +117,7 @@ def build_engine(
 
 
 def _processes(engine: str, data_parallel: Count, tensor_parallel: int, batch_invariant: bool) -> int:
-    """How many engine processes to start.
-
-    Raises:
-        EngineError: the engine or the machine cannot do it.
-    """
+    """How many engine processes to start; raises EngineError if the engine or the machine cannot do it."""
     entry = ENGINES[engine]
     if tensor_parallel > 1 and not entry.splits:
         raise EngineError(

@@ -53,24 +53,13 @@ class VllmEngine:
     )
 
     def __init__(self, engine: Any, reaper: Reaper, *, max_model_len: int, window: int) -> None:
-        """Use a started engine.
-
-        Args:
-            engine: vLLM's `LLMEngine`.
-            reaper: ends its processes with this one.
-            max_model_len: positions of a prompt and its answer together.
-            window: requests in flight.
-        """
+        """Use a started `LLMEngine`; `window` is the number of requests in flight."""
         self._engine, self._reaper = engine, reaper
         self._max_model_len, self._window = max_model_len, window
 
     @classmethod
     def load(cls, setup: EngineSetup) -> Self:
-        """Start vLLM's processes; options are arguments of its `EngineArgs` and win over the automatic choices.
-
-        Raises:
-            EngineError: vLLM is not installed, does not know an option, or cannot start.
-        """
+        """Start vLLM's processes; options are arguments of its `EngineArgs` and win over the automatic choices."""
         started = time.monotonic()
         options, on_gpu = dict(setup.options), best_device() == "cuda"
         set_environment(on_gpu, setup.batch_invariant)
