@@ -1,10 +1,10 @@
-"""What an embedder is measured against besides its teacher: pooling of the backbone, HyDE, and published models.
+"""Systems that an embedder is compared with besides its teacher: pooling of the backbone, HyDE, published models.
 
 - backbone-mean: the mean of the backbone's last hidden states over the text.
-- echo (Springer et al. 2024): the text is read twice and the mean taken over its second reading, in which a causal
-  model has already seen all of it.
-- hyde (Gao et al. 2023): on the query side the backbone writes an answer to instruction + text, and the teacher embeds
-  that one answer; documents are embedded as they are. It costs a generation a query, the student none.
+- echo (Springer et al. 2024): the text stands twice, and the mean is over its second copy, where a causal model has
+  already read all of it.
+- hyde (Gao et al. 2023): the backbone answers instruction + text on the query side, and the teacher embeds that one
+  answer; documents are embedded as they are. It costs a generation for each query, the student none.
 - any sentence-transformers model, with its own prompts.
 """
 
@@ -13,71 +13,66 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import DType, identify
 from pipeline.backbone.prompting import join_instruction
 from pipeline.embed.teachers.template import SLOT, TEMPLATES, TemplateTokenizer
+from pipeline.evaluate.registry import BUILT_IN
 from pipeline.evaluate.system import BARE, BareSystem
 from pipeline.parallel.devices import Place
 from pipeline.tasks.instructions import Side
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from pipeline.embed.teachers.base import Teacher
     from pipeline.encoder.inference import Encoder
     from pipeline.generate.answer_cache import Answers
 
 log = logging.getLogger(__name__)
 
-ECHO_TEMPLATE = TEMPLATES["echo"]
-
-PooledName = Literal["backbone-mean", "echo"]
-_PROMPTING: dict[PooledName, str] = {
-    "backbone-mean": BARE,
-    "echo": f"bare text twice: {ECHO_TEMPLATE!r}, pooled over the second",
-}
-# Enough for batches of like lengths.
-BATCHES_OF_A_JOB = 8
+BATCHES_PER_JOB = 8  # enough to fill batches with texts of similar length
 HYDE_VERSION = 1
 MODEL_VERSION = 1
 
-# Keys under which sentence-transformers models keep their prompt of a side; the first that is there counts.
+# Keys under which sentence-transformers models store their prompt of a side; the first that exists counts.
 _PROMPT_KEYS: dict[Side, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
 
-def pooled(name: PooledName, encoder: "Encoder", batch_size: int) -> BareSystem:
-    """Mean pooling of the encoder's own backbone, which stays shared.
+def pooled(name: str, encoder: "Encoder", batch_size: int) -> BareSystem:
+    """Mean pooling of the encoder's own backbone, which stays shared, of the template that the registry has for `name`.
 
-    With echo a text may be as long as the student reads it, in both readings, as far as the backbone's positions allow.
+    With echo each copy of a text may be as long as the student reads it, as far as the backbone's positions allow.
     """
-    teacher = _pooling_teacher(name, encoder, batch_size)
-    return BareSystem(name, teacher.identity, teacher, _PROMPTING[name])
+    return _bare(name, _pooling_teacher(name, lambda: encoder, batch_size))
 
 
 @contextmanager
 def pooled_in_processes(
-    name: PooledName, load: "Callable[[], Encoder]", batch_size: int, where: Sequence[Place]
+    name: str, load: "Callable[[], Encoder]", batch_size: int, devices: Sequence[Place]
 ) -> Iterator[BareSystem]:
-    """The same in several processes that share the texts of a call; `load` (picklable) runs in each of them."""
+    """`pooled` in several processes that share the texts of a call; `load` (picklable) runs in each of them."""
     from pipeline.embed.teachers.pool import ParallelTeacher
 
-    loads = partial(_load_pooling_teacher, name, load, batch_size)
-    with closing(ParallelTeacher(loads, where, batch_size * BATCHES_OF_A_JOB)) as teacher:
-        yield BareSystem(name, teacher.identity, teacher, _PROMPTING[name])
+    load_teacher = partial(_pooling_teacher, name, load, batch_size)
+    with closing(ParallelTeacher(load_teacher, devices, batch_size * BATCHES_PER_JOB)) as teacher:
+        yield _bare(name, teacher)
 
 
-def _load_pooling_teacher(name: PooledName, load: "Callable[[], Encoder]", batch_size: int) -> "Teacher":
-    return _pooling_teacher(name, load(), batch_size)
+def _bare(name: str, teacher: "Teacher") -> BareSystem:
+    template = TEMPLATES[BUILT_IN[name].template]
+    prompting = BARE if template == SLOT else f"bare text twice: {template!r}, pooled over the second"
+    return BareSystem(name, teacher.identity, teacher, prompting)
 
 
-def _pooling_teacher(name: PooledName, encoder: "Encoder", batch_size: int) -> "Teacher":
+def _pooling_teacher(name: str, load: "Callable[[], Encoder]", batch_size: int) -> "Teacher":
     from pipeline.embed.teachers.backbone import VERSION
     from pipeline.embed.teachers.pooling import PooledTeacher
 
-    template, max_tokens = (ECHO_TEMPLATE, _echo_tokens(encoder)) if name == "echo" else (SLOT, encoder.max_tokens)
+    encoder, template = load(), TEMPLATES[BUILT_IN[name].template]
+    max_tokens = encoder.max_tokens if template == SLOT else _echo_tokens(template, encoder)
     identity: dict[str, Any] = {
         "pooling": "mean",
         "version": VERSION,
@@ -90,14 +85,14 @@ def _pooling_teacher(name: PooledName, encoder: "Encoder", batch_size: int) -> "
     return PooledTeacher(encoder.model.get_decoder(), tokenizer, batch_size=batch_size, identity=identity)
 
 
-def _echo_tokens(encoder: "Encoder") -> int:
-    """Tokens of the whole template that leave the student's `max_tokens` to each reading."""
-    frame = len(encoder.tokenizer(ECHO_TEMPLATE.replace(SLOT, ""))["input_ids"])
+def _echo_tokens(template: str, encoder: "Encoder") -> int:
+    """Tokens of the whole template that leave the student's `max_tokens` to each copy of the text."""
+    frame = len(encoder.tokenizer(template.replace(SLOT, ""))["input_ids"])
     wanted = frame + 2 * encoder.max_tokens
     positions = getattr(encoder.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None or wanted <= positions:
         return wanted
-    log.info("echo: %d tokens for both readings of a text (the backbone's positions), not %d", positions, wanted)
+    log.info("echo: %d tokens for both copies of a text (the backbone's positions), not %d", positions, wanted)
     return int(positions)
 
 
@@ -106,11 +101,11 @@ class HydeSystem:
     """The teacher's embedding of the backbone's answer.
 
     Attributes:
-        answers: asks the backbone; another owns and closes it.
+        answers: asks the backbone; the caller owns and closes it.
         teacher: embeds answers and documents.
-        fallbacks: queries so far whose answer was blank or failed, and that were embedded themselves.
-        failed: of these, the ones that the engine failed on. Another time it may not, so nothing that they are part of
-            is kept.
+        fallbacks: queries so far whose answer was blank or failed; they were embedded themselves.
+        failed: of these, the ones that the engine failed on. Another run may succeed, so results that include them are
+            not stored.
     """
 
     answers: "Answers"
@@ -126,21 +121,21 @@ class HydeSystem:
         return {"version": HYDE_VERSION, "teacher": self.teacher.identity, "answers": self.answers.identity}
 
     def cache_key(self, text: str, instruction: str, side: Side) -> str:
-        """Whether it is answered or read, and what."""
+        """See `System.cache_key`; says whether the text is answered or embedded."""
         return f"read: {text}" if side == "document" else f"answer: {join_instruction(instruction, text)}"
 
-    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> "np.ndarray[Any, Any]":
+    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
         """Embeddings float32 [len(texts), d]: of a query's answer, of a document itself (without the instruction)."""
         return self.teacher.embed(texts if side == "document" else self._answered(texts, instruction))
 
     def _answered(self, texts: Sequence[str], instruction: str) -> list[str]:
-        given = self.answers([join_instruction(instruction, text) for text in texts])
-        self.failed += given.count(None)
-        answers = [answer or "" for answer in given]
-        if blank := sum(not answer.strip() for answer in answers):
+        answers = self.answers([join_instruction(instruction, text) for text in texts])
+        self.failed += answers.count(None)
+        embedded = [answer if answer and answer.strip() else None for answer in answers]
+        if blank := embedded.count(None):
             self.fallbacks += blank
             log.warning("hyde: %d of %d answers are blank or failed: the text itself is embedded", blank, len(texts))
-        return [answer if answer.strip() else text for answer, text in zip(answers, texts, strict=True)]
+        return [answer or text for answer, text in zip(embedded, texts, strict=True)]
 
 
 class ModelSystem:
@@ -162,10 +157,10 @@ class ModelSystem:
         """Load the model onto the best device.
 
         Args:
-            key: the system's name, a key of `evaluate.models`.
+            key: the system's name.
             name: hub name or local folder.
             revision: commit on the hub.
-            max_tokens: longer texts lose their end; never more than the model itself takes.
+            max_tokens: longer texts lose their end; at most the model's own limit.
             dtype: of the weights.
             batch_size: texts of one forward pass.
             query_prompt: put before each text of the query side; None is the model's own, "" none.
@@ -182,8 +177,8 @@ class ModelSystem:
         self.name, self._batch_size = key, batch_size
         self._model = load_model(name, revision, dtype, device, trust_remote_code)
         limit = limit_tokens(self._model, name, max_tokens)
-        given: dict[Side, str | None] = {"query": query_prompt, "document": document_prompt}
-        self._prompts = {side: own_prompt(self._model, side) if it is None else it for side, it in given.items()}
+        prompts: dict[Side, str | None] = {"query": query_prompt, "document": document_prompt}
+        self._prompts = {side: _own_prompt(self._model, side) if it is None else it for side, it in prompts.items()}
         self.identity = {
             **identify(name, revision),
             "kind": "sentence-transformers",
@@ -202,14 +197,12 @@ class ModelSystem:
         return ", ".join(f"{side} prompt {prompt!r}" for side, prompt in self._prompts.items())
 
     def cache_key(self, text: str, instruction: str, side: Side) -> str:
-        """Prompt and text; the side too where the model tells them apart."""
-        read = self._prompts[side] + text
-        return read if self._one_sided else f"{side}: {read}"
+        """See `System.cache_key`; prompt and text, and the side where the model distinguishes them."""
+        prompted = self._prompts[side] + text
+        return prompted if self._one_sided else f"{side}: {prompted}"
 
-    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> "np.ndarray[Any, Any]":
+    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
         """Embeddings float32 [len(texts), d] of prompt + text; `instruction` is not used."""
-        import numpy as np
-
         if not texts:
             return np.zeros((0, int(self._model.get_embedding_dimension())), np.float32)
         encode = self._model.encode_query if side == "query" else self._model.encode_document
@@ -223,13 +216,13 @@ class ModelSystem:
         return np.asarray(vectors, dtype=np.float32)
 
 
-def own_prompt(model: Any, side: Side) -> str:
+def _own_prompt(model: Any, side: Side) -> str:
     """The prompt that a sentence-transformers model itself puts before the texts of a side, "" if none."""
     return next((model.prompts[key] for key in _PROMPT_KEYS[side] if model.prompts.get(key)), "")
 
 
 def _has_routes(model: Any) -> bool:
-    """Whether queries and documents take different ways through the model's modules."""
+    """Whether queries and documents pass different modules of the model."""
     from sentence_transformers.base.modules import Router
 
     return any(isinstance(module, Router) for module in model.modules())

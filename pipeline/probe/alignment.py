@@ -78,7 +78,11 @@ def run(params: AlignmentParams, context: ProbeContext) -> ProbeResult:
         found = {**alignment_metrics(table), "anisotropy": anisotropy(queries)}
         metrics |= {f"{system.name}/{key}": value for key, value in found.items()}
         systems[system.name] = {**described(system), "space": space_of(system.name)}
-        units[system.name] = _units(system, table)
+        units[system.name] = {
+            metric: column.to_numpy()
+            for metric, column in _per_query(table).items()
+            if not column.null_count and (metric != "cosine" or in_teacher_space(system.name))
+        }
         tables.append(table)
     deltas = unit_deltas(units, context.bootstrap)
     return ProbeResult(metrics, pa.concat_tables(tables), systems, artifacts, deltas)
@@ -130,10 +134,3 @@ def _per_query(rows: pa.Table) -> dict[str, pa.ChunkedArray]:
         "mrr": pc.divide(1.0, ranks),
         f"overlap@{NEIGHBOURS}": rows["overlap"],
     }
-
-
-def _units(system: System, rows: pa.Table) -> dict[str, np.ndarray]:
-    values = {metric: column.to_numpy() for metric, column in _per_query(rows).items() if not column.null_count}
-    if not in_teacher_space(system.name):
-        del values["cosine"]
-    return values

@@ -12,7 +12,8 @@ import pytest
 
 from pipeline.backbone.loading import BackboneParams
 from pipeline.core.errors import TeacherError
-from pipeline.evaluate.baselines import ECHO_TEMPLATE, HydeSystem, ModelSystem, pooled
+from pipeline.embed.teachers.template import TEMPLATES
+from pipeline.evaluate.baselines import HydeSystem, ModelSystem, pooled
 from pipeline.evaluate.system import revision_of
 from pipeline.generate.answer_cache import Answers
 from pipeline.generate.params import GenerateParams
@@ -47,7 +48,7 @@ def test_echo_pools_the_second_reading(tiny: Any) -> None:
     for row, text in zip(embedded, TEXTS, strict=True):
         ids = tiny.tokenizer(f"Rewrite the sentence: {text}, rewritten sentence: {text}")["input_ids"]
         np.testing.assert_allclose(row, mean_of(tiny.model, ids, slice(-len(text), None)), atol=1e-5)
-    assert system.prompting == f"bare text twice: {ECHO_TEMPLATE!r}, pooled over the second"
+    assert system.prompting == f"bare text twice: {TEMPLATES['echo']!r}, pooled over the second"
 
 
 def test_backbone_mean_pools_the_only_reading(tiny: Any) -> None:
@@ -72,7 +73,7 @@ def test_echo_keeps_to_the_positions_of_the_backbone(tiny: Any, caplog: pytest.L
     with caplog.at_level(logging.INFO):
         system = pooled("echo", encoder_of(tiny.model, tiny.tokenizer, max_tokens=500), 1)
     assert system.identity["max_tokens"] == 512
-    assert "echo: 512 tokens for both readings of a text (the backbone's positions), not 1044" in caplog.text
+    assert "echo: 512 tokens for both copies of a text (the backbone's positions), not 1044" in caplog.text
     assert system.encode(["z" * 600], "").shape == (1, 32)
 
 

@@ -1,3 +1,4 @@
+import importlib
 import json
 import shutil
 import weakref
@@ -19,6 +20,7 @@ from pipeline.core.config import validate
 from pipeline.core.errors import TeacherError
 from pipeline.core.target_transform import TargetTransform
 from pipeline.embed.__main__ import app as embed_app
+from pipeline.embed.params import TeacherParams, TeacherSection
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.evaluate.build import SystemInputs, Systems, make_answers, make_systems, manifest_params, own_instructions
 from pipeline.evaluate.system import BareSystem, InstructedSystem, System, revision_of
@@ -131,6 +133,8 @@ def test_the_backbone_is_loaded_once_and_only_when_needed(encoder: LengthEncoder
 
 def test_backbone_mean_pools_the_same_loaded_model(encoder: LengthEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.embed.teachers import pooling
+
+    importlib.import_module("pipeline.embed.teachers.backbone")  # it must not import the fake
 
     seen: list[Any] = []
 
@@ -344,6 +348,22 @@ def test_a_transform_of_another_teacher(inputs: Callable[..., SystemInputs]) -> 
     TargetTransform("center", False, *[np.ones(3, np.float32)] * 3).save(Path("models/encoder"))
     with closing(make_systems(inputs())) as systems, pytest.raises(TeacherError, match=r"was fitted on 3: run embed"):
         next(systems.build(["teacher"]))
+
+
+@pytest.mark.parametrize(
+    ("system", "teacher", "key"),
+    [
+        ("letters", {"kind": "hash"}, r"evaluate\.models\.letters\.name: "),
+        ("teacher", {"kind": "sentence-transformers", "name": "./missing"}, r"embed\.teacher\.name: "),
+    ],
+)
+def test_a_missing_model_is_named_by_its_params_key(
+    inputs: Callable[..., SystemInputs], system: str, teacher: dict[str, str], key: str
+) -> None:
+    embed = TeacherSection(teacher=TeacherParams(**teacher))
+    params = inputs(models={"letters": {"name": "./missing"}}).model_copy(update={"embed": embed})
+    with closing(make_systems(params)) as systems, pytest.raises(TeacherError, match=f"^{key}.*does not exist"):
+        next(systems.build([system]))
 
 
 def test_evaluate_answers_changes_how_long_answers_are(inputs: Callable[..., SystemInputs]) -> None:

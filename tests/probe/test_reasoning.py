@@ -92,6 +92,7 @@ def test_choices_are_ranked_among_all_and_among_their_own(tmp_path: Path) -> Non
     assert (delta.system, delta.units) == ("teacher", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 def test_arc_with_a_system_that_always_says_the_first_choice(tmp_path: Path, real_data: Path) -> None:
     source = real_data / "reasoning" / "rarb_mcr_ARC-Challenge-test.parquet"

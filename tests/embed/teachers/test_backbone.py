@@ -13,8 +13,7 @@ from pipeline.core.errors import TeacherError
 from pipeline.embed.params import TeacherParams
 from pipeline.embed.teachers.pooling import PooledTeacher
 from pipeline.embed.teachers.registry import build_teacher
-from pipeline.embed.teachers.template import TemplateTokenizer
-from pipeline.evaluate.baselines import ECHO_TEMPLATE
+from pipeline.embed.teachers.template import TEMPLATES, TemplateTokenizer
 from tests.conftest import tiny_model, tiny_tokenizer
 from tests.embed.teachers.test_template import with_bos
 
@@ -108,7 +107,7 @@ def test_one_word_pools_the_state_that_would_name_the_word(tiny_backbone: Callab
 
 
 def test_a_named_template_is_what_it_stands_for() -> None:
-    assert TeacherParams(kind="backbone", template="echo").template == ECHO_TEMPLATE
+    assert TeacherParams(kind="backbone", template="echo").template == TEMPLATES["echo"]
     assert TeacherParams(kind="backbone", template="text") == TeacherParams(kind="backbone")
     with pytest.raises(ValueError, match="template one-word needs pooling last"):
         TeacherParams(kind="backbone", template="one-word")
