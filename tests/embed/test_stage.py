@@ -1,10 +1,8 @@
 """The embed stage as a user runs it: whole, killed, interrupted, and with what it cannot use."""
 
 import json
-import random
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from pipeline.core import fault_points
 from pipeline.core.artifacts import open_artifact
 from pipeline.core.schemas import check_table, targets_schema
 from pipeline.core.target_transform import load_transform
@@ -20,11 +19,9 @@ from pipeline.core.vectors import anisotropy
 from pipeline.embed.__main__ import app
 from pipeline.embed.teachers.stub import HashTeacher
 from tests.stage_runs import (
-    finish,
     folder_bytes,
     kept_rows,
     row_id,
-    shards,
     start,
     wait_until,
     write_params,
@@ -199,29 +196,37 @@ def test_a_transform_without_queries(configure: Configure) -> None:
     fails("embed.transform.kind: whiten is fitted on training responses, at least 2: there are 0")
 
 
-@pytest.mark.slow
-def test_kill_9_at_any_moment_then_run_again(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("point", "delay", "fewest", "most"),
+    [
+        ("row_store.commit:1", 0.0, 0, 0),
+        ("row_store.committed:1", 0.006, 100, len(TEXTS) - 1),  # a shard is written every two seconds
+        ("artifact.commit:1", 0.0, len(TEXTS), len(TEXTS)),
+    ],
+)
+def test_kill_9_then_run_again(
+    point: str, delay: float, fewest: int, most: int, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_responses(TEXTS)
     configure()
     monkeypatch.setenv("PIPELINE_WORK_DIR", "elsewhere")
-    finish("embed")
+    invoke()
     uninterrupted = folder_bytes(TARGETS_DIR)
+    shutil.rmtree(TARGETS_DIR)
     monkeypatch.delenv("PIPELINE_WORK_DIR")
 
-    configure(options={"delay": 0.006})
-    moments = random.Random(0)
-    for _ in range(3):
-        before = len(shards("embed"))
+    configure(options={"delay": delay})
+    with monkeypatch.context() as killing:
+        killing.setenv(fault_points.VARIABLE, point)
         process = start("embed")
-        wait_until(lambda before=before: len(shards("embed")) > before, process)
-        time.sleep(moments.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
     kept = kept_rows("embed")
-    assert 3 * 100 <= kept < len(TEXTS)
+    assert fewest <= kept <= most
+    assert not TARGETS_DIR.exists()
 
     configure()
-    finish("embed")
+    invoke()
     assert folder_bytes(TARGETS_DIR) == uninterrupted
     assert (facts()["computed_rows"], facts()["reused_rows"]) == (len(TEXTS) - kept, kept)
 
@@ -241,7 +246,7 @@ def test_ctrl_c_keeps_every_finished_row(configure: Configure) -> None:
     kept = kept_rows("embed")
     assert 100 < kept < len(TEXTS)
     configure()
-    finish("embed")
+    invoke()
     assert facts()["reused_rows"] == kept
 
 

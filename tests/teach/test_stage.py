@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -16,10 +17,12 @@ from typer.testing import CliRunner
 
 from pipeline.backbone import loading as backbones
 from pipeline.backbone.loading import BackboneParams, identify
+from pipeline.core import fault_points
 from pipeline.core.artifacts import open_artifact
 from pipeline.core.config import load
 from pipeline.core.errors import EvaluationError, TeacherError
 from pipeline.core.run import RunRecord
+from pipeline.embed.__main__ import app as embed_app
 from pipeline.embed.params import TeacherParams
 from pipeline.embed.teachers import backbone as backbone_teacher
 from pipeline.embed.teachers import llm2vec as llm2vec_teacher
@@ -29,7 +32,7 @@ from pipeline.teach import recipe as recipes
 from pipeline.teach.__main__ import Inputs, app, run
 from tests.conftest import ROOT
 from tests.evaluate.fakes import write_folder
-from tests.stage_runs import finish, folder_bytes, start, wait_until, write_params, write_queries, write_responses
+from tests.stage_runs import folder_bytes, start, write_params, write_queries, write_responses
 from tests.teach.helpers import FAST, two_clusters
 
 TEXTS = two_clusters(40)
@@ -54,6 +57,10 @@ def write_inputs(backbone: Path, teacher: dict[str, Any] = TEACHER, **teach: Any
     )
 
 
+def teach() -> None:
+    run(load(Path("params.yaml"), Inputs), RunRecord("teach"))
+
+
 def test_where_none_is_asked_for_nothing_is_loaded(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
     write_inputs(tiny_backbone(), {"kind": "hash"})
     code = (
@@ -69,11 +76,19 @@ def test_where_none_is_asked_for_nothing_is_loaded(workspace: Path, tiny_backbon
         build_teacher(TeacherParams(**TEACHER), BackboneParams(name=str(tiny_backbone())))
 
 
-def test_a_trained_teacher_embeds(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+@pytest.mark.slow
+def test_a_trained_teacher_embeds_and_measuring_it_again_changes_no_byte(
+    workspace: Path, tiny_backbone: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tiny_backbone("qwen3")
-    write_inputs(folder, quality={"local": ["pairs"], "texts": 8})
-    stderr = finish("teach")
-    assert "simcse: dropout 0.3 in {'attention': 3, 'lora': 21}" in stderr
+    write_inputs(folder, quality={"texts": 8})
+    with caplog.at_level(logging.INFO):
+        teach()
+    assert "simcse: dropout 0.3 in {'attention': 3, 'lora': 21}" in caplog.text
+    unmeasured = folder_bytes(Path("models/teacher"))
+    write_inputs(folder, quality={"local": ["pairs"], "texts": 12, "bootstrap": {"resamples": 100}})
+    assert CliRunner().invoke(app, []).exit_code == 0
+    assert folder_bytes(Path("models/teacher")) == unmeasured
     artifact = open_artifact(Path("models/teacher"), "teacher")
     assert artifact.manifest.models == {"backbone": identify(str(folder), None)}
     assert set(artifact.manifest.inputs) == {"data/queries", "data/responses"}
@@ -86,7 +101,7 @@ def test_a_trained_teacher_embeds(workspace: Path, tiny_backbone: Callable[..., 
         ("mntp", "backbone-mean"), ("simcse", "backbone-mean"),
     }  # fmt: skip
     assert facts["intrinsic"]["simcse"].keys() == {"anisotropy", "uniformity", "alignment", "halves"}
-    finish("embed")
+    assert CliRunner().invoke(embed_app, []).exit_code == 0
     targets = open_artifact(Path("data/targets"), "targets")
     teacher = build_teacher(TeacherParams(**TEACHER), BackboneParams(name=str(folder)))
     adapters = [{**identify(f"models/teacher/{phase}", None)} for phase in ("mntp", "simcse")]
@@ -100,21 +115,6 @@ def test_a_trained_teacher_embeds(workspace: Path, tiny_backbone: Callable[..., 
         build_teacher(TeacherParams(**TEACHER), BackboneParams(name=str(tiny_backbone("llama"))))
     with pytest.raises(TeacherError, match="was trained with pooling mean, params say last"):
         build_teacher(TeacherParams(**TEACHER, pooling="last"), BackboneParams(name=str(folder)))
-
-
-def teach(record: RunRecord | None = None) -> None:
-    run(load(Path("params.yaml"), Inputs), record or RunRecord("teach"))
-
-
-def test_how_it_is_measured_changes_no_byte_of_it(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
-    write_inputs(tiny_backbone(), quality={"texts": 8})
-    teach()
-    before = folder_bytes(Path("models/teacher"))
-    write_inputs(tiny_backbone(), quality={"local": ["pairs"], "texts": 12, "bootstrap": {"resamples": 100}})
-    facts = RunRecord("teach")
-    teach(facts)
-    assert "simcse/pairs" in facts.facts["metrics"]
-    assert folder_bytes(Path("models/teacher")) == before
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,7 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(
     assert not list(Path(".work").rglob("mntp-*"))
 
 
+@pytest.mark.slow
 def test_one_model_at_a_time_is_in_memory(
     workspace: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,25 +174,39 @@ def test_one_model_at_a_time_is_in_memory(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["mntp", "simcse"])
-def test_kill_9_resumes_to_the_same_bytes(phase: str, workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
-    phases = {name: {**FAST[name], "steps": 40 if name == phase else 6} for name in ("mntp", "simcse")}
-    write_inputs(tiny_backbone(), **phases)
-    finish("teach")
+@pytest.mark.parametrize(
+    ("point", "resumed"),
+    [
+        ("checkpoint.committed:3", "mntp: resuming after step 3 of 6"),
+        ("checkpoint.commit:9", "simcse: resuming after step 2 of 6"),
+    ],
+)
+def test_kill_9_resumes_to_the_same_bytes(
+    point: str,
+    resumed: str,
+    workspace: Path,
+    tiny_backbone: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    write_inputs(tiny_backbone())
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("PIPELINE_WORK_DIR", "elsewhere")
+        teach()
     expected = folder_bytes(Path("models/teacher"))
-    for path in Path(".work/teach").iterdir():
-        if path.is_dir():
-            path.rename(workspace / path.name)
-    process = start("teach")
-    wait_until(lambda: bool(list(Path(".work/teach").glob(f"{phase}-*/checkpoint"))), process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    stderr = finish("teach")
-    assert f"{phase}: resuming after step" in stderr
+    with monkeypatch.context() as killing:
+        killing.setenv(fault_points.VARIABLE, point)
+        process = start("teach")
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    with caplog.at_level(logging.INFO):
+        teach()
+    assert resumed in caplog.text
     assert folder_bytes(Path("models/teacher")) == expected
 
 
-def test_a_teacher_that_is_worse_warns_or_fails(
+def test_a_teacher_that_is_worse_warns_or_fails_and_leaves_its_record(
     workspace: Path,
     tiny_backbone: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -199,27 +214,16 @@ def test_a_teacher_that_is_worse_warns_or_fails(
 ) -> None:
     worse = quality.Quality({"backbone-mean/mean/tasks": 0.5, "simcse/mean/tasks": 0.4}, [], {})
     monkeypatch.setattr(quality, "measure", lambda *_, **__: worse)
-    message = r"^teach\.on_worse: .* 0.4000 .* 0.5000 \(-0.1000\)"
-    write_inputs(tiny_backbone(), on_worse="fail")
-    with pytest.raises(TeacherError, match=message):
-        run(load(Path("params.yaml"), Inputs), RunRecord("teach"))
-    assert not Path("models/teacher").exists()
-    write_inputs(tiny_backbone())
-    with caplog.at_level(logging.WARNING):
-        run(load(Path("params.yaml"), Inputs), RunRecord("teach"))
-    assert "scores 0.4000 on the tasks of teach.quality" in caplog.text
-    assert open_artifact(Path("models/teacher"), "teacher").manifest.params["asked"] is True
-
-
-def test_a_stage_that_fails_over_a_worse_teacher_leaves_its_record(
-    workspace: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    worse = quality.Quality({"backbone-mean/mean/tasks": 0.5, "simcse/mean/tasks": 0.4}, [], {})
-    monkeypatch.setattr(quality, "measure", lambda *_, **__: worse)
     write_inputs(tiny_backbone(), on_worse="fail")
     result = CliRunner().invoke(app, [])
     assert (result.exit_code, Path("models/teacher").exists()) == (1, False)
+    assert re.search(r"^error: teach\.on_worse: .* 0\.4000 .* 0\.5000 \(-0\.1000\)", result.stderr, re.MULTILINE)
     facts = json.loads(Path("results/teach.json").read_text())
     assert facts["metrics"] == worse.metrics
     assert facts["worse_than_mean_pooling"].startswith("the trained teacher scores 0.4000")
     assert facts.keys() >= {"seconds", "started", "environment", "mntp", "simcse"}
+    write_inputs(tiny_backbone())
+    with caplog.at_level(logging.WARNING):
+        teach()
+    assert "the trained teacher scores 0.4000" in caplog.text
+    assert open_artifact(Path("models/teacher"), "teacher").manifest.params["asked"] is True
