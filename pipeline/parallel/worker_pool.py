@@ -192,6 +192,7 @@ class Workers:
                 return
             if error is not None:
                 self._death = type(error)(f"{worker.name}: {error.message}", argument=error.argument)
+                self._death.section = error.section
                 return
             yield message
             if not worker.connection.poll():

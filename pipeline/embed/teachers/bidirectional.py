@@ -1,8 +1,8 @@
-"""Bidirectional attention in a transformer that was made causal, and a probe that tells whether it is.
+"""Bidirectional attention in a causal transformer, and a probe that verifies it.
 
-Switching only the layers is silently causal on padded batches: the mask is made from the config. A hybrid has layers
-that nothing switches (causal convolutions, linear attention): the whole then sees what comes after through its few
-attention layers, so each layer is probed by itself.
+Switching only the layers leaves padded batches causal: the mask is made from the config. A hybrid has layers that
+cannot be switched (causal convolutions, linear attention) and sees later tokens through its few attention layers, so
+each layer is probed by itself.
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ def check_bidirectional(body: "PreTrainedModel", name: str) -> None:
 
 
 def _check_layers(body: "PreTrainedModel", batches: Sequence[Sequence[Sequence[int]]], name: str) -> None:
-    """Give each layer alone what it was given before, the last position turned round: an earlier one must change."""
+    """Run each layer alone with the sign of its last position's state changed: an earlier position must change."""
     import torch
 
     layers = _layers(body, name)
@@ -107,9 +107,9 @@ def _calls(body: "PreTrainedModel", layers: "Sequence[nn.Module]", rows: Sequenc
 
 
 def _turning_the_last_moves(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """How far, at most, an earlier position of the last row moves when the last one's state changes its sign.
+    """The largest relative change at an earlier position of the last row when the last one's state changes its sign.
 
-    Of all positions, because the first of a trained model has a state so long that little moves it.
+    Over all positions, since the first state of a trained model is so long that little changes it.
     """
     by_name = "hidden_states" in kwargs
     states = kwargs["hidden_states"] if by_name else args[0]

@@ -85,6 +85,6 @@ def open_teacher(
     """
     count = 1
     if data_parallel != "auto" or TEACHERS[params.kind].parallel:
-        count = worker_count(data_parallel, gpus_each=1, knob="embed.data_parallel", error=TeacherError)
+        count = worker_count(data_parallel, gpus_each=1, knob="data_parallel", error=TeacherError)
     load = partial(build_teacher, params, backbone)
     return nullcontext(load()) if count == 1 else closing(ParallelTeacher(load, places(count), params.batch_size))
