@@ -7,11 +7,9 @@
     embedder.decode("Why is the sky blue?")
 
 A mistake of the caller raises a `pipeline.core.errors.PipelineError` whose message says what to change.
-Several processes (`processes=`) are started anew by `spawn`: a script that asks for them guards itself with
-`if __name__ == "__main__":`.
+Several processes (`processes=`) are started by `spawn`: a script that uses them needs `if __name__ == "__main__":`.
 """
 
-import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Set
 from itertools import islice
@@ -32,14 +30,12 @@ if TYPE_CHECKING:
     from pipeline.encoder.pool import ParallelEncoder
     from pipeline.tasks.instructions import Side
 
-log = logging.getLogger(__name__)
-
-# Fewer texts are done before a bar is read.
+# Fewer texts need no progress bar.
 LONG_WORK = 256
 
 
 class Options(TypedDict, total=False):
-    """What `encode_query` and `encode_document` take as `encode` does."""
+    """Options of `encode` that `encode_query` and `encode_document` share."""
 
     normalize: bool
     batch_tokens: int | None
@@ -63,13 +59,13 @@ def load(
         path: the folder.
         device: of the backbone ("cpu", "cuda", "cuda:1"); None: the best that there is.
         dtype: of the backbone: float32, bfloat16 or float16. Embeddings are float32 always.
-        backbone: where the backbone lies, in place of the recorded folder or hub name.
-        allow_other_backbone: take a backbone with other weights too, with a warning: its embeddings mean little.
+        backbone: folder or hub name of the backbone, in place of the recorded one.
+        allow_other_backbone: accept a backbone with other weights, with a warning: its embeddings mean little.
         trust_remote_code: let the backbone run code that comes with it.
 
     Raises:
-        TrainingError: the folder is no encoder or damaged, or the backbone is another than it was trained on. Where
-            that one is recorded by a hub name, nothing tells of a plain folder: it is taken with a warning.
+        TrainingError: the folder is no encoder or damaged, or the backbone is another than it was trained on. If that
+            one came from the hub, a plain folder cannot be checked: it is used with a warning.
         BackboneError: the backbone cannot be loaded.
     """
     return Embedder(
@@ -86,15 +82,16 @@ class Embedder:
     """A loaded encoder; `load` makes one. A context manager, which stops the processes that `processes` started.
 
     Attributes:
-        encoder: what it stands on, with soft prompts, hidden states and the backbone itself.
+        encoder: gives soft prompts, hidden states and the backbone itself.
     """
 
     def __init__(self, path: Path, **options: Any) -> None:
         """See `load`."""
+        from pipeline.encoder.folder.read import read_encoder
         from pipeline.encoder.inference import Encoder
 
         self._path, self._options = path, options
-        self.encoder: Encoder = Encoder.load(path, **{**options, "device": options["device"] or best_device()})
+        self.encoder: Encoder = read_encoder(path, **{**options, "device": options["device"] or best_device()})
         self._workers: tuple[int, ParallelEncoder] | None = None
 
     @property
@@ -104,7 +101,7 @@ class Embedder:
 
     @property
     def max_tokens(self) -> int:
-        """The longest input in tokens, prompt and template included; longer texts are cut, counted in a warning."""
+        """The longest input in tokens, prompt and template included; longer texts are cut, with a warning."""
         return self.encoder.max_tokens
 
     def encode(
@@ -121,29 +118,29 @@ class Embedder:
         """Embeddings, float32: `[width]` of a string, `[N, width]` of a list, tuple, array or column of N strings.
 
         Args:
-            texts: one string or several; for an iterator, whose end is not known, see `encode_stream`.
+            texts: one string or several; for an iterator see `encode_stream`.
             prompt: instruction put before each text, e.g. "Generate a passage that best answers this question:".
             normalize: to unit length.
             batch_tokens: tokens in one forward pass; None: by the device.
             show_progress: a bar; None: for long work on a terminal.
-            processes: that share the texts, each with the backbone; "auto": one a visible GPU, one on a CPU. Started
-                once, they wait for the next call until `close`.
-            space: "teacher" leads behind `embed.transform` back to the space of the teacher's own vectors.
+            processes: that share the texts, each with the backbone; "auto": one for each visible GPU, one on a CPU.
+                They are kept for the next call until `close`.
+            space: "teacher" leads back to the space of the teacher's vectors before the transform of the targets.
 
         Raises:
-            SourceError: something is not a text, or there is no such space.
-            TrainingError: an embedding is not finite in this dtype, or there is no way to the space.
+            SourceError: an item is not a text, or the space is unknown.
+            TrainingError: an embedding is not finite in this dtype, or the transform is missing.
             EvaluationError: a process died.
         """
         from pipeline.encoder.inference import check_texts
 
         several = [texts] if isinstance(texts, str) else _listed(texts)
-        self.encoder.width_of(space)  # what is wrong is said before the work
+        self.encoder.width_of(space)  # checks before the work
         check_texts(several)
         bar = sys.stderr.isatty() and len(several) >= LONG_WORK if show_progress is None else show_progress
         count = _process_count(processes)
         found = self._embed(count, several, instruction=prompt, batch_tokens=batch_tokens, show_progress=bar)
-        self._tell(found.truncated, len(several))
+        self.encoder.config.warn_of_truncated(found.truncated, len(several))
         vectors = self.encoder.in_space(space, found.vectors)
         vectors = unit_rows(vectors) if normalize else vectors
         return vectors[0] if isinstance(texts, str) else vectors
@@ -159,7 +156,7 @@ class Embedder:
         processes: Count = 1,
         space: "Space" = "trained",
     ) -> "Iterator[np.ndarray[Any, Any]]":
-        """Embeddings float32 `[<= chunk, width]`, in order, as they are made: no more than a chunk is held.
+        """Embeddings float32 `[<= chunk, width]`, in order, as they are made; at most one chunk is in memory.
 
         Args:
             texts: any iterable, endless ones too.
@@ -171,7 +168,7 @@ class Embedder:
             space: see `encode`.
 
         Raises:
-            SourceError: something is not a text, `chunk` is below 1, or there is no such space.
+            SourceError: an item is not a text, `chunk` is below 1, or the space is unknown.
         """
         from pipeline.encoder.encode_file import CHUNK_ROWS
 
@@ -199,7 +196,7 @@ class Embedder:
                 vectors = self.encoder.in_space(space, found.vectors)
                 yield unit_rows(vectors) if normalize else vectors
         finally:
-            self._tell(truncated, total)
+            self.encoder.config.warn_of_truncated(truncated, total)
 
     def _embed(self, count: int, texts: list[str], **options: Any) -> "Embedded":
         """By this process, or by `count` others."""
@@ -208,20 +205,16 @@ class Embedder:
         try:
             return self._started(count).embed(texts, **options)
         except Exception:
-            # One that has failed is gone, and every later call would be told why: the next one starts them anew.
+            # A failed process stays failed: the next call starts new ones.
             self.close()
             raise
 
-    def _tell(self, truncated: int, total: int) -> None:
-        if truncated:
-            log.warning("%s", self.encoder.config.cut(truncated, total))
-
     def encode_query(self, texts: str | Iterable[str], **options: Unpack[Options]) -> "np.ndarray[Any, Any]":
-        """`encode` with the instruction that queries have in the evaluation of retrieval."""
+        """`encode` with the query instruction of the retrieval evaluation."""
         return self.encode(texts, prompt=_instruction("query"), **options)
 
     def encode_document(self, texts: str | Iterable[str], **options: Unpack[Options]) -> "np.ndarray[Any, Any]":
-        """`encode` with the instruction that documents have in the evaluation of retrieval."""
+        """`encode` with the document instruction of the retrieval evaluation."""
         return self.encode(texts, prompt=_instruction("document"), **options)
 
     @overload
@@ -259,7 +252,7 @@ class Embedder:
         self.close()
 
     def _started(self, count: int) -> "ParallelEncoder":
-        """As many processes, which are kept."""
+        """`count` processes; those of the last call if it had as many."""
         from pipeline.encoder.pool import ParallelEncoder, encoder_loader
         from pipeline.parallel.devices import places
 
@@ -301,22 +294,22 @@ def similarity(a: "np.ndarray[Any, Any]", b: "np.ndarray[Any, Any]") -> "np.ndar
 
 
 def _listed(texts: Iterable[str]) -> list[str]:
-    """Texts of a collection that has an order and an end.
+    """Texts of an ordered collection of known length.
 
     Raises:
-        SourceError: it has not.
+        SourceError: it is something else.
     """
     kind = type(texts).__name__
     _refuse_table(texts)
     if isinstance(texts, Mapping | Set | bytes) or not isinstance(texts, Iterable):
         raise SourceError(f"texts is a {kind}: give a string, or a list, tuple, array or column of strings")
     if not hasattr(texts, "__len__"):
-        raise SourceError(f"texts is a {kind}, whose end is not known: give a list, or use encode_stream")
+        raise SourceError(f"texts is a {kind}, whose length is not known: give a list, or use encode_stream")
     return list(texts)
 
 
 def _refuse_table(texts: object) -> None:
-    """Raises SourceError for a data frame: what it iterates over are columns, or their names."""
+    """Raises SourceError for a data frame, which would iterate over columns or their names."""
     if hasattr(texts, "columns"):
         raise SourceError(f"texts is a {type(texts).__name__}: give a column of it, which holds the texts")
 

@@ -238,12 +238,12 @@ def test_similarity_of_other_widths() -> None:
 
 
 def test_texts_that_are_too_long_are_counted_once_a_call(embedder: Embedder, caplog: pytest.LogCaptureFixture) -> None:
-    message = "{} of {} texts are longer than 32 tokens, prompt and template included (train.max_query_tokens), and"
+    message = "{} of {} texts are longer than 32 tokens, prompt and template included (max_query_tokens), and"
     embedder.encode(["x" * LIMIT])
     assert caplog.messages == []
     embedder.encode(["x" * 33, "y", "z" * 9000])
     list(embedder.encode_stream(["x" * 33, "y", "z" * 9000], chunk=1))
-    lost = " lose their end (train.too_long: keep_start)"
+    lost = " lose their end (keep: start)"
     assert caplog.messages == [message.format(2, 3) + lost] * 2
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
     embedder.decode("x" * 33, 1)
@@ -256,7 +256,7 @@ MISTAKES: list[tuple[Any, str]] = [
     ([["x"]], r"texts\[0\] is \['x'\] \(list\)"),
     ([float("nan")], r"texts\[0\] is nan \(float\)"),
     (["\ud83d"], r"texts\[0\] holds '\\ud83d' at character 0, half of a surrogate pair"),
-    ((text for text in TEXTS), "texts is a generator, whose end is not known: give a list, or use encode_stream"),
+    ((text for text in TEXTS), "texts is a generator, whose length is not known: give a list, or use encode_stream"),
     ({"a": "x"}, "texts is a dict: give a string, or a list"),
     ({"x"}, "texts is a set: give a string"),
     (b"x", "texts is a bytes: give a string"),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bench.encoding.child import serve
-from pipeline.encoder.inference import Encoder
+from pipeline.encoder.folder.read import read_encoder
 
 LOADED = {"bf16": "bfloat16", "fp32": "float32"}
 
@@ -20,7 +20,7 @@ class Ours:
     def __init__(self, settings: argparse.Namespace) -> None:
         """Args: settings: of the child process; the workspace holds the encoder."""
         dtype: Any = LOADED[settings.dtype]
-        self._encoder = Encoder.load(settings.work / "encoder", device=settings.device, dtype=dtype)
+        self._encoder = read_encoder(settings.work / "encoder", device=settings.device, dtype=dtype)
 
     def encode(self, texts: list[str], instruction: str, way: str) -> "np.ndarray[Any, Any]":
         """See `Side.encode`; there is one way."""

@@ -72,13 +72,13 @@ def one_of(kinds: Any, value: str, argument: str) -> Any:
 
 
 def load_encoder(model: Path, dtype: str, backbone: str | None, allow_other_backbone: bool) -> "Encoder":
-    """An encoder on the best device of this machine; see `Encoder.load`."""
+    """An encoder on the best device of this machine; see `read_encoder`."""
     from pipeline.backbone.device import best_device
     from pipeline.backbone.loading import DType
 
     chosen = one_of(DType, dtype, "dtype")
-    from pipeline.encoder.inference import Encoder
+    from pipeline.encoder.folder.read import read_encoder
 
-    return Encoder.load(
+    return read_encoder(
         model, device=best_device(), dtype=chosen, backbone=backbone, allow_other_backbone=allow_other_backbone
     )

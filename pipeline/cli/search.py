@@ -91,7 +91,7 @@ def _embedded(encoder: "Encoder", corpus: TextFile, instruction: str) -> "Iterat
             truncated += found.truncated
             bar.update(len(chunk))
     if truncated:
-        log.warning("%s", encoder.config.cut(truncated, corpus.rows))
+        log.warning("%s", encoder.config.truncation_note(truncated, corpus.rows))
 
 
 def _is_embedded(encoder: "Encoder", corpus: TextFile, instruction: str) -> bool:

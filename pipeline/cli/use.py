@@ -55,7 +55,7 @@ def encode(
     kept = f" ({done.kept} of them from the run before)" if done.kept else ""
     print(f"{done.rows} embeddings of {done.width} dimensions -> {output}{kept}")
     if done.truncated:
-        print(f"note: {encoder.config.cut(done.truncated, done.rows - done.kept)}")
+        print(f"note: {encoder.config.truncation_note(done.truncated, done.rows - done.kept)}")
 
 
 def search(

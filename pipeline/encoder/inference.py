@@ -1,41 +1,27 @@
 """A trained encoder in use: texts in, embeddings or soft prompts out, one forward pass, nothing generated."""
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.backbone.attention.segments import shared_prefix
-from pipeline.backbone.loading import BackboneParams, DType, Quantize, load_tokenizer
-from pipeline.backbone.lora import load_adapter
 from pipeline.backbone.prompting import PromptFormatter, eos_token_id, join_instruction
 from pipeline.core.errors import SourceError, TrainingError
 from pipeline.core.run import progress
 from pipeline.core.target_transform import TRANSFORM_FILE, Space, TargetTransform, load_transform
 from pipeline.encoder.folder.config import EncoderConfig
-from pipeline.encoder.folder.read import (
-    ADAPTER,
-    check_backbone,
-    check_sizes,
-    identity_of,
-    open_backbone,
-    read_config,
-    read_student,
-)
 from pipeline.encoder.passes.prompt_reader import prompt_reader
 from pipeline.encoder.student import Student, new_student
 from pipeline.optim.batching import micro_batches
 
-log = logging.getLogger(__name__)
-
 # Tokens of one forward pass by device.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
-# A beginning is read by itself where that saves so many tokens at least: a forward pass has its price.
+# Tokens that reading a shared beginning by itself must save, to be worth a further forward pass.
 WORTH_SHARING = 64
 
 
@@ -53,7 +39,7 @@ class Encoder:
         model: the backbone; it still answers as before.
         tokenizer: the backbone's.
         width: dimensions of an embedding.
-        max_tokens: longest prompt, new tokens not counted; of longer texts the side that `config.keep` says is kept.
+        max_tokens: longest prompt without the new tokens; longer texts keep the side that `config.keep` names.
         identity: what pins the weights.
     """
 
@@ -67,9 +53,16 @@ class Encoder:
         adapted: Any = None,
         folder: Path | None = None,
     ) -> None:
-        """From loaded parts; `load` reads them from a folder. `adapted` is the backbone under the adapters that embeds.
+        """From loaded parts; `read_encoder` loads them from a folder.
 
-        Without adapters the model itself embeds. `folder` is where the transform of the targets is, if there is one.
+        Args:
+            model: the backbone.
+            tokenizer: the backbone's.
+            student: the trained tensors.
+            config: of the encoder.
+            identity: what pins the weights.
+            adapted: the backbone with adapters, which embeds; None: the backbone itself does.
+            folder: holds the transform of the targets, if there is one.
         """
         self._folder = folder
         self.model, self.tokenizer, self.student, self.config = model, tokenizer, student.eval(), config
@@ -79,53 +72,8 @@ class Encoder:
             tokenizer, config.template, config.max_query_tokens, config.chat_template_kwargs, config.keep
         )
 
-    @classmethod
-    def load(
-        cls,
-        path: Path,
-        *,
-        device: str = "cpu",
-        dtype: DType = "float32",
-        backbone: Any = None,
-        allow_other_backbone: bool = False,
-        quantize: Quantize | None = None,
-        trust_remote_code: bool = False,
-    ) -> Self:
-        """Read an encoder folder.
-
-        Args:
-            path: the folder.
-            device: of the backbone.
-            dtype: of the backbone.
-            backbone: the place (folder or hub name) or a loaded model to use instead of the recorded one. A loaded
-                model is taken as it is: whether it is the one the encoder was trained on is the caller's to know.
-            allow_other_backbone: take a backbone with other weights too, with a warning.
-            quantize: see `load_backbone`.
-            trust_remote_code: let the backbone and its tokenizer run code that comes with them. No folder can ask for
-                it, only the caller.
-
-        Raises:
-            TrainingError: the folder is no encoder or damaged, or the backbone is another than it was trained on (see
-                `check_backbone` for what tells).
-            BackboneError: the backbone cannot be loaded.
-        """
-        config = read_config(path)
-        student = read_student(path, config)
-        tokenizer = load_tokenizer(BackboneParams(name=str(path), trust_remote_code=trust_remote_code))
-        other = None
-        if backbone is None or isinstance(backbone, str | Path):
-            name = config.backbone["name"] if backbone is None else str(backbone)
-            other = check_backbone(config, name, allow_other=allow_other_backbone)
-            backbone = open_backbone(
-                config, name, device=device, dtype=dtype, quantize=quantize, trust_remote_code=trust_remote_code
-            )
-        check_sizes(config, backbone, tokenizer, other=other is not None)
-        adapted = load_adapter(backbone, path / ADAPTER, config.lora) if config.lora else None
-        identity = identity_of(path, config, other)
-        return cls(backbone, tokenizer, student.to(backbone.device), config, identity, adapted, path)
-
     def untrained(self, seed: int) -> "Encoder":
-        """The backbone itself, without adapters, with a student that no step has trained: random projections."""
+        """The backbone without adapters, with an untrained student: random projections."""
         student = new_student(
             self.model,
             self.width,
@@ -153,20 +101,20 @@ class Encoder:
         Args:
             texts: any strings; each is cut to `max_tokens` prompt tokens.
             instruction: put before each text, e.g. "Generate a passage that best answers this question:".
-            batch_tokens: most tokens in one forward pass, new tokens included; texts of like length are put together,
-                one that is longer by itself has a pass of its own. None: `BATCH_TOKENS` of the device.
+            batch_tokens: most tokens in one forward pass, new tokens included; texts of similar length share a pass,
+                a longer one has its own. None: `BATCH_TOKENS` of the device.
             show_progress: show a bar.
-            space: where `embed.transform` changed the targets, "teacher" leads back to the space of the teacher's own
-                vectors (`width_of` says how wide it is); elsewhere it is the one that was trained in.
+            space: "trained", or "teacher": the space of the teacher's vectors before the transform of the targets, of
+                width `width_of("teacher")`. Without a transform the two are one.
 
         Raises:
-            SourceError: something is not a text, or there is no such space.
-            TrainingError: an embedding is not finite, or the transform is not in the encoder's folder.
+            SourceError: an item is not a text, or the space is unknown.
+            TrainingError: an embedding is not finite, or the transform is missing from the encoder's folder.
         """
         found = self.embed(
             texts, instruction=instruction, batch_tokens=batch_tokens, show_progress=show_progress, space=space
         )
-        self._tell(found.truncated, len(texts))
+        self.config.warn_of_truncated(found.truncated, len(texts))
         return found.vectors
 
     def embed(
@@ -178,19 +126,19 @@ class Encoder:
         show_progress: bool = False,
         space: Space = "trained",
     ) -> Embedded:
-        """As `encode`, for callers with many calls: says nothing of texts that were cut, only how many they are."""
-        self.width_of(space)  # what is missing is said before the work
+        """As `encode`, without the warning: the number of cut texts is returned."""
+        self.width_of(space)  # checks before the work
         prompts, truncated = self._prompts(texts, instruction)
         vectors = self._batched(prompts, batch_tokens, self.student.embedding, (self.width,), show_progress)
         return Embedded(self.in_space(space, vectors), truncated)
 
     def in_space(self, space: Space, embeddings: np.ndarray) -> np.ndarray:
-        """Embeddings of the trained space `[N, width]` in another, `[N, width_of(space)]`. See `encode`."""
+        """Embeddings of the trained space `[N, width]` in another, `[N, width_of(space)]`."""
         transform = self._transform_to(space)
         return embeddings if transform is None else transform.invert(embeddings)
 
     def width_of(self, space: Space) -> int:
-        """Dimensions of an embedding in a space. See `encode`."""
+        """Dimensions of an embedding in a space."""
         transform = self._transform_to(space)
         return self.width if transform is None else transform.teacher_width
 
@@ -207,7 +155,7 @@ class Encoder:
         found = load_transform(self._folder) if self._folder else None
         if found is None or found.identity != recorded:
             raise TrainingError(
-                f"{self._folder}: {TRANSFORM_FILE} is missing or not the one this encoder was trained behind (sha256 "
+                f"{self._folder}: {TRANSFORM_FILE} is missing or not the one that this encoder's targets had (sha256 "
                 f"{recorded['sha256'][:12]}...): without it there is no way back to the teacher's space"
             )
         return found
@@ -232,20 +180,16 @@ class Encoder:
         head: Callable[[Tensor], Tensor] | None,
     ) -> np.ndarray:
         prompts, truncated = self._prompts(texts, instruction)
-        self._tell(truncated, len(texts))
+        self.config.warn_of_truncated(truncated, len(texts))
         return self._batched(prompts, batch_tokens, head, (self.config.compression_tokens, self.config.hidden))
 
     def _prompts(self, texts: Sequence[str], instruction: str) -> tuple[list[list[int]], int]:
         """Token ids of each text, and how many were cut."""
         check_texts(texts)
-        # Without a template and a start token an empty text has no token at all; EOS stands for it.
+        # Without a template and a start token an empty text has no token: EOS represents it.
         empty = [eos_token_id(self.tokenizer)]
         prompts = self._format.batch(texts, join_instruction(instruction, ""))
         return [prompt.token_ids or empty for prompt in prompts], sum(prompt.truncated for prompt in prompts)
-
-    def _tell(self, truncated: int, total: int) -> None:
-        if truncated:
-            log.warning("%s", self.config.cut(truncated, total))
 
     @torch.inference_mode()
     def _batched(
@@ -281,7 +225,7 @@ class Encoder:
             )
 
     def _batches(self, lengths: Sequence[int], batch_tokens: int | None) -> list[list[int]]:
-        """Rows of each forward pass, the longest first, so that too large a batch shows at once."""
+        """Rows of each forward pass, the longest first, so that a batch that is too large fails at once."""
         costs = np.array(lengths, dtype=np.int64) + len(self.student.tokens)
         order = [int(row) for row in np.argsort(-costs, kind="stable")]
         return micro_batches(
@@ -294,7 +238,7 @@ class Encoder:
 
 
 def check_texts(texts: Sequence[Any], first: int = 0) -> None:
-    """Raises SourceError unless all are strings that a tokenizer can read; `first` is the row of the first one."""
+    """Raises SourceError unless all are strings that a tokenizer can read; rows are counted from `first`."""
     if isinstance(texts, str):
         raise SourceError(f"texts is one string ({texts[:40]!r}): give a list of strings")
     for row, text in enumerate(texts, start=first):

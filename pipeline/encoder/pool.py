@@ -4,14 +4,13 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pipeline.backbone.device import best_device
-from pipeline.backbone.loading import DType
 from pipeline.core.errors import EvaluationError
 from pipeline.core.run import progress
-from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.parallel.devices import Place
 from pipeline.parallel.text_pool import TextJobs
 
@@ -24,15 +23,7 @@ log = logging.getLogger(__name__)
 
 # Large enough for full batches of like lengths, small enough that the processes end together.
 JOB_TEXTS = 512
-
-
-class Ready(NamedTuple):
-    """What a process says of its encoder."""
-
-    width: int
-    max_tokens: int
-    identity: dict[str, Any]
-    config: EncoderConfig
+_FACTS = attrgetter("width", "max_tokens", "identity", "config")
 
 
 class ParallelEncoder:
@@ -55,7 +46,7 @@ class ParallelEncoder:
         Raises:
             PipelineError: what was raised when an encoder was loaded, or EvaluationError if its process died.
         """
-        self._jobs = TextJobs(load, _ready, where, job_texts=JOB_TEXTS, kind="encoder process", error=EvaluationError)
+        self._jobs = TextJobs(load, _FACTS, where, job_texts=JOB_TEXTS, kind="encoder process", error=EvaluationError)
         self.width, self.max_tokens, self.identity, self.config = self._jobs.facts
 
     def encode(
@@ -68,8 +59,7 @@ class ParallelEncoder:
     ) -> "np.ndarray[Any, Any]":
         """See `Encoder.encode`; the limit is that of each process."""
         found = self.embed(texts, instruction=instruction, batch_tokens=batch_tokens, show_progress=show_progress)
-        if found.truncated:
-            log.warning("%s", self.config.cut(found.truncated, len(texts)))
+        self.config.warn_of_truncated(found.truncated, len(texts))
         return found.vectors
 
     def embed(
@@ -103,41 +93,21 @@ class ParallelEncoder:
 
 
 def encoder_loader(
-    path: Path,
-    *,
-    dtype: DType,
-    untrained_seed: int | None = None,
-    trust_remote_code: bool = False,
-    device: str | None = None,
-    backbone: str | None = None,
-    allow_other_backbone: bool = False,
+    path: Path, *, untrained_seed: int | None = None, device: str | None = None, **options: Any
 ) -> "Callable[[], Encoder]":
     """Loads the encoder of a folder; picklable.
 
     Args:
         path: the folder.
-        dtype: of the backbone.
         untrained_seed: of `Encoder.untrained`; None: the trained one.
-        trust_remote_code: see `Encoder.load`.
         device: of the backbone; None: the best of the process that loads it.
-        backbone: see `Encoder.load`.
-        allow_other_backbone: see `Encoder.load`.
+        options: see `read_encoder`.
     """
-    options = {
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
-        "backbone": backbone,
-        "allow_other_backbone": allow_other_backbone,
-    }
-    return partial(_load, path, device, untrained_seed, options)
+    return partial(_load, path, untrained_seed, device, options)
 
 
-def _load(path: Path, device: str | None, untrained_seed: int | None, options: dict[str, Any]) -> "Encoder":
-    from pipeline.encoder.inference import Encoder
+def _load(path: Path, untrained_seed: int | None, device: str | None, options: dict[str, Any]) -> "Encoder":
+    from pipeline.encoder.folder.read import read_encoder
 
-    encoder = Encoder.load(path, device=device or best_device(), **options)
+    encoder = read_encoder(path, device=device or best_device(), **options)
     return encoder if untrained_seed is None else encoder.untrained(untrained_seed)
-
-
-def _ready(encoder: "Encoder") -> Ready:
-    return Ready(encoder.width, encoder.max_tokens, encoder.identity, encoder.config)

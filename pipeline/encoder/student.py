@@ -1,4 +1,4 @@
-"""What is trained: the rows of the new tokens and two linear layers (paper, section on the method).
+"""The trained parameters: rows of the new tokens and two linear layers (paper, section on the method).
 
 Shapes: B texts, T thought tokens, n compression tokens, d hidden size of the backbone, e width of the embedding.
 """
@@ -19,7 +19,7 @@ class Student(nn.Module):
     """
 
     def __init__(self, hidden: int, width: int, compression_tokens: int, thought_tokens: int = 0) -> None:
-        """Projections start as torch starts linear layers; the token rows are zero until something sets them."""
+        """Projections are initialised as torch does; the token rows are zero."""
         super().__init__()
         self.compression_tokens = compression_tokens
         self.thought_tokens = thought_tokens
@@ -71,5 +71,5 @@ def new_student(
 def input_embeddings(backbone: Any) -> Tensor:
     """`[V, d]`: every vocabulary row as the first layer sees it."""
     embeddings = backbone.get_input_embeddings()
-    # Called, not read from .weight: some architectures (Gemma) scale the rows on the way in.
+    # Called, not read from .weight: some architectures (Gemma) scale the rows.
     return embeddings(torch.arange(embeddings.weight.shape[0], device=embeddings.weight.device))

@@ -1,9 +1,9 @@
-"""Where the rows of the new tokens start.
+"""Initial rows of the new tokens.
 
 vocabulary  copies of random vocabulary rows: inputs as the backbone knows them, and all different
-random      drawn from a normal with the mean and covariance of the vocabulary, as transformers says of added tokens
-mean        the mean row, in effect: that normal shrunk to 1e-9 of its covariance. transformers' code multiplies the
-            covariance so, and with it the paper's reference implementation starts its tokens
+random      drawn from a normal with the mean and covariance of the vocabulary, as transformers does for added tokens
+mean        in effect the mean row: that normal with 1e-9 of its covariance. The code of transformers has this factor,
+            and the paper's reference implementation starts its tokens with it
 words       rows of the tokens of a given text
 """
 
@@ -28,27 +28,27 @@ _CHUNK = 16_384
 
 
 class TokenInitParams(Params):
-    """Key `train.token_start`."""
+    """Which initial rows."""
 
     kind: TokenInitKind = "vocabulary"
     words: str | None = None
 
     @model_validator(mode="after")
-    def _words_belong_to_their_kind(self) -> Self:
+    def _only_kind_words_has_words(self) -> Self:
         if (self.words is not None) != (self.kind == "words"):
             raise ValueError(f"words {self.words!r} with kind {self.kind}: kind words, and no other, needs words")
         return self
 
 
 class TokenInit(Protocol):
-    """Gives the new tokens their first rows."""
+    """Gives the new tokens their initial rows."""
 
     def __call__(self, embeddings: Any, count: int, seed: int) -> "Tensor":
         """Rows float32 `[count, d]` on the device of `embeddings`.
 
         Args:
-            embeddings: the backbone's input embedding layer over V tokens. It is called, its weight is not read: some
-                architectures (Gemma) scale the rows on the way in.
+            embeddings: the backbone's input embedding layer over V tokens. It is called instead of reading its weight,
+                because some architectures (Gemma) scale the rows.
             count: thought and compression tokens together.
             seed: of any draw; the same on every device.
         """
@@ -56,7 +56,7 @@ class TokenInit(Protocol):
 
 
 def token_init(kind: TokenInitKind, words: str | None, tokenizer: Any) -> TokenInit:
-    """The start of params `train.token_start`.
+    """The initialisation of a kind; `words` belongs to kind `words`.
 
     Raises:
         TrainingError: the words give no token.
@@ -71,16 +71,15 @@ def token_init(kind: TokenInitKind, words: str | None, tokenizer: Any) -> TokenI
         case "words":
             ids = tokenizer(words or "", add_special_tokens=False)["input_ids"]
             if not ids:
-                raise TrainingError(f"train.token_start.words: {words!r} gives 0 tokens, at least 1 is needed")
+                raise TrainingError(f"{words!r} gives 0 tokens, at least 1 is needed", argument="words")
             return WordRows(tuple(ids))
 
 
 def vocabulary_rows(embeddings: Any, count: int, seed: int) -> "Tensor":
     """A `TokenInit`: different random vocabulary rows.
 
-    They have the mean and the spread of the vocabulary and lie where the backbone expects inputs, and they differ from
-    each other: identical tokens would receive nearly identical gradients. As a start for the closed form they beat the
-    mean embedding (docs/results-log.md).
+    They have the mean and the spread of the vocabulary, and they differ from each other: identical tokens would receive
+    nearly identical gradients. Before the closed form they beat the mean embedding (docs/results-log.md).
     """
     import torch
 
@@ -92,8 +91,8 @@ def vocabulary_rows(embeddings: Any, count: int, seed: int) -> "Tensor":
 class NormalRows:
     """A `TokenInit`: a normal with the mean and (times `covariance`) the covariance of the vocabulary.
 
-    Drawn without the covariance matrix: standard normal weights of the V centred rows, over the root of V, sum to just
-    that distribution. It costs count x V x d and no decomposition, and works where the matrix is singular.
+    Drawn without the covariance matrix: the sum of the V centred rows with standard normal weights, over the root of V,
+    has that distribution. It costs count x V x d, needs no decomposition, and works where the matrix is singular.
     """
 
     covariance: float = 1.0
@@ -113,9 +112,9 @@ class NormalRows:
 
 @dataclass(frozen=True)
 class WordRows:
-    """A `TokenInit`: rows of these tokens in their order, again from the first where they are too few.
+    """A `TokenInit`: rows of these tokens in their order, repeated if they are too few.
 
-    Where they are too many, each row is the mean of a run of neighbours.
+    If they are too many, each row is the mean of a run of neighbours.
     """
 
     ids: tuple[int, ...]

@@ -101,11 +101,11 @@ class Systems:
             TrainingError: there is none.
             BackboneError: its backbone cannot be loaded.
         """
-        from pipeline.encoder.inference import Encoder
+        from pipeline.encoder.folder.read import read_encoder
 
         if self._encoder is None:
             with section("evaluate"):
-                self._encoder = Encoder.load(
+                self._encoder = read_encoder(
                     self.encoder_dir, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code
                 )
         return self._encoder

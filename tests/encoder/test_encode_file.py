@@ -316,9 +316,9 @@ def encoder_folder(workspace: Path, tiny_backbone: Callable[..., Path]) -> Path:
 
 
 def test_a_real_encoder_in_chunks_is_the_encoder(encoder_folder: Path) -> None:
-    from pipeline.encoder.inference import Encoder
+    from pipeline.encoder.folder.read import read_encoder
 
     texts = write()
-    encoder = Encoder.load(encoder_folder)
+    encoder = read_encoder(encoder_folder)
     encode_file(encoder, open_texts(Path("in.txt")), Path("out.npy"), chunk_rows=4)
     np.testing.assert_allclose(np.load("out.npy"), encoder.encode(texts), atol=1e-5)

@@ -17,6 +17,7 @@ from pipeline.core.artifacts import create
 from pipeline.core.errors import BackboneError, TrainingError
 from pipeline.core.target_transform import TargetTransform
 from pipeline.encoder.folder.config import EncoderConfig
+from pipeline.encoder.folder.read import read_encoder
 from pipeline.encoder.folder.write import write_encoder
 from pipeline.encoder.inference import Encoder
 from pipeline.encoder.passes.plain import PlainQueryPass, plain_passes
@@ -237,7 +238,7 @@ def write(out: Path, folder: Path, lora: LoraParams | None, max_query_tokens: in
 def test_an_adapter_embeds_and_the_backbone_alone_decodes(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
     write(Path("plain"), tiny_backbone("llama"), None)
     adapted = write(Path("lora"), tiny_backbone("llama"), LORA)
-    plain, encoder = Encoder.load(Path("plain")), Encoder.load(Path("lora"))
+    plain, encoder = read_encoder(Path("plain")), read_encoder(Path("lora"))
     [ids] = encoder.tokenizer(["q"])["input_ids"]
     with torch.no_grad():
         hidden = plain_passes(adapted).query_pass([ids], encoder.student.tokens, 2)
@@ -251,7 +252,7 @@ def test_an_adapter_embeds_and_the_backbone_alone_decodes(workspace: Path, tiny_
 def test_the_identity_of_an_encoder_covers_its_adapter(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
     write(Path("first"), tiny_backbone("llama"), LORA)
     write(Path("second"), tiny_backbone("llama"), LORA)
-    first, second = Encoder.load(Path("first")), Encoder.load(Path("second"))
+    first, second = read_encoder(Path("first")), read_encoder(Path("second"))
     assert all(torch.equal(a, b) for a, b in zip(first.student.parameters(), second.student.parameters(), strict=True))
     assert first.identity["sha256"] != second.identity["sha256"]
     assert "LoRA adapters of rank 2" in Path("first/README.md").read_text()
@@ -263,9 +264,9 @@ def test_a_folder_written_before_there_were_adapters_loads(workspace: Path, tiny
     file = Path("encoder/encoder_config.json")
     content = json.loads(file.read_text())
     del content["lora"], content["keep"]
-    expected = Encoder.load(Path("encoder")).encode(["q"])
+    expected = read_encoder(Path("encoder")).encode(["q"])
     file.write_text(json.dumps(content))
-    np.testing.assert_array_equal(Encoder.load(Path("encoder")).encode(["q"]), expected)
+    np.testing.assert_array_equal(read_encoder(Path("encoder")).encode(["q"]), expected)
 
 
 def test_code_of_a_backbone_runs_for_the_caller_who_says_so_only(
@@ -292,5 +293,5 @@ def test_code_of_a_backbone_runs_for_the_caller_who_says_so_only(
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"backbone": identify(str(folder), None)}))
     with pytest.raises(BackboneError, match="contains custom code"):
-        Encoder.load(Path("encoder"))
-    assert type(Encoder.load(Path("encoder"), trust_remote_code=True).model).__name__ == "OwnModel"
+        read_encoder(Path("encoder"))
+    assert type(read_encoder(Path("encoder"), trust_remote_code=True).model).__name__ == "OwnModel"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.encoder.inference import Encoder
+from pipeline.encoder.folder.read import read_encoder
 from pipeline.encoder.pool import ParallelEncoder, encoder_loader
 from pipeline.parallel.devices import places
 from tests.encoder.test_inference import write
@@ -35,7 +35,7 @@ def test_two_processes_embed_as_one(folder: Path) -> None:
 
 
 def test_loaders_give_the_trained_and_the_untrained(folder: Path) -> None:
-    trained = Encoder.load(folder)
+    trained = read_encoder(folder)
     np.testing.assert_array_equal(encoder_loader(folder, dtype="float32")().encode(TEXTS), trained.encode(TEXTS))
     untrained = encoder_loader(folder, dtype="float32", untrained_seed=3)()
     np.testing.assert_array_equal(untrained.encode(TEXTS), trained.untrained(3).encode(TEXTS))

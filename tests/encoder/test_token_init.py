@@ -82,7 +82,7 @@ def test_words_are_those_of_the_tokenizer() -> None:
     start = token_init("words", "hi", tokenizer)
     ids = tokenizer.convert_tokens_to_ids(["h", "i"])
     assert torch.equal(start(embeddings, 2, 0), embeddings.weight[ids])
-    with pytest.raises(TrainingError, match="train.token_start.words: '' gives 0 tokens, at least 1 is needed"):
+    with pytest.raises(TrainingError, match="words: '' gives 0 tokens, at least 1 is needed"):
         token_init("words", "", tokenizer)
 
 

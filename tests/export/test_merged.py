@@ -20,7 +20,7 @@ from pipeline.__main__ import app
 from pipeline.backbone.loading import BackboneParams, DType, Template, load_tokenizer
 from pipeline.backbone.lora import LoraParams
 from pipeline.core.errors import ArtifactError, TrainingError
-from pipeline.encoder.inference import Encoder
+from pipeline.encoder.folder.read import read_encoder
 from pipeline.encoder.student import Student
 from pipeline.export.merged.export import add_rows, compose, export_merged, usage
 from pipeline.export.merged.folder import old_rope_keys
@@ -63,7 +63,7 @@ def test_one_token_in_plain_sentence_transformers(
 ) -> None:
     model = write_model(tiny_backbone(architecture), template=template)
     merged = export_merged(model, Path("merged"), prompts=PROMPTS)
-    expected = Encoder.load(model)
+    expected = read_encoder(model)
     found = plain("merged")
     for texts in (TEXTS, ["x" * 500, "y"]):
         np.testing.assert_allclose(found.encode(texts), expected.encode(texts), atol=1e-4)
@@ -85,7 +85,7 @@ def test_several_tokens_in_plain_sentence_transformers(
     )
     export_merged(model, Path("merged"), prompts=PROMPTS)
     texts = [*TEXTS, "z" * 300]
-    np.testing.assert_allclose(embed("merged", texts), Encoder.load(model).encode(texts), atol=1e-4)
+    np.testing.assert_allclose(embed("merged", texts), read_encoder(model).encode(texts), atol=1e-4)
 
 
 @pytest.mark.parametrize("template", ["raw", "chat"])
@@ -97,7 +97,7 @@ def test_a_long_text_loses_the_side_that_the_encoder_loses(
     )
     merged = export_merged(model, Path("merged"), prompts=PROMPTS)
     texts = ["the beginning of it, much more of it, and its end", "short", "z" * 300]
-    np.testing.assert_allclose(embed("merged", texts), Encoder.load(model).encode(texts), atol=1e-4)
+    np.testing.assert_allclose(embed("merged", texts), read_encoder(model).encode(texts), atol=1e-4)
     lost = "A text that is too long loses its start here, and the prompt in front of it with that"
     assert "of a longer text the start is cut" in Path("merged/README.md").read_text()
     assert lost in Path("merged/README.md").read_text()
@@ -117,16 +117,16 @@ def test_the_folder_needs_nothing_of_ours(workspace: Path, tiny_backbone: Callab
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
-    np.testing.assert_allclose(np.load("found.npy"), Encoder.load(model).encode(["one", "two three"]), atol=1e-4)
+    np.testing.assert_allclose(np.load("found.npy"), read_encoder(model).encode(["one", "two three"]), atol=1e-4)
 
 
 def test_adapters_are_merged(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
     model = write_model(tiny_backbone("llama"), lora=LORA)
     export_merged(model, Path("merged"), prompts=PROMPTS)
-    expected = Encoder.load(model).encode(TEXTS)
+    expected = read_encoder(model).encode(TEXTS)
     np.testing.assert_allclose(embed("merged", TEXTS), expected, atol=1e-4)
     plain_model = write_model(tiny_backbone("llama"))
-    assert np.abs(Encoder.load(plain_model).encode(TEXTS) - expected).max() > 1e-2
+    assert np.abs(read_encoder(plain_model).encode(TEXTS) - expected).max() > 1e-2
     assert "this is another model" in Path("merged/README.md").read_text()
 
 
@@ -266,7 +266,7 @@ def test_half_precision_in_plain_sentence_transformers(
     model = write_model(tiny_backbone("llama"), compression_tokens=compression, thought_tokens=1)
     export_merged(model, Path("merged"), prompts=PROMPTS, dtype=dtype)
     found = plain("merged")
-    expected = Encoder.load(model).encode(TEXTS)
+    expected = read_encoder(model).encode(TEXTS)
     np.testing.assert_allclose(found.encode(TEXTS), expected, atol=0.03 * np.abs(expected).max())
     # Token weights are float32, so that several tokens are computed in it; one stays in half precision.
     assert found.dtype == (torch.float32 if compression > 1 else getattr(torch, dtype))
@@ -294,7 +294,7 @@ def test_weights_are_rounded_last(workspace: Path, tiny_backbone: Callable[..., 
     from sentence_transformers import SentenceTransformer
 
     written = SentenceTransformer("merged", device="cpu", model_kwargs={"dtype": "float32"}).encode(PROBES[:1])
-    expected = Encoder.load(model).encode(PROBES[:1])
+    expected = read_encoder(model).encode(PROBES[:1])
     difference = np.linalg.norm(written - expected) / np.linalg.norm(expected)
     assert 1e-4 < 0.999 * difference <= merged.difference < 0.1
 
@@ -356,7 +356,7 @@ def test_vllm_gives_our_embedding(
     model = write_model(small_lm, compression_tokens=count, template=template, max_query_tokens=64, width=24)
     export_merged(model, Path("merged"), prompts=PROMPTS, dtype=dtype)
     texts = ["What is the capital of France?", "Why is the sky blue?", "rain", "again and " * 100]
-    expected = Encoder.load(model).encode(texts) if dtype == "float32" else embed("merged", texts)
+    expected = read_encoder(model).encode(texts) if dtype == "float32" else embed("merged", texts)
     Path("run.py").write_text(VLLM)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "run.py", str(Path("merged").resolve()), str(count), json.dumps(texts)]

@@ -21,9 +21,8 @@ from pipeline.backbone.prompting import PromptFormatter
 from pipeline.core.artifacts import create, open_artifact
 from pipeline.core.errors import ArtifactError, BackboneError, ParamsError, TrainingError
 from pipeline.encoder.folder.config import EncoderConfig
-from pipeline.encoder.folder.read import read_config
+from pipeline.encoder.folder.read import read_config, read_encoder
 from pipeline.encoder.folder.write import write_encoder
-from pipeline.encoder.inference import Encoder
 from pipeline.encoder.student import new_student
 from pipeline.export.official.export import export_official
 from pipeline.export.official.files import RunConfig
@@ -79,7 +78,7 @@ def test_an_imported_checkpoint_embeds_as_in_their_package(
 ) -> None:
     """The expected numbers are what their package (0.1.3, transformers 4.56.2) gave for the very same folder."""
     notes = import_official(str(folders / kind), tmp_path / "ours", max_length=MAX_LENGTH)
-    encoder = Encoder.load(tmp_path / "ours")
+    encoder = read_encoder(tmp_path / "ours")
     np.testing.assert_allclose(encoder.encode(TEXTS), theirs, atol=1e-5)
     assert notes == ["it was trained on inputs of at most 512 tokens and will read 64; --max-length changes this"]
 
@@ -135,7 +134,7 @@ def test_another_place_of_the_backbone(checkpoint: Path) -> None:
     with pytest.raises(BackboneError, match="does not exist|cannot load"):
         import_official("theirs", Path("ours"))
     import_official("theirs", Path("ours"), backbone="moved")
-    assert Encoder.load(Path("ours")).encode(["a"]).shape == (1, WIDTH)
+    assert read_encoder(Path("ours")).encode(["a"]).shape == (1, WIDTH)
 
 
 def test_rows_go_with_their_token_and_not_with_the_order_in_which_they_are_stored(folders: Path) -> None:
@@ -154,7 +153,7 @@ def test_without_projections_the_mean_hidden_state_is_the_embedding(checkpoint: 
     Path("theirs/reconstruction_mlp").unlink()
     Path("theirs/alignment_mlp").unlink()
     import_official("theirs", Path("ours"))
-    encoder = Encoder.load(Path("ours"))
+    encoder = read_encoder(Path("ours"))
     np.testing.assert_allclose(encoder.encode(["q"]), encoder.hidden_states(["q"]).mean(axis=1), atol=1e-6)
 
 
@@ -347,7 +346,7 @@ def test_what_was_exported_and_imported_embeds_as_before(
         "their encode cuts inputs to 512 tokens: call it with max_length=66"
     ]
     import_official("theirs", Path("again"), max_length=66)
-    first, second = Encoder.load(ours), Encoder.load(Path("again"))
+    first, second = read_encoder(ours), read_encoder(Path("again"))
     np.testing.assert_allclose(second.encode(TEXTS), first.encode(TEXTS), atol=1e-6)
     assert second.config.compression_tokens == 3
     assert second.config.backbone == first.config.backbone
@@ -516,7 +515,7 @@ def their_embeddings(folder: Path, max_length: int = MAX_LENGTH) -> np.ndarray:
 def test_a_checkpoint_that_their_package_wrote(folders: Path, workspace: Path, kind: str) -> None:
     peer("write", folders / "backbone", workspace / "theirs", kind)
     import_official("theirs", Path("ours"), max_length=MAX_LENGTH)
-    encoder = Encoder.load(Path("ours"))
+    encoder = read_encoder(Path("ours"))
     assert (encoder.config.lora is not None) == (kind == "lora")
     np.testing.assert_allclose(encoder.encode(TEXTS), their_embeddings(Path("theirs")), atol=1e-5)
 
@@ -536,7 +535,7 @@ def test_their_package_embeds_what_was_exported_as_we_do(
     ours = write_ours(Path("ours"), folders / "backbone", template=template, lora=lora)
     export_official(ours, Path("theirs"))
     found = their_embeddings(Path("theirs"), 61 + 5)
-    np.testing.assert_allclose(found, Encoder.load(ours).encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(found, read_encoder(ours).encode(TEXTS), atol=1e-5)
 
 
 @pytest.mark.slow
@@ -548,7 +547,7 @@ def test_their_package_reads_a_backbone_that_was_copied_for_it(
     export_official(ours, Path("theirs"))
     assert Path("theirs/backbone").is_dir()
     found = their_embeddings(Path("theirs"), 61 + 5)
-    np.testing.assert_allclose(found, Encoder.load(ours).encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(found, read_encoder(ours).encode(TEXTS), atol=1e-5)
 
 
 @pytest.mark.slow
@@ -567,5 +566,5 @@ def test_a_real_model_exported_embeds_as_we_do_in_their_package(small_lm: Path, 
     export_official(Path("ours"), Path("theirs"))
     texts = [*(text.strip() for text in TEXTS), "a sentence, of some length; " * 30]
     found = json.loads(peer("encode", Path("theirs").resolve(), 70, texts=texts).splitlines()[-1])
-    expected = Encoder.load(Path("ours")).encode(texts)
+    expected = read_encoder(Path("ours")).encode(texts)
     np.testing.assert_allclose(found, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))

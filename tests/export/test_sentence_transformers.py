@@ -21,8 +21,8 @@ from pipeline.core.artifacts import create, open_artifact
 from pipeline.core.errors import ArtifactError
 from pipeline.core.target_transform import TargetTransform
 from pipeline.encoder.folder.card import NO_RESULTS
+from pipeline.encoder.folder.read import read_encoder
 from pipeline.encoder.folder.st_files import module_file, st_prompts
-from pipeline.encoder.inference import Encoder
 from pipeline.export.publish import publish
 from pipeline.lens import decode_soft_prompts
 from pipeline.tasks.instructions import load_instructions
@@ -63,7 +63,7 @@ def test_embeddings_equal_ours(
     workspace: Path, tiny_backbone: Callable[..., Path], architecture: str, template: Template
 ) -> None:
     folder = write(Path("encoder"), tiny_backbone(architecture), template=template)
-    encoder, model = Encoder.load(folder), load(folder)
+    encoder, model = read_encoder(folder), load(folder)
     np.testing.assert_allclose(model.encode(TEXTS, batch_size=4), encoder.encode(TEXTS), atol=1e-5)
     np.testing.assert_allclose(model.encode("a"), encoder.encode(["a"])[0], atol=1e-5)
     instructions = load_instructions()
@@ -85,7 +85,7 @@ def test_behind_a_transform_the_folder_embeds_in_the_trained_space(
     folder = write(Path("behind"), tiny_backbone("llama"), transform=transform)
     np.testing.assert_array_equal(load(folder).encode(TEXTS), plain)
     publish(folder, Path("given"))
-    given = Encoder.load(Path("given"))
+    given = read_encoder(Path("given"))
     np.testing.assert_allclose(given.encode(TEXTS), plain, atol=1e-5)
     np.testing.assert_allclose(given.encode(TEXTS, space="teacher"), plain + 1, atol=1e-5)
     assert "transform `center`" in (Path("given") / "README.md").read_text()
@@ -94,7 +94,7 @@ def test_behind_a_transform_the_folder_embeds_in_the_trained_space(
 def test_adapters_embed_and_do_not_decode(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
     plain = load(write(Path("plain"), tiny_backbone("llama")))
     folder = write(Path("lora"), tiny_backbone("llama"), lora=LORA)
-    encoder, model = Encoder.load(folder), load(folder)
+    encoder, model = read_encoder(folder), load(folder)
     np.testing.assert_allclose(model.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5)
     assert np.abs(model.encode(["a"]) - plain.encode(["a"])).max() > 1e-3
     soft = encoder.soft_prompts(TEXTS)
@@ -124,7 +124,7 @@ def test_decoding_heeds_every_end_and_nothing_else_of_the_backbones_own_settings
     own = Path(shutil.copytree(tiny_backbone("llama"), "own"))
     params = BackboneParams(name=str(own), dtype="float32")
     model, tokenizer = load_backbone(params), load_tokenizer(params)
-    soft = Encoder.load(write(Path("plain"), own)).soft_prompts(TEXTS)
+    soft = read_encoder(write(Path("plain"), own)).soft_prompts(TEXTS)
     rows = [greedy(model, row, 30) for row in torch.from_numpy(soft)]
     assert any(len(set(row)) < len(row) for row in rows)  # some repeat themselves
     end = rows[0][4]
@@ -136,7 +136,7 @@ def test_decoding_heeds_every_end_and_nothing_else_of_the_backbones_own_settings
     (own / "generation_config.json").write_text(json.dumps(settings))
     folder = write(Path("encoder"), own)
     assert load(folder)[0].decode(torch.from_numpy(soft), max_new_tokens=30) == expected
-    assert decode_soft_prompts(Encoder.load(folder), soft, max_new_tokens=30) == expected
+    assert decode_soft_prompts(read_encoder(folder), soft, max_new_tokens=30) == expected
 
 
 def test_adapters_without_peft(
@@ -166,7 +166,7 @@ def test_in_half_precision_what_was_trained_stays_in_float32(
 ) -> None:
     folder = write(Path("encoder"), tiny_backbone("qwen3"))
     model = load(folder, dtype=dtype)
-    expected = Encoder.load(folder, dtype=dtype).encode(TEXTS)
+    expected = read_encoder(folder, dtype=dtype).encode(TEXTS)
     found = model.encode(TEXTS)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
@@ -199,7 +199,7 @@ def test_several_processes_embed_as_one(workspace: Path, tiny_backbone: Callable
 def test_a_real_model_embeds_the_same(workspace: Path, small_lm: Path) -> None:
     folder = write(Path("encoder"), small_lm, template="chat", max_query_tokens=64, compression_tokens=10)
     texts = ["Why is the sky blue?", "", "How do I bake bread? " * 40, "1 + 1"]
-    expected = Encoder.load(folder).encode(texts)
+    expected = read_encoder(folder).encode(texts)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(load(folder).encode(texts) / scale, expected / scale, atol=1e-5)
 
@@ -241,7 +241,7 @@ def test_a_machine_without_this_project(workspace: Path, tiny_backbone: Callable
     )
     assert done.returncode == 0, done.stderr
     query = load_instructions().types["Retrieval"].query
-    expected = Encoder.load(folder).encode(TEXTS, instruction=query)
+    expected = read_encoder(folder).encode(TEXTS, instruction=query)
     np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), expected, atol=1e-5)
 
 
@@ -274,7 +274,7 @@ def test_a_saved_model_is_the_same_folder(
         assert Path("saved", name).read_bytes() == (folder / name).read_bytes(), name
     expected = model.encode(TEXTS, prompt_name="query")
     np.testing.assert_array_equal(load(Path("saved")).encode(TEXTS, prompt_name="query"), expected)
-    np.testing.assert_allclose(Encoder.load(Path("saved")).encode(TEXTS), model.encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(read_encoder(Path("saved")).encode(TEXTS), model.encode(TEXTS), atol=1e-5)
 
 
 def test_a_saved_model_has_the_way_back_to_the_teachers_space(
@@ -288,7 +288,7 @@ def test_a_saved_model_has_the_way_back_to_the_teachers_space(
     model.save_pretrained("saved")
     assert Path("saved/transform.safetensors").read_bytes() == content
     load(Path("saved")).save_pretrained("again")
-    encoder = Encoder.load(Path("again"))
+    encoder = read_encoder(Path("again"))
     np.testing.assert_allclose(encoder.encode(TEXTS, space="teacher"), model.encode(TEXTS) + 1, atol=1e-5)
     load(write(Path("plain"), tiny_backbone("llama"))).save_pretrained("without")
     assert not Path("without/transform.safetensors").exists()
@@ -394,7 +394,7 @@ def test_the_side_of_a_long_text_that_is_kept_is_ours(
     keep: Keep,
 ) -> None:
     folder = write(Path("encoder"), tiny_backbone("llama"), template=template, max_query_tokens=24, keep=keep)
-    encoder, model = Encoder.load(folder), load(folder)
+    encoder, model = read_encoder(folder), load(folder)
     texts = ["the beginning of it, much more of it, and its end", "short", "", "ü" * 900]
     np.testing.assert_allclose(model.encode(texts), encoder.encode(texts), atol=1e-5)
     assert f"lose their {'end' if keep == 'start' else 'start'}" in caplog.text
@@ -416,7 +416,7 @@ def test_a_folder_of_before_sides_keeps_the_start(workspace: Path, tiny_backbone
     del content["keep"]
     (folder / "encoder_config.json").write_text(json.dumps(content))
     np.testing.assert_array_equal(load(folder).encode(["x" * 10 + "y" * 90]), expected)
-    np.testing.assert_allclose(Encoder.load(folder).encode(["x" * 10 + "y" * 90]), expected, atol=1e-5)
+    np.testing.assert_allclose(read_encoder(folder).encode(["x" * 10 + "y" * 90]), expected, atol=1e-5)
 
 
 def test_nothing_and_what_is_no_text(model: Any) -> None:
@@ -479,7 +479,7 @@ def test_mteb_scores_the_folder_as_our_evaluation_does(workspace: Path, tiny_bac
     from pipeline.tasks.suites import find_tasks
 
     folder = write(Path("encoder"), tiny_backbone("llama"), max_query_tokens=128)
-    encoder = Encoder.load(folder)
+    encoder = read_encoder(folder)
     ours = MtebEncoder(
         InstructedSystem(name="student", identity=encoder.identity, encoder=encoder),
         load_instructions(),

@@ -20,6 +20,7 @@ from pipeline.__main__ import app
 from pipeline.core.part_store import Parts
 from pipeline.core.text import visible
 from pipeline.embed.teachers.stub import HashTeacher
+from pipeline.encoder.folder.read import read_encoder
 from pipeline.encoder.inference import Encoder
 from pipeline.lens import decode, decode_soft_prompts
 from pipeline.lens.batch import PAGE_ROWS, render_page, token
@@ -52,7 +53,7 @@ def fails(message: str, *arguments: object) -> None:
 def encoder(workspace: Path, tiny_backbone: Callable[..., Path]) -> Encoder:
     """In the folder `enc`; width 5, hidden size 32, two compression tokens and one thought token."""
     write(Path("enc"), tiny_backbone("llama"), None)
-    return Encoder.load(Path("enc"))
+    return read_encoder(Path("enc"))
 
 
 def test_one_answer_a_text_is_printed(encoder: Encoder) -> None:
@@ -173,7 +174,7 @@ def test_an_encoder_that_reads_texts_otherwise_takes_over_nothing(
         assert call(*options).exit_code != 0
     shutil.rmtree("enc")
     write(Path("enc"), tiny_backbone("llama"), None, max_query_tokens=9)
-    assert Encoder.load(Path("enc")).identity == encoder.identity
+    assert read_encoder(Path("enc")).identity == encoder.identity
     assert "from the run before" not in works(*options).stdout
 
 

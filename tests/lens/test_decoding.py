@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.encoder.folder.read import read_encoder
 from pipeline.encoder.inference import Encoder
 from pipeline.lens import decode, decode_soft_prompts
 from tests.encoder.test_inference import LORA, make_encoder, write
@@ -95,7 +96,7 @@ def test_thought_tokens_are_no_part_of_a_soft_prompt() -> None:
 def test_the_backbone_without_adapters_decodes(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
     write(Path("plain"), tiny_backbone("llama"), None)
     write(Path("lora"), tiny_backbone("llama"), LORA)
-    plain, adapted = Encoder.load(Path("plain")), Encoder.load(Path("lora"))
+    plain, adapted = read_encoder(Path("plain")), read_encoder(Path("lora"))
     soft = adapted.soft_prompts(TEXTS)
     assert np.abs(soft - plain.soft_prompts(TEXTS)).max() > 1e-3
     expected = [plain.tokenizer.decode(greedy_ids(plain, row), skip_special_tokens=True).strip() for row in soft]

@@ -18,6 +18,7 @@ from pipeline.backbone.loading import identify
 from pipeline.core import schemas as contracts
 from pipeline.core.artifacts import create, file_sha256, open_artifact
 from pipeline.core.target_transform import TRANSFORM_FILE, TargetTransform
+from pipeline.encoder.folder.read import read_encoder
 from pipeline.encoder.inference import Encoder
 from tests.conftest import ROOT
 
@@ -94,7 +95,7 @@ def test_trains_an_encoder_that_loads(backbone: Path) -> None:
     artifact = open_artifact(Path("models/encoder"), "encoder")
     assert set(artifact.manifest.inputs) == {"data/queries", "data/responses", "data/targets"}
     assert artifact.manifest.models["backbone"] == identify(str(backbone), None)
-    encoder = Encoder.load(Path("models/encoder"))
+    encoder = read_encoder(Path("models/encoder"))
     embeddings = encoder.encode(["query 0001", "query 0002", "a much longer query than these"])
     assert embeddings.shape == (3, 6)
     np.testing.assert_allclose(encoder.encode(["query 0002"]), embeddings[1:2], atol=1e-4)
@@ -115,7 +116,7 @@ def test_an_encoder_behind_a_transform_embeds_in_both_spaces(backbone: Path) -> 
     finish_stage()
     open_artifact(Path("models/encoder"), "encoder")
     assert Path("models/encoder", TRANSFORM_FILE).read_bytes() == transform.to_bytes()
-    encoder = Encoder.load(Path("models/encoder"))
+    encoder = read_encoder(Path("models/encoder"))
     assert encoder.config.transform == transform.identity
     assert "transform `whiten`" in Path("models/encoder/README.md").read_text()
     trained = encoder.encode(["query 0001"])
@@ -133,7 +134,7 @@ def test_queries_that_are_too_long_lose_the_side_that_params_say(backbone: Path)
     write_params(backbone, max_query_tokens=8, too_long="keep_end")
     stderr = finish_stage()
     assert "queries are longer than train.max_query_tokens and lose their start" in stderr
-    encoder = Encoder.load(Path("models/encoder"))
+    encoder = read_encoder(Path("models/encoder"))
     assert (encoder.config.keep, encoder.max_tokens) == ("end", 8)
     np.testing.assert_allclose(encoder.encode(["query 0001"]), encoder.encode([" 0001"]), atol=1e-6)
 
@@ -164,7 +165,7 @@ def test_processes_of_a_launcher_start_no_others(backbone: Path) -> None:
 def test_an_adapted_encoder_loads(backbone: Path) -> None:
     write_params(backbone, lora={"rank": 2}, learning_rate=0.05)
     finish_stage()
-    adapted = Encoder.load(Path("models/encoder"))
+    adapted = read_encoder(Path("models/encoder"))
     plain = Encoder(adapted.model, adapted.tokenizer, adapted.student, adapted.config, adapted.identity)
     texts = ["query 0001", "query 0002"]
     assert np.isfinite(adapted.encode(texts)).all()
@@ -262,11 +263,11 @@ def test_an_encoder_takes_a_loaded_backbone_wherever_it_came_from(backbone: Path
     from pipeline.backbone.loading import BackboneParams, load_backbone
 
     finish_stage()
-    expected = Encoder.load(Path("models/encoder")).encode(["query 0001"])
+    expected = read_encoder(Path("models/encoder")).encode(["query 0001"])
     loaded = load_backbone(BackboneParams(name=str(backbone), dtype="float32"))
     moved = Path("models/encoder/encoder_config.json")
     moved.write_text(moved.read_text().replace(str(backbone), "models/moved/away"))
-    np.testing.assert_allclose(Encoder.load(Path("models/encoder"), backbone=loaded).encode(["query 0001"]), expected)
+    np.testing.assert_allclose(read_encoder(Path("models/encoder"), backbone=loaded).encode(["query 0001"]), expected)
 
 
 def test_other_backbone_weights_are_refused_when_loading(backbone: Path, tiny_backbone: Callable[..., Path]) -> None:
@@ -274,4 +275,4 @@ def test_other_backbone_weights_are_refused_when_loading(backbone: Path, tiny_ba
 
     finish_stage()
     with pytest.raises(TrainingError, match="the encoder was trained on"):
-        Encoder.load(Path("models/encoder"), backbone=str(tiny_backbone("llama")))
+        read_encoder(Path("models/encoder"), backbone=str(tiny_backbone("llama")))

@@ -1,5 +1,6 @@
-"""What is written down beside the trained tensors."""
+"""The config of an encoder folder, and the names of the folder's files."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,9 +8,15 @@ from pipeline.backbone.loading import Keep, Template
 from pipeline.backbone.lora import LoraParams
 from pipeline.core.config import Params
 
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "encoder_config.json"
+WEIGHTS_FILE = "student.safetensors"
+ADAPTER = "adapter"
+
 
 class EncoderConfig(Params):
-    """Everything that loading needs besides the tensors; `encoder_config.json` of the model folder."""
+    """Everything that loading needs besides the tensors; `encoder_config.json` of the folder."""
 
     backbone: dict[str, str]
     chat_template_kwargs: dict[str, Any]
@@ -25,15 +32,20 @@ class EncoderConfig(Params):
     lora: LoraParams | None = None
     origin: dict[str, str] | None = None
 
-    def cut(self, count: int, total: int) -> str:
-        """What has become of `count` of `total` texts that were too long."""
+    def truncation_note(self, count: int, total: int) -> str:
+        """A sentence about `count` of `total` texts that were too long."""
         lost = "end" if self.keep == "start" else "start"
         return (
             f"{count} of {total} texts are longer than {self.max_query_tokens} tokens, prompt and template included "
-            f"(train.max_query_tokens), and lose their {lost} (train.too_long: keep_{self.keep})"
+            f"(max_query_tokens), and lose their {lost} (keep: {self.keep})"
         )
+
+    def warn_of_truncated(self, count: int, total: int) -> None:
+        """Log the note, if there are any."""
+        if count:
+            log.warning("%s", self.truncation_note(count, total))
 
 
 def fingerprint(identity: Mapping[str, Any], config: EncoderConfig) -> dict[str, Any]:
-    """What decides an embedding besides its text: an encoder's weights (`identity`), and how texts become prompts."""
+    """What an embedding depends on besides its text: the encoder's weights (`identity`), and its way to prompts."""
     return {**identity, "config": config.model_dump(exclude={"teacher", "origin", "transform"})}

@@ -1,4 +1,4 @@
-"""An encoder folder, read and checked: its config, its trained tensors, and whether a backbone is the one it needs."""
+"""Read an encoder folder, and check its config, its trained tensors and its backbone."""
 
 import json
 import logging
@@ -9,21 +9,19 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pipeline.backbone.loading import BackboneParams, DType, Quantize, identify, load_backbone
+from pipeline.backbone.loading import BackboneParams, DType, Quantize, identify, load_backbone, load_tokenizer
 from pipeline.backbone.lora import WEIGHTS_FILE as ADAPTER_WEIGHTS
+from pipeline.backbone.lora import load_adapter
 from pipeline.core.artifacts import digest_of, file_sha256
 from pipeline.core.config import validate
 from pipeline.core.errors import BackboneError, TrainingError
-from pipeline.encoder.folder.config import EncoderConfig
+from pipeline.encoder.folder.config import ADAPTER, CONFIG_FILE, WEIGHTS_FILE, EncoderConfig
+from pipeline.encoder.inference import Encoder
 from pipeline.encoder.student import Student
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "encoder_config.json"
-WEIGHTS_FILE = "student.safetensors"
-ADAPTER = "adapter"
-
-# What other folders of models hold, and what to do with one.
+# Files of other model folders, and what such a folder is.
 _OTHER_FOLDERS = {
     "run_config.yml": "a checkpoint of the authors' package: python -m pipeline import-official makes an encoder of it",
     "config.json": "a language model or another checkpoint",
@@ -33,12 +31,59 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _ELSEWHERE = "say where a copy of it is by --backbone PATH (in Python backbone=PATH)"
 
 
+def read_encoder(
+    path: Path,
+    *,
+    device: str = "cpu",
+    dtype: DType = "float32",
+    backbone: Any = None,
+    allow_other_backbone: bool = False,
+    quantize: Quantize | None = None,
+    trust_remote_code: bool = False,
+) -> Encoder:
+    """The encoder of a folder, on its backbone.
+
+    Args:
+        path: the folder.
+        device: of the backbone.
+        dtype: of the backbone.
+        backbone: the place (folder or hub name) or a loaded model to use instead of the recorded one. A loaded model is
+            not checked.
+        allow_other_backbone: accept a backbone with other weights, with a warning.
+        quantize: see `load_backbone`.
+        trust_remote_code: let the backbone and its tokenizer run code that comes with them; only the caller can allow
+            it, no folder can.
+
+    Raises:
+        TrainingError: the folder is no encoder or damaged, or the backbone is another than it was trained on (see
+            `check_backbone`).
+        BackboneError: the backbone cannot be loaded.
+    """
+    config = read_config(path)
+    student = read_student(path, config)
+    tokenizer = load_tokenizer(BackboneParams(name=str(path), trust_remote_code=trust_remote_code))
+    other = None
+    if backbone is None or isinstance(backbone, str | Path):
+        name = config.backbone["name"] if backbone is None else str(backbone)
+        other = check_backbone(config, name, allow_other=allow_other_backbone)
+        revision = config.backbone.get("revision") if name == config.backbone["name"] else None
+        params = BackboneParams(name=name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+        try:
+            backbone = load_backbone(params, device, quantize)
+        except BackboneError as error:
+            raise BackboneError(f"{error}; {_ELSEWHERE}") from None
+    _check_sizes(config, backbone, tokenizer, other=other is not None)
+    adapted = load_adapter(backbone, path / ADAPTER, config.lora) if config.lora else None
+    identity = _identity_of(path, config, other)
+    return Encoder(backbone, tokenizer, student.to(backbone.device), config, identity, adapted, path)
+
+
 def read_config(path: Path) -> EncoderConfig:
     """The config of an encoder folder.
 
     Raises:
         TrainingError: the folder holds none.
-        ParamsError: it does not say what it must.
+        ParamsError: a key is missing, unknown or mistyped.
     """
     file = path / CONFIG_FILE
     try:
@@ -80,8 +125,8 @@ def read_student(path: Path, config: EncoderConfig) -> Student:
     return student
 
 
-def identity_of(path: Path, config: EncoderConfig, other_backbone: dict[str, str] | None) -> dict[str, Any]:
-    """What decides the embeddings of an encoder folder: trained tensors, and what is not as it was in training."""
+def _identity_of(path: Path, config: EncoderConfig, other_backbone: dict[str, str] | None) -> dict[str, Any]:
+    """What pins the weights of an encoder folder: trained tensors, and what differs from training."""
     trained = file_sha256(path / WEIGHTS_FILE)
     if config.lora is not None:
         trained = digest_of([trained, file_sha256(path / ADAPTER / ADAPTER_WEIGHTS)])
@@ -92,23 +137,23 @@ def identity_of(path: Path, config: EncoderConfig, other_backbone: dict[str, str
 
 
 def check_backbone(config: EncoderConfig, name: str, *, allow_other: bool = False) -> dict[str, str] | None:
-    """Whether the backbone called `name` is the one that the encoder was trained on.
+    """Check that the backbone called `name` is the one that the encoder was trained on.
 
-    A backbone that is recorded as a folder is known by the sha256 of its files, wherever they lie now. One that is
-    recorded by hub name and commit is known by both, and by the commit that a folder of the hub's cache is called
-    after; nothing tells of any other folder, which is taken with a warning.
+    If the backbone was a local folder, its sha256 is checked, wherever it is now. If it came from the hub, its name and
+    commit are checked, or the commit in the path of a folder of the hub's cache. Any other folder is used with a
+    warning.
 
     Args:
         config: of the encoder.
         name: a folder or a hub name.
-        allow_other: go on with a warning where it is not.
+        allow_other: accept another one with a warning.
 
     Returns:
-        None if it is, or nothing tells; the identity of the other one where that is allowed.
+        The identity of another backbone, if `allow_other`; else None.
 
     Raises:
         TrainingError: it is another.
-        BackboneError: it is not there.
+        BackboneError: it does not exist.
     """
     recorded = config.backbone
     found = _identity_of_other(recorded, name)
@@ -118,14 +163,14 @@ def check_backbone(config: EncoderConfig, name: str, *, allow_other: bool = Fals
     if not allow_other:
         raise TrainingError(
             f"{problem}: its embeddings would mean nothing. Give that backbone by --backbone PATH, train again, or "
-            "take this one all the same by --allow-other-backbone (in Python allow_other_backbone=True)"
+            "accept this one by --allow-other-backbone (in Python allow_other_backbone=True)"
         )
     log.warning("%s: embeddings are not those that were trained", problem)
     return found
 
 
 def _identity_of_other(recorded: dict[str, str], name: str) -> dict[str, str] | None:
-    """What pins the backbone called `name`, where that is not the recorded one."""
+    """The identity of the backbone called `name` if it is not the recorded one."""
     same_name, local = name == recorded["name"], Path(name).is_dir()
     if "sha256" in recorded:
         if same_name and not local:
@@ -135,15 +180,15 @@ def _identity_of_other(recorded: dict[str, str], name: str) -> dict[str, str] | 
     if not local:
         if same_name and not _COMMIT.fullmatch(recorded.get("revision", "main")):
             log.warning(
-                "the encoder's backbone %s is recorded at revision %s, which is no commit: what lies there now is "
-                "taken, whether or not the encoder was trained on it; pin backbone.revision before the next training",
+                "the encoder's backbone %s is recorded at revision %s, which is no commit: its present weights are "
+                "used, whether or not the encoder was trained on them; pin the revision before the next training",
                 name,
                 recorded.get("revision", "main"),
             )
         return None if same_name else identify(name, None)
     commit = Path(name).resolve().name
     if not all(map(_COMMIT.fullmatch, (commit, recorded.get("revision", "main")))):
-        log.warning("%s: nothing here tells whether it is %s, %s", name, recorded["name"], _pin(recorded))
+        log.warning("%s: cannot be checked against %s, %s", name, recorded["name"], _pin(recorded))
         return None
     return None if commit == recorded["revision"] else {"name": name, "revision": commit}
 
@@ -153,29 +198,7 @@ def _pin(identity: dict[str, str]) -> str:
     return f"sha256 {sha256[:12]}..." if sha256 else f"revision {identity.get('revision', 'main')}"
 
 
-def open_backbone(
-    config: EncoderConfig,
-    name: str,
-    *,
-    device: str,
-    dtype: DType,
-    quantize: Quantize | None = None,
-    trust_remote_code: bool = False,
-) -> Any:
-    """The backbone of an encoder, from the place `name`.
-
-    Raises:
-        BackboneError: it cannot be loaded.
-    """
-    revision = config.backbone.get("revision") if name == config.backbone["name"] else None
-    params = BackboneParams(name=name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    try:
-        return load_backbone(params, device, quantize)
-    except BackboneError as error:
-        raise BackboneError(f"{error}; {_ELSEWHERE}") from None
-
-
-def check_sizes(config: EncoderConfig, backbone: Any, tokenizer: Any, *, other: bool) -> None:
+def _check_sizes(config: EncoderConfig, backbone: Any, tokenizer: Any, *, other: bool) -> None:
     """Raises TrainingError if the encoder does not fit the backbone: another width, or too few token embeddings."""
     rows, hidden = backbone.get_input_embeddings().weight.shape
     name = backbone.config.name_or_path or type(backbone).__name__

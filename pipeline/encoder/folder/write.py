@@ -1,6 +1,6 @@
-"""Write the finished encoder: trained tensors, config, the tokenizer of its backbone, a model card.
+"""Write an encoder folder: trained tensors, config, the tokenizer of its backbone, a model card.
 
-The folder is read by `Encoder.load`, and by sentence-transformers where this project is not installed.
+`read_encoder` reads it, and sentence-transformers does where this project is not installed.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,7 @@ from pipeline.backbone.lora import save_adapter
 from pipeline.core.artifacts import ArtifactWriter, write_json
 from pipeline.core.errors import TrainingError
 from pipeline.encoder.folder.card import CARD_FILE, TrainingFacts, model_card
-from pipeline.encoder.folder.config import EncoderConfig
-from pipeline.encoder.folder.read import ADAPTER, CONFIG_FILE, WEIGHTS_FILE
+from pipeline.encoder.folder.config import ADAPTER, CONFIG_FILE, WEIGHTS_FILE, EncoderConfig
 from pipeline.encoder.folder.st_files import write_st_files
 from pipeline.encoder.student import Student
 
@@ -31,13 +30,13 @@ def write_encoder(
     sources: Mapping[str, int] | None = None,
     params: Mapping[str, Any] | None = None,
 ) -> None:
-    """Fill an artifact folder with everything that `Encoder.load` reads.
+    """Fill an artifact folder with everything that `read_encoder` reads.
 
     Args:
         out: the folder.
-        student: what was trained.
+        student: the trained tensors.
         tokenizer: the backbone's.
-        config: everything else that loading needs.
+        config: of the encoder.
         rows: training rows, for the card.
         steps: optimiser steps, for the card.
         adapter: the trained parameters of `config.lora` (`adapter_parameters`); None or empty without one.
@@ -45,10 +44,12 @@ def write_encoder(
         params: resolved params by section, for the card.
 
     Raises:
-        TrainingError: there are adapters and no `config.lora`, or the other way round.
+        TrainingError: there are adapters without `config.lora`, or the reverse.
     """
     if bool(adapter) != (config.lora is not None):
-        raise TrainingError(f"train.lora is {config.lora}, and the encoder has {len(adapter or {})} adapter tensors")
+        raise TrainingError(
+            f"config.lora is {config.lora}, with {len(adapter or {})} adapter tensors", argument="adapter"
+        )
     tensors = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
     save_file(tensors, out.path / WEIGHTS_FILE, {"format": "pt"})
     write_json(out.path / CONFIG_FILE, config.model_dump())

@@ -15,8 +15,8 @@ from pipeline.backbone.loading import DType
 from pipeline.backbone.lora import load_adapter
 from pipeline.core.artifacts import check_new, create, read_manifest
 from pipeline.core.errors import ArtifactError, TrainingError
-from pipeline.encoder.folder.read import ADAPTER
-from pipeline.encoder.inference import Encoder
+from pipeline.encoder.folder.config import ADAPTER
+from pipeline.encoder.folder.read import read_encoder
 from pipeline.encoder.student import Student
 from pipeline.export.merged.folder import PROMPT_IS_CUT, MergedLayout, write_config, write_modules, write_readme
 from pipeline.export.merged.tokenizer import PROBES, find_frame, fitting_probes, write_tokenizer
@@ -67,7 +67,7 @@ def export_merged(
         BackboneError: the backbone cannot be loaded.
     """
     _check_target(out)
-    encoder = Encoder.load(model, backbone=backbone)
+    encoder = read_encoder(model, backbone=backbone)
     config = encoder.config
     frame = find_frame(encoder.tokenizer, config.template, config.chat_template_kwargs)
     probes = fitting_probes(encoder.tokenizer, frame, encoder.max_tokens)

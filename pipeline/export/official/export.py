@@ -34,7 +34,8 @@ def export_official(model: Path, out: Path, *, backbone: str | None = None, dtyp
     """
     from safetensors.torch import load_file
 
-    from pipeline.encoder.folder.read import WEIGHTS_FILE, check_backbone, read_config
+    from pipeline.encoder.folder.config import WEIGHTS_FILE
+    from pipeline.encoder.folder.read import check_backbone, read_config
 
     check_new(out)
     config = read_config(model)

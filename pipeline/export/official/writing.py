@@ -64,7 +64,7 @@ def write_adapter(
     from safetensors.torch import load_file, save_file
 
     from pipeline.backbone.lora import WEIGHTS_FILE
-    from pipeline.encoder.folder.read import ADAPTER
+    from pipeline.encoder.folder.config import ADAPTER
 
     name = f"{files.PREFIX}{backbone.embeddings}"
     content: dict[str, Any] = {"base_model_name_or_path": config.backbone["name"], "inference_mode": True}
