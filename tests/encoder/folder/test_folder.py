@@ -183,4 +183,4 @@ def test_a_copy_of_a_backbone_of_the_hub(
             return
         assert check_backbone(read_config(folder), place) is None
         assert read_encoder(folder, backbone=place).encode(["q"]).shape == (1, 5)
-    assert ("nothing here tells whether it is org/llm" in caplog.text) == (outcome == "unknown")
+    assert ("cannot be checked against org/llm" in caplog.text) == (outcome == "unknown")
