@@ -88,7 +88,7 @@ class LengthTeacher:
 
 @pytest.fixture
 def encoder(monkeypatch: pytest.MonkeyPatch) -> LengthEncoder:
-    import pipeline.encoder.inference as inference
+    import pipeline.encoder.folder.read as folder
 
     fake = LengthEncoder()
 
@@ -97,7 +97,7 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> LengthEncoder:
         fake.options.update(options)
         return fake
 
-    monkeypatch.setattr(inference, "Encoder", SimpleNamespace(load=load))
+    monkeypatch.setattr(folder, "read_encoder", load)
     return fake
 
 
@@ -236,7 +236,7 @@ def test_the_real_encoder_stands_behind_all_three_systems(monkeypatch: pytest.Mo
     config = CONFIG.model_copy(update={"max_query_tokens": 32, "hidden": 32, "width": 5})
     student = new_student(model, 5, compression_tokens=2, thought_tokens=0, seed=1)
     encoder = Encoder(model, tiny_tokenizer(), student, config, {"name": "tiny"})
-    monkeypatch.setattr(Encoder, "load", lambda *_, **__: encoder)
+    monkeypatch.setattr("pipeline.encoder.folder.read.read_encoder", lambda *_, **__: encoder)
     built = {system.name: system for system in systems().build(["student", "untrained", "backbone-mean"])}
     texts = ["a", "a longer text", ""]
     values = {name: system.encode(texts, "Generate:") for name, system in built.items()}
