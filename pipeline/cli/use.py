@@ -20,7 +20,7 @@ from pipeline.cli.options import (
     one_of,
 )
 from pipeline.core.config import PARAMS_FILE
-from pipeline.core.errors import nested_in, section
+from pipeline.core.errors import nested_in
 
 if TYPE_CHECKING:
     from pipeline.embed.teachers.base import Teacher
@@ -170,6 +170,5 @@ def _open_teacher(stack: ExitStack, params: Path, model: Path) -> "Teacher":
     from pipeline.evaluate.build import TeacherInputs
 
     inputs = load(params, TeacherInputs)
-    with section("embed"), nested_in("teacher"):
-        teacher = stack.enter_context(open_teacher(inputs.embed.teacher, inputs.backbone, 1))
+    teacher = stack.enter_context(open_teacher(inputs.embed.teacher, inputs.backbone, 1))
     return in_trained_space(teacher, model)
