@@ -2,8 +2,9 @@
 # make test         every test that takes less than 5 seconds, a process a core
 # make test-slow    the others
 # make check        lint and types
+# make docs         the pages and the API reference, into .docs-site/
 # make check-gpu-env   the GPU environment resolves (metadata only)
-.PHONY: demo test test-slow check check-gpu-env env models gpu-env clean-work clean
+.PHONY: demo test test-slow check check-gpu-env docs env models gpu-env clean-work clean
 
 PY := .venv/bin/python
 # Tests run in a process a core; TESTS="-n 0 tests/core" runs some of them in one.
@@ -22,6 +23,9 @@ check: env
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+
+docs: env
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 env:
 	@scripts/make_env.sh

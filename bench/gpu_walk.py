@@ -39,7 +39,10 @@ COMPRESSION_TOKENS = 10
 @contextmanager
 def without_values() -> Iterator[None]:
     """Passes are run and not compared with the plain ones: fake tensors have no values, and so no plain pass."""
-    from pipeline.backbone import output_head
+    import torch
+
+    from bench.fake_gpu.stand_ins import rms_norm, stand_in
+    from pipeline.backbone import fused, output_head
     from pipeline.encoder.passes import select
 
     class FirstOne:
@@ -52,32 +55,38 @@ def without_values() -> Iterator[None]:
             """The fastest way that the backbone's structure allows."""
             return next((candidate for _, candidate in candidates), None)
 
-    kept = select.Comparison, output_head._difference
+    kept = select.Comparison, output_head._difference, fused.equals, fused.compiled, torch.nn.functional.rms_norm
     select.Comparison, output_head._difference = FirstOne, lambda *_: 0.0  # type: ignore[misc,assignment]
+    # Gemma multiplies by one more than the weight: its norms are refused.
+    fused.equals, fused.compiled = lambda module, _: type(module).__name__ != "Gemma3RMSNorm", stand_in  # type: ignore[assignment]
+    torch.nn.functional.rms_norm = rms_norm  # type: ignore[assignment]
     try:
         yield
     finally:
-        select.Comparison, output_head._difference = kept  # type: ignore[misc]
+        select.Comparison, output_head._difference, fused.equals, fused.compiled = kept[:4]  # type: ignore[misc]
+        torch.nn.functional.rms_norm = kept[4]
 
 
 @contextmanager
 def real_on_the_host() -> Iterator[None]:
-    """Index tensors are real until they are copied to the device, as lengths in Python lists are."""
+    """Owners and positions of tokens are computed for real, from lengths; memory of the host cannot be pinned here."""
+    import torch
     from torch.utils._python_dispatch import _disable_current_modes
 
     from pipeline.backbone.attention import segments
 
-    kept = segments._tokens
+    kept = segments._tokens, torch.Tensor.pin_memory
 
     def tokens(runs: Any) -> Any:
         with _disable_current_modes():
-            return kept(runs)
+            return kept[0](runs)
 
     segments._tokens = tokens
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign]
     try:
         yield
     finally:
-        segments._tokens = kept
+        segments._tokens, torch.Tensor.pin_memory = kept  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -102,6 +111,7 @@ def walk(arguments: argparse.Namespace) -> dict[str, Any]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from bench.fake_gpu.meter import Meter
+    from pipeline.backbone.attention.segments import index_tensors
     from pipeline.backbone.lora import adapter_parameters, add_adapter
     from pipeline.encoder.passes.adapted import AdaptedQueryPass
     from pipeline.encoder.passes.plain import Passes
@@ -135,6 +145,7 @@ def walk(arguments: argparse.Namespace) -> dict[str, Any]:
         responses = [[7] * arguments.response for _ in range(arguments.rows)]
         for _ in range(2):
             meter.reset()
+            index_tensors.cache_clear()  # batches of a run differ
             meter.phase("step")
             batch = Batch(queries, responses, torch.zeros(arguments.rows, config.hidden_size))
             sums = loss_sums(student, passes, batch, "mean")
@@ -163,6 +174,7 @@ def numbers(arguments: argparse.Namespace, meter: Any) -> dict[str, Any]:
     settings = StepSettings(
         checkpoint_responses=arguments.checkpoint_responses,
         recompute_attention=arguments.attention == "segments",
+        fused_kernels=True,
         lora=LoraSizes(arguments.lora) if arguments.lora else None,
     )
     seconds = meter.seconds(**H100)

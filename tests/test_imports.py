@@ -181,6 +181,7 @@ def test_no_circle() -> None:
 LOADED_LATE = (
     "encoder.",
     "backbone.attention.",
+    "backbone.fused",
     "backbone.output_head",
     "backbone.sharding",
     "optim.checkpoint",

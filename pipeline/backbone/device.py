@@ -7,8 +7,13 @@ six hours that it was on the CPU. `PIPELINE_DEVICE=cpu` runs there on purpose.
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pipeline.core.errors import BackboneError
+
+if TYPE_CHECKING:
+    import torch
 
 VARIABLE = "PIPELINE_DEVICE"
 # The first NVIDIA driver that runs programs built for a CUDA major version.
@@ -64,3 +69,14 @@ def driver_version() -> str | None:
         return None
     lines = done.stdout.split() if done.returncode == 0 else []
     return lines[0] if lines and lines[0][0].isdigit() else None
+
+
+def to_device(tensors: "Sequence[torch.Tensor]", device: "torch.device") -> "list[torch.Tensor]":
+    """One-dimensional int64 tensors of the host on `device`, in one copy that a GPU does not wait for."""
+    import torch
+
+    buffer = torch.cat(list(tensors))
+    if device.type == "cuda":
+        buffer = buffer.pin_memory()
+    moved = buffer.to(device, non_blocking=True)
+    return list(torch.split(moved, [len(tensor) for tensor in tensors]))

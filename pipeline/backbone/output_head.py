@@ -86,7 +86,9 @@ def _difference(backbone: Any, head: nn.Linear, transform: LogitTransform) -> fl
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Rows whose logits fit the memory that a chunk may take on this device."""
-    return max(16, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+    rows = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (4 * vocabulary)
+    # A GPU multiplies whole tiles of 128 rows.
+    return max(16, rows) if device.type == "cpu" else max(128, rows - rows % 128)
 
 
 def _blocks(weight: Tensor) -> list[slice]:

@@ -42,6 +42,11 @@ class ModelSizes(Params):
         """Width of all keys of a token; the values have the same."""
         return self.kv_heads * self.head_dim
 
+    @property
+    def standard_norms(self) -> bool:
+        """Whether norms multiply by their weight; Gemma's multiply by one more than it, and have no fused kernel."""
+        return self.norms == 2
+
     def layer_parameters(self) -> int:
         """Weights of one layer's linear maps (norms left out)."""
         attention = 2 * self.hidden * (self.queries + self.keys)

@@ -4,10 +4,13 @@ b bytes a number, d hidden, m feed-forward, q and k the widths of a token's quer
 vocabulary. What autograd keeps of a token in a layer whose weights are frozen:
 
     each norm            4 d + 4        its input in float32, whatever the dtype, and the root mean square
+                         b d + 4        as a fused kernel (Gemma's norms never are)
     norms of the heads   4 (q + k + h + h_kv)   where the architecture has them (Qwen3, Gemma 3)
+                         b (q + k) + 4 (h + h_kv)   as fused kernels
     attention            b (2 q + 2 k) + 4 h    queries, keys, values, output, and the log of the normaliser
                          b (q + 2 k)    where it is computed again, sequence by sequence: neither output nor normaliser
     feed-forward         3 b m          gate, its activation, and the other branch
+                         2 b m          as a fused kernel: without the activation
     frozen linear maps   nothing        the gradient of their input needs their weight only; sums keep nothing either
                          b (2 d + q + m)    as 8-bit maps of bitsandbytes, which keep their inputs all the same
     adapters (LoRA)      4 (i + r)      each: its input of width i in float32, and what it makes of it
@@ -109,6 +112,7 @@ class StepSettings:
         quantize: of the frozen linear maps.
         lora: adapters of the query pass.
         shards: processes that share the backbone's layers.
+        fused_kernels: norms and gates as on a GPU (`backbone/fused.py`).
     """
 
     dtype: DType = "bfloat16"
@@ -124,6 +128,7 @@ class StepSettings:
     quantize: Quantize | None = None
     lora: LoraSizes | None = None
     shards: int = 1
+    fused_kernels: bool = False
 
     @property
     def number(self) -> int:
@@ -249,14 +254,16 @@ def kv_bytes(shape: ModelSizes, dtype: DType) -> int:
 
 def layer_bytes(shape: ModelSizes, settings: StepSettings) -> int:
     """Bytes that autograd keeps of one token in one layer."""
-    norms = shape.norms * FLOAT32 * (shape.hidden + 1)
+    normed = settings.number if settings.fused_kernels and shape.standard_norms else FLOAT32
+    norms = shape.norms * (normed * shape.hidden + FLOAT32)
     if shape.head_norms:
-        norms += FLOAT32 * (shape.queries + shape.keys + shape.heads + shape.kv_heads)
+        norms += normed * (shape.queries + shape.keys) + FLOAT32 * (shape.heads + shape.kv_heads)
     attention = settings.number * (shape.queries + 2 * _key_width(shape, settings))
     if not settings.recompute_attention:
         attention += settings.number * shape.queries + FLOAT32 * shape.heads
     inputs = 2 * shape.hidden + shape.queries + shape.intermediate if settings.quantize == "8bit" else 0
-    return norms + attention + settings.number * (3 * shape.intermediate + inputs)
+    gate = (2 if settings.fused_kernels else 3) * shape.intermediate
+    return norms + attention + settings.number * (gate + inputs)
 
 
 def adapter_bytes(shape: ModelSizes, settings: StepSettings) -> int:
@@ -313,7 +320,8 @@ def logit_bytes(shape: ModelSizes, tokens: PassTokens, settings: StepSettings) -
 
 def chunk_positions(vocabulary: int) -> int:
     """Positions whose logits the fused cross-entropy makes at a time on a GPU, if nothing else is set."""
-    return max(16, CHUNK_BYTES // (FLOAT32 * vocabulary))
+    rows = CHUNK_BYTES // (FLOAT32 * vocabulary)
+    return max(128, rows - rows % 128)
 
 
 def _response_row(tokens: PassTokens, settings: StepSettings) -> int:

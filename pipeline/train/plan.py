@@ -36,6 +36,8 @@ def step_settings(train: TrainParams, dtype: DType) -> StepSettings:
         quantize=train.quantize,
         lora=None if lora is None else lora_sizes(lora),
         shards=_processes(train) if train.shard_backbone else 1,
+        # The estimate is one for a GPU, where packed passes have them.
+        fused_kernels=train.passes.packed,
     )
 
 

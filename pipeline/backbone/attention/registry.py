@@ -1,7 +1,8 @@
 """Attention of packed rows: the implementations, which of them fits, and setting one on a backbone.
 
 A packed row runs through transformers' attention interface: each implementation is registered under its own name, gets
-the lengths of the sequences as the keyword `packed` of the backbone's forward, and no mask of transformers.
+the lengths of the sequences as the keyword `packed` of the backbone's forward. No mask is registered for these names:
+transformers then makes none, and a GPU does not wait for the host to look at the mask.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from pipeline.backbone.attention.flex import flex_packed_attention
 from pipeline.backbone.attention.grouped import group_attention
@@ -62,7 +63,6 @@ def _watched(
 _REGISTERED: dict[str, Callable[..., Any]] = {**_FUNCTIONS, GROUPS: group_attention, "watched": _watched}
 for _name, _function in _REGISTERED.items():
     AttentionInterface.register(_registered(_name), _function)
-    AttentionMaskInterface.register(_registered(_name), lambda *_args, **_kwargs: None)
 
 
 @contextlib.contextmanager

@@ -10,10 +10,13 @@ An attention function gets as keys the cache followed by the row.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
+
+from pipeline.backbone.device import to_device
 
 SHARED = -1
 
@@ -55,7 +58,7 @@ class Segments:
 
     def positions(self, device: torch.device) -> Tensor:
         """Position ids `[1, sum(new)]`; each sequence continues behind its cached tokens."""
-        return self.queries(device)[1][None]
+        return index_tensors(self, device).positions if device.type == "cuda" else self.queries(device)[1][None]
 
     def queries(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Sequence and position of each token in the row, each `[sum(new)]`."""
@@ -71,6 +74,37 @@ class Segments:
         new = self.queries(torch.device("cpu"))
         owner, position = (torch.cat(parts).to(device) for parts in zip(shared, cached, new, strict=True))
         return owner, position
+
+
+@dataclass(frozen=True)
+class IndexTensors:
+    """What a forward pass over a packed row looks up, on the device.
+
+    Attributes:
+        positions: `[1, sum(new)]`, position ids.
+        query_ends: int32 `[sequences + 1]`, cumulative lengths of the queries.
+        key_ends: int32 `[sequences + 1]`, cumulative lengths of the keys.
+        keys: `[sum(total)]`, indices of the keys in order of their sequences; None: they lie in it.
+    """
+
+    positions: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    keys: Tensor | None
+
+
+@lru_cache(maxsize=8)
+def index_tensors(segments: Segments, device: torch.device) -> IndexTensors:
+    """Made once for all layers of a pass, in one copy to the device."""
+    # Tensors made in inference mode cannot be used in training.
+    with torch.inference_mode(False):
+        reads = [torch.arange(piece.start, piece.stop) for _, pieces in segments.slices() for piece in pieces]
+        _, position = segments.queries(torch.device("cpu"))
+        ends = [torch.tensor(list(accumulate(lengths, initial=0))) for lengths in (segments.new, segments.total)]
+        order = [torch.cat(reads)] if segments.cached else []
+        positions, query_ends, key_ends, *keys = to_device([position, *ends, *order], device)
+        lengths = query_ends.to(torch.int32), key_ends.to(torch.int32)
+        return IndexTensors(positions[None], *lengths, keys[0] if keys else None)
 
 
 def _spans(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:

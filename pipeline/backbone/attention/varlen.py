@@ -4,57 +4,11 @@ The kernel takes queries and keys in order of their sequences, and their cumulat
 end: the last query of a sequence sees all of its keys. Window sizes exclude the token itself.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pipeline.backbone.attention.segments import Segments
-
-
-@dataclass(frozen=True)
-class VarlenLayout:
-    """Arguments of the kernel for a packed row.
-
-    Attributes:
-        keys: `[sum(total)]`, indices of the keys in the kernel's order; None: they are in it.
-        query_ends: int32 `[sequences + 1]`, cumulative lengths of the queries.
-        key_ends: int32 `[sequences + 1]`, cumulative lengths of the keys.
-        longest_query: most queries of a sequence.
-        longest_key: most keys of a sequence.
-    """
-
-    keys: Tensor | None
-    query_ends: Tensor
-    key_ends: Tensor
-    longest_query: int
-    longest_key: int
-
-    @classmethod
-    def of(cls, segments: Segments, device: torch.device) -> "VarlenLayout":
-        """Each sequence reads the shared tokens, its own cached ones, and its new ones."""
-        reads = [torch.arange(piece.start, piece.stop) for _, pieces in segments.slices() for piece in pieces]
-        return cls(
-            torch.cat(reads).to(device) if segments.cached else None,
-            _ends(segments.new, device),
-            _ends(segments.total, device),
-            max(segments.new),
-            max(segments.total),
-        )
-
-
-def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
-
-
-@lru_cache(maxsize=4)
-def _layout(segments: Segments, device: torch.device) -> VarlenLayout:
-    # All layers of a forward pass ask for the same one. Tensors made in inference mode cannot be used in training.
-    with torch.inference_mode(False):
-        return VarlenLayout.of(segments, device)
+from pipeline.backbone.attention.segments import Segments, index_tensors
 
 
 def varlen_attention(
@@ -79,16 +33,16 @@ def varlen_attention(
 
     if softcap is not None:
         raise ValueError("the varlen kernel has no soft-capped scores")
-    layout = _layout(packed, query.device)
-    keys, values = (_rows(states, layout.keys) for states in (key, value))
+    index = index_tensors(packed, query.device)
+    keys, values = (_rows(states, index.keys) for states in (key, value))
     attended: Any = varlen_attn(
         query[0].transpose(0, 1),
         keys,
         values,
-        layout.query_ends,
-        layout.key_ends,
-        layout.longest_query,
-        layout.longest_key,
+        index.query_ends,
+        index.key_ends,
+        max(packed.new),
+        max(packed.total),
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=True,

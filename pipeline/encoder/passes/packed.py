@@ -5,7 +5,8 @@ only the new tokens run with autograd against it. What all queries of a batch be
 instruction) runs once. Loss and gradients equal the plain ones up to rounding.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -13,28 +14,47 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from pipeline.backbone.attention.registry import use_attention
 from pipeline.backbone.attention.segments import Segments, shared_prefix
+from pipeline.backbone.device import to_device
+from pipeline.backbone.fused import FusedKernels
 from pipeline.backbone.output_head import at_least_float32
 from pipeline.encoder.passes.activation_checkpointing import ContextFactory
 from pipeline.encoder.passes.response import ComposedResponsePass, ResponseBatch, ResponseLoss
+
+# Tokens that a forward pass of its own for the common beginning of a batch must save to pay: the pass launches every
+# kernel of every layer once more, which on a GPU takes as long as some thousand tokens.
+_LEAST_SAVED = {"cpu": 64, "cuda": 4000}
+
+
+def packed_context(backbone: Any, attention: str, kernels: FusedKernels | None = None) -> ContextFactory:
+    """Contexts in which the backbone runs packed rows with this attention and these kernels."""
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        with use_attention(backbone, attention), kernels() if kernels else contextlib.nullcontext():
+            yield
+
+    return context
 
 
 class PackedBackbone:
     """A causal LM that runs packed rows with one attention."""
 
-    def __init__(self, backbone: Any, attention: str) -> None:
-        self._lm, self._attention = backbone, attention
+    def __init__(self, backbone: Any, attention: str, kernels: FusedKernels | None = None) -> None:
+        self._lm, self._context = backbone, packed_context(backbone, attention, kernels)
         self.embed = backbone.get_input_embeddings()
 
     def embedded(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Input embeddings `[sum of lengths, d]` of token ids."""
-        return self.embed(flat(rows, self.embed.weight.device))
+        [ids] = to_device([_flat(rows)], self.embed.weight.device)
+        return self.embed(ids)
 
     def hidden(self, row: Tensor, segments: Segments, cache: DynamicCache | None = None) -> Tensor:
         """Final-normed hidden states `[T, d]` of a packed row `[T, d]`, which is added to the cache."""
-        with use_attention(self._lm, self._attention):
+        with self._context():
             output = self._lm.get_decoder()(
                 **packed_arguments(row, segments), past_key_values=cache, use_cache=cache is not None
             )
@@ -60,14 +80,34 @@ class PackedBackbone:
         return at_least_float32(hidden[ends + torch.arange(-count, 0, device=row.device)])
 
 
+class _PackedCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
+    """Begins with its first states; transformers' own begins with empty tensors that are copied from the host."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """An empty layer of the states' kind."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        self.is_initialized = True
+
+
+def packed_cache() -> DynamicCache:
+    """An empty cache of packed rows, every layer of which keeps all tokens.
+
+    Made without the config: a sliding-window layer would forget the first sequences of a row.
+    """
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = _PackedCacheLayer
+    return cache
+
+
 def packed_arguments(row: Tensor, segments: Segments) -> dict[str, Any]:
     """Arguments of the backbone's forward for a packed row `[T, d]`."""
     return {"inputs_embeds": row[None], "position_ids": segments.positions(row.device), "packed": segments}
 
 
-def flat(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """All ids one after another, int64."""
-    return torch.tensor([token for ids in rows for token in ids], dtype=torch.long, device=device)
+def _flat(rows: Sequence[Sequence[int]]) -> Tensor:
+    """All ids one after another, int64, on the host."""
+    return torch.tensor([token for ids in rows for token in ids], dtype=torch.long)
 
 
 def interleave(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
@@ -100,17 +140,21 @@ class FrozenPackedQueryPass:
     def __call__(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
         """See `QueryPass`."""
         rows, count = len(query_ids), len(tokens)
-        shared = shared_prefix(query_ids) if self._share_prefix else 0
+        shared = self._shared(query_ids) if self._share_prefix else 0
         cache = self._prefixes(query_ids, shared)
         new = tokens.to(self._backbone.embed.weight.dtype).repeat(rows, 1)
         segments = Segments.of([count] * rows, [len(ids) - shared for ids in query_ids], shared)
         hidden = self._backbone.hidden(new, segments, cache)
         return at_least_float32(hidden.view(rows, count, -1)[:, -read:])
 
+    def _shared(self, query_ids: Sequence[Sequence[int]]) -> int:
+        shared = shared_prefix(query_ids)
+        least = _LEAST_SAVED.get(self._backbone.embed.weight.device.type, _LEAST_SAVED["cuda"])
+        return shared if shared * (len(query_ids) - 1) >= least else 0
+
     @torch.no_grad()
     def _prefixes(self, query_ids: Sequence[Sequence[int]], shared: int) -> DynamicCache:
-        # Without the config: a sliding-window cache layer would forget the first sequences of the row.
-        cache = DynamicCache()
+        cache = packed_cache()
         if shared:
             self._extend(cache, [query_ids[0][:shared]], 0)
         self._extend(cache, [ids[shared:] for ids in query_ids], shared)
@@ -127,13 +171,12 @@ def packed_response_pass(backbone: Any, loss: ResponseLoss, context: ContextFact
 
 
 def _lay_out(embed: Any, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> ResponseBatch:
-    labels = flat(response_ids, embed.weight.device)
     lengths = [len(ids) for ids in response_ids]
     soft = soft_prompts.to(embed.weight.dtype)
     n = soft.shape[1]
-    row = interleave(soft.unbind(), embed(labels).split(lengths))
     # The last soft prompt predicts the first response token, the last response token predicts nothing.
     ends = accumulate(n + length for length in lengths)
-    predicting = [torch.arange(end - length - 1, end - 1) for length, end in zip(lengths, ends, strict=True)]
-    arguments = packed_arguments(row, Segments.of([n + length for length in lengths]))
-    return ResponseBatch(arguments, torch.cat(predicting).to(row.device), labels)
+    positions = torch.cat([torch.arange(end - length - 1, end - 1) for length, end in zip(lengths, ends, strict=True)])
+    labels, predicting = to_device([_flat(response_ids), positions], embed.weight.device)
+    row = interleave(soft.unbind(), embed(labels).split(lengths))
+    return ResponseBatch(packed_arguments(row, Segments.of([n + length for length in lengths])), predicting, labels)

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from pipeline.backbone.attention.registry import GROUPS, with_packed_attention
 from pipeline.backbone.attention.segments import Segments
-from pipeline.encoder.passes.packed import PackedBackbone
+from pipeline.encoder.passes.packed import PackedBackbone, packed_cache
 from pipeline.encoder.passes.plain import PlainQueryPass, QueryPass
 from pipeline.encoder.passes.select import Comparison, packed_attentions, probe_ids
 
@@ -78,8 +78,7 @@ class PackedReader:
         """See `PromptReader.begin`."""
         if not ids:
             return Beginning()
-        # Without the config: a sliding-window cache layer would forget the start of a long beginning.
-        cache = DynamicCache()
+        cache = packed_cache()
         self._backbone.hidden(self._backbone.embedded([ids]), Segments.of([len(ids)]), cache)
         return Beginning(tuple(ids), _Unchanged(cache))
 

@@ -23,15 +23,16 @@ from pipeline.backbone.attention.registry import (
     Implementation,
     check_layers,
     choose_attention,
-    use_attention,
 )
 from pipeline.backbone.attention.segments import Segments
+from pipeline.backbone.fused import FusedKernels, fused_kernels
 from pipeline.core.errors import BackboneError
 from pipeline.encoder.passes.activation_checkpointing import ContextFactory, checkpointable_layers, checkpointing
 from pipeline.encoder.passes.packed import (
     FrozenPackedQueryPass,
     PackedBackbone,
     PackedQueryPass,
+    packed_context,
     packed_response_pass,
 )
 from pipeline.encoder.passes.padded import FrozenPaddedQueryPass, padded_response_pass
@@ -202,13 +203,24 @@ def _fused_loss(backbone: Any, chunk: int | None) -> ResponseLoss | None:
         return None
 
 
+def _packed_ways(
+    backbone: Any, attentions: list[Implementation]
+) -> Iterator[tuple[str, Implementation, FusedKernels | None]]:
+    """Names, attentions and kernels of packed passes, the fastest first."""
+    kernels = fused_kernels(backbone) if attentions else None
+    for attention in attentions:
+        if kernels:
+            yield f"{attention} attention and fused kernels", attention, kernels
+        yield f"{attention} attention", attention, None
+
+
 def _query_passes(
     backbone: Any, attentions: list[Implementation], frozen_prefix: bool, share_prefix: bool
 ) -> Iterator[tuple[str, QueryPass]]:
-    for attention in attentions:
-        rows = PackedBackbone(backbone, attention)
+    for name, attention, kernels in _packed_ways(backbone, attentions):
+        rows = PackedBackbone(backbone, attention, kernels)
         packed = FrozenPackedQueryPass(rows, share_prefix=share_prefix) if frozen_prefix else PackedQueryPass(rows)
-        yield f"the packed query pass with {attention} attention", packed
+        yield f"the packed query pass with {name}", packed
     if frozen_prefix:
         yield "the query pass with a frozen prefix", FrozenPaddedQueryPass(backbone)
 
@@ -221,8 +233,8 @@ def _response_passes(
     def checkpointed(context: ContextFactory) -> ContextFactory:
         return context if layers is None else partial(checkpointing, layers, context)
 
-    for attention in attentions:
-        context = checkpointed(partial(use_attention, backbone, attention))
-        yield f"the packed response pass with {attention} attention", packed_response_pass(backbone, chosen, context)
+    for name, attention, kernels in _packed_ways(backbone, attentions):
+        context = checkpointed(packed_context(backbone, attention, kernels))
+        yield f"the packed response pass with {name}", packed_response_pass(backbone, chosen, context)
     if loss or layers:
         yield "the padded response pass", padded_response_pass(backbone, chosen, checkpointed(nullcontext))

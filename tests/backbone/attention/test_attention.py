@@ -10,8 +10,7 @@ from pipeline.backbone.attention import varlen as varlen_attention
 from pipeline.backbone.attention.flex import flex_packed_attention
 from pipeline.backbone.attention.per_segment import segment_attention
 from pipeline.backbone.attention.registry import choose_attention, use_attention
-from pipeline.backbone.attention.segments import SHARED, Segments
-from pipeline.backbone.attention.varlen import VarlenLayout
+from pipeline.backbone.attention.segments import SHARED, Segments, index_tensors
 from pipeline.core.errors import BackboneError
 from tests.conftest import tiny_model
 
@@ -148,16 +147,16 @@ def test_varlen_attention_on_a_kernel_that_keeps_its_word(
         torch.testing.assert_close(gradient, right, rtol=1e-11, atol=1e-12)
 
 
-def test_a_varlen_layout_reads_shared_keys_once_a_sequence() -> None:
-    layout = VarlenLayout.of(Segments.of([2, 1], [3, 0], shared=2), torch.device("cpu"))
-    assert layout.keys is not None
-    assert layout.keys.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 7]
-    assert (layout.query_ends.tolist(), layout.key_ends.tolist()) == ([0, 2, 3], [0, 7, 10])
-    assert (layout.longest_query, layout.longest_key) == (2, 7)
+def test_index_tensors_read_shared_keys_once_a_sequence() -> None:
+    index = index_tensors(Segments.of([2, 1], [3, 0], shared=2), torch.device("cpu"))
+    assert index.keys is not None
+    assert index.keys.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 7]
+    assert (index.query_ends.tolist(), index.key_ends.tolist()) == ([0, 2, 3], [0, 7, 10])
+    assert index.positions.tolist() == [[5, 6, 2]]
 
 
 def test_a_row_without_a_cache_is_read_as_it_lies() -> None:
-    assert VarlenLayout.of(Segments.of([2, 1]), torch.device("cpu")).keys is None
+    assert index_tensors(Segments.of([2, 1]), torch.device("cpu")).keys is None
 
 
 def test_without_a_gpu_the_choice_is_segments() -> None:

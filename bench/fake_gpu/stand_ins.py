@@ -1,0 +1,113 @@
+"""What fused functions become on a GPU, for the walk: they cannot be compiled here, and CUDA's kernels are not there.
+
+    act(gate) * up       one kernel each way; saves gate and up. torch's compiler makes one kernel of a chain of
+                         elementwise operations and one of its backward, and saves the inputs of the chain.
+    apply_rotary_pos_emb a kernel for queries and one for keys, each way; saves cosines and sines
+    rms_norm             `_fused_rms_norm` and its backward, a kernel each; saves the input and a float32 a row
+
+This is read from torch's sources and documentation: only a real GPU counts the real kernels.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+
+def stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For a function that `pipeline.backbone.fused` compiles."""
+    return _gated if function.__name__ == "_gate" else _rotated
+
+
+def _gated(_activation: Any, gate: Tensor, up: Tensor) -> Tensor:
+    return _gate(gate, up)
+
+
+def _rotated(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return _rotate(queries, cos, sin), _rotate(keys, cos, sin)
+
+
+@custom_op("walk::gate", mutates_args={})
+def _gate(gate: Tensor, up: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+@custom_op("walk::gate_backward", mutates_args={})
+def _gate_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError
+
+
+@custom_op("walk::rotate", mutates_args={})
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+def rms_norm(hidden: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
+    """For `torch.nn.functional.rms_norm`."""
+    return _norm(hidden, weight)[0]
+
+
+@custom_op("walk::norm", mutates_args={})
+def _norm(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError
+
+
+@custom_op("walk::norm_backward", mutates_args={})
+def _norm_backward(gradient: Tensor, hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+@_norm.register_fake
+def _(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden), hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
+
+
+@_norm_backward.register_fake
+def _(gradient: Tensor, hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+@_gate.register_fake
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.empty_like(gate)
+
+
+@_gate_backward.register_fake
+def _(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(gate), torch.empty_like(up)
+
+
+@_rotate.register_fake
+def _(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.empty_like(states)
+
+
+def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _keep_angles(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _keep_scale(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _back_through_norm(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None]:
+    return _norm_backward(gradient, *ctx.saved_tensors), None
+
+
+def _back_through_gate(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    return _gate_backward(gradient, *ctx.saved_tensors)
+
+
+def _back_through_rotation(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return _rotate(gradient, *ctx.saved_tensors), None, None
+
+
+_gate.register_autograd(_back_through_gate, setup_context=_keep_all)
+_rotate.register_autograd(_back_through_rotation, setup_context=_keep_angles)
+_norm.register_autograd(_back_through_norm, setup_context=_keep_scale)
