@@ -1,12 +1,11 @@
-"""Which rows go through the backbone together: optimiser steps, and the forward passes that a step is made of."""
+"""Which rows go through the backbone together: optimiser steps, and the forward passes of a step.
+
+The rows of a step depend on seed and step alone, so a resumed run takes the same ones.
+"""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def epoch_order(rows: int, epoch: int, seed: int) -> np.ndarray:
@@ -30,15 +29,17 @@ def steps(
     """
     taken = 0
     for epoch in range(epochs):
-        for batch in _epoch(lengths, batch_size, epoch, seed, grouping):
+        order = epoch_order(len(lengths), epoch, seed)
+        for batch in _batches(order, lengths, batch_size, epoch, seed, grouping):
             if taken == most:
                 return
             yield batch
             taken += 1
 
 
-def _epoch(lengths: np.ndarray, batch_size: int, epoch: int, seed: int, grouping: int) -> list[list[int]]:
-    order = epoch_order(len(lengths), epoch, seed)
+def _batches(
+    order: np.ndarray, lengths: Sequence[int] | np.ndarray, batch_size: int, epoch: int, seed: int, grouping: int
+) -> list[list[int]]:
     if grouping == 1:
         return _cut(order, batch_size)
     groups = _cut(order, batch_size * grouping)
@@ -84,11 +85,8 @@ def micro_batches(
     return batches
 
 
-# Which rows a step takes: a function of the seed and the step, so that a resumed run takes the same ones.
-
-
 class Batches:
-    """Endless batches of a fixed size; what does not fill one at the end of an epoch is left to other epochs."""
+    """Endless batches of a fixed size; an epoch leaves out the rows that do not fill its last batch."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int, grouping: int = 1) -> None:
         """Set the rules.
@@ -108,23 +106,9 @@ class Batches:
         """Rows of a step (from 0), the longest first."""
         epoch, index = divmod(step, self._per_epoch)
         if self._epoch[0] != epoch:
-            self._epoch = epoch, self._batches(epoch)
+            order = epoch_order(len(self._lengths), epoch, self._seed)[: self._per_epoch * self._size]
+            self._epoch = epoch, _batches(order, self._lengths, self._size, epoch, self._seed, self._grouping)
         return sorted(self._epoch[1][index], key=lambda row: (-self._lengths[row], row))
-
-    def _batches(self, epoch: int) -> list[list[int]]:
-        order = epoch_order(len(self._lengths), epoch, self._seed)[: self._per_epoch * self._size]
-        if self._grouping == 1:
-            return self._cut(order, self._size)
-        windows = self._cut(order, self._size * self._grouping)
-        batches = [batch for window in windows for batch in self._cut(self._sorted(window), self._size)]
-        return [batches[at] for at in epoch_order(len(batches), epoch, self._seed)]
-
-    def _sorted(self, rows: Sequence[int]) -> list[int]:
-        return sorted(rows, key=lambda row: (self._lengths[row], row))
-
-    @staticmethod
-    def _cut(rows: "Sequence[int] | np.ndarray[Any, Any]", size: int) -> list[list[int]]:
-        return [list(map(int, rows[start : start + size])) for start in range(0, len(rows), size)]
 
 
 def parts(rows: Sequence[int], size: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""How many steps there are, and the learning rate of each."""
+"""The learning rate of each step, and stopping between two steps on a signal (Ctrl-C, SIGTERM of a spot instance)."""
 
 import contextlib
 import math
@@ -24,9 +24,6 @@ def rate_factor(step: int, warmup: int, total: int, kind: ScheduleKind = "linear
         return 1.0
     left = min(1.0, max(0.0, (total - step) / max(1, total - warmup)))
     return left if kind == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
-
-
-# Stopping between two steps when a signal asks for it: Ctrl-C, or SIGTERM from a spot instance's end.
 
 
 @contextlib.contextmanager
