@@ -254,14 +254,14 @@ class Embedder:
     def _started(self, count: int) -> "ParallelEncoder":
         """`count` processes; those of the last call if it had as many."""
         from pipeline.encoder.pool import ParallelEncoder, encoder_loader
-        from pipeline.parallel.devices import places
+        from pipeline.parallel.devices import split_devices
 
         if self._workers is None or self._workers[0] != count:
             self.close()
             # Each process sees its own GPU only, whatever number it has here.
             device = "cpu" if self.encoder.model.device.type == "cpu" else None
             loader = encoder_loader(self._path, **{**self._options, "device": device})
-            self._workers = count, ParallelEncoder(loader, places(count))
+            self._workers = count, ParallelEncoder(loader, split_devices(count))
         return self._workers[1]
 
 
@@ -273,7 +273,7 @@ def _process_count(processes: Count) -> int:
         return 1
     if processes != "auto" and (not isinstance(processes, int) or processes < 1):
         raise SourceError(f"processes is {processes!r}: it must be a number from 1, or 'auto'")
-    return worker_count(processes, gpus_each=1, knob="processes", error=EvaluationError)
+    return worker_count(processes, gpus_each=1, error=EvaluationError)
 
 
 def similarity(a: "np.ndarray[Any, Any]", b: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.backbone.device import best_device
 from pipeline.core.errors import EvaluationError
 from pipeline.core.run import progress
-from pipeline.parallel.devices import Place
-from pipeline.parallel.text_pool import TextJobs
+from pipeline.parallel.devices import Device
+from pipeline.parallel.text_pool import TextPool
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +27,7 @@ _FACTS = attrgetter("width", "max_tokens", "identity", "config")
 
 
 class ParallelEncoder:
-    """An encoder in each place; it embeds, and does nothing else that `Encoder` does.
+    """An encoder on each device; it embeds, and does nothing else that `Encoder` does.
 
     Attributes:
         width: see `Encoder`.
@@ -36,18 +36,18 @@ class ParallelEncoder:
         config: of the encoder.
     """
 
-    def __init__(self, load: "Callable[[], Encoder]", where: Sequence[Place]) -> None:
+    def __init__(self, load: "Callable[[], Encoder]", devices: Sequence[Device]) -> None:
         """Start the processes and wait until all encoders are loaded.
 
         Args:
             load: loads an encoder (picklable); runs in each process.
-            where: a place for each.
+            devices: one for each.
 
         Raises:
             PipelineError: what was raised when an encoder was loaded, or EvaluationError if its process died.
         """
-        self._jobs = TextJobs(load, _FACTS, where, job_texts=JOB_TEXTS, kind="encoder process", error=EvaluationError)
-        self.width, self.max_tokens, self.identity, self.config = self._jobs.facts
+        self._pool = TextPool(load, _FACTS, devices, job_texts=JOB_TEXTS, kind="encoder process", error=EvaluationError)
+        self.width, self.max_tokens, self.identity, self.config = self._pool.facts
 
     def encode(
         self,
@@ -80,7 +80,7 @@ class ParallelEncoder:
         truncated = 0
         nothing: list[str] = []
         with progress(nothing, total=len(texts), desc="encode", unit="text") if show_progress else nullcontext() as bar:
-            for chosen, value in self._jobs.run("embed", texts, instruction=instruction, batch_tokens=batch_tokens):
+            for chosen, value in self._pool.run("embed", texts, instruction=instruction, batch_tokens=batch_tokens):
                 vectors[chosen] = value.vectors
                 truncated += value.truncated
                 if bar is not None:
@@ -89,7 +89,7 @@ class ParallelEncoder:
 
     def close(self) -> None:
         """Stop the processes."""
-        self._jobs.close()
+        self._pool.close()
 
 
 def encoder_loader(

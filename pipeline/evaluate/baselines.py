@@ -23,7 +23,7 @@ from pipeline.backbone.prompting import join_instruction
 from pipeline.embed.teachers.template import SLOT, TEMPLATES, TemplateTokenizer
 from pipeline.evaluate.registry import BUILT_IN
 from pipeline.evaluate.system import BARE, BareSystem
-from pipeline.parallel.devices import Place
+from pipeline.parallel.devices import Device
 from pipeline.tasks.instructions import Side
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def pooled(name: str, encoder: "Encoder", batch_size: int) -> BareSystem:
 
 @contextmanager
 def pooled_in_processes(
-    name: str, load: "Callable[[], Encoder]", batch_size: int, devices: Sequence[Place]
+    name: str, load: "Callable[[], Encoder]", batch_size: int, devices: Sequence[Device]
 ) -> Iterator[BareSystem]:
     """`pooled` in several processes that share the texts of a call; `load` (picklable) runs in each of them."""
     from pipeline.embed.teachers.pool import ParallelTeacher

@@ -33,7 +33,7 @@ from pipeline.evaluate.system import BARE, BareSystem, InstructedSystem, System,
 from pipeline.generate.answer_cache import Answers
 from pipeline.generate.engines.registry import ENGINES
 from pipeline.generate.params import GenerateParams
-from pipeline.parallel.devices import places, worker_count
+from pipeline.parallel.devices import split_devices, worker_count
 
 if TYPE_CHECKING:
     from pipeline.encoder.inference import Encoder
@@ -151,7 +151,7 @@ class Systems:
         from pipeline.encoder.pool import ParallelEncoder
 
         load = self._encoder_loader(untrained_seed)
-        return stack.enter_context(closing(ParallelEncoder(load, places(self.processes))))
+        return stack.enter_context(closing(ParallelEncoder(load, split_devices(self.processes))))
 
     def _encoder_loader(self, untrained_seed: int | None = None) -> "Callable[[], Encoder]":
         from pipeline.encoder.pool import encoder_loader
@@ -167,7 +167,7 @@ class Systems:
     def _pooled(self, name: SystemName, stack: ExitStack) -> System:
         if self.processes == 1:
             return pooled(name, self.encoder(), self.batch_size)
-        devices = places(self.processes)
+        devices = split_devices(self.processes)
         return stack.enter_context(pooled_in_processes(name, self._encoder_loader(), self.batch_size, devices))
 
     def _teacher(self, stack: ExitStack) -> System:
@@ -194,8 +194,8 @@ def make_systems(inputs: SystemInputs) -> Systems:
         EvaluationError: `data_parallel` exceeds the visible GPUs.
     """
     params = inputs.evaluate
-    with section("evaluate"):
-        processes = worker_count(params.data_parallel, gpus_each=1, knob="data_parallel", error=EvaluationError)
+    with section("evaluate"), nested_in(names={"processes": "data_parallel"}):
+        processes = worker_count(params.data_parallel, gpus_each=1, error=EvaluationError)
     return Systems(
         encoder_dir=ENCODER_DIR,
         open_teacher=partial(_open_teacher, inputs),

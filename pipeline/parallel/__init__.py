@@ -1,1 +1,1 @@
-"""Devices, worker processes, ranks of a process group."""
+"""Devices, pools of worker processes, ranks of a process group."""

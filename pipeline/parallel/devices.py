@@ -1,4 +1,4 @@
-"""Where the worker processes of one machine run: how many there are, and which GPUs or cores each gets."""
+"""The GPUs or cores of one machine, divided among worker processes."""
 
 import logging
 import os
@@ -16,8 +16,8 @@ Count = Annotated[int, Field(ge=1)] | Literal["auto"]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a worker runs: its name for people, what its environment adds, and the cores it is bound to, if any."""
+class Device:
+    """What one worker runs on: a name for people, additions to its environment, the cores that it is bound to."""
 
     name: str
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -40,48 +40,46 @@ def own_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def worker_count(wanted: Count, *, gpus_each: int, knob: str, error: type[PipelineError]) -> int:
+def worker_count(processes: Count, *, gpus_each: int, error: type[PipelineError]) -> int:
     """How many workers to start; "auto" is one for each group of `gpus_each` visible GPUs, and one on a CPU.
 
-    Args:
-        wanted: a number, or "auto".
-        gpus_each: GPUs that one worker takes.
-        knob: the params key of `wanted`, for messages.
-        error: raised if there are too few GPUs.
+    Raises:
+        PipelineError: `error`, about the argument `processes`, if there are too few GPUs.
     """
     gpus = len(visible_gpus())
-    if wanted == "auto":
+    if processes == "auto":
         count = max(1, gpus // gpus_each)
         why = f"{gpus} visible GPUs, {gpus_each} each" if gpus else "no GPU found: one process uses all cores"
-        log.info("%s: auto = %d (%s)", knob, count, why)
+        log.info("processes: auto = %d (%s)", count, why)
         return count
-    if gpus and wanted * gpus_each > gpus:
+    if gpus and processes * gpus_each > gpus:
         raise error(
-            f"{knob} is {wanted} with {gpus_each} GPU(s) each, but {gpus} GPU(s) are visible "
-            f"(CUDA_VISIBLE_DEVICES): set it to at most {gpus // gpus_each}, or to auto"
+            f"{processes} with {gpus_each} GPU(s) each, but {gpus} GPU(s) are visible (CUDA_VISIBLE_DEVICES): set it "
+            f"to at most {gpus // gpus_each}, or to auto",
+            argument="processes",
         )
-    return wanted
+    return processes
 
 
-def places(count: int, gpus_each: int = 1) -> list[Place]:
+def split_devices(count: int, gpus_each: int = 1) -> list[Device]:
     """Disjoint groups of the visible GPUs for `count` workers, or of the cores where there is no GPU.
 
-    With more workers than cores, cores are shared.
+    More workers than cores share cores.
     """
     gpus, cores = visible_gpus(), own_cores()
     threads = max(1, min(len(cores) // count, int(os.environ.get("OMP_NUM_THREADS") or len(cores))))
-    found = []
+    devices = []
     for index in range(count):
         environment = {"OMP_NUM_THREADS": str(threads)} | ({"TQDM_DISABLE": "1"} if index else {})
         if gpus:
             names = ",".join(gpus[index * gpus_each : (index + 1) * gpus_each])
-            found.append(Place(f"GPU {names}", environment | {"CUDA_VISIBLE_DEVICES": names}))
+            devices.append(Device(f"GPU {names}", environment | {"CUDA_VISIBLE_DEVICES": names}))
         else:
             mine = cores[index * len(cores) // count : (index + 1) * len(cores) // count] or [cores[index % len(cores)]]
-            found.append(Place(f"cores {_span(mine)}", environment, tuple(mine)))
-    return found
+            devices.append(Device(f"cores {_span(mine)}", environment, tuple(mine)))
+    return devices
 
 
 def _span(cores: Sequence[int]) -> str:
-    together = len(cores) > 1 and cores[-1] - cores[0] == len(cores) - 1
-    return f"{cores[0]}-{cores[-1]}" if together else ",".join(map(str, cores))
+    adjacent = len(cores) > 1 and cores[-1] - cores[0] == len(cores) - 1
+    return f"{cores[0]}-{cores[-1]}" if adjacent else ",".join(map(str, cores))

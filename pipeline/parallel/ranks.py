@@ -1,9 +1,7 @@
-"""Several processes of one stage on one machine, each with a share of every batch.
+"""One process of a group that shares every batch of a stage, whoever launched the group.
 
-    train.processes: auto                          one a GPU; the stage starts them itself
-    accelerate launch -m pipeline.train     they are started from outside, and the stage starts none
-
-This is what a process has to know of the others, however they were started; `launching` starts them.
+train.processes: auto                   one a GPU; the stage launches them itself (`launch`)
+accelerate launch -m pipeline.train     the stage launches none
 """
 
 import contextlib
@@ -25,12 +23,12 @@ from pipeline.parallel.devices import Count, visible_gpus, worker_count
 
 INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Set by `launching`: the process to follow, and the file for the reason of a failure.
+# Environment variables set by `launch`: the pid of the launcher, and the file for the report of a failure.
 LAUNCHER, REPORT = "PIPELINE_LAUNCHER", "PIPELINE_RANK_REPORT"
 
 
-class Blame(IntEnum):
-    """Who is to blame for a failure, surest first."""
+class FailureCause(IntEnum):
+    """What a failure comes from; the smallest value of a group is the one to report."""
 
     USER = 0
     CRASH = 1
@@ -40,65 +38,65 @@ class Blame(IntEnum):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a process failed: when (seconds since the epoch), in one line, and at length."""
+    """Why a rank failed: the cause, when (seconds since the epoch), in one line, and at length."""
 
-    blame: Blame
+    cause: FailureCause
     at: float
     message: str
     details: str = ""
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
-        """What an exception says."""
         if isinstance(error, PipelineError):
-            return cls(Blame.USER, time.time(), str(error))
-        blame = Blame.NEIGHBOUR if _is_of_connection(error) else Blame.CRASH
+            return cls(FailureCause.USER, time.time(), str(error))
+        cause = FailureCause.NEIGHBOUR if _is_of_connection(error) else FailureCause.CRASH
         trace = "".join(traceback.format_exception(error)).rstrip()
-        return cls(blame, time.time(), f"{type(error).__name__}: {error}", trace)
+        return cls(cause, time.time(), f"{type(error).__name__}: {error}", trace)
 
 
-def wanted(processes: Count, batch_size: int) -> int:
-    """How many processes to train with; "auto" is one for each visible GPU, and one on a CPU.
+def rank_count(processes: Count, batch_size: int) -> int:
+    """How many ranks to train with; "auto" is one for each visible GPU, and one on a CPU.
 
     Args:
         processes: a number, or "auto".
-        batch_size: rows of one step, over all processes.
+        batch_size: rows of one step, over all ranks.
 
     Raises:
         TrainingError: more than visible GPUs, or than rows of a step.
     """
-    count = worker_count(processes, gpus_each=1, knob="train.processes", error=TrainingError)
+    count = worker_count(processes, gpus_each=1, error=TrainingError)
     if count > batch_size:
         raise TrainingError(
-            f"train.processes is {count}, but a step has {batch_size} rows for all of them (train.batch_size): "
-            f"set it to at most {batch_size}, or raise train.batch_size"
+            f"{count}, but a step has {batch_size} rows for all of them (batch_size): set it to at most {batch_size}, "
+            "or raise batch_size",
+            argument="processes",
         )
     return count
 
 
 def launched() -> bool:
-    """Whether this process is one of a group already: a launcher says so in its environment."""
+    """Whether a launcher started this process as a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def is_first() -> bool:
-    """Whether this is the only process or the first of its group: the one that writes and speaks."""
+    """Whether this is the only process or rank 0: the one that writes and logs."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
-def member() -> Iterator[None]:
-    """Around the work of a process that may be one of several; by itself it changes nothing.
+def rank_process() -> Iterator[None]:
+    """Around the work of a process that may be a rank; does nothing if it is none.
 
-    A process that `launching` started ends here if it fails, and leaves the words to its launcher. One of another
-    launcher fails as it would alone.
+    A rank of `launch` that fails reports to its launcher and exits here. A rank of another launcher fails as it would
+    alone.
     """
     if not launched():
         yield
         return
     _follow_launcher()
     if "ACCELERATE_USE_CPU" not in os.environ and not visible_gpus():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # else every process would train alone
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise every process would train alone
     if not is_first():
         logging.getLogger("pipeline").setLevel(logging.ERROR)
         logging.getLogger("__main__").setLevel(logging.ERROR)
@@ -118,7 +116,7 @@ def member() -> Iterator[None]:
 
 
 def _follow_launcher() -> None:
-    """End this process once the one that started it is gone: nobody would see it hang."""
+    """Exit once the launcher is gone: nobody would notice that this process hangs."""
     launcher = int(os.environ.get(LAUNCHER) or os.getppid())
 
     def watch() -> None:
@@ -136,13 +134,13 @@ def _leave_group() -> None:
 
 
 def _end_at_once(code: int) -> None:
-    """End without the interpreter's own farewell, which may wait for collectives that the others never join."""
+    """Exit without the interpreter's shutdown, which may wait for collectives that the others never join."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def _is_of_connection(error: Exception) -> bool:
-    """Whether an exception may only say that another process is gone."""
+    """Whether an exception may only mean that another rank is gone."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return "DistError" in names or any(word in str(error) for word in ("gloo", "NCCL", "Connection", "ProcessGroup"))

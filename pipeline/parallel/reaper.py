@@ -1,4 +1,4 @@
-"""Kills the processes that an engine started once their owner is gone, even if it was killed by `kill -9`.
+"""A process that kills an engine's processes once their owner is gone, even by `kill -9`.
 
 vLLM's engine process does not notice that its owner died and would hold its memory for ever.
 
@@ -17,12 +17,11 @@ POLL_SECONDS = 0.5
 
 
 class Reaper:
-    """A process that watches over all that this process starts, from now on until `close`."""
+    """Watches all descendants of this process until `close`."""
 
     def __init__(self) -> None:
-        """Start watching."""
         command = [sys.executable, "-m", "pipeline.parallel.reaper", str(os.getpid())]
-        # A session of its own keeps Ctrl-C away from it.
+        # In a session of its own it does not receive Ctrl-C.
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def close(self) -> None:
@@ -39,7 +38,7 @@ def watch(owner: psutil.Process) -> None:
             children |= set(owner.children(recursive=True))
         time.sleep(POLL_SECONDS)
     for child in children:
-        # A process whose id was given to another one meanwhile counts as gone.
+        # psutil does not kill a process that has reused the id of a child.
         if child.pid != os.getpid():
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()

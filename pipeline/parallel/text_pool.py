@@ -1,20 +1,15 @@
-"""Work on texts that is shared out over processes, each of which holds the same model.
+"""Calls on many texts, divided among worker processes that each hold the same model.
 
-Every process loads one object, and a call of one of its methods on many texts becomes jobs of similar lengths, the
-longest first; who is free takes the next.
+A call of a method on many texts becomes jobs of similar lengths, the longest first; a free worker takes the next job.
 """
 
-import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from pipeline.core.errors import PipelineError
-from pipeline.parallel.devices import Place
-from pipeline.parallel.worker_pool import Channel, Workers
-
-log = logging.getLogger(__name__)
+from pipeline.parallel.devices import Device
+from pipeline.parallel.worker_pool import Channel, WorkerPool
 
 
 class Job(NamedTuple):
@@ -27,24 +22,24 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """From a worker: what the job's method gave."""
+    """From a worker: what the job's method returned."""
 
     number: int
     value: Any
 
 
-class TextJobs:
-    """An object in each place, whose methods take texts and give something for each.
+class TextPool:
+    """The same object in each of several processes; its methods take texts and return something for each.
 
     Attributes:
-        facts: what the objects say of themselves; they are equal.
+        facts: what `describe` returned, the same for all.
     """
 
     def __init__(
         self,
         load: Callable[[], Any],
         describe: Callable[[Any], Any],
-        where: Sequence[Place],
+        devices: Sequence[Device],
         *,
         job_texts: int,
         kind: str,
@@ -54,8 +49,8 @@ class TextJobs:
 
         Args:
             load: loads the object (picklable); runs in each process.
-            describe: gives `facts` of it (picklable).
-            where: a place for each.
+            describe: computes `facts` from it (picklable).
+            devices: one for each process.
             job_texts: most texts of a job.
             kind: what the processes are, for messages ("teacher process").
             error: raised when one of them dies.
@@ -63,22 +58,15 @@ class TextJobs:
         Raises:
             PipelineError: what was raised when an object was loaded, or `error` if its process died.
         """
-        started = time.monotonic()
         self._job_texts, self._number = job_texts, 0
-        self._workers = Workers(partial(serve, load, describe), where, kind=kind, error=error)
-        try:
-            self.facts = self._await_ready()
-        except BaseException:
-            self.close()
-            raise
-        names = ", ".join(place.name for place in where)
-        log.info("%d of kind %s (%s), ready after %.1f s", len(where), kind, names, time.monotonic() - started)
+        self._workers = WorkerPool(partial(serve, load, describe), devices, kind=kind, error=error)
+        self.facts = self._workers.wait_until_ready()[0]
 
     def __len__(self) -> int:
         return len(self._workers)
 
     def run(self, method: str, texts: Sequence[str], **arguments: Any) -> Iterator[tuple[list[int], Any]]:
-        """The jobs' rows and results, as they come; each worker has one job in hand and one waiting."""
+        """The rows and the result of each job, in the order of completion; a worker has one job waiting."""
         split = split_texts(texts, self._job_texts, len(self._workers))
         jobs = {self._number + offset: rows for offset, rows in enumerate(split)}
         self._number += len(jobs)
@@ -92,7 +80,7 @@ class TextJobs:
             give(worker)
         while open_jobs:
             for worker, result in self._workers.receive():
-                # A run that was broken off may still answer.
+                # A job of an earlier run that was broken off may still answer.
                 if result.number in open_jobs:
                     open_jobs.remove(result.number)
                     give(worker)
@@ -101,12 +89,6 @@ class TextJobs:
     def close(self) -> None:
         """Stop the processes."""
         self._workers.close()
-
-    def _await_ready(self) -> Any:
-        ready: dict[int, Any] = {}
-        while len(ready) < len(self._workers):
-            ready |= self._workers.receive()
-        return ready[0]
 
 
 def split_texts(texts: Sequence[str], job_texts: int, workers: int) -> list[list[int]]:

@@ -1,8 +1,8 @@
-"""Processes that share one machine's work, each in its own place.
+"""Worker processes on one machine, each on its own device.
 
-A worker is started by `spawn` with the environment of its place, so that nothing heavy is imported before it is set.
-It talks to its owner over one pipe and to nobody else: no lock is shared, so that one worker's death cannot block
-another. A worker whose owner is gone, even by `kill -9`, ends at once; Ctrl-C is the owner's to hear.
+A worker is started by `spawn` with the environment of its device, which is therefore set before any heavy import. It
+talks to its owner over one pipe and shares no lock, so one worker's death cannot block another. A worker ends at once
+when its owner is gone, even by `kill -9`. Only the owner receives Ctrl-C.
 """
 
 import atexit
@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -25,18 +25,18 @@ from typing import Any
 import psutil
 
 from pipeline.core.errors import PipelineError
-from pipeline.parallel.devices import Place
+from pipeline.parallel.devices import Device
 
 log = logging.getLogger(__name__)
 
-# Seconds that a worker gets to stop by itself.
+# Seconds that a worker has to stop by itself.
 GRACE_SECONDS = 15.0
-# Messages taken from one worker before the others have their turn.
+# Messages taken from one worker before those of the next.
 BURST = 64
 
 
 class Stopped(Exception):
-    """Raised in a worker whose owner wants it to stop."""
+    """Raised in a worker when its owner stops it."""
 
 
 class Channel:
@@ -46,21 +46,21 @@ class Channel:
         self._connection = connection
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._stopping = threading.Event()
-        # The pipe is always read, so that the owner never waits for a worker that waits for the owner.
+        # The pipe is always read: an owner that waits to write would wait for ever for a worker that also writes.
         threading.Thread(target=self._read, daemon=True).start()
 
     def receive(self) -> Any:
-        """The owner's next message. Raises Stopped once the owner wants the worker to stop."""
+        """The owner's next message. Raises Stopped once the owner stops the worker."""
         return self._checked(self._arrived.get())
 
     def arrived(self) -> Iterator[Any]:
-        """The owner's messages that are there already. Raises Stopped as `receive` does."""
+        """The owner's messages that have arrived. Raises Stopped as `receive` does."""
         with contextlib.suppress(queue.Empty):
             while True:
                 yield self._checked(self._arrived.get_nowait())
 
     def send(self, message: Any) -> None:
-        """Hand a message to the owner. Raises Stopped as `receive` does."""
+        """Send a message to the owner. Raises Stopped as `receive` does."""
         if self._stopping.is_set():
             raise Stopped
         try:
@@ -69,7 +69,7 @@ class Channel:
             raise Stopped from None
 
     def fail(self, error: PipelineError) -> None:
-        """Tell the owner why the worker ends."""
+        """Send the owner the error that ends the worker."""
         with contextlib.suppress(OSError):
             self._connection.send((None, error))
 
@@ -84,7 +84,7 @@ class Channel:
             while (message := self._connection.recv()) is not None:
                 self._arrived.put(message)
         except (EOFError, OSError):
-            # No word of farewell: the owner was killed, and nobody needs what is under way here.
+            # The owner was killed: nobody needs the work in progress.
             os._exit(1)
         self._stopping.set()
         self._arrived.put(None)
@@ -100,26 +100,26 @@ class _Worker:
     connection: "Connection[Any, Any]"
 
 
-class Workers:
-    """Processes that each run `serve(channel)`, one in each place, until `close`."""
+class WorkerPool:
+    """Processes that each run `serve(channel)`, one on each device, until `close`."""
 
-    def __init__(self, serve: Serve, where: Sequence[Place], *, kind: str, error: type[PipelineError]) -> None:
+    def __init__(self, serve: Serve, devices: Sequence[Device], *, kind: str, error: type[PipelineError]) -> None:
         """Start them.
 
         Args:
-            serve: what a worker does (picklable); it returns, or lets Stopped pass, when it is told to stop.
-            where: a place for each.
+            serve: the work of one (picklable); it returns, or lets Stopped pass, when it is stopped.
+            devices: one for each.
             kind: what they are, for messages ("engine process").
             error: raised when one of them dies.
         """
         self._kind, self._error = kind, error
         self._workers: list[_Worker] = []
         self._death: PipelineError | None = None
-        # Without this, leaving the interpreter would wait for workers that wait for messages.
+        # Otherwise the interpreter's exit would wait for workers that wait for messages.
         atexit.register(self.close)
         try:
-            for index, place in enumerate(where):
-                self._workers.append(self._start(index, place, serve))
+            for index, device in enumerate(devices):
+                self._workers.append(self._start(index, device, serve))
         except BaseException:
             self.close()
             raise
@@ -127,19 +127,33 @@ class Workers:
     def __len__(self) -> int:
         return len(self._workers)
 
+    def wait_until_ready(self) -> list[Any]:
+        """The first message of each worker, in their order. If one fails, all are stopped; raises as `receive`."""
+        started = time.monotonic()
+        ready: dict[int, Any] = {}
+        try:
+            while len(ready) < len(self):
+                ready |= self.receive()
+        except BaseException:
+            self.close()
+            raise
+        names = ", ".join(worker.name for worker in self._workers)
+        log.info("%s: ready after %.1f s", names, time.monotonic() - started)
+        return [ready[index] for index in range(len(self))]
+
     def send(self, index: int, message: Any) -> None:
-        """Hand a message (not None) to one worker. That it is dead shows in `receive`."""
+        """Send a message (not None) to one worker. If the worker is dead, `receive` raises."""
         with contextlib.suppress(OSError):
             self._workers[index].connection.send(message)
 
     def receive(self) -> list[tuple[int, Any]]:
-        """What workers have sent, at least one message, as (worker, message).
+        """Messages of the workers, at least one, as (worker, message).
 
         Raises:
-            PipelineError: a worker failed with this error, or died (`error`), and all that was sent has been received.
+            PipelineError: a worker failed with this error or died (`error`), and all messages have been received.
         """
         while True:
-            # After a death nobody waits any more, but what the others have sent is not lost.
+            # After a death, messages that have already been sent are still received.
             found = self._collect(timeout=None if self._death is None else 0)
             if found:
                 return found
@@ -147,7 +161,7 @@ class Workers:
                 raise self._death
 
     def _collect(self, timeout: float | None) -> list[tuple[int, Any]]:
-        """What is there, after waiting for it; notes a death."""
+        """Messages that have arrived within `timeout` seconds; records a death."""
         ends = [end for worker in self._workers for end in (worker.connection, worker.process.sentinel)]
         ready = wait(ends, timeout)
         found: list[tuple[int, Any]] = []
@@ -159,12 +173,12 @@ class Workers:
         return found
 
     def close(self) -> None:
-        """Stop all workers, those that do not stop by themselves by force."""
+        """Stop all workers; kill those that do not stop by themselves."""
         atexit.unregister(self.close)
         for worker in self._workers:
             with contextlib.suppress(OSError):
                 worker.connection.send(None)
-            # A worker that is about to send finds the pipe closed instead of full.
+            # A worker that sends now finds the pipe closed instead of full.
             worker.connection.close()
         deadline = time.monotonic() + GRACE_SECONDS
         for worker in self._workers:
@@ -173,17 +187,19 @@ class Workers:
                 log.warning("%s does not stop: killing it", worker.name)
                 _kill(worker.process)
 
-    def _start(self, index: int, place: Place, serve: Serve) -> _Worker:
+    def _start(self, index: int, device: Device, serve: Serve) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_run, args=(index, place.cores, theirs, serve), name=f"worker-{index}")
-        with _environment(place.environment), _no_interrupts():
+        process = context.Process(target=_run, args=(index, device.cores, theirs, serve), name=f"worker-{index}")
+        # Starting the helper process of multiprocessing would unblock the signal.
+        resource_tracker.ensure_running()
+        with _environment(device.environment), signals_blocked({signal.SIGINT}):
             process.start()
         theirs.close()
-        return _Worker(f"{self._kind} {index} ({place.name})", process, ours)
+        return _Worker(f"{self._kind} {index} ({device.name})", process, ours)
 
     def _drain(self, worker: _Worker) -> Iterator[Any]:
-        """The messages of a worker that has some; notes its failure or its death."""
+        """The messages of a worker that has some; records its failure or death."""
         for _ in range(BURST):
             try:
                 message, error = worker.connection.recv()
@@ -200,18 +216,30 @@ class Workers:
 
     def _dead(self, worker: _Worker) -> PipelineError:
         worker.process.join(GRACE_SECONDS)
-        code = worker.process.exitcode
-        how = f"exit code {code}"
-        if code is not None and code < 0:
-            how = f"killed by {signal.Signals(-code).name}, {how}"
-            if code == -signal.SIGKILL:
-                how += "; the system does that when memory runs out"
+        how = describe_exit(worker.process.exitcode or 0)
         return self._error(f"{worker.name} died ({how}); finished rows are kept")
 
 
+def describe_exit(code: int) -> str:
+    """The end of a process in words; `code` is negative for a signal, as in `subprocess`."""
+    if code >= 0:
+        return f"exit code {code}"
+    how = f"killed by {signal.Signals(-code).name}"
+    return f"{how}; the system does that when memory runs out" if code == -signal.SIGKILL else how
+
+
+@contextlib.contextmanager
+def signals_blocked(signals: Collection[signal.Signals]) -> Iterator[None]:
+    """Processes started in the block inherit blocked signals; this process gets its own after the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _run(index: int, cores: Sequence[int], connection: "Connection[Any, Any]", serve: Serve) -> None:
-    """A worker's life."""
-    # The owner says when to stop, also when a whole process group is told to end.
+    # The owner stops its workers, also when SIGTERM goes to the whole process group.
     signal.signal(signal.SIGTERM, lambda *_: None)
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
@@ -229,7 +257,7 @@ def _run(index: int, cores: Sequence[int], connection: "Connection[Any, Any]", s
 
 
 def _log_as(index: int) -> None:
-    """Every worker says the same at the start: the first speaks for all, the others only warn."""
+    """All workers log the same at the start: only the first logs below warnings."""
     logging.basicConfig(
         format=f"%(levelname)s worker {index}: %(message)s", level=logging.WARNING, stream=sys.stderr, force=True
     )
@@ -238,7 +266,7 @@ def _log_as(index: int) -> None:
 
 @contextlib.contextmanager
 def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """`os.environ` with changes, for processes that start meanwhile."""
+    """`os.environ` with changes, for processes started in the block."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -251,20 +279,8 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-@contextlib.contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Processes that start meanwhile never hear Ctrl-C; this one hears it right after."""
-    # Starting the helper process of multiprocessing would lift the block.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _kill(process: SpawnProcess) -> None:
-    """End a worker and all that it started."""
+    """Kill a worker and its descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -36,8 +36,8 @@ from pipeline.core.paths import (
 )
 from pipeline.core.run import RunRecord, record, setup_logging, user_errors, work_dir
 from pipeline.core.target_transform import TRANSFORM_FILE, load_transform
-from pipeline.parallel.launch import relaunch
-from pipeline.parallel.ranks import is_first, launched, member, wanted
+from pipeline.parallel.launch import launch_ranks
+from pipeline.parallel.ranks import is_first, launched, rank_count, rank_process
 from pipeline.train.params import TrainParams
 
 if TYPE_CHECKING:
@@ -235,11 +235,11 @@ def _losses(step: dict[str, float]) -> dict[str, float]:
 def main(params: Path = typer.Option(PARAMS_FILE, help="The params file.")) -> None:
     """Train the compression tokens and the projections."""
     setup_logging()
-    with user_errors(), member(), section("train"):
+    with user_errors(), rank_process(), section("train"):
         inputs = load(params, Inputs)
-        count = 1 if launched() else wanted(inputs.train.processes, inputs.train.batch_size)
+        count = 1 if launched() else rank_count(inputs.train.processes, inputs.train.batch_size)
         if count > 1:
-            relaunch("pipeline.train", sys.argv[1:], count)
+            launch_ranks("pipeline.train", sys.argv[1:], count)
             return
         with record("train") if is_first() else nullcontext(RunRecord("train")) as run_record:
             run(inputs, run_record)

@@ -13,7 +13,7 @@ import torch
 from pipeline.backbone.loading import BackboneParams
 from pipeline.backbone.sharding import load_sharded
 from pipeline.encoder.student import new_student
-from pipeline.parallel.ranks import member
+from pipeline.parallel.ranks import rank_process
 from pipeline.train.losses import Batch, loss_sums
 
 WIDTH, STEPS = 5, 3
@@ -86,5 +86,5 @@ def run(folders: list[Path], out: Path, accelerator: Any) -> None:
 if __name__ == "__main__":
     from accelerate import Accelerator
 
-    with member():
+    with rank_process():
         run([Path(folder) for folder in sys.argv[2:]], Path(sys.argv[1]), Accelerator())

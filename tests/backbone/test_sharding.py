@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from pipeline.backbone.sharding import bytes_of, decoder_layers, load_sharded, shard
 from pipeline.core.errors import BackboneError
-from pipeline.parallel.launch import relaunch
+from pipeline.parallel.launch import launch_ranks
 from tests.backbone.sharded_run import run
 from tests.conftest import ROOT, tiny_model
 
@@ -69,7 +69,7 @@ def test_two_processes_with_half_the_layers_each_take_the_steps_of_one(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folders = [tiny_backbone("qwen3"), tiny_backbone("gemma3")]
     run(folders, tmp_path / "one.npz", Accelerator(cpu=True))
-    relaunch("tests.backbone.sharded_run", [str(tmp_path / "two.npz"), *map(str, folders)], 2)
+    launch_ranks("tests.backbone.sharded_run", [str(tmp_path / "two.npz"), *map(str, folders)], 2)
     alone, shared = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
     assert set(alone) == set(shared)
     assert len(alone) == 2 * (3 * 6 + 1)

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.encoder.folder.read import read_encoder
 from pipeline.encoder.pool import ParallelEncoder, encoder_loader
-from pipeline.parallel.devices import places
+from pipeline.parallel.devices import split_devices
 from tests.encoder.test_inference import write
 
 TEXTS = [f"{'long ' * (index % 7)}text {index}" for index in range(30)]
@@ -25,7 +25,7 @@ def folder(workspace: Path, tiny_backbone: Callable[..., Path]) -> Path:
 def test_two_processes_embed_as_one(folder: Path) -> None:
     load = encoder_loader(folder, dtype="float32", untrained_seed=3)
     one = load()
-    with closing(ParallelEncoder(load, places(2))) as two:
+    with closing(ParallelEncoder(load, split_devices(2))) as two:
         assert (two.width, two.max_tokens) == (one.width, one.max_tokens)
         assert (two.identity, two.config) == (one.identity, one.config)
         for texts in (TEXTS, TEXTS[:1], TEXTS[::-1]):

@@ -6,9 +6,7 @@ import os
 import pytest
 
 from pipeline.core.errors import EngineError
-from pipeline.parallel.devices import Place, own_cores, places, visible_gpus, worker_count
-
-KNOB = "generate.data_parallel"
+from pipeline.parallel.devices import Device, own_cores, split_devices, visible_gpus, worker_count
 
 
 def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int, named: str | None = None) -> None:
@@ -21,7 +19,7 @@ def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int, named: str | None = No
 
 
 def count(wanted: int | str, gpus_each: int = 1) -> int:
-    return worker_count(wanted, gpus_each=gpus_each, knob=KNOB, error=EngineError)  # type: ignore[arg-type]
+    return worker_count(wanted, gpus_each=gpus_each, error=EngineError)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +37,7 @@ def test_auto_is_one_for_each_group_of_gpus(monkeypatch: pytest.MonkeyPatch, cap
     see_gpus(monkeypatch, 8)
     with caplog.at_level(logging.INFO):
         assert count("auto", gpus_each=2) == 4
-    assert f"{KNOB}: auto = 4 (8 visible GPUs, 2 each)" in caplog.text
+    assert "processes: auto = 4 (8 visible GPUs, 2 each)" in caplog.text
 
 
 def test_auto_is_one_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -52,7 +50,7 @@ def test_auto_is_one_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
 def test_more_than_there_are_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpus(monkeypatch, 4)
     assert count(2, gpus_each=2) == 2
-    message = rf"{KNOB} is 3 with 2 GPU\(s\) each, but 4 GPU\(s\) are visible .*at most 2, or to auto"
+    message = r"^processes: 3 with 2 GPU\(s\) each, but 4 GPU\(s\) are visible .*at most 2, or to auto"
     with pytest.raises(EngineError, match=message):
         count(3, gpus_each=2)
 
@@ -64,7 +62,7 @@ def test_on_a_cpu_any_number_goes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_groups_of_gpus_are_disjoint(monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpus(monkeypatch, 5, "4,GPU-x,2,1,0")
-    first, second = places(2, gpus_each=2)
+    first, second = split_devices(2, gpus_each=2)
     assert (first.name, first.environment["CUDA_VISIBLE_DEVICES"]) == ("GPU 4,GPU-x", "4,GPU-x")
     assert (second.name, second.environment["CUDA_VISIBLE_DEVICES"]) == ("GPU 2,1", "2,1")
     assert first.cores == second.cores == ()
@@ -76,12 +74,12 @@ def test_groups_of_gpus_are_disjoint(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cores_are_shared_out(workers: int, expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpus(monkeypatch, 0)
     monkeypatch.setattr("pipeline.parallel.devices.own_cores", lambda: [2, 3, 4, 6, 7])
-    found = places(workers)
+    found = split_devices(workers)
     assert len(found) == workers
-    assert set(expected) <= {place.cores for place in found}
-    assert {core for place in found for core in place.cores} <= {2, 3, 4, 6, 7}
+    assert set(expected) <= {device.cores for device in found}
+    assert {core for device in found for core in device.cores} <= {2, 3, 4, 6, 7}
     if workers <= 5:
-        assert sorted(core for place in found for core in place.cores) == [2, 3, 4, 6, 7]
+        assert sorted(core for device in found for core in device.cores) == [2, 3, 4, 6, 7]
 
 
 @pytest.mark.parametrize(("variable", "threads"), [(None, "2"), ("1", "1"), ("8", "2")])
@@ -94,13 +92,13 @@ def test_threads_follow_the_cores_and_never_exceed_what_was_set(
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     else:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    assert [place.environment["OMP_NUM_THREADS"] for place in places(2)] == [threads, threads]
+    assert [device.environment["OMP_NUM_THREADS"] for device in split_devices(2)] == [threads, threads]
 
 
 def test_names_are_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpus(monkeypatch, 0)
     monkeypatch.setattr("pipeline.parallel.devices.own_cores", lambda: [0, 1, 2, 5])
-    assert [place.name for place in places(2)] == ["cores 0-1", "cores 2,5"]
+    assert [device.name for device in split_devices(2)] == ["cores 0-1", "cores 2,5"]
 
 
 def test_own_cores_are_those_of_the_affinity() -> None:
@@ -109,5 +107,5 @@ def test_own_cores_are_those_of_the_affinity() -> None:
 
 def test_only_the_first_worker_shows_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpus(monkeypatch, 0)
-    assert ["TQDM_DISABLE" in place.environment for place in places(3)] == [False, True, True]
-    assert isinstance(places(1)[0], Place)
+    assert ["TQDM_DISABLE" in device.environment for device in split_devices(3)] == [False, True, True]
+    assert isinstance(split_devices(1)[0], Device)

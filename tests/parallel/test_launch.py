@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.core.errors import TrainingError
 from pipeline.parallel.devices import own_cores
-from pipeline.parallel.launch import relaunch
+from pipeline.parallel.launch import launch_ranks
 from tests.conftest import ROOT
 
 
@@ -23,7 +23,7 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], No
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr("pipeline.parallel.launch.GRACE_SECONDS", 1.0)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    return lambda what: relaunch("tests.parallel.toy_rank", [what, str(tmp_path)], 2)
+    return lambda what: launch_ranks("tests.parallel.toy_rank", [what, str(tmp_path)], 2)
 
 
 def gone(folder: Path) -> bool:

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from pipeline.core.errors import BackboneError, TrainingError
-from pipeline.parallel.ranks import Blame, Failure, is_first, launched, member, wanted
+from pipeline.parallel.ranks import Failure, FailureCause, is_first, launched, rank_count, rank_process
 
 
 @pytest.fixture
@@ -20,26 +20,26 @@ def no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_is_one_for_each_gpu(gpus: None) -> None:
-    assert wanted("auto", batch_size=32) == 4
+    assert rank_count("auto", batch_size=32) == 4
 
 
 def test_auto_is_one_on_a_cpu(no_gpus: None) -> None:
-    assert wanted("auto", batch_size=32) == 1
+    assert rank_count("auto", batch_size=32) == 1
 
 
 def test_a_number_is_taken_on_a_cpu_and_up_to_the_gpus(no_gpus: None) -> None:
-    assert wanted(3, batch_size=32) == 3
+    assert rank_count(3, batch_size=32) == 3
 
 
 def test_more_than_gpus_are_refused(gpus: None) -> None:
-    assert wanted(4, batch_size=32) == 4
-    with pytest.raises(TrainingError, match=r"train\.processes is 5 .* 4 GPU\(s\) are visible .* at most 4"):
-        wanted(5, batch_size=32)
+    assert rank_count(4, batch_size=32) == 4
+    with pytest.raises(TrainingError, match=r"^processes: 5 .* 4 GPU\(s\) are visible .* at most 4"):
+        rank_count(5, batch_size=32)
 
 
 def test_more_than_rows_of_a_step_are_refused(gpus: None) -> None:
-    with pytest.raises(TrainingError, match=r"train\.processes is 4, .* 3 rows .*train\.batch_size.* at most 3"):
-        wanted("auto", batch_size=3)
+    with pytest.raises(TrainingError, match=r"^processes: 4, .* 3 rows .*batch_size.* at most 3"):
+        rank_count("auto", batch_size=3)
 
 
 def test_the_environment_says_who_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_the_environment_says_who_this_is(monkeypatch: pytest.MonkeyPatch) -> No
 def test_alone_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     before = dict(os.environ)
-    with pytest.raises(KeyError), member():
+    with pytest.raises(KeyError), rank_process():
         assert dict(os.environ) == before
         raise KeyError
 
@@ -66,7 +66,7 @@ def test_who_is_to_blame() -> None:
         "crash": Failure.of(KeyError("oops")),
         "neighbour": Failure.of(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")),
     }
-    assert sorted(failures, key=lambda name: failures[name].blame) == ["user", "crash", "neighbour"]
+    assert sorted(failures, key=lambda name: failures[name].cause) == ["user", "crash", "neighbour"]
     assert (failures["user"].message, failures["user"].details) == ("no such backbone", "")
     assert failures["crash"].message == "KeyError: 'oops'"
-    assert Blame.CRASH < Blame.UNKNOWN < Blame.NEIGHBOUR
+    assert FailureCause.CRASH < FailureCause.UNKNOWN < FailureCause.NEIGHBOUR

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from pipeline.core.errors import BackboneError
 from pipeline.core.run import progress, setup_logging, user_errors
-from pipeline.parallel.launch import relaunch
-from pipeline.parallel.ranks import is_first, launched, member
+from pipeline.parallel.launch import launch_ranks
+from pipeline.parallel.ranks import is_first, launched, rank_process
 
 log = logging.getLogger("pipeline.toy")
 
@@ -70,8 +70,8 @@ def _work_until_told(folder: Path) -> None:
 
 if __name__ == "__main__":
     setup_logging()
-    with user_errors(), member():
+    with user_errors(), rank_process():
         if launched():
             work(sys.argv[1], Path(sys.argv[2]))
         else:
-            relaunch("tests.parallel.toy_rank", sys.argv[1:], 2)
+            launch_ranks("tests.parallel.toy_rank", sys.argv[1:], 2)

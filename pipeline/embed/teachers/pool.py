@@ -7,21 +7,21 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backbone.loading import BackboneParams
-from pipeline.core.errors import TeacherError
+from pipeline.core.errors import TeacherError, nested_in
 from pipeline.embed.params import TeacherParams
 from pipeline.embed.teachers.base import Teacher
 from pipeline.embed.teachers.registry import TEACHERS, build_teacher
-from pipeline.parallel.devices import Count, Place, places, worker_count
-from pipeline.parallel.text_pool import TextJobs
+from pipeline.parallel.devices import Count, Device, split_devices, worker_count
+from pipeline.parallel.text_pool import TextPool
 
 if TYPE_CHECKING:
     import numpy as np
 
 
 class ParallelTeacher:
-    """A teacher on each device; the texts of a call are shared out as `TextJobs` does."""
+    """A teacher on each device; the texts of a call are shared out as `TextPool` does."""
 
-    def __init__(self, load: Callable[[], Teacher], devices: Sequence[Place], job_texts: int) -> None:
+    def __init__(self, load: Callable[[], Teacher], devices: Sequence[Device], job_texts: int) -> None:
         """Start the processes and wait until all teachers are loaded.
 
         Args:
@@ -33,20 +33,20 @@ class ParallelTeacher:
             PipelineError: what a teacher raised when it was loaded, or TeacherError if its process died.
         """
         describe = attrgetter("width", "identity")
-        self._jobs = TextJobs(load, describe, devices, job_texts=job_texts, kind="teacher process", error=TeacherError)
-        self.width, self.identity = self._jobs.facts
+        self._pool = TextPool(load, describe, devices, job_texts=job_texts, kind="teacher process", error=TeacherError)
+        self.width, self.identity = self._pool.facts
 
     @property
     def processes(self) -> int:
         """Number of processes: a call needs as many batches to keep all of them busy."""
-        return len(self._jobs)
+        return len(self._pool)
 
     def embed(self, texts: Sequence[str]) -> "np.ndarray[Any, Any]":
         """See `Teacher.embed`."""
         import numpy as np
 
         vectors = np.empty((len(texts), self.width), np.float32)
-        for rows, value in self._jobs.run("embed", texts):
+        for rows, value in self._pool.run("embed", texts):
             vectors[rows] = value
         return vectors
 
@@ -60,11 +60,11 @@ class ParallelTeacher:
 
     def close(self) -> None:
         """Stop the processes."""
-        self._jobs.close()
+        self._pool.close()
 
     def _in_order(self, method: str, texts: Sequence[str]) -> list[Any]:
         results: dict[int, Any] = {}
-        for rows, values in self._jobs.run(method, texts):
+        for rows, values in self._pool.run(method, texts):
             results |= zip(rows, values, strict=True)
         return [results[row] for row in range(len(texts))]
 
@@ -85,6 +85,9 @@ def open_teacher(
     """
     count = 1
     if data_parallel != "auto" or TEACHERS[params.kind].parallel:
-        count = worker_count(data_parallel, gpus_each=1, knob="data_parallel", error=TeacherError)
+        with nested_in(names={"processes": "data_parallel"}):
+            count = worker_count(data_parallel, gpus_each=1, error=TeacherError)
     load = partial(build_teacher, params, backbone)
-    return nullcontext(load()) if count == 1 else closing(ParallelTeacher(load, places(count), params.batch_size))
+    return (
+        nullcontext(load()) if count == 1 else closing(ParallelTeacher(load, split_devices(count), params.batch_size))
+    )

@@ -5,7 +5,6 @@ and only the prompts that engines work on are in memory.
 """
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -15,8 +14,8 @@ from typing import Any, NamedTuple
 
 from pipeline.core.errors import EngineError
 from pipeline.generate.engines.base import Completion, Engine, Prompt, Sampling
-from pipeline.parallel.devices import Place
-from pipeline.parallel.worker_pool import Channel, Workers
+from pipeline.parallel.devices import Device
+from pipeline.parallel.worker_pool import Channel, WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -71,28 +70,19 @@ class Done(NamedTuple):
 class ParallelEngine:
     """Several engine processes, fed from one stream of prompts."""
 
-    def __init__(self, load: Callable[[], Engine], where: Sequence[Place]) -> None:
+    def __init__(self, load: Callable[[], Engine], devices: Sequence[Device]) -> None:
         """Start the processes and wait until all engines are loaded.
 
         Args:
             load: loads an engine (picklable); runs in each process.
-            where: a place for each.
+            devices: one for each.
 
         Raises:
             PipelineError: an engine's error while it was loaded, or EngineError if its process died.
         """
-        started = time.monotonic()
-        self._workers = Workers(partial(serve, load), where, kind="engine process", error=EngineError)
+        self._workers = WorkerPool(partial(serve, load), devices, kind="engine process", error=EngineError)
         self._round = 0
-        try:
-            waiting = set(range(len(self._workers)))
-            while waiting:
-                waiting -= {index for index, _ in self._workers.receive()}
-        except BaseException:
-            self.close()
-            raise
-        names = ", ".join(place.name for place in where)
-        log.info("%d engine processes (%s), ready after %.1f s", len(where), names, time.monotonic() - started)
+        self._workers.wait_until_ready()
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
         """See `Engine.generate`; if a process dies, all finished rows are yielded first."""

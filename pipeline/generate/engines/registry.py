@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator
 
 from pipeline.backbone.loading import BackboneParams, DType, load_config
-from pipeline.core.errors import EngineError
+from pipeline.core.errors import EngineError, nested_in
 from pipeline.generate.engines.base import Engine, EngineSetup, LoadableEngine
 from pipeline.generate.engines.checks import context_length
 from pipeline.generate.engines.pool import ParallelEngine
 from pipeline.generate.engines.vllm_defaults import token_bytes
-from pipeline.parallel.devices import Count, places, visible_gpus, worker_count
+from pipeline.parallel.devices import Count, split_devices, visible_gpus, worker_count
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def build_engine(
         memory_share=1 / count,
     )
     load = partial(_load, engine, setup)
-    return load() if count == 1 else ParallelEngine(load, places(count, tensor_parallel))
+    return load() if count == 1 else ParallelEngine(load, split_devices(count, tensor_parallel))
 
 
 def _processes(engine: str, data_parallel: Count, tensor_parallel: int, batch_invariant: bool) -> int:
@@ -141,7 +141,8 @@ def _processes(engine: str, data_parallel: Count, tensor_parallel: int, batch_in
         )
     if entry.stub and data_parallel == "auto":
         return 1
-    return worker_count(data_parallel, gpus_each=tensor_parallel, knob="data_parallel", error=EngineError)
+    with nested_in(names={"processes": "data_parallel"}):
+        return worker_count(data_parallel, gpus_each=tensor_parallel, error=EngineError)
 
 
 def _load(engine: str, setup: EngineSetup) -> Engine:

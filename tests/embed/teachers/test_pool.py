@@ -73,7 +73,7 @@ def test_what_a_process_refuses_comes_as_its_own_error() -> None:
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with (
-        pytest.raises(TeacherError, match=r"data_parallel is 3 .* but 2 GPU\(s\) are visible"),
+        pytest.raises(TeacherError, match=r"^data_parallel: 3 .* but 2 GPU\(s\) are visible"),
         open_teacher(hash_params(), BACKBONE, 3),
     ):
         pass

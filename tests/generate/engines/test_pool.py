@@ -16,12 +16,12 @@ from pipeline.generate.engines.base import Completion, Prompt, Sampling
 from pipeline.generate.engines.echo import EchoEngine
 from pipeline.generate.engines.pool import CHUNK, ParallelEngine
 from pipeline.generate.engines.registry import build_engine
-from pipeline.parallel.devices import Place
+from pipeline.parallel.devices import Device
 from tests.generate.engines.conftest import GREEDY, SIZES, agree
 
 SAMPLING = Sampling(8)
 PROMPTS = [Prompt(f"row{index}", [3 + index % 200] * (1 + index % 12), index) for index in range(300)]
-PLACES = [Place("a"), Place("b")]
+DEVICES = [Device("a"), Device("b")]
 
 
 def decode(ids: list[int]) -> str:
@@ -67,7 +67,7 @@ def rows(completions: Iterable[Completion]) -> list[Completion]:
 
 @pytest.mark.parametrize("load", [echo, Hoarder])
 def test_the_rows_of_one_engine(load: Callable[[], Any]) -> None:
-    with closing(ParallelEngine(load, PLACES)) as engine:
+    with closing(ParallelEngine(load, DEVICES)) as engine:
         found = list(engine.generate(iter(PROMPTS), SAMPLING))
         again = list(engine.generate(PROMPTS[:3], SAMPLING))
         assert list(engine.generate([], SAMPLING)) == []
@@ -84,17 +84,17 @@ def test_both_work_and_prompts_are_a_stream() -> None:
             taken.append(prompt)
             yield prompt
 
-    with closing(ParallelEngine(Faulty, PLACES)) as engine:
+    with closing(ParallelEngine(Faulty, DEVICES)) as engine:
         completions = engine.generate(prompts(), SAMPLING)
         first = next(completions)
-        assert len(taken) <= 4 * CHUNK * len(PLACES)
+        assert len(taken) <= 4 * CHUNK * len(DEVICES)
         workers = {first.text, *(completion.text for completion in completions)}
     assert len(workers) == 2
     assert len(taken) == len(PROMPTS)
 
 
 def test_an_abandoned_round_leaves_the_engines_usable() -> None:
-    with closing(ParallelEngine(echo, PLACES)) as engine:
+    with closing(ParallelEngine(echo, DEVICES)) as engine:
         for _ in range(3):
             completions = engine.generate(PROMPTS, SAMPLING)
             next(completions)
@@ -103,7 +103,7 @@ def test_an_abandoned_round_leaves_the_engines_usable() -> None:
 
 
 def test_an_error_of_one_engine_names_its_process() -> None:
-    with closing(ParallelEngine(Faulty, PLACES)) as engine:
+    with closing(ParallelEngine(Faulty, DEVICES)) as engine:
         completions = engine.generate([*PROMPTS[:40], Prompt("break", [1], 0), *PROMPTS[40:]], SAMPLING)
         with pytest.raises(EngineError, match=r"engine process [01] \([ab]\): the engine is broken"):
             list(completions)
@@ -111,7 +111,7 @@ def test_an_error_of_one_engine_names_its_process() -> None:
 
 def test_a_dead_engine_is_named_after_the_rows_that_were_finished() -> None:
     found = []
-    with closing(ParallelEngine(Faulty, PLACES)) as engine:
+    with closing(ParallelEngine(Faulty, DEVICES)) as engine:
         completions = engine.generate([*PROMPTS[:100], Prompt("die", [1], 0)], SAMPLING)
         with pytest.raises(EngineError, match=r"engine process [01] \([ab]\) died \(killed by SIGKILL"):
             for completion in completions:
@@ -122,7 +122,7 @@ def test_a_dead_engine_is_named_after_the_rows_that_were_finished() -> None:
 
 def test_an_engine_that_does_not_load() -> None:
     with pytest.raises(EngineError, match=r"engine process [01] \([ab]\): no engine today"):
-        ParallelEngine(refuse, PLACES)
+        ParallelEngine(refuse, DEVICES)
 
 
 @pytest.mark.slow
