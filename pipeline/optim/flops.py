@@ -12,7 +12,7 @@ from pipeline.backbone.sizes import ModelSizes
 
 
 def step_flops(
-    shape: ModelSizes,
+    sizes: ModelSizes,
     lengths: Iterable[tuple[int, int]],
     *,
     compression_tokens: int,
@@ -23,7 +23,7 @@ def step_flops(
     """Operations of forward and backward for some rows.
 
     Args:
-        shape: of the backbone.
+        sizes: of the backbone.
         lengths: query tokens and response tokens of each row.
         compression_tokens: also the soft prompts of a row.
         thought_tokens: further new tokens.
@@ -31,18 +31,18 @@ def step_flops(
         adapter_parameters: of LoRA on the query pass; the prefix then needs gradients too.
     """
     new = compression_tokens + thought_tokens
-    linear = 2 * shape.layers * shape.layer_parameters()
-    attention = 4 * shape.layers * shape.queries
+    linear = 2 * sizes.layers * sizes.layer_parameters()
+    attention = 4 * sizes.layers * sizes.queries
     # Of a token: forward, and backward to its inputs.
     once, both = linear, 2 * linear
     query = both + 6 * adapter_parameters if adapter_parameters else once
-    projections = 6 * shape.hidden * (shape.hidden + (width or shape.hidden))
+    projections = 6 * sizes.hidden * (sizes.hidden + (width or sizes.hidden))
     total = 0
     for prefix, response in lengths:
         row = compression_tokens + response
         total += prefix * query + new * (both + 6 * adapter_parameters) + row * both
         total += attention * (3 * row * row + _query_rectangles(prefix, new, frozen=not adapter_parameters))
-        total += response * 4 * shape.hidden * shape.vocabulary + compression_tokens * projections
+        total += response * 4 * sizes.hidden * sizes.vocabulary + compression_tokens * projections
     return total
 
 

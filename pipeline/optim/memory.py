@@ -21,7 +21,7 @@ responses keep b d a token and layer, and one layer at a time in full. The fused
 position of a chunk, the plain one 12 V for all positions. What is trained costs 16 bytes a number: itself, its gradient
 and AdamW's two moments, all float32.
 
-The kept bytes are those that torch reports (tests/training/test_memory.py); what the CUDA context, the kernels'
+The kept bytes are those that torch reports (tests/optim/test_memory.py); what the CUDA context, the kernels'
 workspaces and the allocator's fragments take comes on top: `OVERHEAD`.
 """
 
@@ -177,39 +177,39 @@ class StepMemory:
         return sum(asdict(self).values())
 
 
-def step_memory(shape: ModelSizes, tokens: PassTokens, settings: StepSettings) -> StepMemory:
+def step_memory(sizes: ModelSizes, tokens: PassTokens, settings: StepSettings) -> StepMemory:
     """The most that a step holds at once on one device, without `OVERHEAD`.
 
     Args:
-        shape: of the backbone.
+        sizes: of the backbone.
         tokens: of one forward pass.
         settings: how it runs.
     """
-    return max(moments(shape, tokens, settings), key=lambda memory: memory.total)
+    return max(moments(sizes, tokens, settings), key=lambda memory: memory.total)
 
 
-def moments(shape: ModelSizes, tokens: PassTokens, settings: StepSettings) -> list[StepMemory]:
+def moments(sizes: ModelSizes, tokens: PassTokens, settings: StepSettings) -> list[StepMemory]:
     """Where a step may hold most: in the prefix, after the query pass, at the logits, at the start of backward."""
-    base = StepMemory(weight_bytes(shape, settings), TRAINED * trained_parameters(shape, settings))
-    kept = replace(
+    base = StepMemory(weight_bytes(sizes, settings), TRAINED * trained_parameters(sizes, settings))
+    graph = replace(
         base,
-        prefix=prefix_bytes(shape, tokens, settings),
-        activations=query_bytes(shape, tokens, settings) + response_bytes(shape, tokens, settings),
+        prefix=prefix_bytes(sizes, tokens, settings),
+        activations=query_bytes(sizes, tokens, settings) + response_bytes(sizes, tokens, settings),
     )
-    cache = tokens.query * kv_bytes(shape, settings.dtype) if settings.prefix_is_frozen else 0
+    cache = tokens.query * kv_bytes(sizes, settings.dtype) if settings.prefix_is_frozen else 0
     row = _response_row(tokens, settings)
-    backward = _live_bytes(shape, row, settings)
+    backward = _live_bytes(sizes, row, settings)
     if settings.checkpoint_responses:
-        backward += row * layer_bytes(shape, settings)
+        backward += row * layer_bytes(sizes, settings)
     return [
-        replace(base, prefix=cache, workspace=_live_bytes(shape, tokens.query, settings)),
+        replace(base, prefix=cache, workspace=_live_bytes(sizes, tokens.query, settings)),
         replace(
             base,
-            prefix=kept.prefix + (0 if settings.recompute_attention else cache),
-            activations=query_bytes(shape, tokens, settings),
+            prefix=graph.prefix + (0 if settings.recompute_attention else cache),
+            activations=query_bytes(sizes, tokens, settings),
         ),
-        replace(kept, logits=logit_bytes(shape, tokens, settings)),
-        replace(kept, workspace=backward),
+        replace(graph, logits=logit_bytes(sizes, tokens, settings)),
+        replace(graph, workspace=backward),
     ]
 
 
@@ -224,98 +224,98 @@ def largest(cost: Callable[[int], StepMemory], limit: int, end: int) -> int | No
     return bisect_right(range(1, end + 1), limit, key=lambda number: cost(number).total + OVERHEAD) or None
 
 
-def weight_bytes(shape: ModelSizes, settings: StepSettings) -> int:
+def weight_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
     """Bytes of the frozen backbone on one device; embeddings and output head are never quantised."""
     each = QUANTIZED[settings.quantize] if settings.quantize else settings.number
-    layer, embeddings = shape.layer_parameters() * each, shape.embedding_parameters() * settings.number
+    layer, embeddings = sizes.layer_parameters() * each, sizes.embedding_parameters() * settings.number
     if settings.shards == 1:
-        return round(shape.layers * layer + embeddings)
+        return round(sizes.layers * layer + embeddings)
     # Embeddings and head are whole everywhere; the layer in use is gathered, and the next one on its way.
-    return round(shape.layers * layer / settings.shards + embeddings + 2 * layer)
+    return round(sizes.layers * layer / settings.shards + embeddings + 2 * layer)
 
 
-def trained_parameters(shape: ModelSizes, settings: StepSettings) -> int:
+def trained_parameters(sizes: ModelSizes, settings: StepSettings) -> int:
     """New tokens, reconstruction d -> d and alignment d -> width with their biases, and adapters."""
-    projections = (shape.hidden + 1) * (shape.hidden + (settings.width or shape.hidden))
-    return settings.new_tokens * shape.hidden + projections + adapter_parameters(shape, settings)
+    projections = (sizes.hidden + 1) * (sizes.hidden + (settings.width or sizes.hidden))
+    return settings.new_tokens * sizes.hidden + projections + adapter_parameters(sizes, settings)
 
 
-def adapter_parameters(shape: ModelSizes, settings: StepSettings) -> int:
+def adapter_parameters(sizes: ModelSizes, settings: StepSettings) -> int:
     if settings.lora is None:
         return 0
-    widths = _linear_widths(shape)
-    return shape.layers * settings.lora.rank * sum(sum(widths[name]) for name in settings.lora.targets)
+    widths = _linear_widths(sizes)
+    return sizes.layers * settings.lora.rank * sum(sum(widths[name]) for name in settings.lora.targets)
 
 
-def kv_bytes(shape: ModelSizes, dtype: DType) -> int:
+def kv_bytes(sizes: ModelSizes, dtype: DType) -> int:
     """Bytes of keys and values of one token in all layers."""
-    return 2 * shape.layers * shape.keys * DTYPE_BYTES[dtype]
+    return 2 * sizes.layers * sizes.keys * DTYPE_BYTES[dtype]
 
 
-def layer_bytes(shape: ModelSizes, settings: StepSettings) -> int:
+def layer_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
     """Bytes that autograd keeps of one token in one layer."""
-    normed = settings.number if settings.fused_kernels and shape.standard_norms else FLOAT32
-    norms = shape.norms * (normed * shape.hidden + FLOAT32)
-    if shape.head_norms:
-        norms += normed * (shape.queries + shape.keys) + FLOAT32 * (shape.heads + shape.kv_heads)
-    attention = settings.number * (shape.queries + 2 * _key_width(shape, settings))
+    normed = settings.number if settings.fused_kernels and sizes.standard_norms else FLOAT32
+    norms = sizes.norms * (normed * sizes.hidden + FLOAT32)
+    if sizes.head_norms:
+        norms += normed * (sizes.queries + sizes.keys) + FLOAT32 * (sizes.heads + sizes.kv_heads)
+    attention = settings.number * (sizes.queries + 2 * _key_width(sizes, settings))
     if not settings.recompute_attention:
-        attention += settings.number * shape.queries + FLOAT32 * shape.heads
-    inputs = 2 * shape.hidden + shape.queries + shape.intermediate if settings.quantize == "8bit" else 0
-    gate = (2 if settings.fused_kernels else 3) * shape.intermediate
+        attention += settings.number * sizes.queries + FLOAT32 * sizes.heads
+    inputs = 2 * sizes.hidden + sizes.queries + sizes.intermediate if settings.quantize == "8bit" else 0
+    gate = (2 if settings.fused_kernels else 3) * sizes.intermediate
     return norms + attention + settings.number * (gate + inputs)
 
 
-def adapter_bytes(shape: ModelSizes, settings: StepSettings) -> int:
+def adapter_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
     """Bytes that autograd keeps of one token in one layer for the adapters, which compute in float32."""
     if settings.lora is None:
         return 0
-    targets, widths = settings.lora.targets, _linear_widths(shape)
+    targets, widths = settings.lora.targets, _linear_widths(sizes)
     # Conversion makes a copy for each map; without it, maps of one input share it.
     copies = {_INPUTS[name] if settings.dtype == "float32" else name: widths[name][0] for name in targets}
     return FLOAT32 * (sum(copies.values()) + settings.lora.rank * len(targets))
 
 
-def adapter_widths(shape: ModelSizes, settings: StepSettings) -> int:
+def adapter_widths(sizes: ModelSizes, settings: StepSettings) -> int:
     """Widths of the inputs of one layer's adapters, summed."""
-    widths = _linear_widths(shape)
+    widths = _linear_widths(sizes)
     return sum(widths[name][0] for name in settings.lora.targets) if settings.lora else 0
 
 
-def prefix_bytes(shape: ModelSizes, tokens: PassTokens, settings: StepSettings) -> int:
+def prefix_bytes(sizes: ModelSizes, tokens: PassTokens, settings: StepSettings) -> int:
     """Bytes of a frozen prefix that attention keeps for the backward pass."""
     if not settings.prefix_is_frozen:
         return 0
-    return tokens.query * 2 * shape.layers * settings.number * _key_width(shape, settings)
+    return tokens.query * 2 * sizes.layers * settings.number * _key_width(sizes, settings)
 
 
-def query_bytes(shape: ModelSizes, tokens: PassTokens, settings: StepSettings) -> int:
+def query_bytes(sizes: ModelSizes, tokens: PassTokens, settings: StepSettings) -> int:
     """Bytes that autograd keeps of the query pass, without a frozen prefix."""
     new = tokens.rows * settings.new_tokens
-    each = shape.layers * (layer_bytes(shape, settings) + adapter_bytes(shape, settings)) + once_bytes(shape, settings)
+    each = sizes.layers * (layer_bytes(sizes, settings) + adapter_bytes(sizes, settings)) + once_bytes(sizes, settings)
     seen = (new + tokens.query) // tokens.rows
     if settings.prefix_is_frozen:
-        mask = 0 if settings.recompute_attention else shape.layers * settings.number * seen
+        mask = 0 if settings.recompute_attention else sizes.layers * settings.number * seen
         return new * (each + mask)
-    return (new + tokens.query) * (each + mask_bytes(shape, seen, settings))
+    return (new + tokens.query) * (each + mask_bytes(sizes, seen, settings))
 
 
-def response_bytes(shape: ModelSizes, tokens: PassTokens, settings: StepSettings) -> int:
+def response_bytes(sizes: ModelSizes, tokens: PassTokens, settings: StepSettings) -> int:
     """Bytes that autograd keeps of the response pass, without the logits; of checkpoints, the layers' inputs only."""
     row = _response_row(tokens, settings)
     if settings.checkpoint_responses:
-        return row * (shape.layers * settings.number * shape.hidden + once_bytes(shape, settings))
-    mask = mask_bytes(shape, row // tokens.rows, settings)
-    return row * (shape.layers * layer_bytes(shape, settings) + once_bytes(shape, settings) + mask)
+        return row * (sizes.layers * settings.number * sizes.hidden + once_bytes(sizes, settings))
+    mask = mask_bytes(sizes, row // tokens.rows, settings)
+    return row * (sizes.layers * layer_bytes(sizes, settings) + once_bytes(sizes, settings) + mask)
 
 
-def logit_bytes(shape: ModelSizes, tokens: PassTokens, settings: StepSettings) -> int:
+def logit_bytes(sizes: ModelSizes, tokens: PassTokens, settings: StepSettings) -> int:
     """Bytes of the cross-entropy; of the fused one, also the hidden states, those that predict, and their gradient."""
     if not settings.fused_cross_entropy:
-        return _response_row(tokens, settings) * PLAIN_LOGIT * shape.vocabulary
-    chunk = settings.chunk or chunk_positions(shape.vocabulary)
-    logits = min(chunk, tokens.response) * FUSED_LOGIT * shape.vocabulary
-    return logits + 3 * tokens.response * settings.number * shape.hidden
+        return _response_row(tokens, settings) * PLAIN_LOGIT * sizes.vocabulary
+    chunk = settings.chunk or chunk_positions(sizes.vocabulary)
+    logits = min(chunk, tokens.response) * FUSED_LOGIT * sizes.vocabulary
+    return logits + 3 * tokens.response * settings.number * sizes.hidden
 
 
 def chunk_positions(vocabulary: int) -> int:
@@ -328,29 +328,29 @@ def _response_row(tokens: PassTokens, settings: StepSettings) -> int:
     return tokens.rows * settings.compression_tokens + tokens.response
 
 
-def _key_width(shape: ModelSizes, settings: StepSettings) -> int:
-    return shape.keys if settings.packed else shape.queries
+def _key_width(sizes: ModelSizes, settings: StepSettings) -> int:
+    return sizes.keys if settings.packed else sizes.queries
 
 
-def once_bytes(shape: ModelSizes, settings: StepSettings) -> int:
+def once_bytes(sizes: ModelSizes, settings: StepSettings) -> int:
     """Of one token, kept once and not by each layer: the final norm, the rotations."""
-    return FLOAT32 * (shape.hidden + 1) + 2 * settings.number * shape.head_dim
+    return FLOAT32 * (sizes.hidden + 1) + 2 * settings.number * sizes.head_dim
 
 
-def mask_bytes(shape: ModelSizes, seen: int, settings: StepSettings) -> int:
+def mask_bytes(sizes: ModelSizes, seen: int, settings: StepSettings) -> int:
     """Of one token: attention turns a padding mask into numbers, and each layer keeps its own."""
-    return 0 if settings.packed else shape.layers * settings.number * seen
+    return 0 if settings.packed else sizes.layers * settings.number * seen
 
 
-def _live_bytes(shape: ModelSizes, tokens: int, settings: StepSettings) -> int:
+def _live_bytes(sizes: ModelSizes, tokens: int, settings: StepSettings) -> int:
     """Of these tokens inside one feed-forward network, and the weights that are unpacked for it."""
-    unpacked = settings.number * shape.hidden * shape.intermediate if settings.quantize else 0
-    return unpacked + tokens * settings.number * 3 * (shape.hidden + shape.intermediate)
+    unpacked = settings.number * sizes.hidden * sizes.intermediate if settings.quantize else 0
+    return unpacked + tokens * settings.number * 3 * (sizes.hidden + sizes.intermediate)
 
 
-def _linear_widths(shape: ModelSizes) -> dict[str, tuple[int, int]]:
+def _linear_widths(sizes: ModelSizes) -> dict[str, tuple[int, int]]:
     """Widths of input and output of a layer's linear maps."""
-    d, m, q, k = shape.hidden, shape.intermediate, shape.queries, shape.keys
+    d, m, q, k = sizes.hidden, sizes.intermediate, sizes.queries, sizes.keys
     return dict(zip(ALL_LINEAR, ((d, q), (d, k), (d, k), (q, d), (d, m), (d, m), (m, d)), strict=True))
 
 
