@@ -1,6 +1,6 @@
-"""Row checks of queries, responses and targets: each table against its contract, and ids one-to-one across them.
+"""Checks of tables and tensors: schemas, ids one-to-one from queries to targets, finite numbers.
 
-Tables are read batch by batch; only id columns are held whole.
+Tables are read batch by batch, safetensors files tensor by tensor; only id columns are held whole.
 """
 
 from collections.abc import Iterator, Mapping
@@ -147,9 +147,6 @@ def _ids(name: str, paths: list[Path], findings: Findings) -> pa.Array:
 def _batches(path: Path) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(path) as file:
         yield from file.iter_batches(batch_size=BATCH_ROWS)
-
-
-# Safetensors files: readable, and finite in every value.
 
 
 def check_tensors(artifacts: Mapping[str, Artifact], findings: Findings) -> None:

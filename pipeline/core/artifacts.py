@@ -324,11 +324,8 @@ def damaged_files(artifact: Artifact) -> list[str]:
     return problems + [f"{artifact.path / name}: not in the manifest" for name in sorted(strangers)]
 
 
-# Where an export may write.
-
-
 def check_new(out: Path) -> None:
-    """Refuse a place where something is already.
+    """Check that an export may write to `out`.
 
     Raises:
         ArtifactError: `out` exists and is not an empty folder.

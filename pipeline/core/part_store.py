@@ -1,7 +1,7 @@
-"""Long work in parts that a kill leaves whole, and files that appear when they are whole.
+"""Resumable work in parts, and files that appear only when they are complete.
 
-A part carries in its name its place, a hash of what it was made of and one of its own bytes: the same work, run again,
-goes on behind the last finished part, and a torn one is noticed.
+A part's name holds its position, a hash of its input and one of its bytes: the same work, run again, resumes after the
+last finished part, and a damaged part is detected.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ class Parts:
     """Finished parts in a folder; `open_parts` makes one."""
 
     def __init__(self, folder: Path, suffix: str) -> None:
-        """What a killed write has left in the folder goes."""
+        """Remove temporary files of a killed write."""
         self._folder, self._suffix = folder, suffix
         for leftover in folder.glob(f".*{suffix}.*"):
             leftover.unlink()
