@@ -1,4 +1,4 @@
-"""A trainer from params: the frozen backbone, the student on it, the passes, the held-out rows, the start."""
+"""A trainer from params: rows, the frozen backbone, the student on it, the passes, the held-out rows, the start."""
 
 import logging
 from collections.abc import Sequence
@@ -9,8 +9,10 @@ import numpy as np
 
 from pipeline.backbone.loading import BackboneParams, load_backbone
 from pipeline.backbone.lora import adapter_parameters, add_adapter
+from pipeline.backbone.prompting import PromptFormatter
 from pipeline.backbone.sharding import load_sharded
 from pipeline.backbone.sizes import sizes_from_config
+from pipeline.core.artifacts import Artifact
 from pipeline.core.errors import nested_in
 from pipeline.encoder.passes.adapted import AdaptedQueryPass
 from pipeline.encoder.passes.plain import Passes
@@ -18,13 +20,36 @@ from pipeline.encoder.passes.select import make_passes
 from pipeline.encoder.student import Student, input_embeddings, new_student
 from pipeline.encoder.token_init import token_init
 from pipeline.optim.batching import deal, epoch_order, micro_batches
-from pipeline.train.data import TrainingRows
+from pipeline.train.data import TrainingRows, drop_loops, join, tokenize
 from pipeline.train.params import TrainParams
 from pipeline.train.trainer import Trainer
 from pipeline.train.validation import Validation
 from pipeline.train.warm_start import accumulate, frame_rows, warm_start
 
 log = logging.getLogger(__name__)
+
+
+def read_rows(
+    params: TrainParams, artifacts: Sequence[Artifact], name: str, tokenizer: Any, formatter: PromptFormatter
+) -> TrainingRows:
+    """The rows of one table of the queries, joined and tokenised.
+
+    Args:
+        params: section `train`.
+        artifacts: queries, responses, targets.
+        name: of the table.
+        tokenizer: the backbone's.
+        formatter: makes the prompts.
+
+    Raises:
+        TrainingError: the artifacts do not belong together, or no row can be trained on with these params.
+    """
+    queries, responses, targets = artifacts
+    table = join(queries.read(name), responses.read(), targets.read())
+    if params.drop_loops:
+        joined, table = table.num_rows, drop_loops(table)
+        log.info("%s: %d of %d responses end in a repetition loop, left out", name, joined - table.num_rows, joined)
+    return tokenize(table, formatter, tokenizer, params.max_response_tokens, params.long_responses)
 
 
 def assemble(
@@ -85,7 +110,7 @@ def assemble(
         sizes_from_config(backbone.config.to_dict()),
     )
     if not trainer.resume() and params.warm_start.enabled:
-        trainer.facts["warm_start_ridge"] = warm_start_student(student, passes, rows, params, backbone, frame_ids)
+        trainer.facts["warm_start_ridge"] = _warm_start(student, passes, rows, params, backbone, frame_ids)
         trainer.agree()
     return trainer
 
@@ -103,33 +128,15 @@ def _passes(params: TrainParams, backbone: Any, adapted: Any) -> Passes:
 
 def _validation(params: TrainParams, heldout: TrainingRows, *, padded: bool) -> Validation:
     rows = heldout.head(params.heldout.rows)
-    lengths = rows.lengths(params.new_tokens + params.compression_tokens)
+    lengths = rows.lengths(params.extra_tokens)
     [ordered] = deal(range(len(rows)), lengths, 1)
-    batches = micro_batches(
-        ordered, lengths, most_rows=params.micro_batch_size, most_tokens=params.max_tokens_per_batch, padded=padded
-    )
-    return Validation(rows, batches, params.heldout.select)
+    return Validation(rows, micro_batches(ordered, lengths, padded=padded, **params.pass_limits), params.heldout.select)
 
 
-# The closed-form start of a student, from the training rows and the backbone's input embeddings.
-
-
-def warm_start_student(
+def _warm_start(
     student: Student, passes: Passes, rows: TrainingRows, params: TrainParams, backbone: Any, frame_ids: Sequence[int]
 ) -> float:
-    """Give `student` its closed-form start from (at most `params.warm_start.rows`) training rows.
-
-    Args:
-        student: changed in place.
-        passes: how batches run through the frozen backbone.
-        rows: to train on.
-        params: section `train`.
-        backbone: whose input embeddings the soft prompts start like.
-        frame_ids: the prompt of an empty query; its end is what the soft prompts start from.
-
-    Returns:
-        The ridge strength used.
-    """
+    """Give `student` its closed-form start from at most `params.warm_start.rows` rows; returns the ridge strength."""
     words = input_embeddings(backbone).float().cpu().numpy()
     chosen = np.sort(epoch_order(len(rows), 0, params.seed)[: params.warm_start.rows]).tolist()
     statistics = accumulate(student, passes.query_pass, rows, chosen, params.micro_batch_size)

@@ -38,7 +38,7 @@ class TrainingRows:
         return int(self.targets.shape[1])
 
     def lengths(self, extra: int) -> np.ndarray:
-        """Tokens `[N]` that each row sends through the backbone: query, response, and `extra` for the new ones."""
+        """Tokens `[N]` that each row sends through the backbone: query, response and `extra` others."""
         return np.array([query + response + extra for query, response in self.sizes(range(len(self)))])
 
     def sizes(self, rows: Sequence[int]) -> list[tuple[int, int]]:
@@ -59,25 +59,25 @@ class TrainingRows:
 
 
 def join(queries: pa.Table, responses: pa.Table, targets: pa.Table) -> pa.Table:
-    """Rows of `queries` that have a target, with their response; sorted by id.
+    """Rows of `queries` that have a target, with the columns response, finish_reason and embedding.
 
     A query whose response failed or is blank has no target by design and is left out.
 
     Raises:
-        TrainingError: not one query has a target, or one with a usable response has none.
+        TrainingError: no query has a target, or one with a usable response has none.
     """
     has_target = pc.is_in(queries["id"], targets["id"].combine_chunks())
-    kept = queries.filter(has_target)
-    if not kept.num_rows:
+    joined = queries.filter(has_target)
+    if not joined.num_rows:
         raise TrainingError(f"none of {queries.num_rows} queries has a target: run generate and embed again")
     usable = pc.is_in(queries["id"], _usable(responses))
     without = queries.filter(pc.and_not(usable, has_target))
-    _check(without["id"], "have a usable response but no target: run embed again")
-    return (
-        kept.append_column("response", _lookup(responses, kept["id"], "response"))
-        .append_column("finish_reason", _lookup(responses, kept["id"], "finish_reason"))
-        .append_column("embedding", _lookup(targets, kept["id"], "embedding"))
-    )
+    _check_none(without["id"], "have a usable response but no target: run embed again")
+    for table, columns in ((responses, ("response", "finish_reason")), (targets, ("embedding",))):
+        rows = pc.index_in(joined["id"], table["id"].combine_chunks())
+        for column in columns:
+            joined = joined.append_column(column, table[column].take(rows))
+    return joined
 
 
 def _usable(responses: pa.Table) -> pa.Array:
@@ -87,26 +87,24 @@ def _usable(responses: pa.Table) -> pa.Array:
     return responses["id"].filter(pc.invert(pc.or_(blank, failed))).combine_chunks()
 
 
-def _check(ids: Sequence[str] | pa.ChunkedArray, problem: str) -> None:
+def _check_none(ids: Sequence[str] | pa.ChunkedArray, problem: str, argument: str | None = None) -> None:
+    """Raises TrainingError if there are queries with a problem."""
     if len(ids):
         shown = ", ".join(map(str, ids[:5]))
-        raise TrainingError(f"{len(ids)} queries {problem} (ids {shown}{', ...' if len(ids) > 5 else ''})")
+        message = f"{len(ids)} queries {problem} (ids {shown}{', ...' if len(ids) > 5 else ''})"
+        raise TrainingError(message, argument=argument)
 
 
 def drop_loops(table: pa.Table) -> pa.Table:
-    """A joined table without the rows whose response ends in a repetition loop (`answers.ends_in_loop`).
+    """A joined table without the rows whose response ends in a repetition loop (`response_text.ends_in_loop`).
 
     Raises:
         TrainingError: no row is left.
     """
-    kept = table.filter(pa.array([not ends_in_loop(text) for text in table["response"].to_pylist()], pa.bool_()))
-    if not kept.num_rows:
-        raise TrainingError(f"train.drop_loops: all {table.num_rows} responses end in a repetition loop")
-    return kept
-
-
-def _lookup(table: pa.Table, ids: pa.ChunkedArray, column: str) -> pa.ChunkedArray:
-    return table.column(column).take(pc.index_in(ids, table["id"].combine_chunks()))
+    others = table.filter(pa.array([not ends_in_loop(text) for text in table["response"].to_pylist()], pa.bool_()))
+    if not others.num_rows:
+        raise TrainingError(f"all {table.num_rows} responses end in a repetition loop", argument="drop_loops")
+    return others
 
 
 def tokenize(
@@ -123,33 +121,30 @@ def tokenize(
     Raises:
         TrainingError: a response has no token, or is longer than `max_response_tokens` and may not be cut.
     """
-    ids = table["id"].to_pylist()
+    ids, limit = table["id"].to_pylist(), max_response_tokens
     prompts = formatter.batch(table["text"].to_pylist())
     answers = tokenizer(table["response"].to_pylist(), add_special_tokens=False, verbose=False)["input_ids"]
-    _check([row for row, answer in zip(ids, answers, strict=True) if not answer], "have a response without a token")
-    eos = eos_token_id(tokenizer)
-    finished = (reason == "stop" for reason in table["finish_reason"].to_pylist())
-    ended = [[*answer, eos] if stop else answer for answer, stop in zip(answers, finished, strict=True)]
-    if long_responses == "error":
-        _check_lengths(ids, ended, max_response_tokens)
-    lost = "end" if formatter.keep == "start" else "start"
-    _report_cut("queries", sum(prompt.truncated for prompt in prompts), "train.max_query_tokens", lost)
-    long = sum(len(answer) > max_response_tokens for answer in ended)
-    _report_cut("responses", long, "train.max_response_tokens", "end")
-    cut = [answer[:max_response_tokens] for answer in ended]
-    return TrainingRows(ids, [prompt.token_ids for prompt in prompts], cut, matrix(table["embedding"]))
-
-
-def _check_lengths(ids: Sequence[str], answers: Sequence[Sequence[int]], limit: int) -> None:
-    long = [row for row, answer in zip(ids, answers, strict=True) if len(answer) > limit]
-    longest = max((len(answer) for answer in answers), default=0)
-    _check(
-        long,
-        f"have a response, end token included, that is longer than train.max_response_tokens ({limit}); the longest "
-        f"has {longest}: raise it, or set train.long_responses: cut",
+    _check_none(
+        [row for row, answer in zip(ids, answers, strict=True) if not answer], "have a response without a token"
     )
+    eos, reasons = eos_token_id(tokenizer), table["finish_reason"].to_pylist()
+    ended = [[*answer, eos] if why == "stop" else answer for answer, why in zip(answers, reasons, strict=True)]
+    long = [row for row, answer in zip(ids, ended, strict=True) if len(answer) > limit]
+    if long_responses == "error":
+        longest = max(map(len, ended), default=0)
+        _check_none(
+            long,
+            f"have a response, end token included, that is longer than {limit}; the longest has {longest}: raise the "
+            "limit, or set long_responses: cut",
+            argument="max_response_tokens",
+        )
+    lost = "end" if formatter.keep == "start" else "start"
+    _log_cut("queries", sum(prompt.truncated for prompt in prompts), "max_query_tokens", lost)
+    _log_cut("responses", len(long), "max_response_tokens", "end")
+    response_ids = [answer[:limit] for answer in ended]
+    return TrainingRows(ids, [prompt.token_ids for prompt in prompts], response_ids, matrix(table["embedding"]))
 
 
-def _report_cut(what: str, count: int, knob: str, lost: str) -> None:
+def _log_cut(texts: str, count: int, limit: str, lost: str) -> None:
     if count:
-        log.warning("%d %s are longer than %s and lose their %s", count, what, knob, lost)
+        log.warning("%d %s are longer than %s and lose their %s", count, texts, limit, lost)

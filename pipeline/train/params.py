@@ -13,22 +13,21 @@ from pipeline.parallel.devices import Count
 
 Score = Literal["cosine", "top1", "mrr", "recon"]
 
-# These change rounding, speed or memory only: a run may go on from a checkpoint that was made with others.
-_FREE = {
+# Params that change rounding, speed or memory only.
+_NUMERIC = {
     "checkpoint_every",
     "processes",
     "shard_backbone",
     "passes",
     "micro_batch_size",
     "max_tokens_per_batch",
-    "peak_tflops",
 }
-# Nor do these change a step that was taken, where the schedule does not end with the run.
+# Params that change no step already taken, if the schedule does not end with the run.
 _LENGTH = {"epochs", "stop_after_steps"}
 
 
 class PassParams(Params):
-    """How batches run through the frozen backbone. Every setting gives the same loss and gradients up to rounding."""
+    """How batches run through the frozen backbone. All settings give the same loss and gradients up to rounding."""
 
     packed: bool = Field(default=True, description="variable-length rows side by side, no padding")
     frozen_prefix: bool = Field(default=True, description="the query runs without autograd, the new tokens against it")
@@ -38,7 +37,7 @@ class PassParams(Params):
 
 
 class WarmStartParams(Params):
-    """The closed-form start of the projections (off: the paper's random start)."""
+    """The closed-form start of the projections; disabled: the paper's random start."""
 
     enabled: bool = False
     ridge: float | Literal["auto"] = "auto"
@@ -46,7 +45,7 @@ class WarmStartParams(Params):
 
 
 class HeldoutParams(Params):
-    """Scores of held-out rows while training goes on."""
+    """Scores of held-out rows during training."""
 
     every: int | None = Field(default=None, ge=1, description="optimiser steps; null = before the first and at the end")
     rows: int = Field(default=256, ge=2, description="at most this many held-out rows")
@@ -106,18 +105,22 @@ class TrainParams(Params):
 
     @property
     def keep(self) -> Keep:
-        """Which side of a text that is too long is kept."""
+        """The side of a too long text that is kept."""
         return "start" if self.too_long == "keep_start" else "end"
 
     @property
-    def new_tokens(self) -> int:
-        """N, thought and compression tokens."""
-        return self.thought_tokens + self.compression_tokens
+    def extra_tokens(self) -> int:
+        """Tokens that a row adds to its query and response: the new tokens and the soft prompts."""
+        return self.thought_tokens + 2 * self.compression_tokens
 
-    def fixed(self) -> dict[str, Any]:
-        """The params that decide each step of a run: a checkpoint made with others cannot be gone on from."""
-        free = _FREE | _LENGTH if self.schedule_steps else _FREE
-        return self.model_dump(mode="json", exclude=free)
+    @property
+    def pass_limits(self) -> dict[str, Any]:
+        """The arguments of `optim.batching.micro_batches` that limit a forward pass."""
+        return {"most_rows": self.micro_batch_size, "most_tokens": self.max_tokens_per_batch}
+
+    def trajectory(self) -> dict[str, Any]:
+        """Params that change the training trajectory. A checkpoint is resumed only if these are equal."""
+        return self.model_dump(mode="json", exclude=_NUMERIC | _LENGTH if self.schedule_steps else _NUMERIC)
 
 
 def planned_steps(rows: int, params: TrainParams) -> int:

@@ -49,7 +49,7 @@ def pass_tokens(train: TrainParams, count: int) -> PassTokens:
     """The costliest forward pass of `count` rows or, where the params set a budget of tokens, of `count` tokens."""
     if train.max_tokens_per_batch is None:
         return PassTokens.full(count, train.max_query_tokens, train.max_response_tokens)
-    extra = train.new_tokens + train.compression_tokens
+    extra = train.extra_tokens
     most_rows = -(-train.batch_size // _processes(train))
     return PassTokens.worst(count, most_rows, train.max_query_tokens, train.max_response_tokens, extra)
 

@@ -1,49 +1,34 @@
 """How fast a run went and how much GPU memory it took: for the record, never for an artifact."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.backbone.sizes import ModelSizes
-from pipeline.optim.flops import step_flops
+# Query tokens and response tokens of each row.
+Lengths = Sequence[tuple[int, int]]
 
 
 @dataclass
 class Throughput:
-    """Work since a run began, of all its processes.
+    """Work of all processes since a run began.
 
     Attributes:
-        shape: of the backbone; None: operations are not counted.
-        width: of the embedding.
-        compression_tokens: of the student.
-        thought_tokens: of the student.
-        adapter_parameters: of LoRA.
+        step_flops: operations of a step over rows of these lengths; None: operations are not counted.
     """
 
-    shape: ModelSizes | None
-    width: int
-    compression_tokens: int
-    thought_tokens: int
-    adapter_parameters: int = 0
+    step_flops: Callable[[Lengths], int] | None = None
     seconds: float = 0.0
     steps: int = 0
     tokens: int = 0
     flops: float = 0.0
 
-    def count(self, lengths: Sequence[tuple[int, int]], seconds: float) -> None:
-        """A step over rows of so many query and response tokens."""
+    def count(self, lengths: Lengths, seconds: float) -> None:
+        """Add a step."""
         self.seconds += seconds
         self.steps += 1
         self.tokens += sum(query + response for query, response in lengths)
-        if self.shape is not None:
-            self.flops += step_flops(
-                self.shape,
-                lengths,
-                compression_tokens=self.compression_tokens,
-                thought_tokens=self.thought_tokens,
-                width=self.width,
-                adapter_parameters=self.adapter_parameters,
-            )
+        if self.step_flops is not None:
+            self.flops += self.step_flops(lengths)
 
     def summary(self, processes: int) -> dict[str, Any]:
         """Tokens of queries and responses, seconds a step, tokens a second, operations, peak GPU memory here.
@@ -58,7 +43,7 @@ class Throughput:
             "seconds_per_step": round(self.seconds / self.steps, 4),
             "tokens_per_second": round(self.tokens / self.seconds, 1),
         }
-        if self.shape is not None:
+        if self.step_flops is not None:
             facts["model_tflops"] = float(f"{self.flops / self.seconds / processes / 1e12:.4g}")
         return facts | _gpu_memory()
 

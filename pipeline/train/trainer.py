@@ -1,7 +1,7 @@
-"""The loop: steps, checkpoints, held-out scores. The mathematics is in `pipeline.encoder`.
+"""The training loop: steps, checkpoints, held-out scores. The losses are in `losses`, the passes in `encoder.passes`.
 
 Every process holds the frozen backbone (or its share of it) and works on its share of each batch; the gradients of the
-few trained tensors are summed over processes, so any number of processes takes the same steps.
+few trained tensors are summed over processes, so the steps do not depend on the number of processes.
 """
 
 import logging
@@ -9,21 +9,32 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
+from accelerate.utils import broadcast
+
 from pipeline.backbone.sizes import ModelSizes
 from pipeline.core.errors import TrainingError
 from pipeline.core.run import progress
+from pipeline.encoder.passes.plain import Passes
+from pipeline.encoder.student import Student
+from pipeline.optim.batching import deal, micro_batches, steps
+from pipeline.optim.checkpoint import read_checkpoint, save_checkpoint
+from pipeline.optim.flops import step_flops
+from pipeline.optim.gradients import adamw, set_rate, sum_and_clip, unscale
 from pipeline.optim.schedule import any_process, rate_factor, stop_requested
+from pipeline.train.data import TrainingRows
+from pipeline.train.losses import LossSums, loss_sums
 from pipeline.train.params import TrainParams, planned_steps
 from pipeline.train.throughput import Throughput
 from pipeline.train.validation import Validation
 
 log = logging.getLogger(__name__)
 
-# Batches whose rows are sorted by length together, where padding is paid for.
+# Default length_grouping of padded passes: longer groups have less padding and less random batches.
 PADDED_GROUPING = 16
 
 
@@ -34,33 +45,31 @@ class Trainer:
     Attributes:
         student: trained in place.
         passes: how batches run through the backbone.
-        rows: `TrainingRows`.
+        rows: to train on.
         params: section `train`.
         accelerator: device and processes.
         validation: held-out rows; None scores none.
-        adapter: trained tensors beside the student's, by name: LoRA.
+        adapter: LoRA's trained tensors by name.
         checkpoint: file of the resumable state; None keeps none.
+        sizes: of the backbone, to count operations; None counts none.
         curve: one dict a step: step, loss, align, recon (NaN if its weight is 0), learning_rate.
-        shape: sizes of the backbone, to count operations; None counts none.
-        facts: about the start, for the record; kept in checkpoints.
+        facts: about the start, for the record; saved in checkpoints.
     """
 
-    student: Any
-    passes: Any
-    rows: Any
+    student: Student
+    passes: Passes
+    rows: TrainingRows
     params: TrainParams
     accelerator: Any
     validation: Validation | None = None
     adapter: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
-    shape: ModelSizes | None = None
+    sizes: ModelSizes | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     _resumed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        from pipeline.optim.gradients import adamw
-
         self._check()
         params = self.params
         self.trained = {**{f"student.{name}": value for name, value in self.student.named_parameters()}, **self.adapter}
@@ -71,25 +80,24 @@ class Trainer:
             weight_decay=params.weight_decay,
         )
         self.total = planned_steps(len(self.rows), params)
-        # Decides the order of rows, so a resumed run keeps it whatever its own passes are.
+        # Decides the order of rows, so a resumed run takes it from the checkpoint, whatever its own passes are.
         self.grouping = params.length_grouping or (PADDED_GROUPING if self.passes.padded else 1)
-        self.lengths = self.rows.lengths(params.new_tokens + params.compression_tokens)
-        self.throughput = Throughput(
-            self.shape,
-            self.student.width,
-            params.compression_tokens,
-            params.thought_tokens,
-            sum(value.numel() for value in self.adapter.values()),
+        self.lengths = self.rows.lengths(params.extra_tokens)
+        count = partial(
+            step_flops,
+            compression_tokens=params.compression_tokens,
+            thought_tokens=params.thought_tokens,
+            width=self.student.width,
+            adapter_parameters=sum(value.numel() for value in self.adapter.values()),
         )
+        self.throughput = Throughput(partial(count, self.sizes) if self.sizes else None)
 
     def resume(self) -> bool:
         """Restore the last checkpoint, if there is an intact one.
 
         Raises:
-            TrainingError: it was made with other params, or is further on than these params go.
+            TrainingError: it was made with other params, or has more steps than these params ask for.
         """
-        from pipeline.optim.checkpoint import read_checkpoint
-
         found = read_checkpoint(self.checkpoint) if self.checkpoint else None
         if found is None:
             if self.checkpoint and self.checkpoint.exists():
@@ -99,8 +107,9 @@ class Trainer:
         done = len(found.progress["curve"])
         if done > self.total:
             raise TrainingError(
-                f"{self.checkpoint} is {done} steps on, the params (train.stop_after_steps, train.epochs) ask for "
-                f"{self.total}: set them back, or delete the checkpoint to start again"
+                f"{self.checkpoint} has {done} steps, stop_after_steps and epochs ask for {self.total}: set them back, "
+                "or delete the checkpoint to start again",
+                argument="stop_after_steps",
             )
         found.restore(self.trained, self.optimizer)
         self.grouping = found.progress["grouping"]
@@ -121,8 +130,8 @@ class Trainer:
             self._score()
             self.save()  # a closed-form start over many rows takes as long as many steps
         done = len(self.curve)
-        steps = islice(enumerate(self._steps()), done, None)
-        bar = progress(steps, total=self.total, desc="train", unit="step", initial=done)
+        remaining = islice(enumerate(self._steps()), done, None)
+        bar = progress(remaining, total=self.total, desc="train", unit="step", initial=done)
         with stop_requested() as stop:
             for step, batch in bar:
                 self._step(step, batch)
@@ -133,21 +142,17 @@ class Trainer:
 
     def agree(self) -> None:
         """Give every process the trained tensors of the first: GPUs need not round alike."""
-        from accelerate.utils import broadcast
-
         if self.accelerator.num_processes > 1:
             for parameter in self.trained.values():
                 parameter.data.copy_(broadcast(parameter.data))
 
     def save(self) -> None:
         """Write the checkpoint."""
-        from pipeline.optim.checkpoint import save_checkpoint
-
         if self.checkpoint is None or not self.accelerator.is_main_process:
             return
         validation = self.validation
         state = {
-            "params": self.params.fixed(),
+            "params": self.params.trajectory(),
             "facts": self.facts,
             "grouping": self.grouping,
             "curve": self.curve,
@@ -163,28 +168,28 @@ class Trainer:
                 "run embed again with the teacher that the student is for"
             )
         if self.params.heldout.select and self.validation is None:
-            raise TrainingError("train.heldout.select needs held-out rows: set collect.heldout_fraction above 0")
+            raise TrainingError(
+                f"{self.params.heldout.select} needs held-out rows: set heldout_fraction of the queries above 0",
+                argument="heldout.select",
+            )
 
     def _check_params(self, found: Mapping[str, Any]) -> None:
-        wanted = self.params.fixed()
+        wanted = self.params.trajectory()
         for name in sorted(found.keys() | wanted.keys()):
             if found.get(name) != wanted.get(name):
                 raise TrainingError(
-                    f"{self.checkpoint} is a checkpoint of other params: train.{name} is {found.get(name)} there, "
-                    f"{wanted.get(name)} here. Set it back, or delete the checkpoint"
+                    f"{wanted.get(name)} here, {found.get(name)} in the checkpoint {self.checkpoint}: set it back, or "
+                    "delete the checkpoint",
+                    argument=name,
                 )
 
     def _steps(self) -> Iterator[list[int]]:
-        from pipeline.optim.batching import steps
-
         params = self.params
         return steps(
             self.lengths, params.batch_size, params.epochs, most=self.total, seed=params.seed, grouping=self.grouping
         )
 
     def _step(self, step: int, batch: list[int]) -> None:
-        from pipeline.optim.gradients import set_rate, sum_and_clip
-
         started, params = time.monotonic(), self.params
         factor = rate_factor(step, params.warmup_steps, params.schedule_steps or self.total, params.schedule)
         set_rate(self.optimizer, factor)
@@ -192,9 +197,7 @@ class Trainer:
         loss = params.align_weight * align + params.recon_weight * recon
         norm = sum_and_clip(list(self.trained.values()), self.accelerator, params.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._stop_at_bad_rows(
-                step, batch, f"alignment {align:.4g}, reconstruction {recon:.4g}, gradient {norm:.4g}"
-            )
+            self._fail(step, batch, f"alignment {align:.4g}, reconstruction {recon:.4g}, gradient {norm:.4g}")
         if step == 0:
             log.info("first batch: alignment %.4g, reconstruction %.4g (before any update)", align, recon)
         self.optimizer.step()
@@ -217,27 +220,21 @@ class Trainer:
         """Gradients of the whole batch's mean losses; returns those means over all processes."""
         import torch
 
-        from pipeline.optim.gradients import unscale
-
         params, tokens, scale = self.params, self.rows.batch(batch).response_tokens, _loss_scale(len(batch))
         totals = torch.zeros(2, dtype=torch.float64)
         for rows, weight in self._micro_batches(batch):
-            align, recon = self._losses(rows)
-            align, recon = weight * align / len(batch), weight * recon / max(1, tokens)
-            (scale * (params.align_weight * align + params.recon_weight * recon)).backward()
+            sums = self._loss_sums(rows)
+            align, recon = weight * sums.align / len(batch), weight * sums.recon / max(1, tokens)
+            torch.autograd.backward(scale * (params.align_weight * align + params.recon_weight * recon))
             totals += torch.tensor([align.item(), recon.item()], dtype=torch.float64)
         unscale(self.trained.values(), scale)
         totals = self.accelerator.reduce(totals.to(self.accelerator.device), "sum")
         return float(totals[0]), float(totals[1])
 
-    def _losses(self, rows: Sequence[int]) -> tuple[Any, Any]:
-        """Sums of both losses over these rows."""
-        from pipeline.train.losses import loss_sums
-
+    def _loss_sums(self, rows: Sequence[int]) -> LossSums:
         batch, params = self.rows.batch(rows), self.params
         reconstruct = params.recon_weight > 0
-        sums = loss_sums(self.student, self.passes, batch, params.align_reduction, reconstruct=reconstruct)
-        return sums.align, sums.recon
+        return loss_sums(self.student, self.passes, batch, params.align_reduction, reconstruct=reconstruct)
 
     def _micro_batches(self, batch: list[int]) -> list[tuple[list[int], float]]:
         """This process's forward passes and their weights.
@@ -245,36 +242,30 @@ class Trainer:
         With a sharded backbone every process must run as many passes as any other: one whose rows are fewer repeats a
         pass with weight 0.
         """
-        from pipeline.optim.batching import deal
-
-        shares = [self._cut(rows) for rows in deal(batch, self.lengths, self.accelerator.num_processes)]
+        limits = self.params.pass_limits
+        shares = [
+            micro_batches(rows, self.lengths, padded=self.passes.padded, **limits)
+            for rows in deal(batch, self.lengths, self.accelerator.num_processes)
+        ]
         mine = [(rows, 1.0) for rows in shares[self.accelerator.process_index]]
         if self.params.shard_backbone:
             missing = max(map(len, shares)) - len(mine)
             mine += [(mine[0][0] if mine else batch[:1], 0.0)] * missing
         return mine
 
-    def _cut(self, rows: Sequence[int]) -> list[list[int]]:
-        from pipeline.optim.batching import micro_batches
-
-        most_rows, most_tokens = self.params.micro_batch_size, self.params.max_tokens_per_batch
-        padded = self.passes.padded
-        return micro_batches(rows, self.lengths, most_rows=most_rows, most_tokens=most_tokens, padded=padded)
-
-    def _stop_at_bad_rows(self, step: int, batch: Sequence[int], losses: str) -> NoReturn:
+    def _fail(self, step: int, batch: Sequence[int], losses: str) -> NoReturn:
         """Raise, naming the rows of the step whose own losses are not finite. The last checkpoint stays as it is."""
         import torch
 
         with torch.no_grad():
-            alone = {self.rows.ids[row]: [float(loss) for loss in self._losses([row])] for row in batch}
-        bad = [name for name, found in alone.items() if not all(map(math.isfinite, found))]
-        rows = f"rows whose own loss is not: {', '.join(bad[:8])}" if bad else f"each row alone is: {', '.join(alone)}"
-        kept = (
-            f"; the last good checkpoint is {self.checkpoint}" if self.checkpoint and self.checkpoint.exists() else ""
-        )
+            sums = {self.rows.ids[row]: self._loss_sums([row]) for row in batch}
+        bad = [name for name, found in sums.items() if not math.isfinite(float(found.align + found.recon))]
+        rows = f"rows whose own loss is not: {', '.join(bad[:8])}" if bad else f"each row alone is: {', '.join(sums)}"
+        saved = self.checkpoint is not None and self.checkpoint.exists()
+        last = f"; the last good checkpoint is {self.checkpoint}" if saved else ""
         raise TrainingError(
             f"step {step + 1} is not finite ({losses}); {rows}. Look at them with `python -m pipeline inspect embed "
-            f"--id ID`, or lower train.learning_rate ({self.params.learning_rate}){kept}"
+            f"--id ID`, or lower learning_rate ({self.params.learning_rate}){last}"
         )
 
     def _score(self) -> None:
@@ -283,8 +274,8 @@ class Trainer:
 
 
 def _loss_scale(rows: int) -> int:
-    """A power of two, which changes no bit but where numbers underflow: in float16 those of a large batch's mean do.
+    """A power of two near the number of rows: gradients in the backbone are then as large as those of one row alone.
 
-    Scaled by about the number of rows, gradients in the backbone are as large as those of one row alone.
+    It changes no bit but where numbers underflow: in float16 the gradients of a large batch's mean do.
     """
     return 1 << (rows - 1).bit_length()

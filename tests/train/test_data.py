@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.backbone.prompting import PromptFormatter
-from pipeline.core import schemas as contracts
+from pipeline.core import schemas
 from pipeline.core.errors import TrainingError
 from pipeline.train.data import drop_loops, join, tokenize
 from tests.conftest import tiny_tokenizer
@@ -13,7 +13,7 @@ from tests.conftest import tiny_tokenizer
 
 def tables(finish: str = "stop", blank: str = "b") -> tuple[pa.Table, pa.Table, pa.Table]:
     """Queries a, b, c; responses a, b, c, d, of which `blank` is; targets a, c, d."""
-    queries = pa.table({"id": ["a", "b", "c"], "text": ["qa", "qb", "qc"], "source": ["s"] * 3}, contracts.QUERIES)
+    queries = pa.table({"id": ["a", "b", "c"], "text": ["qa", "qb", "qc"], "source": ["s"] * 3}, schemas.QUERIES)
     responses = pa.Table.from_pylist(
         [
             {
@@ -25,10 +25,10 @@ def tables(finish: str = "stop", blank: str = "b") -> tuple[pa.Table, pa.Table, 
             }
             for name in "abcd"
         ],
-        contracts.RESPONSES,
+        schemas.RESPONSES,
     )
     targets = pa.Table.from_pylist(
-        [{"id": name, "embedding": [float(ord(name)), 0.5]} for name in "acd"], contracts.targets_schema(2, "float16")
+        [{"id": name, "embedding": [float(ord(name)), 0.5]} for name in "acd"], schemas.targets_schema(2, "float16")
     )
     return queries, responses, targets
 
@@ -51,7 +51,7 @@ def test_answers_that_end_in_a_loop_can_be_left_out() -> None:
     looping = joined.set_column(joined.column_names.index("response"), "response", [["no, " * 50, "rc"]])
     assert drop_loops(looping)["id"].to_pylist() == ["c"]
     assert drop_loops(joined).equals(joined)
-    with pytest.raises(TrainingError, match=r"train\.drop_loops: all 1 responses end in a repetition loop"):
+    with pytest.raises(TrainingError, match="drop_loops: all 1 responses"):
         drop_loops(looping.slice(0, 1))
 
 
@@ -67,21 +67,21 @@ def test_a_response_longer_than_the_limit_is_an_error_unless_cut(caplog: pytest.
     table, formatter = join(*tables()), PromptFormatter(tokenizer, "raw", 20)
     with pytest.raises(
         TrainingError,
-        match=r"2 queries .* longer than train\.max_response_tokens \(2\); the longest has 3: .* \(ids a, c\)",
+        match=r"max_response_tokens: 2 queries .* longer than 2; the longest has 3: .* \(ids a, c\)",
     ):
         tokenize(table, formatter, tokenizer, 2)
     assert [len(ids) for ids in tokenize(table, formatter, tokenizer, 2, "cut").response_ids] == [2, 2]
-    assert "2 responses are longer than train.max_response_tokens and lose their end" in caplog.text
+    assert "2 responses are longer than max_response_tokens and lose their end" in caplog.text
 
 
 def test_queries_that_are_cut_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = tiny_tokenizer()
     rows = tokenize(join(*tables()), PromptFormatter(tokenizer, "raw", 1), tokenizer, 9)
     assert [len(ids) for ids in rows.query_ids] == [1, 1]
-    assert "2 queries are longer than train.max_query_tokens and lose their end" in caplog.text
+    assert "2 queries are longer than max_query_tokens and lose their end" in caplog.text
     ends = tokenize(join(*tables()), PromptFormatter(tokenizer, "raw", 1, keep="end"), tokenizer, 9)
     assert tokenizer.batch_decode(ends.query_ids) == ["a", "c"]
-    assert "2 queries are longer than train.max_query_tokens and lose their start" in caplog.text
+    assert "2 queries are longer than max_query_tokens and lose their start" in caplog.text
 
 
 def test_a_response_without_a_token_is_an_error() -> None:

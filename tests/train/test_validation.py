@@ -89,7 +89,7 @@ def test_the_best_student_is_kept_also_over_a_resume(tmp_path: Path) -> None:
 
 
 def test_selecting_without_heldout_rows() -> None:
-    with pytest.raises(TrainingError, match=r"set collect\.heldout_fraction above 0"):
+    with pytest.raises(TrainingError, match=r"heldout\.select: .* heldout_fraction"):
         make_trainer(heldout=HeldoutParams(select="mrr"))
 
 
