@@ -19,7 +19,7 @@ def config_of(name: str, layers: int | None = None) -> Any:
 
     if name.startswith("gemma3"):
         return Gemma3TextConfig(**GEMMA3_1B | ({"num_hidden_layers": layers} if layers else {}))
-    sizes = presets()[name].shape
+    sizes = presets()[name].sizes
     kind = next(
         kind
         for start, kind in {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}.items()

@@ -1,8 +1,8 @@
-"""Check the whole params file and say what each stage will do: `python -m pipeline params`.
+"""Check the whole params file and plan each stage: `python -m pipeline params`.
 
-Estimates (GB = 1e9 bytes): weights and KV cache of `generate` from the backbone's sizes, the memory of a training step
-by `pipeline.optim.memory`, whose docstring has the formulas. They are upper bounds for rows of full length; the CUDA
-context, the kernels and the allocator take 1 to 2 GB more.
+Estimates (GB = 1e9 bytes) are upper bounds for rows of full length: weights and KV cache of `generate` from the
+backbone's sizes, the memory of a training step by the formulas of `pipeline.optim.memory`. The CUDA context, the
+kernels and the allocator take 1 to 2 GB more.
 """
 
 import json
@@ -60,14 +60,14 @@ class AllParams(Params):
 
 @dataclass
 class Plan:
-    """What will run: (stage, what, on what) lines, and remarks that the user should see."""
+    """Lines (stage, what, on what), and remarks about the params."""
 
     lines: list[tuple[str, str, str]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
 
 def load_all(path: Path) -> AllParams:
-    """The whole file, every section of it checked, the probes by their own models too.
+    """The whole file, each section checked, the probes by their own models.
 
     Raises:
         ParamsError: with one line for each mistake in the file.
@@ -90,40 +90,40 @@ def load_all(path: Path) -> AllParams:
 
 
 def make_plan(params: AllParams, root: Path = Path()) -> Plan:
-    """What each stage will do with these params, as far as that can be known without running it.
+    """What each stage will do with these params, as far as known before it runs.
 
     Raises:
         EvaluationError: mteb does not know a task or benchmark (of teach.quality too), or a task has no instruction.
         ParamsError: evaluate.instructions names a file that is missing or has mistakes.
     """
-    shape = shape_of(params.backbone, root)
+    sizes = backbone_sizes(params.backbone, root)
     rows, known = expected_rows(params, root)
     plan = Plan()
     plan.lines.append(("collect", _sources(params), _rows_text(rows, known)))
-    plan.lines.append(("generate", _generate_text(params, rows), _generate_memory(params, shape)))
+    plan.lines.append(("generate", _generate_text(params, rows), _generate_memory(params, sizes)))
     if TEACHERS[params.embed.teacher.kind].trained_here:
         _check_quality(params.teach)
-        plan.lines.append(("teach", _teach_text(params.teach), _teach_memory(params, shape)))
+        plan.lines.append(("teach", _teach_text(params.teach), _teach_memory(params, sizes)))
     plan.lines.append(("embed", _embed_text(params, rows), _teacher_text(params)))
-    plan.lines.append(("train", _train_text(params, rows), _train_memory(params, shape)))
+    plan.lines.append(("train", _train_text(params, rows), _train_memory(params, sizes)))
     evaluation = EvaluationPlan(params.evaluate, params.suites, params.probes, root)
     answer_tokens = params.evaluate.answers.max_new_tokens or params.generate.max_new_tokens
     plan.lines += evaluation.lines(max_tokens=params.train.max_query_tokens, answer_tokens=answer_tokens)
     plan.lines.append(("report", params.report.title, REPORT_PAGES[0].as_posix()))
-    plan.remarks = _remarks(params, shape, root) + evaluation.remarks()
+    plan.remarks = _remarks(params, sizes, root) + evaluation.remarks()
     return plan
 
 
-def shape_of(backbone: BackboneParams, root: Path = Path()) -> ModelSizes | None:
-    """The backbone's sizes from its config where it is at hand, else from the presets, else None."""
+def backbone_sizes(backbone: BackboneParams, root: Path = Path()) -> ModelSizes | None:
+    """The backbone's sizes from a local config, the presets or the hub's cache; None without any."""
     config = root / backbone.name / "config.json"
     if config.is_file():
         return sizes_from_config(json.loads(config.read_text(encoding="utf-8")))
     preset = preset_of(backbone.name)
-    return preset.shape if preset else _shape_from_cache(backbone)
+    return preset.sizes if preset else _sizes_from_cache(backbone)
 
 
-def _shape_from_cache(backbone: BackboneParams) -> ModelSizes | None:
+def _sizes_from_cache(backbone: BackboneParams) -> ModelSizes | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(backbone.name, "config.json", revision=backbone.revision)
@@ -131,7 +131,7 @@ def _shape_from_cache(backbone: BackboneParams) -> ModelSizes | None:
 
 
 def expected_rows(params: AllParams, root: Path = Path()) -> tuple[int | None, bool]:
-    """How many queries there will be, at most, and whether they are there already; None if nothing bounds them."""
+    """The most queries that there will be (None: no bound), and whether they exist already."""
     with suppress(ArtifactError):
         made = read_manifest(root / QUERIES_DIR).manifest
         if made.params == params.collect.model_dump(mode="json"):
@@ -169,12 +169,12 @@ def _generate_text(params: AllParams, rows: int | None) -> str:
     return f"{generate.engine}, {how}; {_tokens(rows, generate.max_new_tokens)} written"
 
 
-def _generate_memory(params: AllParams, shape: ModelSizes | None) -> str:
-    if shape is None:
-        return f"{params.backbone.name}, {params.generate.dtype}"
-    weights = shape.parameters() * DTYPE_BYTES[params.generate.dtype]
-    longest = params.generate.max_prompt_tokens + params.generate.max_new_tokens
-    row = longest * kv_bytes(shape, params.generate.dtype)
+def _generate_memory(params: AllParams, sizes: ModelSizes | None) -> str:
+    generate = params.generate
+    if sizes is None:
+        return f"{params.backbone.name}, {generate.dtype}"
+    weights = sizes.parameters() * DTYPE_BYTES[generate.dtype]
+    row = (generate.max_prompt_tokens + generate.max_new_tokens) * kv_bytes(sizes, generate.dtype)
     return f"{params.backbone.name}, weights {weights / GB:.1f} GB, KV cache {row / GB:.2f} GB a row of full length"
 
 
@@ -194,8 +194,8 @@ def _check_quality(teach: TeachParams) -> None:
         raise EvaluationError(f"teach.quality: {error}") from None
 
 
-def _teach_memory(params: AllParams, shape: ModelSizes | None) -> str:
-    memory = params.teach.dtype if shape is None else teach_memory_line(params.teach, shape)
+def _teach_memory(params: AllParams, sizes: ModelSizes | None) -> str:
+    memory = params.teach.dtype if sizes is None else teach_memory_line(params.teach, sizes)
     return f"{params.backbone.name}, {memory}"
 
 
@@ -224,13 +224,13 @@ def _train_text(params: AllParams, rows: int | None) -> str:
     return f"{count}; {train.compression_tokens} compression + {train.thought_tokens} thought tokens, {train.template}"
 
 
-def _train_memory(params: AllParams, shape: ModelSizes | None) -> str:
+def _train_memory(params: AllParams, sizes: ModelSizes | None) -> str:
     backbone = params.backbone
-    memory = backbone.dtype if shape is None else memory_line(params.train, backbone.dtype, shape)
+    memory = backbone.dtype if sizes is None else memory_line(params.train, backbone.dtype, sizes)
     return f"{backbone.name}, {memory}"
 
 
-def _remarks(params: AllParams, shape: ModelSizes | None, root: Path) -> list[str]:
+def _remarks(params: AllParams, sizes: ModelSizes | None, root: Path) -> list[str]:
     found = [f"{key}: {name} is not pinned: set the commit" for key, name in _unpinned(params, root)]
     if ENGINES[params.generate.engine].stub:
         found.append(f"generate.engine: {params.generate.engine} is a stub, its answers mean nothing")
@@ -240,74 +240,61 @@ def _remarks(params: AllParams, shape: ModelSizes | None, root: Path) -> list[st
     for key, folder in {"collect": params.collect.local_dir, "evaluate": params.evaluate.local_dir}.items():
         if not (root / folder).is_dir():
             found.append(f"{key}.local_dir: {folder} does not exist, `dvc repro` needs it")
-    if params.generate.max_new_tokens > params.train.max_response_tokens:
-        limits = (
-            f"{params.generate.max_new_tokens} tokens are written, {params.train.max_response_tokens} are learnt from"
-        )
-        found.append(f"train.max_response_tokens: {limits}")
-    if shape is None:
+    written, learnt = params.generate.max_new_tokens, params.train.max_response_tokens
+    if written > learnt:
+        found.append(f"train.max_response_tokens: {written} tokens are written, {learnt} are learnt from")
+    if sizes is None:
         found.append(f"backbone.name: no sizes known of {params.backbone.name}, so no memory estimate")
     else:
-        found += memory_remarks(params.train, params.backbone.dtype, shape)
+        found += memory_remarks(params.train, params.backbone.dtype, sizes)
     return found
 
 
 def _scale_remark(params: AllParams) -> list[str]:
-    kind, reduction = params.embed.teacher.kind, params.train.align_reduction
-    raw = TEACHERS[kind].raw_norms and not params.embed.normalize
-    if params.embed.transform.kind in UNIT_VARIANCE:
-        found = (
-            "train.align_reduction: sum over dimensions of variance 1 each (embed.transform "
-            f"{params.embed.transform.kind}) is as large as they are many and drowns the reconstruction: mean"
+    """Whether the reduction of the alignment loss fits the scale of the targets."""
+    kind, transform = params.embed.teacher.kind, params.embed.transform.kind
+    if transform in UNIT_VARIANCE:
+        fitting = "mean"
+        reason = (
+            f"dimensions of variance 1 each (embed.transform {transform}) is as large as they are many and drowns the "
+            "reconstruction"
         )
-        return [found] if reduction == "sum" else []
-    if raw and reduction == "sum":
-        return [
-            f"train.align_reduction: sum over the dimensions of {kind} targets, with norms in the hundreds, drowns the "
-            "reconstruction: mean is the paper's"
-        ]
-    if not raw and reduction == "mean":
-        return [
-            f"train.align_reduction: mean over the dimensions of {kind} targets, if they have length 1, leaves the "
-            "alignment next to no gradient, and the reconstruction undoes a warm start: sum"
-        ]
-    return []
+    elif TEACHERS[kind].raw_norms and not params.embed.normalize:
+        fitting = "mean"
+        reason = f"the dimensions of {kind} targets, with norms in the hundreds, drowns the reconstruction"
+    else:
+        fitting = "sum"
+        reason = (
+            f"the dimensions of {kind} targets, if they have length 1, leaves the alignment next to no gradient, and "
+            "the reconstruction undoes a warm start"
+        )
+    reduction = params.train.align_reduction
+    return [] if reduction == fitting else [f"train.align_reduction: {reduction} over {reason}: {fitting}"]
 
 
 def _unpinned(params: AllParams, root: Path) -> list[tuple[str, str]]:
-    teacher = params.embed.teacher
-    pins = [("backbone.revision", params.backbone.name, params.backbone.revision)]
-    pins += [("embed.teacher.revision", teacher.name or "", teacher.revision)]
-    pins += [
-        (f"embed.teacher.adapters.{index}.revision", adapter.name, adapter.revision)
-        for index, adapter in enumerate(teacher.adapters)
-    ]
-    pins += [
-        (f"collect.sources.{index}.revision", source.name, source.revision)
-        for index, source in enumerate(params.collect.sources)
-        if source.kind == "hub"
-    ]
-    pins += [
-        (f"teach.sources.{index}.revision", source.name, source.revision)
-        for index, source in enumerate(params.teach.sources)
-        if source.kind == "hub" and TEACHERS[teacher.kind].trained_here
-    ]
-    pins += [
-        (f"{key}.revision", str(entry["dataset"]), entry.get("revision"))
-        for name, probe in params.probes.items()
-        for key, entry in _levels(f"probes.{name}", probe)
-        if entry.get("dataset")
-    ]
-    pins += [
-        (f"evaluate.models.{key}.revision", model.name, model.revision)
-        for key, model in params.evaluate.models.items()
-        if key in params.evaluate.systems
-    ]
-    return [(key, name) for key, name, revision in pins if name and revision is None and not (root / name).is_dir()]
+    """Key and name of each model and data set of the hub that is read at its newest commit."""
+    teacher, evaluate = params.embed.teacher, params.evaluate
+    used = {key: model.model_dump() for key, model in evaluate.models.items() if key in evaluate.systems}
+    teach_sources = params.teach.sources if TEACHERS[teacher.kind].trained_here else []
+    sections = {
+        "backbone": params.backbone.model_dump(),
+        "embed.teacher": teacher.model_dump(),
+        "collect.sources": [source.model_dump() for source in params.collect.sources],
+        "teach.sources": [source.model_dump() for source in teach_sources],
+        "probes": params.probes,
+        "evaluate.models": used,
+    }
+    pins = (pin for key, section in sections.items() for pin in _pins(key, section))
+    return [(key, name) for key, name, revision in pins if revision is None and not (root / name).is_dir()]
 
 
-def _levels(key: str, entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    yield key, entry
-    for name, value in entry.items():
-        if isinstance(value, Mapping):
-            yield from _levels(f"{key}.{name}", value)
+def _pins(key: str, value: Any) -> Iterator[tuple[str, str, str | None]]:
+    """Key, name and revision of each mapping below `key` that names a data set, or a model with a revision."""
+    if isinstance(value, Mapping):
+        name = value.get("dataset") or (value.get("name") if "revision" in value else None)
+        if name:
+            yield f"{key}.revision", str(name), value.get("revision")
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for part, entry in parts:
+        yield from _pins(f"{key}.{part}", entry)

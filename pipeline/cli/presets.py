@@ -29,9 +29,9 @@ TEACHER_TOKENS = 512
 
 
 class PresetTeacher(Params):
-    """The backbone as its own LLM2Vec teacher, and texts of a forward pass by GPU memory in GB.
+    """The backbone as its own LLM2Vec teacher, by published adapters; without any, the stage teach trains them.
 
-    With the published adapters that make it one; without any, the stage teach trains them.
+    `batch_size`: texts of a forward pass by GPU memory in GB.
     """
 
     adapters: list[AdapterParams] = Field(default_factory=list)
@@ -41,43 +41,34 @@ class PresetTeacher(Params):
 class Preset(Params):
     """A backbone, its teacher and how it is trained.
 
-    The learning rate of a backbone with a published teacher is the paper's. The paper trains no other: there it is a
-    guess after a model of like size.
+    The learning rate is the paper's if the teacher is published, else a guess after a model of like size.
     """
 
     backbone: BackboneParams
     teacher: PresetTeacher
     learning_rate: float
     micro_batch_size: dict[int, int]
-    shape: ModelSizes
+    sizes: ModelSizes
 
     @property
     def published(self) -> bool:
-        """Whether the teacher is the paper's; else it is trained here."""
+        """Whether the teacher is the paper's; else the stage teach trains it."""
         return bool(self.teacher.adapters)
 
     def teacher_params(self, memory: int) -> TeacherParams:
         """The teacher for a GPU of `memory` GB.
 
-        A published one names its base, so that it stays when the backbone is changed; one that is trained here is of
-        whatever the backbone is.
+        A published one names its base, so it stays when the backbone changes; one trained here follows the backbone.
         """
+        common: dict[str, Any] = {
+            "max_tokens": TEACHER_TOKENS,
+            "dtype": self.backbone.dtype,
+            "batch_size": self.teacher.batch_size[memory],
+        }
         if not self.published:
-            return TeacherParams(
-                kind=TRAINED,
-                max_tokens=TEACHER_TOKENS,
-                dtype=self.backbone.dtype,
-                batch_size=self.teacher.batch_size[memory],
-            )
-        return TeacherParams(
-            kind="llm2vec",
-            name=self.backbone.name,
-            revision=self.backbone.revision,
-            adapters=self.teacher.adapters,
-            max_tokens=TEACHER_TOKENS,
-            dtype=self.backbone.dtype,
-            batch_size=self.teacher.batch_size[memory],
-        )
+            return TeacherParams(kind=TRAINED, **common)
+        base: dict[str, Any] = {"name": self.backbone.name, "revision": self.backbone.revision}
+        return TeacherParams(kind="llm2vec", **base, adapters=self.teacher.adapters, **common)
 
 
 @cache
@@ -126,22 +117,20 @@ def switch(path: Path, name: str, memory: int) -> list[str]:
     return changes
 
 
-def _starts_warm(content: Any) -> bool:
-    train = content.get("train") or {}
-    return bool((train.get("warm_start") or {}).get("enabled"))
-
-
 def _values(preset: Preset, memory: int, content: Any) -> dict[str, dict[str, Any]]:
-    """What is set, by section. The targets are raw hidden states with norms in the hundreds: the paper's mean over
-    dimensions balances the losses, and they fit into float16 with more digits than bfloat16 gave them. The learning
-    rates are the paper's, for its random start: behind a warm start they would undo it (docs/results-log.md).
+    """The values to set, by section.
+
+    Targets are raw hidden states with norms in the hundreds: the paper's mean over dimensions balances the losses, and
+    float16 holds them with more digits than bfloat16. Learning rates are for the paper's random start; after a warm
+    start they would undo it, so none is set (docs/results-log.md).
     """
     train: dict[str, Any] = {
         "align_reduction": "mean",
         "learning_rate": preset.learning_rate,
         "micro_batch_size": preset.micro_batch_size[memory],
     }
-    if _starts_warm(content):
+    warm_start = (content.get("train") or {}).get("warm_start") or {}
+    if warm_start.get("enabled"):
         del train["learning_rate"]
     return {
         "backbone": preset.backbone.model_dump(include={"name", "revision", "dtype", "chat_template_kwargs"}),
@@ -153,11 +142,11 @@ def _values(preset: Preset, memory: int, content: Any) -> dict[str, dict[str, An
 
 
 def _teach_values(preset: Preset, memory: int, content: Any) -> dict[str, dict[str, Any]]:
-    """Texts of a forward pass of each phase that the file has, by its lengths and adapters."""
+    """Texts of a forward pass of each phase in the file, by its lengths and adapters."""
     given = {key: value for key, value in (content.get("teach") or {}).items() if key in ("mntp", "simcse") and value}
     teach = validate({**given, "dtype": preset.backbone.dtype}, TeachParams, where="teach")
     return {
-        f"teach.{name}": {"micro_batch_size": fitting_rows(teach, getattr(teach, name), preset.shape, memory * 1e9)}
+        f"teach.{name}": {"micro_batch_size": fitting_rows(teach, getattr(teach, name), preset.sizes, memory * 1e9)}
         for name in given
     }
 
@@ -189,25 +178,25 @@ def _set(section: CommentedMap, place: str, values: dict[str, Any]) -> list[str]
 
 
 def _keeping_pins(before: dict[str, Any], values: dict[str, Any], key: str) -> Any:
-    """The preset's value of a key; a model that it leaves unpinned keeps the commit that the file has for it."""
-    value, had = values[key], before.get(key)
+    """The preset's value of a key; a model without a revision keeps the one that the file has for it."""
+    value, current = values[key], before.get(key)
     if key == "revision" and value is None and values.get("name") and values["name"] == before.get("name"):
-        return had
-    if not (isinstance(value, list) and isinstance(had, list)):
+        return current
+    if not (isinstance(value, list) and isinstance(current, list)):
         return value
-    pins = {item["name"]: item.get("revision") for item in had if isinstance(item, dict) and "name" in item}
+    pins = {item["name"]: item.get("revision") for item in current if isinstance(item, dict) and "name" in item}
     return [item | {"revision": item["revision"] or pins.get(item["name"])} for item in value]
 
 
 def _position(section: CommentedMap, key: str, order: list[str]) -> int:
-    """After the keys that come before it, but never last: a comment on the next section hangs on the last key."""
+    """After the keys that come before it, but never last: the comment of the next section belongs to the last key."""
     earlier = order[: order.index(key)]
     place = 1 + max((index for index, known in enumerate(section) if known in earlier), default=-1)
     return min(place, max(len(section) - 1, 0))
 
 
 def _replaced(before: Any, value: Any) -> Any:
-    """The new value in the old one's clothes, where there are any: comments inside a list, flow style of a mapping."""
+    """The new value in the old one's style: comments inside a list, flow style of a mapping."""
     if isinstance(before, CommentedMap) and isinstance(value, dict):
         before.clear()
         before.update(value)
@@ -235,7 +224,8 @@ def _overwrite(before: CommentedMap, value: dict[str, Any]) -> None:
 def _node(value: Any) -> Any:
     match value:
         case float():
-            return _scientific(value)
+            # As 3.0e-4, which YAML 1.1 and 1.2 both read as a number.
+            return _round_trip().load(f"{value:.1e}".replace("e-0", "e-"))
         case list():
             return CommentedSeq(map(_node, value))
         case dict():
@@ -247,16 +237,11 @@ def _node(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value as a change is told; models by name and the start of their commit."""
+    """A value in the line of a change; models by name and the start of their commit."""
     if not isinstance(value, list):
         return str(dict(value) if isinstance(value, dict) else value)
     pins = [(item.get("name"), item.get("revision")) for item in value if isinstance(item, dict)]
     return " + ".join(f"{name} ({revision[:12] if revision else 'not pinned'})" for name, revision in pins) or "none"
-
-
-def _scientific(value: float) -> Any:
-    """The number as `3.0e-4`, which YAML 1.1 and 1.2 both read as a number."""
-    return _round_trip().load(f"{value:.1e}".replace("e-0", "e-"))
 
 
 def _round_trip() -> YAML:

@@ -1,6 +1,6 @@
 """The passages of a corpus nearest to a query: `python -m pipeline search --model DIR --corpus FILE "query"`.
 
-A corpus that `encode` has written as Parquet, by the same encoder and with the same instruction, is not embedded again.
+Embeddings that `encode` wrote as Parquet, by the same encoder with the same instruction, are reused.
 """
 
 import logging
@@ -51,7 +51,7 @@ def search(
 
     Args:
         encoder: embeds both sides.
-        corpus: the passages; in memory are a few hundred at a time.
+        corpus: the passages; a few hundred are in memory at a time.
         query: not empty.
         count: at least 1.
         instruction: of the query.
@@ -95,7 +95,7 @@ def _embedded(encoder: "Encoder", corpus: TextFile, instruction: str) -> "Iterat
 
 
 def _is_embedded(encoder: "Encoder", corpus: TextFile, instruction: str) -> bool:
-    """Whether `encode` wrote the corpus, with this encoder and instruction."""
+    """Whether `encode` wrote the corpus with this encoder and instruction."""
     if corpus.path.suffix != ".parquet" or corpus.column != "text":
         return False
     reason = not_made_by(encoder, corpus.path, instruction)

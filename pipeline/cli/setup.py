@@ -39,7 +39,7 @@ def backbone(
         print("\n".join(changes) or f"{path} has these params already")
         return
     for known, preset in presets().items():
-        size = f"{preset.shape.parameters() / 1e9:.1f}B"
+        size = f"{preset.sizes.parameters() / 1e9:.1f}B"
         pin = preset.backbone.revision or "not pinned"
         teacher, rate = ("published", "") if preset.published else ("trained here", " (a guess)")
         print(

@@ -1,1 +1,1 @@
-"""The training run around `pipeline.encoder`: params, schedule, batches' steps, held-out scores, checkpoints."""
+"""Stage train: rows, losses, the closed-form start, the loop with its checkpoints and held-out scores."""

@@ -28,7 +28,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over a batch, so that batches of any size add up exactly."""
+    """Sums over a batch: those of batches of any size add up exactly."""
 
     align: Tensor
     recon: Tensor

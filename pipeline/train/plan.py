@@ -1,4 +1,4 @@
-"""What a training step takes with these params, as `python -m pipeline params` tells it, and what would fit."""
+"""Memory of a training step with these params, for `python -m pipeline params`, and the batch that would fit."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def gpu_bytes() -> int | None:
 
 
 def step_settings(train: TrainParams, dtype: DType) -> StepSettings:
-    """How the params run a step."""
+    """The settings of a step that decide its memory."""
     lora = train.lora
     return StepSettings(
         dtype=dtype,
@@ -46,7 +46,7 @@ def _processes(train: TrainParams) -> int:
 
 
 def pass_tokens(train: TrainParams, count: int) -> PassTokens:
-    """The costliest forward pass of `count` rows or, where the params set a budget of tokens, of `count` tokens."""
+    """The costliest forward pass of `count` rows, or of `count` tokens if the params set a token budget."""
     if train.max_tokens_per_batch is None:
         return PassTokens.full(count, train.max_query_tokens, train.max_response_tokens)
     extra = train.extra_tokens
@@ -54,47 +54,43 @@ def pass_tokens(train: TrainParams, count: int) -> PassTokens:
     return PassTokens.worst(count, most_rows, train.max_query_tokens, train.max_response_tokens, extra)
 
 
-def train_memory(shape: ModelSizes, dtype: DType, train: TrainParams) -> StepMemory:
-    """The most that a training step with these params holds at once on one device."""
+def train_memory(sizes: ModelSizes, dtype: DType, train: TrainParams) -> StepMemory:
+    """Peak memory of a training step on one device."""
     count = train.max_tokens_per_batch or train.micro_batch_size
-    return step_memory(shape, pass_tokens(train, count), step_settings(train, dtype))
+    return step_memory(sizes, pass_tokens(train, count), step_settings(train, dtype))
 
 
-def memory_line(train: TrainParams, dtype: DType, shape: ModelSizes) -> str:
-    """The most that a step holds, with its parts."""
-    found = train_memory(shape, dtype, train)
+def memory_line(train: TrainParams, dtype: DType, sizes: ModelSizes) -> str:
+    """Peak memory of a step and its parts, in words."""
+    found = train_memory(sizes, dtype, train)
     activations = found.prefix + found.activations + found.workspace
     parts = {"weights": found.weights, "activations": activations, "logits": found.logits, "optimizer": found.optimizer}
-    shown = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items() if size)
+    shown = ", ".join(f"{name} {part / GB:.1f}" for name, part in parts.items() if part)
     tokens = train.max_tokens_per_batch
     rows = train.micro_batch_size
     batch = f"{tokens:,} tokens" if tokens else f"{rows} row{'s' if rows > 1 else ''} of full length"
     return f"{batch} at a time: at most {found.total / GB:.1f} GB ({shown})"
 
 
-def memory_remarks(train: TrainParams, dtype: DType, shape: ModelSizes) -> list[str]:
-    """What would fit on the smallest visible GPU, if these params do not."""
-    limit, needed = gpu_bytes(), train_memory(shape, dtype, train).total + OVERHEAD
+def memory_remarks(train: TrainParams, dtype: DType, sizes: ModelSizes) -> list[str]:
+    """The largest batches that fit on the smallest visible GPU, if these params do not."""
+    limit, needed = gpu_bytes(), train_memory(sizes, dtype, train).total + OVERHEAD
     if limit is None or needed <= limit:
         return []
-    knob = "max_tokens_per_batch" if train.max_tokens_per_batch else "micro_batch_size"
+    budget = f"train.{'max_tokens_per_batch' if train.max_tokens_per_batch else 'micro_batch_size'}"
     settings = step_settings(train, dtype)
-    ways = {
-        f"train.{knob}": settings,
+    changes = {
         "with train.passes.checkpoint_responses": replace(settings, checkpoint_responses=True),
         "with train.quantize 4bit": replace(settings, quantize="4bit"),
     }
-    fits = [
-        f"{way}: {_largest_count(shape, train, setting, limit)}"
-        for way, setting in ways.items()
-        if way == f"train.{knob}" or setting != settings
-    ]
+    ways = {budget: settings, **{way: changed for way, changed in changes.items() if changed != settings}}
+    fits = [f"{way}: {_largest_count(sizes, train, changed, limit)}" for way, changed in ways.items()]
     taken = f"train takes up to {needed / GB:.1f} GB, the GPU has {limit / GB:.1f} GB"
     return [f"{taken}. The largest that fits, {', '.join(fits)}"]
 
 
-def _largest_count(shape: ModelSizes, train: TrainParams, settings: StepSettings, limit: int) -> str:
+def _largest_count(sizes: ModelSizes, train: TrainParams, settings: StepSettings, limit: int) -> str:
     row = train.max_query_tokens + train.max_response_tokens + settings.extra_tokens
     end = train.batch_size * (row if train.max_tokens_per_batch else 1)
-    found = largest(lambda count: step_memory(shape, pass_tokens(train, count), settings), limit, end)
+    found = largest(lambda count: step_memory(sizes, pass_tokens(train, count), settings), limit, end)
     return "none" if found is None else f"{found:,}"

@@ -1,4 +1,4 @@
-"""Ridge regression from running sums, so that memory depends on the widths and never on the rows."""
+"""Ridge regression from running sums: memory depends on the widths, not on the number of rows."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +21,9 @@ class LinearMap:
 
 @dataclass(frozen=True)
 class Moments:
-    """All that least squares needs of N pairs of features and targets, float64.
+    """The sums over N pairs of features and targets that least squares needs, float64.
 
-    Second moments are around the means: sums of raw squares would lose the digits of features whose mean is large
-    beside their spread, as the hidden states of language models have them.
+    Second moments are around the means: raw squares would lose digits of hidden states, whose mean is large.
 
     Attributes:
         count: N.
@@ -42,14 +41,14 @@ class Moments:
 
     @classmethod
     def of(cls, features: np.ndarray, targets: np.ndarray) -> Self:
-        """Of rows in memory, features `[N, d]` and targets `[N, e]`."""
+        """Moments of rows in memory, features `[N, d]` and targets `[N, e]`."""
         first, second = features.astype(np.float64), targets.astype(np.float64)
         mean, target_mean = first.mean(0), second.mean(0)
         centred = first - mean
         return cls(len(first), mean, target_mean, centred.T @ centred, centred.T @ (second - target_mean))
 
     def __add__(self, other: "Moments") -> "Moments":
-        """Of the rows of both."""
+        """Moments of the rows of both."""
         count = self.count + other.count
         moved, target_moved = other.mean - self.mean, other.target_mean - self.target_mean
         weight = self.count * other.count / count
@@ -62,7 +61,7 @@ class Moments:
         )
 
     def mapped(self, by: LinearMap) -> "Moments":
-        """Of the same rows after a linear map of their features: the rows themselves are not needed."""
+        """Moments of the same rows after a linear map of their features."""
         return Moments(
             self.count,
             by(self.mean),
@@ -73,9 +72,9 @@ class Moments:
 
 
 def fit_ridge(moments: Moments, strengths: Sequence[float]) -> Iterator[LinearMap]:
-    """Ridge regression with an intercept on standardised features, as a map of the raw ones; one map a strength.
+    """Ridge regression with an intercept on standardised features, as a map of the raw ones.
 
-    One eigendecomposition serves all strengths.
+    Yields one map per strength, all from one eigendecomposition.
 
     Args:
         moments: of features and targets.

@@ -36,6 +36,8 @@ class Throughput:
         `model_tflops` is per process; divided by what the GPU's data sheet promises it is the model FLOPs utilisation.
         Empty where this run took no step.
         """
+        import torch
+
         if not self.steps:
             return {}
         facts: dict[str, Any] = {
@@ -45,12 +47,6 @@ class Throughput:
         }
         if self.step_flops is not None:
             facts["model_tflops"] = float(f"{self.flops / self.seconds / processes / 1e12:.4g}")
-        return facts | _gpu_memory()
-
-
-def _gpu_memory() -> dict[str, int]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    return {"peak_gpu_memory_mib": torch.cuda.max_memory_allocated() // 2**20}
+        if torch.cuda.is_available():
+            facts["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
+        return facts

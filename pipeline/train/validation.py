@@ -1,4 +1,4 @@
-"""How the student does on held-out rows while it is trained, and which student is kept."""
+"""Scores of the student on held-out rows during training, and the choice of the best one."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -30,14 +30,14 @@ class HeldoutScores:
     recon: float
 
     def better(self, other: "HeldoutScores", score: Score) -> bool:
-        """Whether `score` is better here than in `other`."""
+        """Whether `score` is better here than in `other`: lower for recon, higher for the others."""
         mine, theirs = getattr(self, score), getattr(other, score)
         return mine < theirs if score == "recon" else mine > theirs
 
 
 @dataclass(frozen=True)
 class Best:
-    """The trained tensors that scored best, the step after which they did, and how."""
+    """The trained tensors that scored best, after which step, and their scores."""
 
     step: int
     scores: HeldoutScores
@@ -46,13 +46,13 @@ class Best:
 
 @dataclass
 class Validation:
-    """Held-out rows, how they scored so far, and the best student if one is to be kept.
+    """Held-out rows, their scores so far, and the best student if `select` is set.
 
     Attributes:
         rows: `TrainingRows` that training never sees.
         batches: row indices of each forward pass.
-        select: the score that decides which student is kept; None keeps none.
-        curve: one dict a scoring: step and the scores.
+        select: the score that the best student is chosen by; None: the last student stays.
+        curve: step and scores of each scoring.
         best: of all scorings.
     """
 
@@ -74,15 +74,15 @@ class Validation:
             self.best = Best(step, scores, {name: value.detach().clone() for name, value in trained.items()})
 
     def restore_best(self, trained: Mapping[str, Any]) -> None:
-        """Give the trained tensors the values that scored best, if one is to be kept."""
+        """Give the trained tensors the values that scored best, if `select` is set."""
         if self.best is None:
             return
         for name, parameter in trained.items():
             parameter.data.copy_(self.best.tensors[name])
-        log.info("keeping the student of step %d: best held-out %s", self.best.step, self.select)
+        log.info("restored the student of step %d: best held-out %s", self.best.step, self.select)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it, the best tensors apart; serialises to JSON."""
+        """The state for a checkpoint without the best tensors; serialises to JSON."""
         best = None if self.best is None else {"step": self.best.step, "scores": asdict(self.best.scores)}
         return {"curve": self.curve, "best": best}
 

@@ -34,16 +34,17 @@ log = logging.getLogger(__name__)
 STRENGTHS = (10.0, 30.0, 100.0, 300.0, 1_000.0, 3_000.0, 10_000.0)
 FOLDS = 5
 SCORED_ROWS = 1_000
-"""Left-out rows of a fold that strengths are scored on, so also how many targets each is told from."""
+"""Held-out rows per fold that ridge strengths are scored on; each row's target is ranked among this many."""
 SPREAD = 0.5
+"""Share of the input embeddings' mean norm by which soft prompts vary around the frame."""
 LEAST_OFFSET = 0.1
-"""Of the spread: directions in which positions differ by less on average are not moved, they would swamp the rest."""
-_BLOCK = 1_000
+"""Share of the spread: directions in which positions differ by less on average stay, or they would swamp the rest."""
+_BLOCK = 1_000  # rows that wait for one matrix product
 
 
 @dataclass
 class _Fold:
-    """Sums over every fifth row, the first of those rows, and rows that wait for a block to be worth a product."""
+    """Sums over every fifth row, the first of these rows, and rows that wait for a block."""
 
     moments: Moments | None = None
     scored: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -68,7 +69,7 @@ def _concatenated(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarra
 
 
 class Statistics:
-    """What the closed form needs of any number of rows, in memory that does not grow with them."""
+    """Sums over any number of rows that the closed form needs, in constant memory."""
 
     def __init__(self, compression_tokens: int, hidden: int) -> None:
         """For hidden states `[N, compression_tokens, hidden]`."""
@@ -81,7 +82,7 @@ class Statistics:
         return self._rows
 
     def add(self, rows: Sequence[int], hidden: np.ndarray, targets: np.ndarray) -> None:
-        """Take in a batch; batches may come in any order.
+        """Add a batch; batches may come in any order.
 
         Args:
             rows: numbers of the B rows, counted from 0 over all that will be added; they decide the folds.
@@ -113,7 +114,7 @@ class Statistics:
         return float(np.sqrt(self._squares / (self._rows * len(self._sums)) - mean @ mean))
 
     def folds(self) -> list[tuple[Moments, np.ndarray, np.ndarray]]:
-        """Of each fold that has rows: moments, and features and targets of its scored rows."""
+        """Moments, scored features and scored targets of each fold that has rows."""
         result = []
         for fold in self._folds:
             fold.flush()
@@ -133,7 +134,7 @@ def _check_finite(rows: Sequence[int], hidden: np.ndarray, targets: np.ndarray) 
 def accumulate(
     student: Student, query_pass: QueryPass, rows: TrainingRows, chosen: Sequence[int], batch_size: int
 ) -> Statistics:
-    """Statistics of one query pass over the chosen rows, queries of like length together.
+    """Statistics of one query pass over the chosen rows, sorted by query length.
 
     Args:
         student: gives the token rows; its projections play no part.
@@ -156,8 +157,7 @@ def accumulate(
 def choose_strength(folds: Sequence[tuple[Moments, np.ndarray, np.ndarray]], by: LinearMap) -> float:
     """The strength whose maps retrieve best: mean reciprocal rank of the own target within left-out folds.
 
-    Squared error would choose a stronger one, which brings embeddings closer to all targets and so tells them apart
-    less well.
+    Squared error would choose a stronger one, whose embeddings are closer to all targets and so retrieve less well.
 
     Args:
         folds: see `Statistics.folds`.
@@ -180,17 +180,17 @@ def frame_rows(input_embeddings: np.ndarray, prompt_ids: Sequence[int], count: i
         prompt_ids: a prompt without a question; an empty one gives mean rows.
         count: n compression tokens.
     """
-    kept = list(prompt_ids)[-count:]
-    mean = np.repeat(input_embeddings.mean(0, keepdims=True), count - len(kept), axis=0)
-    return np.concatenate([mean, input_embeddings[kept]])
+    ids = list(prompt_ids)[-count:]
+    mean = np.repeat(input_embeddings.mean(0, keepdims=True), count - len(ids), axis=0)
+    return np.concatenate([mean, input_embeddings[ids]])
 
 
 def fit_reconstruction(means: np.ndarray, spread: float, frame: np.ndarray, input_norm: float) -> LinearMap:
     """The map whose soft prompts are, on average at each position, the frame, and vary as the hidden states do.
 
     A scaled identity carries the variation; the smallest correction that moves the n mean soft prompts onto the frame
-    has rank n - 1. Positions whose hidden states are alike (new tokens that start as the same row) cannot be told apart
-    without blowing up what little they differ by: they meet the frame only as far as `LEAST_OFFSET` allows.
+    has rank n - 1. Positions with like hidden states (new tokens that start as the same row) could be separated only by
+    amplifying small differences: they meet the frame only as far as `LEAST_OFFSET` allows.
 
     Args:
         means: mean hidden state at each position `[n, d]`.

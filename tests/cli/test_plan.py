@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.cli.plan import AllParams, expected_rows, load_all, make_plan, shape_of
+from pipeline.cli.plan import AllParams, backbone_sizes, expected_rows, load_all, make_plan
 from pipeline.core.artifacts import create
 from pipeline.core.config import read_yaml
 from pipeline.core.errors import ParamsError
@@ -57,15 +57,15 @@ def test_all_mistakes_of_all_sections_come_at_once(workspace: Path) -> None:
         assert part in message, part
 
 
-def test_shape_from_a_local_config(workspace: Path, tiny_backbone: Any) -> None:
+def test_sizes_from_a_local_config(workspace: Path, tiny_backbone: Any) -> None:
     folder = tiny_backbone("qwen3")
     backbone = real().backbone.model_copy(update={"name": str(folder)})
-    shape = shape_of(backbone, workspace)
-    assert shape is not None
-    assert (shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim) == (3, 32, 4, 2, 8)
+    sizes = backbone_sizes(backbone, workspace)
+    assert sizes is not None
+    assert (sizes.layers, sizes.hidden, sizes.heads, sizes.kv_heads, sizes.head_dim) == (3, 32, 4, 2, 8)
     (workspace / "odd").mkdir()
     (workspace / "odd/config.json").write_text("{}")
-    assert shape_of(backbone.model_copy(update={"name": "odd"}), workspace) is None
+    assert backbone_sizes(backbone.model_copy(update={"name": "odd"}), workspace) is None
 
 
 def test_an_unknown_backbone_gives_a_plan_without_memory(workspace: Path) -> None:

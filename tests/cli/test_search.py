@@ -128,7 +128,7 @@ def test_no_passage_commands_the_terminal() -> None:
 def model(workspace: Path, tiny_backbone: Callable[..., Path]) -> Path:
     from tests.export.test_merged import write_model
 
-    return write_model(tiny_backbone("llama"), compression=2)
+    return write_model(tiny_backbone("llama"), compression_tokens=2)
 
 
 def call(*arguments: object) -> tuple[int, str, str]:

@@ -46,7 +46,7 @@ def test_a_batch_of_one_pass_keeps_both_views() -> None:
 @pytest.mark.parametrize("name", presets())
 def test_the_most_texts_that_fit(name: str) -> None:
     """In powers of two, and never more than a batch."""
-    params, sizes = TeachParams(), presets()[name].shape
+    params, sizes = TeachParams(), presets()[name].sizes
     for phase in (params.mntp, params.simcse):
         small, large = (fitting_rows(params, phase, sizes, size * 1e9) for size in (24, 80))
         assert 1 <= small <= large <= phase.batch_size

@@ -13,7 +13,7 @@ from pipeline.train.params import TrainParams
 from pipeline.train.plan import memory_line, memory_remarks, pass_tokens, step_settings, train_memory
 from tests.conftest import ROOT
 
-SHAPE = presets()["qwen3-4b"].shape
+SHAPE = presets()["qwen3-4b"].sizes
 
 
 def changed(**update: Any) -> TrainParams:
@@ -36,7 +36,7 @@ def test_every_preset_fits_its_gpu(name: str) -> None:
     preset = presets()[name]
     for memory, rows in preset.micro_batch_size.items():
         train = changed(micro_batch_size=rows)
-        assert train_memory(preset.shape, "bfloat16", train).total + OVERHEAD < memory * 1e9, memory
+        assert train_memory(preset.sizes, "bfloat16", train).total + OVERHEAD < memory * 1e9, memory
         assert train.batch_size % rows == 0
 
 

@@ -226,7 +226,7 @@ def test_backbone_without_chat_template(
     folder = tiny_backbone("llama", chat=False)
     write_inputs(folder)
     write_params(folder)
-    fails("no chat template", "template: raw")
+    fails("no chat template", "template raw")
 
 
 def test_truncated_parquet(backbone: Path, fails: Callable[..., None]) -> None:
