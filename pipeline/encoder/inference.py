@@ -72,6 +72,11 @@ class Encoder:
             tokenizer, config.template, config.max_query_tokens, config.chat_template_kwargs, config.keep
         )
 
+    @property
+    def parameter_count(self) -> int:
+        """Numbers in the backbone and the student."""
+        return sum(tensor.numel() for part in (self.model, self.student) for tensor in part.parameters())
+
     def untrained(self, seed: int) -> "Encoder":
         """The backbone without adapters, with an untrained student: random projections."""
         student = new_student(

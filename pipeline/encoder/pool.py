@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 # Large enough for full batches of like lengths, small enough that the processes end together.
 JOB_TEXTS = 512
-_FACTS = attrgetter("width", "max_tokens", "identity", "config")
+_FACTS = attrgetter("width", "max_tokens", "identity", "config", "parameter_count")
 
 
 class ParallelEncoder:
@@ -34,6 +34,7 @@ class ParallelEncoder:
         max_tokens: see `Encoder`.
         identity: see `Encoder`.
         config: of the encoder.
+        parameter_count: see `Encoder`.
     """
 
     def __init__(self, load: "Callable[[], Encoder]", devices: Sequence[Device]) -> None:
@@ -47,7 +48,7 @@ class ParallelEncoder:
             PipelineError: what was raised when an encoder was loaded, or EvaluationError if its process died.
         """
         self._pool = TextPool(load, _FACTS, devices, job_texts=JOB_TEXTS, kind="encoder process", error=EvaluationError)
-        self.width, self.max_tokens, self.identity, self.config = self._pool.facts
+        self.width, self.max_tokens, self.identity, self.config, self.parameter_count = self._pool.facts
 
     def encode(
         self,

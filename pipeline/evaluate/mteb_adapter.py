@@ -83,7 +83,7 @@ def published_meta(system: System, model_name: str | None = None) -> Any:
     return _meta(
         name=_published_name(system, model_name),
         revision=_published_revision(identity),
-        n_parameters=_parameters(getattr(inner, "encoder", None)),
+        n_parameters=getattr(getattr(inner, "encoder", None), "parameter_count", None),
         embed_dim=width,
         max_tokens=config.get("max_query_tokens") or identity.get("max_tokens"),
         framework=_FRAMEWORKS.get(str(identity.get("kind")), ["PyTorch", "Transformers"] if backbone else []),
@@ -135,9 +135,3 @@ def _published_revision(identity: dict[str, Any]) -> str:
 def _is_part(identity: dict[str, Any]) -> bool:
     """Whether the model that an identity names is only a part of what embeds."""
     return bool(identity.get("adapters") or identity.get("transform") or identity.get("kind") == "backbone")
-
-
-def _parameters(encoder: Any) -> int | None:
-    if encoder is None:
-        return None
-    return sum(tensor.numel() for part in (encoder.model, encoder.student) for tensor in part.parameters())

@@ -27,7 +27,7 @@ def test_two_processes_embed_as_one(folder: Path) -> None:
     one = load()
     with closing(ParallelEncoder(load, split_devices(2))) as two:
         assert (two.width, two.max_tokens) == (one.width, one.max_tokens)
-        assert (two.identity, two.config) == (one.identity, one.config)
+        assert (two.identity, two.config, two.parameter_count) == (one.identity, one.config, one.parameter_count)
         for texts in (TEXTS, TEXTS[:1], TEXTS[::-1]):
             found = two.encode(texts, instruction="Say:", batch_tokens=64)
             np.testing.assert_allclose(found, one.encode(texts, instruction="Say:", batch_tokens=64), atol=1e-6)

@@ -23,9 +23,13 @@ from pipeline.embed.__main__ import app as embed_app
 from pipeline.embed.params import TeacherParams, TeacherSection
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.evaluate.build import SystemInputs, Systems, make_answers, make_systems, manifest_params, own_instructions
+from pipeline.evaluate.run import run_systems
 from pipeline.evaluate.system import BareSystem, InstructedSystem, System, revision_of
+from pipeline.tasks.instructions import load_instructions
+from pipeline.tasks.suites import find_tasks
 from tests.conftest import tiny_tokenizer
 from tests.encoder.test_inference import write as write_encoder
+from tests.evaluate.fakes import retrieval_folder, sts_folder
 from tests.stage_runs import row_id, write_params, write_queries, write_responses
 
 CONFIG = EncoderConfig(
@@ -251,17 +255,43 @@ def test_the_real_encoder_stands_behind_all_three_systems(monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_two_processes_embed_as_one(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
-    write_encoder(Path("encoder"), tiny_backbone("qwen3"), None)
-    names = ["student", "untrained", "backbone-mean", "echo"]
-    texts = [f"text {'long ' * (at % 5)}{at}" for at in range(20)]
-    one, two = (
-        {system.name: (revision_of(system), system.encode(texts, "Say:")) for system in made.build(names)}
-        for made in (systems(encoder_dir=workspace / "encoder", processes=count) for count in (1, 2))
-    )
-    for name, (revision, vectors) in one.items():
-        assert two[name][0] == revision
-        np.testing.assert_allclose(two[name][1], vectors, atol=1e-5)
+def test_two_processes_evaluate_every_system_as_one(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    lm = tiny_backbone("qwen3")
+    write_encoder(Path("models/encoder"), lm, None)
+    folders = [retrieval_folder(Path("tasks/find")), sts_folder(Path("tasks/pairs"))]
+    names = ["student", "untrained", "backbone-mean", "echo", "teacher"]
+    content = {
+        "backbone": {"name": str(lm), "dtype": "float32"},
+        "generate": {"engine": "echo", "dtype": "float32", "max_new_tokens": 8, "max_prompt_tokens": 64},
+        "embed": {"teacher": {"kind": "backbone", "max_tokens": 64, "dtype": "float32"}},
+    }
+    results = []
+    for processes in (1, 2):
+        evaluate = {
+            "systems": names,
+            "dtype": "float32",
+            "batch_size": 4,
+            "data_parallel": processes,
+            "local_dir": "tasks",
+        }
+        inputs = validate({**content, "evaluate": evaluate}, SystemInputs, where="params.yaml")
+        with closing(make_systems(inputs)) as made:
+            results.append(
+                run_systems(
+                    made.build(names),
+                    find_tasks(folders),
+                    load_instructions(),
+                    work=Path(f"work-{processes}"),
+                    batch_size=4,
+                    dtype="float32",
+                )
+            )
+        shutil.rmtree(".work/embeddings")
+    for one, two in zip(*results, strict=True):
+        assert (one.system, one.meta, one.computed) == (two.system, two.meta, two.computed)
+        scores = [[result.get_score() for result in run.results] for run in (one, two)]
+        np.testing.assert_allclose(*scores, atol=1e-4)
+    assert [run.system for run in results[1]] == names and results[1][0].meta.n_parameters > 10_000
 
 
 # --- from the sections of params.yaml -----------------------------------------------------------------------------
