@@ -1,7 +1,4 @@
-"""collect: sources -> data/queries/{train,heldout}.parquet, removed.jsonl
-
-python -m pipeline.collect [--params params.yaml]
-"""
+"""Stage collect: sources -> data/queries/{train,heldout}.parquet and removed.jsonl. `python -m pipeline.collect`."""
 
 import contextlib
 import logging
@@ -45,11 +42,9 @@ class Inputs(Params):
 
 
 def evaluation_texts(inputs: Inputs) -> list[TextSource]:
-    """The texts that collect.decontaminate compares the queries with; none where it is off.
+    """The texts of all evaluations if `decontaminate` is on, else none.
 
-    Raises:
-        ParamsError: it is on, and params name no evaluation.
-        SourceError: a task or folder does not exist.
+    Raises ParamsError if params name no evaluation, SourceError if a task or folder does not exist.
     """
     if inputs.collect.decontaminate is None:
         return []
@@ -67,9 +62,7 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
 
     Raises:
         SourceError: a source or evaluation text cannot be read, or a split is empty.
-        BackboneError: the tokenizer cannot be loaded.
-        ParamsError: params contradict each other.
-        WorkError: the disk is full, or another process collects in this work directory.
+        BackboneError, ParamsError, WorkError: the tokenizer, the params or the disk cannot be used.
     """
     params, backbone = inputs.collect, inputs.backbone
     evaluation = evaluation_texts(inputs)

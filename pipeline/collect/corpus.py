@@ -1,7 +1,7 @@
-"""A corpus from its sources to its splits, filtered row by row; its texts stay on disk.
+"""A corpus from its sources to its splits; its texts stay on disk.
 
-Rows go by their length or as duplicates while the sources are read; then by checks of their text, by words shared with
-the evaluation, and as near duplicates. A row that one step drops does not take part in the next.
+Rows are dropped by length or as duplicates while sources are read, then by checks of their text, by words shared with
+the evaluation, and as near duplicates. Each step sees only the rows that the steps before it left.
 """
 
 import contextlib
@@ -42,20 +42,10 @@ Check = Callable[[list[str]], Mask]
 
 
 class Corpus:
-    """The steps of the stage in their order.
-
-    Attributes:
-        seconds: of each step.
-    """
+    """The steps of the stage in their order; `seconds` has the time of each."""
 
     def __init__(self, scratch: Path, sources: Sequence[LocalSource | HubSource], *, compared: bool) -> None:
-        """Nothing is read yet.
-
-        Args:
-            scratch: an empty folder for the texts.
-            sources: in order.
-            compared: rows will be compared by their words.
-        """
+        """Start with an empty folder `scratch`; `compared` says whether rows will be compared by their words."""
         self.seconds: dict[str, float] = {}
         self._sources = sources
         self._labels = [source.label for source in sources]
@@ -65,21 +55,13 @@ class Corpus:
         self._removals = Removals()
 
     def close(self) -> None:
-        """Close its files."""
         if self._tokens is not None:
             self._tokens.close()
 
     def read(self, local_dir: Path, *, min_chars: int, max_chars: int) -> None:
-        """Read the sources; drop texts by their normalised length, and repetitions of an earlier text.
+        """Read the sources; drop texts outside `min_chars` to `max_chars` after normalisation, and repeated ones.
 
-        Args:
-            local_dir: where relative paths start.
-            min_chars: shorter texts are dropped.
-            max_chars: longer texts are dropped.
-
-        Raises:
-            SourceError: a source cannot be read.
-            WorkError: the disk is full.
+        Raises SourceError if a source cannot be read. Relative paths start at `local_dir`.
         """
         with self._timed("read"):
             frames, first = [to_frame(0, []).drop("text")], 0
@@ -97,11 +79,7 @@ class Corpus:
     def check(self, checks: Mapping[str, Check]) -> None:
         """Drop texts that fail a check, and hash the tokens of the others if rows will be compared.
 
-        Args:
-            checks: by fate; each gives the texts to drop (bool [N]). A text that one drops does not reach the next.
-
-        Raises:
-            WorkError: the disk is full.
+        `checks` by fate; each gives the texts to drop (bool [N]). A text that one drops does not reach the next.
         """
         with self._timed("measure"):
             if not checks and self._tokens is None:
@@ -123,10 +101,9 @@ class Corpus:
                 self._frame = set_fate(self._frame, np.concatenate(parts), fate)
 
     def decontaminate(self, texts: Iterable[tuple[str, Sequence[str]]], *, ngram: int) -> int:
-        """Drop rows that share `ngram` words with one of the texts, which come in named batches; returns their number.
+        """Drop rows that share `ngram` words with one of the texts (named batches); returns the number of texts.
 
-        Raises:
-            EvaluationError: the texts cannot be read.
+        Raises EvaluationError if the texts cannot be read.
         """
         with self._timed("decontaminate"):
             found = find_contaminated(self._compared(), texts, ngram=ngram)
@@ -135,7 +112,6 @@ class Corpus:
             return found.texts
 
     def drop_near_duplicates(self, params: NearDuplicateParams) -> None:
-        """Drop rows that nearly repeat an earlier one."""
         with self._timed("near_duplicates"):
             tokens = self._compared()
             found = find_near_duplicates(tokens, ~undecided(self._frame)[tokens.rows], params)
@@ -152,7 +128,6 @@ class Corpus:
         self._frame = sample(self._frame, rows=rows, seed=seed, weights=weights)
 
     def split(self, *, heldout_fraction: float, seed: int) -> None:
-        """Assign every remaining row to a split."""
         self._frame = split(self._frame, heldout_fraction=heldout_fraction, seed=seed)
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -160,12 +135,7 @@ class Corpus:
         return count_fates(self._frame, self._labels)
 
     def write(self, out: ArtifactWriter) -> None:
-        """Add the table of each split, and the list of removed rows if rows were compared.
-
-        Raises:
-            ContractError: a table breaks its schema or order.
-            WorkError: the disk is full.
-        """
+        """Add the table of each split, and the list of removed rows if rows were compared."""
         with self._timed("write"):
             out.counts = self.counts()
             for name in SPLITS:

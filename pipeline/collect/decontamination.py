@@ -34,7 +34,6 @@ class Contamination:
         rows: row numbers, int64 [M].
         positions: number of the row's word at which its first shared n-gram starts, int64 [M].
         tasks: the first task with that n-gram, an index into `names`, int64 [M].
-        names: of the evaluation's tasks.
         texts: number of evaluation texts read.
     """
 
@@ -46,16 +45,14 @@ class Contamination:
 
 
 class BloomFilter:
-    """A Bloom filter of hashes: no false negatives, few false positives."""
+    """A Bloom filter, sized for `expected` hashes: no false negatives, few false positives."""
 
     def __init__(self, expected: int) -> None:
-        """Size it for `expected` hashes."""
         bits = min(_MOST_BITS, 1 << max(16, (max(expected, 1) * _BITS_PER_NGRAM - 1).bit_length()))
         self._last = np.uint64(bits - 1)
         self._bytes = np.zeros(bits // 8, np.uint8)
 
     def add(self, hashes: Hashes) -> None:
-        """Add hashes."""
         for probe in self._probes(hashes):
             np.bitwise_or.at(self._bytes, probe >> np.uint64(3), _bit(probe))
 
@@ -73,13 +70,7 @@ def _bit(probe: Hashes) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
 
 
 def find_contaminated(tokens: TokenFile, texts: Iterable[tuple[str, Sequence[str]]], *, ngram: int) -> Contamination:
-    """The rows that share an n-gram with a text.
-
-    Args:
-        tokens: of the rows.
-        texts: batches of the evaluation's texts, each with the name of its task.
-        ngram: words.
-    """
+    """The rows that share an n-gram with a text; `texts` are batches, each with the name of its task."""
     known = BloomFilter(sum(max(int(batch.offsets[-1]), 1) for _, batch in tokens.batches()))
     for _, batch in tokens.batches():
         known.add(ngrams(batch.words(), ngram).hashes)

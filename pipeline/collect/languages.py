@@ -17,22 +17,15 @@ NO_LANGUAGE = "zxx"
 
 
 def library() -> dict[str, Any]:
-    """Identity of the classifier, for the manifest."""
     return {"library": "py3langid", "version": version("py3langid")}
 
 
 class LanguageFilter:
-    """Finds texts of unwanted languages."""
-
     def __init__(self, languages: Sequence[str], confidence: float) -> None:
         """Load the model.
 
-        Args:
-            languages: ISO 639 codes of the wanted languages.
-            confidence: probability of the unwanted language against the best wanted one, in (0.5, 1).
-
-        Raises:
-            ParamsError: the model does not know one of the languages.
+        `confidence` is the probability of an unwanted language against the best wanted one (ISO 639 codes), in (0.5,
+        1). Raises ParamsError if the model does not know one of `languages`.
         """
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
 

@@ -1,12 +1,11 @@
 """Rows that nearly repeat an earlier one: MinHash finds candidates, the exact Jaccard similarity decides.
 
-Two rows are compared by their sets of token n-grams; symbols count (2+2 is not 2-2) and case does not. Rows that share
-a band of their MinHash signatures are candidates; those whose signatures agree too little are skipped, and the rest
-are compared exactly. A row shorter than the n-gram is one n-gram, so only a row with the same tokens is similar to it.
+Rows are compared by their sets of token n-grams; symbols count (2+2 is not 2-2), case does not. A row shorter than the
+n-gram is one n-gram, so only a row with the same tokens is similar to it.
 
 In reading order, a row goes if an earlier row that *stays* is similar enough: appending to a corpus changes no earlier
-decision. MinHash misses a pair at the threshold with probability 0.2 %, a more similar pair with less. Time is linear
-in rows: a row is compared with at most the first `REPRESENTATIVES` rows that stay of each bucket, so some near
+decision. MinHash misses a pair at the threshold with probability 0.2 %, a more similar pair with less. A row is
+compared with at most the first `REPRESENTATIVES` rows that stay of each bucket: time is linear in rows, and some near
 duplicates remain of a template with hundreds of variants.
 """
 
@@ -39,12 +38,9 @@ class NearDuplicateParams(Params):
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """Pairs of row numbers.
+    """Near duplicates by row number: `rows` that go, int64 [M], ascending.
 
-    Attributes:
-        rows: rows that go, int64 [M], ascending.
-        originals: for each, the earliest similar row that stays, int64 [M].
-        similarity: their exact Jaccard similarity, float64 [M].
+    `originals` are the earliest similar rows that stay, int64 [M]; `similarity` is exact, float64 [M].
     """
 
     rows: Rows
@@ -53,19 +49,15 @@ class NearDuplicates:
 
 
 def library() -> dict[str, Any]:
-    """Identity of the signatures' library, for the manifest."""
     from rensa import RMinHash
 
     return {"library": "rensa", "algorithm_version": RMinHash.ALGORITHM_VERSION}
 
 
 def find_near_duplicates(tokens: TokenFile, skipped: Mask, params: NearDuplicateParams) -> NearDuplicates:
-    """The near duplicates among the rows of a token file.
+    """The near duplicates among the rows of a token file; the row numbers give the order.
 
-    Args:
-        tokens: of rows in any order; the row numbers give the order.
-        skipped: rows that are not compared, bool [N], by position in `tokens`.
-        params: similarity and signatures.
+    `skipped` rows are not compared, bool [N], by position in `tokens`.
     """
     sketches, keys = _signatures(tokens, skipped, params)
     positions = np.flatnonzero(~skipped)

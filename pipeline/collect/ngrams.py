@@ -74,13 +74,12 @@ def words_of(text: str) -> list[str]:
 
 
 class TokenHasher:
-    """Hashes the tokens of texts, with a cache."""
+    """Hashes the tokens of texts; known tokens are cached."""
 
     def __init__(self) -> None:
         self._known: dict[str, int] = {}
 
     def __call__(self, texts: Sequence[str] | pl.Series) -> HashRows:
-        """The token hashes of `texts`."""
         found = tokens(texts)
         encoded = found.explode(empty_as_null=False).to_arrow().dictionary_encode()
         distinct = self._hashes(pl.Series(encoded.dictionary, dtype=pl.String))
@@ -131,7 +130,6 @@ class TokenFile:
     """Token hashes of many rows on disk; in memory 16 bytes a row."""
 
     def __init__(self, path: Path) -> None:
-        """Start empty at `path`."""
         self._path = path
         with disk_errors(path):
             self._file = path.open("w+b", buffering=0)
@@ -139,11 +137,7 @@ class TokenFile:
         self._ends: list[Rows] = [np.zeros(1, np.int64)]
 
     def append(self, rows: Rows, hashes: HashRows) -> None:
-        """Add rows under their numbers.
-
-        Raises:
-            WorkError: the disk is full.
-        """
+        """Add rows under their numbers; raises WorkError if the disk is full."""
         with disk_errors(self._path):
             content = hashes.hashes.data.cast("B")
             while content:
@@ -157,7 +151,6 @@ class TokenFile:
         self._ends = [np.concatenate(self._ends)]
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
     @property
@@ -169,7 +162,6 @@ class TokenFile:
         return len(self.rows)
 
     def at(self, position: int) -> HashRows:
-        """One row."""
         return self._read(position, position + 1)
 
     def batches(self) -> Iterator[tuple[int, HashRows]]:

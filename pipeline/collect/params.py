@@ -28,7 +28,6 @@ class CollectParams(Params):
 
     @property
     def weights(self) -> list[float] | None:
-        """The sources' weights, or None where they have none."""
         weights = [source.weight for source in self.sources if source.weight is not None]
         return weights or None
 

@@ -1,10 +1,8 @@
 """The fate of each text: filtered, duplicate, sampled out, or in a split.
 
-A query's id is a hash of its normalised text. Sampling and split depend on the id and the seed alone, never on the
-position: a growing corpus moves no query from one split to the other.
-
-The frames have one row a text, in reading order, without the text itself: `source` (its number), `id`, and `fate`,
-null while undecided.
+A query's id is a hash of its normalised text. Sampling and split depend on the id and the seed alone: a growing corpus
+moves no query from one split to the other. The frames have one row a text, in reading order, without the text itself:
+`source` (its number), `id`, and `fate`, null while undecided.
 """
 
 import hashlib
@@ -60,7 +58,6 @@ def drop_lengths(frame: pl.DataFrame, *, min_chars: int, max_chars: int) -> pl.D
 
 
 def drop_duplicates(frame: pl.DataFrame) -> pl.DataFrame:
-    """Drop repetitions of an earlier text."""
     repeated = pl.when(~pl.col("id").is_first_distinct()).then(pl.lit("duplicate", FATE))
     return frame.with_columns(fate=pl.coalesce("fate", repeated))
 
@@ -93,10 +90,7 @@ def sample(frame: pl.DataFrame, *, rows: int, seed: int, weights: Sequence[float
 
 
 def allot(rows: int, weights: Sequence[float], available: Sequence[int]) -> list[int]:
-    """How many of `rows` each source gives: in proportion to the weights, at most what is available.
-
-    Remaining rows go to the largest fractions, the first of equal ones.
-    """
+    """Rows of each source: in proportion to the weights, at most what is available; fractions round by the largest."""
     open_ = {source for source, count in enumerate(available) if count}
     shares = {source: Fraction(0) for source in range(len(available))}
     left = Fraction(rows)
@@ -118,7 +112,6 @@ def allot(rows: int, weights: Sequence[float], available: Sequence[int]) -> list
 
 
 def split(frame: pl.DataFrame, *, heldout_fraction: float, seed: int) -> pl.DataFrame:
-    """Set the split of each undecided row."""
     keyed = _keyed(frame, seed, "split")
     heldout = keyed.filter(pl.col("key") < heldout_fraction)["row"].to_numpy()
     return set_fate(frame, heldout, "heldout").with_columns(pl.col("fate").fill_null(pl.lit("train", FATE)))

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def readable_evaluation() -> Iterator[None]:
-    """Errors of the evaluation's texts raised inside are about `decontaminate`, as SourceError."""
+    """Raise errors of the evaluation's texts as SourceError about `decontaminate`."""
     try:
         yield
     except EvaluationError as error:
@@ -39,9 +39,7 @@ def select(corpus: Corpus, params: CollectParams, backbone: BackboneParams, eval
 
     Raises:
         SourceError: a source or evaluation text cannot be read.
-        BackboneError: the tokenizer cannot be loaded.
-        ParamsError: `languages` has an unknown language.
-        WorkError: the disk is full.
+        BackboneError, ParamsError: the tokenizer cannot be loaded, or `languages` has an unknown one.
     """
     checks = text_checks(params, backbone)
     corpus.read(Path(params.local_dir), min_chars=params.min_chars, max_chars=params.max_chars)
@@ -60,12 +58,7 @@ def select(corpus: Corpus, params: CollectParams, backbone: BackboneParams, eval
 
 
 def text_checks(params: CollectParams, backbone: BackboneParams) -> dict[str, Check]:
-    """The checks of each text, by the fate of texts that fail.
-
-    Raises:
-        BackboneError: the tokenizer cannot be loaded.
-        ParamsError: `languages` has an unknown language.
-    """
+    """The checks of each text, by the fate of texts that fail."""
     checks: dict[str, Check] = {}
     if params.max_tokens is not None:
         checks["too_many_tokens"] = more_tokens_than(params.max_tokens, load_tokenizer(backbone))

@@ -30,8 +30,7 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 def scratch_folder(work: Path) -> Iterator[Path]:
     """A folder below `work`, removed at the end; leftovers of killed processes are removed at the start.
 
-    Raises:
-        WorkError: another live process uses `work`, or the disk is full or not writable.
+    Raises WorkError if another live process uses `work`, or the disk is full or not writable.
     """
     with locked(work):
         for leftover in work.glob(f"{_PREFIX}*"):
@@ -48,7 +47,6 @@ class Spill:
     """Numbered texts: added in order, then read bucket by bucket."""
 
     def __init__(self, folder: Path) -> None:
-        """Start empty in `folder`, which exists."""
         self._folder = folder
         self._paths = [folder / f"{bucket:02d}.arrow" for bucket in range(BUCKETS)]
         options = pa.ipc.IpcWriteOptions(compression="lz4")
@@ -56,11 +54,7 @@ class Spill:
             self._writers = [pa.ipc.new_stream(str(path), _SCHEMA, options=options) for path in self._paths]
 
     def add(self, rows: Rows, ids: pl.Series, texts: pl.Series) -> None:
-        """Add texts with their row numbers and ids.
-
-        Raises:
-            WorkError: the disk is full.
-        """
+        """Add texts with their row numbers and ids; raises WorkError if the disk is full."""
         buckets = ids.str.slice(0, 2).str.to_integer(base=16).to_numpy() * BUCKETS // 256
         order = np.argsort(buckets, kind="stable")
         ends = np.searchsorted(buckets[order], np.arange(BUCKETS + 1))
@@ -71,11 +65,7 @@ class Spill:
                 self._writers[bucket].write_batch(batch.slice(ends[bucket], ends[bucket + 1] - ends[bucket]))
 
     def finish(self) -> None:
-        """End writing; reading starts here.
-
-        Raises:
-            WorkError: the disk is full.
-        """
+        """End writing; reading starts here; raises WorkError if the disk is full."""
         with disk_errors(self._folder):
             for writer in self._writers:
                 writer.close()

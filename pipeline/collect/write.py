@@ -19,16 +19,9 @@ REMOVED = "removed.jsonl"
 
 
 def split_tables(frame: pl.DataFrame, spill: Spill, labels: list[str], split: str) -> Iterator[pa.Table]:
-    """The rows of one split in schema QUERIES, sorted by id across the tables.
+    """The rows of one split ("train", "heldout") in schema QUERIES, sorted by id across the tables.
 
-    Args:
-        frame: of `pipeline.collect.rows`, every fate decided.
-        spill: the texts.
-        labels: names of the sources.
-        split: "train" or "heldout".
-
-    Raises:
-        ContractError: a table breaks the schema or the order.
+    Raises ContractError if a table breaks the schema or the order. Every fate in `frame` is decided.
     """
     for rows in _sorted_rows(frame, spill, (frame["fate"] == split).to_numpy()):
         sources = pl.Series(labels, dtype=pl.String).gather(rows["source"])
@@ -52,23 +45,17 @@ class Removals:
         self._ngram = 0
 
     def add_contaminated(self, found: Contamination, ngram: int) -> None:
-        """Add rows that share `ngram` words with the evaluation."""
         self._ngram = ngram
         tasks = [found.names[task] for task in found.tasks]
         pairs = zip(tasks, found.positions.tolist(), strict=True)
         self._contaminated.update(zip(found.rows.tolist(), pairs, strict=True))
 
     def add_near_duplicates(self, found: NearDuplicates, ids: pl.Series) -> None:
-        """Add rows that nearly repeat another; `ids` are those of all rows."""
         pairs = zip(ids.gather(found.originals), found.similarity.tolist(), strict=True)
         self._near.update(zip(found.rows.tolist(), pairs, strict=True))
 
     def write(self, path: Path, frame: pl.DataFrame, spill: Spill, labels: list[str]) -> None:
-        """Write one JSON object a row, sorted by id: `id`, `source`, `text`, `reason`, and the match.
-
-        Raises:
-            WorkError: the disk is full.
-        """
+        """Write one JSON object a row, sorted by id: `id`, `source`, `text`, `reason`, and the match."""
         chosen = np.zeros(frame.height, bool)
         chosen[[*self._contaminated, *self._near]] = True
         with disk_errors(path), path.open("w", encoding="utf-8") as file:

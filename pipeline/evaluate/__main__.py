@@ -1,7 +1,4 @@
-"""Stage evaluate: runs a suite of mteb tasks with every system -> results/evaluate/<suite>/ and <suite>.json beside it.
-
-python -m pipeline.evaluate SUITE
-"""
+"""Stage evaluate: a suite of tasks for every system -> results/evaluate/. `python -m pipeline.evaluate SUITE`."""
 
 from contextlib import closing
 from dataclasses import asdict
@@ -30,7 +27,7 @@ class Inputs(SystemInputs):
 
 
 def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
-    """Run the suite and write its results.
+    """Run the suite and write its results to results/evaluate/<suite>/ and <suite>.json.
 
     Raises:
         ParamsError: there is no such suite.

@@ -1,10 +1,10 @@
 """Systems that an embedder is compared with besides its teacher: pooling of the backbone, HyDE, published models.
 
 - backbone-mean: the mean of the backbone's last hidden states over the text.
-- echo (Springer et al. 2024): the text stands twice, and the mean is over its second copy, where a causal model has
-  already read all of it.
-- hyde (Gao et al. 2023): the backbone answers instruction + text on the query side, and the teacher embeds that one
-  answer; documents are embedded as they are. It costs a generation for each query, the student none.
+- echo (Springer et al. 2024): the text stands twice; the mean is over its second copy, for which a causal model has
+  already read all of the text.
+- hyde (Gao et al. 2023): the backbone answers instruction + text of a query, and the teacher embeds that one answer;
+  documents are embedded as they are. It costs a generation for each query.
 - any sentence-transformers model, with its own prompts.
 """
 
@@ -98,14 +98,10 @@ def _echo_tokens(template: str, encoder: "Encoder") -> int:
 
 @dataclass
 class HydeSystem:
-    """The teacher's embedding of the backbone's answer.
+    """The teacher's embedding of the backbone's answer; the caller owns and closes `answers`.
 
-    Attributes:
-        answers: asks the backbone; the caller owns and closes it.
-        teacher: embeds answers and documents.
-        fallbacks: queries so far whose answer was blank or failed; they were embedded themselves.
-        failed: of these, the ones that the engine failed on. Another run may succeed, so results that include them are
-            not stored.
+    `fallbacks` counts queries whose answer was blank or failed, which were embedded themselves; `failed`, those that
+    the engine failed on. Another run may succeed, so results that include them are not stored.
     """
 
     answers: "Answers"
@@ -117,15 +113,13 @@ class HydeSystem:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The teacher, the backbone, and how it answers."""
         return {"version": HYDE_VERSION, "teacher": self.teacher.identity, "answers": self.answers.identity}
 
     def cache_key(self, text: str, instruction: str, side: Side) -> str:
-        """See `System.cache_key`; says whether the text is answered or embedded."""
         return f"read: {text}" if side == "document" else f"answer: {join_instruction(instruction, text)}"
 
     def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
-        """Embeddings float32 [len(texts), d]: of a query's answer, of a document itself (without the instruction)."""
+        """Embeddings float32 [len(texts), d]: of a query's answer, of a document itself."""
         return self.teacher.embed(texts if side == "document" else self._answered(texts, instruction))
 
     def _answered(self, texts: Sequence[str], instruction: str) -> list[str]:
@@ -154,21 +148,10 @@ class ModelSystem:
         document_prompt: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """Load the model onto the best device.
+        """Load the model `name` (hub or folder) onto the best device; `key` is the system's name.
 
-        Args:
-            key: the system's name.
-            name: hub name or local folder.
-            revision: commit on the hub.
-            max_tokens: longer texts lose their end; at most the model's own limit.
-            dtype: of the weights.
-            batch_size: texts of one forward pass.
-            query_prompt: put before each text of the query side; None is the model's own, "" none.
-            document_prompt: likewise of the document side.
-            trust_remote_code: run code that the model ships.
-
-        Raises:
-            TeacherError: it cannot be loaded.
+        `max_tokens` is at most the model's own limit; longer texts lose their end. A prompt of None is the model's own,
+        "" none. Raises TeacherError if the model cannot be loaded.
         """
         from pipeline.embed.teachers.sentence_transformers import limit_tokens, load_model
 
@@ -191,13 +174,12 @@ class ModelSystem:
 
     @property
     def prompting(self) -> str:
-        """The prompts of both sides."""
         if not any(self._prompts.values()):
             return BARE
         return ", ".join(f"{side} prompt {prompt!r}" for side, prompt in self._prompts.items())
 
     def cache_key(self, text: str, instruction: str, side: Side) -> str:
-        """See `System.cache_key`; prompt and text, and the side where the model distinguishes them."""
+        """Prompt and text, and the side where the model distinguishes them."""
         prompted = self._prompts[side] + text
         return prompted if self._one_sided else f"{side}: {prompted}"
 

@@ -12,12 +12,9 @@ _SUMMARIES = ("mean/", "type/")
 
 @dataclass(frozen=True)
 class Cell:
-    """A system's score, and the student's difference to it.
+    """A system's score, and the student's difference to it (None: not compared, or the student itself).
 
-    Attributes:
-        delta: student minus this system; None for the student itself.
-        low, high: ends of the interval of `delta`, where the record has one.
-        verdict: about the student; None where the record has none.
+    `delta` is student minus this system, `low` to `high` its interval, `verdict` is about the student.
     """
 
     score: float | int | None
@@ -54,16 +51,12 @@ class Comparison:
         return {row.metric for row in self.rows if not row.summary}
 
     def score(self, system: str, metric: str) -> float | int | None:
-        """One system's score, None where there is none."""
         cells = next((row.cells for row in self.rows if row.metric == metric), [])
         return next((cell.score for name, cell in zip(self.systems, cells, strict=False) if name == system), None)
 
 
 def compare(name: str, record: Mapping[str, Any], lower_is_better: Sequence[str] = ()) -> Comparison:
-    """The table of a record of `evaluate` or `probe`.
-
-    `lower_is_better` are beginnings of the metrics that are better when lower.
-    """
+    """The table of a record of `evaluate` or `probe`; metrics that begin with `lower_is_better` are better lower."""
     metrics, described = _mapping(record.get("metrics")), _mapping(record.get("systems"))
     scores = {system: _metrics_of(system, metrics) for system in sorted(described, key=system_order)}
     scores = {system: found for system, found in scores.items() if found}
@@ -84,7 +77,6 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _is_fact(key: str, systems: Collection[str]) -> bool:
-    """Neither a system's score nor derived from other systems' scores."""
     first, _, rest = key.partition("/")
     return first not in {*systems, "delta"} and (first != "reduction" or rest.startswith(f"{BASIS}/"))
 

@@ -40,8 +40,8 @@ def task_deltas(
 ) -> list[Delta]:
     """Student minus each other system on each task, `type/<type>`, `mean/tasks` and `mean/types`.
 
-    Without the student among the runs it is empty. `metric` is the compared score, None = each task's main score; only
-    main scores get intervals.
+    Empty without a student. `metric` is the compared score, None = each task's main score; only main scores get
+    intervals.
     """
     student = next((run for run in runs if run.system == "student"), None)
     if student is None:

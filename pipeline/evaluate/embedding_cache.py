@@ -37,9 +37,7 @@ _GROUP, _CONTENT = 8, 32  # hex digits of the two hashes in an id
 class CachedSystem:
     """A `System` around another that reads from disk what the other has embedded before.
 
-    Attributes:
-        system: embeds what is missing.
-        reused, computed: distinct cache keys so far that were found on disk, and that `system` embedded.
+    `reused` and `computed` count the distinct cache keys so far that were found on disk, and that `system` embedded.
     """
 
     def __init__(self, system: System, root: Path, **conditions: Any) -> None:
@@ -67,9 +65,7 @@ class CachedSystem:
     def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
         """See `System.encode`; each distinct cache key is embedded once.
 
-        Raises:
-            EvaluationError: the system gave an array of the wrong shape.
-            WorkError: the disk is full.
+        Raises EvaluationError if the system gave an array of the wrong shape, WorkError if the disk is full.
         """
         if not texts:
             return self.system.encode(texts, instruction, side)
@@ -129,7 +125,6 @@ class _StoredEmbeddings:
                 yield [row_id[_GROUP:] for row_id in some], matrix(self._store.take(some)["embedding"])
 
     def add(self, group: str, contents: Sequence[str], vectors: np.ndarray) -> None:
-        """Store the embeddings that are finite."""
         if self._store is None:
             return
         finite = np.flatnonzero(np.isfinite(vectors).all(axis=1))

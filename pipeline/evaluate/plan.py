@@ -28,11 +28,10 @@ class EvaluationPlan:
         probes: Mapping[str, Mapping[str, Any]],
         root: Path = Path(),
     ) -> None:
-        """Find the tasks and check that each has an instruction; mteb is imported only where one of its tasks is named.
+        """Find the tasks and check that each has an instruction; mteb is imported only if one of its tasks is named.
 
-        Raises:
-            EvaluationError: mteb does not know a name, or a task has no instruction.
-            ParamsError: evaluate.instructions is missing or has mistakes.
+        Raises EvaluationError if mteb does not know a name or a task has no instruction, ParamsError for the
+        instructions file.
         """
         self._systems, self._file = params.systems, params.instructions
         self._changes = root / params.instructions if params.instructions else None
@@ -72,8 +71,7 @@ class EvaluationPlan:
 def mteb_tasks(entry: Mapping[str, Any], instructions: Instructions) -> list[Any]:
     """The mteb tasks that `tasks` and `benchmark` name, each with an instruction; local ones are ignored.
 
-    Raises:
-        EvaluationError: mteb does not know a name, or a task has no instruction.
+    Raises EvaluationError if mteb does not know a name, or a task has no instruction.
     """
     names, benchmark = entry.get("tasks") or [], entry.get("benchmark")
     if not (names or benchmark):
@@ -88,12 +86,10 @@ def mteb_tasks(entry: Mapping[str, Any], instructions: Instructions) -> list[Any
 
 @dataclass(frozen=True)
 class SuiteSize:
-    """Texts of a suite, counted once within each task and side.
+    """Texts of a suite, counted once within each task and side; tasks without documents have queries alone.
 
-    Attributes:
-        queries: texts on the query side, which is the only side of tasks without documents.
-        tokens: at four characters each and cut at the limit: an upper bound for English, rough for others.
-        unknown: names of the tasks without statistics, which are not counted.
+    `tokens` assumes four characters each, cut at the limit: an upper bound for English. `unknown` tasks are not
+    counted.
     """
 
     tasks: int

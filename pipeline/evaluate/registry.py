@@ -9,8 +9,7 @@ class SystemEntry:
     """A built-in system.
 
     Attributes:
-        kind: what `build.Systems` makes of it: the trained or an untrained encoder, the teacher, mean pooling of the
-            encoder's backbone, or the teacher's embedding of an answer.
+        kind: what `build.Systems` makes of it.
         teacher_space: its embeddings lie in the teacher's space; a system of another space embeds references itself.
         per_seed: one system for each of `seeds`: the name alone for the first, `<name>-<seed>` for each other.
         template: of pooling, a key of `TEMPLATES`; the mean is over the tokens from its last text on.

@@ -1,9 +1,8 @@
 """Runs systems on mteb tasks and reuses every finished task.
 
-Finished tasks lie in a result cache of mteb, one for each version of a task's data and of mteb; in it, the model's
-revision stands for the weights, the instructions and the precision. A retrained student does not rerun its teacher, and
-a changed data set reruns that task alone. A task's unit scores lie beside its result and are written first: a result
-without them, or a damaged one, is computed again.
+Finished tasks lie in a result cache of mteb, one for each version of a task's data and of mteb; the model's revision
+stands for weights, instructions and precision. A task's unit scores lie beside its result and are written first: a
+result without them, or a damaged one, is computed again.
 """
 
 import copy
@@ -42,7 +41,7 @@ class SystemResults:
     Attributes:
         meta: mteb's ModelMeta, with the name and revision that the results are published under.
         results: mteb's TaskResult of each task.
-        unit_scores: of each task, for each of its splits and subsets; empty where they do not reproduce its score.
+        unit_scores: of each task, for each split and subset; empty where they do not reproduce its score.
         computed: tasks that this run computed; the others were finished before.
     """
 
@@ -66,19 +65,13 @@ def run_systems(
     dtype: str,
     model_name: str | None = None,
 ) -> list[SystemResults]:
-    """Run every system on every task.
+    """Run every system on every task; no system is referenced after its turn.
 
-    Args:
-        systems: consumed one by one; none is referenced after its turn.
-        tasks: mteb tasks whose data is not loaded; each system runs on fresh copies, so all see the same samples.
-        instructions: must cover every task.
-        work: folder of the finished tasks.
-        batch_size: texts that mteb passes at once.
-        dtype: the systems' precision.
-        model_name: under which the student's results are published, `organisation/name`.
+    The data of `tasks` is not loaded; each system runs on fresh copies, so all see the same samples. Finished tasks lie
+    in `work`; mteb passes `batch_size` texts at once; `model_name` (`organisation/name`) is the student's in its
+    results.
 
-    Raises:
-        EvaluationError: data sets or instructions are missing (all of them in one message), or embeddings are unusable.
+    Raises EvaluationError if data sets or instructions are missing (all in one message), or embeddings are unusable.
     """
     import datasets
 

@@ -78,11 +78,10 @@ def task_scores(summary: pa.Table) -> dict[str, dict[str, float]]:
 
 
 def flat_metrics(summary: pa.Table) -> dict[str, float]:
-    """`<system>/<task>`, `<system>/type/<type>`, `<system>/mean/tasks` and `/mean/types`.
+    """`<system>/<task>`, `<system>/type/<type>`, `<system>/mean/tasks` and `/mean/types`; `delta/`: student - teacher.
 
-    `delta/...` is student - teacher. `mean/tasks` weighs tasks equally, `mean/types` task types: Mean (Task) and
-    Mean (TaskType) of mteb's leaderboard. As there, an undefined score makes its means undefined. Undefined metrics are
-    left out, and a log line names the tasks.
+    `mean/tasks` weighs tasks equally, `mean/types` task types: Mean (Task) and Mean (TaskType) of mteb's leaderboard.
+    As there, an undefined score makes its means undefined. Undefined metrics are left out and logged.
     """
     types = {row["task"]: row["task_type"] for row in summary.select(["task", "task_type"]).to_pylist()}
     by_system = task_scores(summary)

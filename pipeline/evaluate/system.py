@@ -28,10 +28,8 @@ BARE = "bare text"
 class System(Protocol):
     """An embedder under comparison.
 
-    Attributes:
-        name: unique among the compared.
-        identity: what pins its weights (serialises to JSON).
-        prompting: what it reads besides the text.
+    `name` is unique among the compared, `identity` pins its weights (serialises to JSON), `prompting` is what it reads
+    besides the text.
     """
 
     @property
@@ -64,11 +62,7 @@ def failed_texts(system: System) -> int:
 def encode_finite(
     system: System, texts: Sequence[str], instruction: str = "", side: Side = "query", *, where: str
 ) -> np.ndarray:
-    """`System.encode`; `where` says in messages which texts they are.
-
-    Raises:
-        EvaluationError: an embedding is not finite.
-    """
+    """`System.encode`; raises EvaluationError, which names `where`, if an embedding is not finite."""
     embeddings = np.asarray(system.encode(texts, instruction, side), dtype=np.float32)
     bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(bad):
@@ -93,7 +87,6 @@ class InstructedSystem:
         return join_instruction(instruction, text)
 
     def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
-        """Embeddings float32 [len(texts), d] of instruction + text."""
         return self.encoder.encode(texts, instruction=instruction, batch_tokens=self.batch_tokens)
 
 
@@ -110,5 +103,4 @@ class BareSystem:
         return text
 
     def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
-        """Embeddings float32 [len(texts), d] of the text; `instruction` is not used."""
         return self.teacher.embed(texts)

@@ -28,11 +28,9 @@ class UnitScores:
     Attributes:
         unit: what is resampled: "query", "pair", "text", "run" (of a clustering or a classifier).
         key: digest of the units; two systems are paired only where it is equal.
-        kind: how the score comes from the arrays.
         gold: [N], the right answers; empty for "mean".
-        predicted: "mean": [N], scores whose mean is the score; "spearman": [N], similarities; "ap": [K, N],
-            similarities by K measures, the best of which counts; "f1": [E, N], classes by E classifiers, over which the
-            macro F1 is averaged.
+        predicted: "mean": scores [N]; "spearman": similarities [N]; "ap": similarities by K measures [K, N], the best
+            of which counts; "f1": classes by E classifiers [E, N], over which the macro F1 is averaged.
     """
 
     split: str

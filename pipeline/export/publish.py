@@ -27,11 +27,8 @@ _KINDS = ("evaluate", "probe")
 def publish(model: Path, out: Path, results: Path | None = None) -> list[str]:
     """Write the verified encoder folder `model` as a new folder `out`, without this pipeline's manifest.
 
-    The card shows the evaluations of this encoder in the folder `results`; their names are returned.
-
-    Raises:
-        ArtifactError: the encoder is missing or damaged, a record is damaged, or `out` exists.
-        WorkError: the disk is full or not writable.
+    The card shows the evaluations of this encoder in the folder `results`; their names are returned. Raises
+    ArtifactError if the encoder is missing or damaged, a record is damaged, or `out` exists.
     """
     artifact = open_artifact(model, "encoder")
     check_new(out)

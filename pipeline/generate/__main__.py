@@ -1,7 +1,4 @@
-"""generate: data/queries -> data/responses, the backbone's own answers
-
-python -m pipeline.generate [--params params.yaml]
-"""
+"""Stage generate: data/queries -> data/responses, the backbone's own answers. `python -m pipeline.generate`."""
 
 import logging
 from pathlib import Path
@@ -29,18 +26,14 @@ WINDOW_ROWS = 4096  # prompts that are sorted by length together
 
 
 class Inputs(Params):
-    """The sections of params.yaml that this stage reads."""
+    """The sections that this stage reads."""
 
     backbone: BackboneParams
     generate: GenerateParams
 
 
 def read_ids(queries: Artifact) -> pa.Array:
-    """The ids of all splits, sorted.
-
-    Raises:
-        ContractError: an id occurs twice.
-    """
+    """The ids of all splits, sorted; raises ContractError if an id occurs twice."""
     ids = queries.read(columns=["id"]).sort_by("id").column("id")
     check_ids(ids, str(queries.path))
     return ids.combine_chunks()
@@ -51,8 +44,7 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
 
     Raises:
         ArtifactError: the queries are missing or damaged.
-        BackboneError: the backbone cannot be used.
-        EngineError: the engine broke, or too many rows failed.
+        BackboneError, EngineError: the backbone or the engine cannot be used, or too many rows failed.
         WorkError: the disk is full, or another process does the same work.
     """
     params, counts = inputs.generate, ResponseCounts()

@@ -1,7 +1,6 @@
-"""The backbone's own answers to texts of an evaluation, each generated once.
+"""The backbone's own answers to texts of an evaluation, by the engine of section `generate`.
 
-The engine of section `generate` writes them; a store in the work folder, keyed by the prompt, keeps them for later
-runs, suites and probes.
+A store in the work folder, keyed by the prompt, keeps them for later runs, suites and probes.
 """
 
 import gc
@@ -30,12 +29,9 @@ WINDOW_ROWS = 4096  # prompts that are tokenised and sorted by length together
 
 
 class Answers:
-    """Answers prompts from a store and generates the missing ones.
+    """Answers prompts from a store and generates the missing ones; the engine starts at the first of these.
 
-    The engine starts at the first missing prompt.
-
-    Attributes:
-        keeps_engine: the engine runs until `close`; otherwise it stops after each call, which frees its memory.
+    With `keeps_engine` it runs until `close`; otherwise it stops after each call, which frees its memory.
     """
 
     def __init__(
@@ -82,8 +78,7 @@ class Answers:
         """An answer to each prompt, None where the engine failed; the next call tries a failed prompt again.
 
         Raises:
-            BackboneError: the backbone cannot be used.
-            EngineError: the engine broke, or more than `max_failed_fraction` of the prompts failed.
+            BackboneError, EngineError: they cannot be used, or more than `max_failed_fraction` of the prompts failed.
             WorkError: the disk is full, or another process uses the store.
         """
         ids = [answer_id(prompt) for prompt in prompts]
@@ -96,7 +91,6 @@ class Answers:
         return [found.get(row_id) for row_id in ids]
 
     def close(self) -> None:
-        """Stop the engine, if one runs, and free its memory."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -126,15 +120,13 @@ class _SharedEngine:
         self._engine = engine
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
-        """See `Engine.generate`."""
         return self._engine.generate(prompts, sampling)
 
     def close(self) -> None:
-        """Nothing; see the class."""
+        """Leave the engine to `Answers`."""
 
 
 def answer_id(prompt: str) -> str:
-    """The id of a prompt's row: the hash of its text."""
     return bytes_sha256(prompt.encode())[:32]
 
 

@@ -54,7 +54,6 @@ class GenerationFacts:
     gpu_memory_mib: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """All facts, and tokens per second."""
         seconds = self.generate_seconds or float("inf")
         return {
             **vars(self),
@@ -77,8 +76,6 @@ class Generator:
     Attributes:
         store: the finished rows (schema `response_counts.STORE`).
         load_engine: starts the engine; not called if every row is finished.
-        formatter: turns a text into prompt tokens.
-        sampling: decoding params.
         seed: each row's seed follows from this and its id.
         max_failed_fraction: share of failed rows (0 to 1) above which the run fails.
         drop_too_long: record a query that the formatter must cut as dropped, without an answer.
@@ -98,14 +95,10 @@ class Generator:
     _retries: dict[str, _Query] = field(default_factory=dict)
 
     def run(self, ids: pa.Array, batches: Iterable[pa.Table]) -> None:
-        """Answer the queries that the store lacks; failed ones are tried twice.
+        """Answer the queries that the store lacks; failed ones are tried twice. `ids` are those of all queries.
 
-        Args:
-            ids: of all queries.
-            batches: the queries (columns `id`, `text`); the longest prompts of a batch come first.
-
-        Raises:
-            EngineError: the engine broke, or too many rows failed; finished rows are kept.
+        The longest prompts of a batch (columns `id`, `text`) come first. Raises EngineError if the engine broke or too
+        many rows failed; finished rows are kept.
         """
         self.facts.rows = len(ids)
         self.facts.reused_rows = sum(row_id in self.store for row_id in ids.to_pylist())
@@ -261,8 +254,7 @@ def answer_content(backbone: BackboneParams, params: GenerateParams) -> dict[str
 def make_generator(backbone: BackboneParams, params: GenerateParams, store: ShardStore) -> Generator:
     """A Generator by the sections `backbone` and `generate`, its engine not loaded yet.
 
-    Raises:
-        BackboneError: the tokenizer cannot be used.
+    Raises BackboneError if the tokenizer cannot be used.
     """
 
     def load_engine() -> Engine:

@@ -37,7 +37,6 @@ class GenerateParams(Params):
 
     @property
     def sampling(self) -> Sampling:
-        """The decoding params that engines take."""
         return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
     def content(self) -> dict[str, Any]:

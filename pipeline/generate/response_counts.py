@@ -42,7 +42,6 @@ class ResponseCounts:
             yield table.select(RESPONSES.names)
 
     def summary(self) -> dict[str, Any]:
-        """The counts so far."""
         reasons = {reason: self._reasons[reason] for reason in FINISH_REASONS}
         return {"finish_reason": reasons, **self._unusual, "errors": dict(self._errors)}
 

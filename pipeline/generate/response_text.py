@@ -14,13 +14,8 @@ _KEY_CHARS = 16
 def strip_thinking(text: str, *, opened: bool = False, cut: bool = False) -> str:
     """`text` without its leading `<think>` block and the space around it.
 
-    A block without an end is the whole text; if the prompt opened it, `cut` shows that. Later tags belong to the
-    answer, which may be about them.
-
-    Args:
-        text: an answer.
-        opened: the prompt opened the block already, as some templates do.
-        cut: the answer ended at the token limit.
+    A block without an end is the whole text. `opened`: the prompt opened the block already, as some templates do; then
+    `cut` (the answer ended at the token limit) shows one without an end. Later tags belong to the answer.
     """
     begins = text.lstrip().startswith(_START)
     if not begins and not (opened and (cut or _END in text)):
@@ -31,8 +26,8 @@ def strip_thinking(text: str, *, opened: bool = False, cut: bool = False) -> str
 def ends_in_loop(text: str) -> bool:
     """Whether `text` ends in a loop, as degenerate greedy decoding does.
 
-    True if its last characters, at least `LOOP_CHARS` of them, are at least `COPIES` copies of one piece of at most
-    `LONGEST_PIECE` characters; the first and the last copy may be cut. Copies must be equal, so a counter is no loop.
+    True if its last `LOOP_CHARS` or more characters are at least `COPIES` copies of one piece of at most
+    `LONGEST_PIECE` characters; the first and last may be cut. Copies must be equal, so a counter is no loop.
     """
     text = text.rstrip()
     if len(text) < LOOP_CHARS:

@@ -1,9 +1,7 @@
 """Reading an embedding: the answer its soft prompts decode to, the words and the responses nearest to it.
 
-    answers = decode(encoder, ["Who wrote Hamlet?"])
-    words = nearest_vocabulary(encoder, ["Who wrote Hamlet?"])
-
-What a whole file's embeddings hold: `pipeline.lens.reading`; `docs/lens.md` says how to read it.
+answers = decode(encoder, ["Who wrote Hamlet?"])
+words = nearest_vocabulary(encoder, ["Who wrote Hamlet?"])
 """
 
 from pipeline.lens.decoding import decode, decode_soft_prompts

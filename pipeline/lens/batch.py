@@ -76,11 +76,7 @@ class Request:
 
 
 def print_answers(encoder: "Encoder", request: Request) -> None:
-    """Print the decoded answers, without control characters.
-
-    Raises:
-        PipelineError: the source is damaged, or the engine cannot start.
-    """
+    """Print the decoded answers, without control characters."""
     with _decoder(encoder, request) as decoder:
         for chunk in request.source.chunks(PRINTED_ROWS):
             for answer in decoder(_outputs(encoder, chunk, request.instruction).soft_prompts):
@@ -96,8 +92,7 @@ def read_to_files(
 
     Raises:
         SourceError: the source or corpus is damaged or changes meanwhile, or another encoder embedded the corpus.
-        EvaluationError: the teacher is not the recorded one.
-        EngineError: the engine cannot start.
+        EvaluationError, EngineError: the teacher is not the recorded one; the engine cannot start.
         WorkError: the disk is full, or another process does the same work.
     """
     index = None if request.corpus is None else _index(encoder, request.corpus)
@@ -145,7 +140,6 @@ def _index(encoder: "Encoder", corpus: Path) -> Index:
 
 
 def _report(output: Path, page: Path | None, title: str) -> list[str]:
-    """Mean cosines in words; writes the page."""
     cosines = pq.read_table(
         output, columns=[f"{kind}_{name}" for name in _COUNTERPARTS for kind in ("cosine", "chance")]
     )

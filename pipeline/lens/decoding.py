@@ -45,10 +45,7 @@ def decode(
     instruction: str = "",
     batch_size: int | None = None,
 ) -> list[str]:
-    """The answers that the backbone writes greedily from the soft prompts of `texts`, without seeing the texts.
-
-    See `decode_soft_prompts`.
-    """
+    """The answers that the backbone writes greedily from the soft prompts of `texts`, without seeing the texts."""
     soft = encoder.soft_prompts(texts, instruction=instruction)
     return decode_soft_prompts(encoder, soft, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
@@ -61,14 +58,9 @@ def decode_soft_prompts(
     batch_size: int | None = None,
     show_progress: bool = False,
 ) -> list[str]:
-    """As `decode`, from stored soft prompts. All rows have one length and none is padded, so batches change nothing.
+    """As `decode`, from stored soft prompts float32 `[B, n, d]`, `batch_size` rows at once (None: by the device).
 
-    Args:
-        encoder: its backbone decodes.
-        soft_prompts: float32 `[B, n, d]`.
-        max_new_tokens: maximum length of an answer.
-        batch_size: rows decoded at once; None: `BATCH_ROWS` of the device.
-        show_progress: show a progress bar.
+    All rows have one length and none is padded, so batches change nothing.
     """
     rows = batch_size or _batch_rows(encoder)
     starts = range(0, len(soft_prompts), rows)
@@ -91,10 +83,7 @@ def open_decoder(
 ) -> Iterator[Decoder]:
     """A decoder by the encoder's loaded backbone (`transformers`), or by vLLM in the same dtype.
 
-    vLLM loads the backbone from the folder or hub name `backbone`; None: the recorded one.
-
-    Raises:
-        EngineError: vLLM is not installed or cannot start.
+    vLLM loads the folder or hub name `backbone` (None: the recorded one); raises EngineError if it cannot start.
     """
     if engine == "transformers":
         rows = _batch_rows(encoder)
@@ -156,10 +145,8 @@ def vllm_decoder(
 ) -> Iterator[Decoder]:
     """A decoder by vLLM, greedy and ended by the backbone's EOS as `decode_soft_prompts`; stopped on leaving.
 
-    `options` are arguments of vLLM's `EngineArgs`, which override the automatic ones.
-
-    Raises:
-        EngineError: vLLM is not installed, cannot start, or refuses a row.
+    `options` (of vLLM's `EngineArgs`) override the automatic ones. Raises EngineError if vLLM cannot start or refuses a
+    row.
     """
     import torch
     from transformers import AutoConfig

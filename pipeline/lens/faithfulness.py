@@ -1,9 +1,8 @@
 """How faithful a decoded text is: its cosines in the teacher's space, compared with those of shuffled pairs.
 
-The teacher embeds the decoded text. A high cosine to the student's embedding: the text says what the embedding encodes.
-A high cosine to the teacher's embedding of the real response: the text says what the backbone would have answered.
-Teachers differ in how similar unrelated texts are, so each cosine is compared with the mean cosine of the decoded text
-to the counterparts of all other rows.
+A high cosine to the student's embedding: the text says what the embedding encodes; to the teacher's embedding of the
+real response: it says what the backbone would have answered. Teachers differ in how similar unrelated texts are, so
+each cosine is compared with the mean cosine of the decoded text to the counterparts of all other rows.
 """
 
 import logging
@@ -26,11 +25,9 @@ CHANCE = "chance"
 
 @dataclass(frozen=True)
 class PairCosines:
-    """Cosines of N pairs.
+    """Cosines of N pairs, float32 `[N]`.
 
-    Attributes:
-        own: of each pair, float32 `[N]`.
-        chance: mean of each first to the seconds of all other pairs, float32 `[N]`; NaN for a single pair.
+    `chance` is the mean cosine of each first to the seconds of all other pairs; NaN for a single pair.
     """
 
     own: Array
@@ -76,17 +73,10 @@ def over_chance(metric: str, pairs: PairCosines, settings: BootstrapParams) -> D
 
 
 def check_teacher(identity: Mapping[str, Any], recorded: Mapping[str, Any], owner: str) -> None:
-    """Compare the teacher that is to judge with the recorded one, but for folder names and transforms.
+    """Compare the judging teacher with the recorded one of `owner` ("the encoder", "the targets").
 
-    A recorded teacher without a `kind` cannot be compared and is warned of.
-
-    Args:
-        identity: of the teacher that is to judge.
-        recorded: identity of the one that made the targets, as the encoder or its targets record it.
-        owner: "the encoder" or "the targets".
-
-    Raises:
-        EvaluationError: they differ.
+    Folder names and transforms may differ; a recorded teacher without a `kind` is warned of. Raises EvaluationError if
+    they differ otherwise.
     """
     if "kind" not in recorded:
         name = recorded.get("name", "unknown")

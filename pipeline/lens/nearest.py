@@ -36,10 +36,8 @@ class Neighbour(NamedTuple):
 class Index:
     """Known texts with vectors, made by `index_of_targets` or `open_index`.
 
-    Attributes:
-        version: changes with the content.
-        vectors: chunks float32 `[B, e]`, from the first row at each call.
-        entries: id and text of the given rows.
+    `version` changes with the content, `vectors` gives chunks float32 `[B, e]` from the first row, `entries` id and
+    text of the given rows.
     """
 
     name: str
@@ -53,8 +51,7 @@ class Index:
 def nearest(embeddings: np.ndarray[Any, Any], index: Index, count: int) -> list[list[Neighbour]]:
     """The `count` texts of largest cosine to each embedding `[N, e]`, best first; of equal ones the first.
 
-    Raises:
-        SourceError: the index has another width, or is damaged.
+    Raises SourceError if the index has another width, or is damaged.
     """
     check_width(index, embeddings.shape[1])
     vectors = _with_progress(index) if index.rows > QUICK_ROWS else index.vectors()
@@ -120,9 +117,7 @@ def _responses(responses: Artifact, ids: Sequence[str]) -> dict[str, str]:
 def open_index(path: Path) -> Index:
     """The index in a data folder with `targets` and `responses`, or in a Parquet file that encode wrote.
 
-    Raises:
-        ArtifactError: an artifact of the folder is missing or damaged.
-        SourceError: the file is missing, damaged, or has no texts with embeddings.
+    Raises ArtifactError or SourceError if it is missing, damaged, or has no texts with embeddings.
     """
     if path.is_dir():
         targets, responses = (open_artifact(path / kind, kind) for kind in ("targets", "responses"))

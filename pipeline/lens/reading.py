@@ -113,15 +113,10 @@ class Lens:
 
 
 def add_cosines(rows: pa.Table, embeddings: Array, embed: Callable[[Sequence[str]], Array]) -> pa.Table:
-    """The rows with their cosines; those to the response only where there is one.
+    """The rows of `Lens.read` with their cosines; those to the response only where there is one.
 
-    Args:
-        rows: as `Lens.read` makes them.
-        embeddings: the student's `[N, e]`, of the same rows.
-        embed: the teacher: texts in, vectors `[N, e]` out.
-
-    Raises:
-        EvaluationError: the teacher's vectors have another width, so the student was trained with another teacher.
+    `embeddings` are the student's `[N, e]`, `embed` is the teacher: texts in, vectors `[N, e]` out. Raises
+    EvaluationError if its vectors have another width, so the student was trained with another teacher.
     """
     decoded = embed(rows["decoded"].to_pylist())
     if decoded.shape[1] != embeddings.shape[1]:

@@ -1,7 +1,6 @@
 """What `decode` reads: texts, a file of texts (with their real responses), or stored soft prompts.
 
-Stored soft prompts `[N, n, d]` lie in .npy, .safetensors (one tensor, or `soft_prompts`) or a Parquet column:
-`np.save("soft.npy", encoder.soft_prompts(texts))`.
+Stored soft prompts `[N, n, d]` lie in .npy, .safetensors (one tensor, or `soft_prompts`) or a Parquet column.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,11 +34,7 @@ class StoredSoftPrompts:
     hidden: int
 
     def chunks(self, rows: int) -> Iterator[Array]:
-        """Float32 `[B, n, d]`, the last one shorter.
-
-        Raises:
-            SourceError: the file is damaged, or a value is not finite.
-        """
+        """Float32 `[B, n, d]`; raises SourceError if the file is damaged, or a value is not finite."""
         start = 0
         for chunk in _READERS[self.path.suffix](self.path, rows):
             if not np.isfinite(chunk).all():
@@ -52,8 +47,7 @@ class StoredSoftPrompts:
 def open_soft_prompts(path: Path, hidden: int) -> StoredSoftPrompts:
     """Check that a file holds soft prompts for a backbone of this hidden size.
 
-    Raises:
-        SourceError: it is missing, damaged, empty or has another shape.
+    Raises SourceError if it is missing, damaged, empty or has another shape.
     """
     if not path.is_file():
         raise _unusable(path, "does not exist")
@@ -146,12 +140,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Rows to read.
-
-    Attributes:
-        chunks: the rows in chunks of a given size, the last one shorter.
-        tokens: n of stored soft prompts.
-    """
+    """Rows to read, by `chunks` of a given size, the last one shorter; `tokens`: n of stored soft prompts."""
 
     name: str
     rows: int
@@ -160,7 +149,6 @@ class Source:
 
 
 def from_texts(texts: Sequence[str]) -> Source:
-    """Texts in memory."""
     tidy = [normalize_text(text) for text in texts]
 
     def chunks(rows: int) -> Iterator[Chunk]:
@@ -172,8 +160,7 @@ def from_texts(texts: Sequence[str]) -> Source:
 def from_file(texts: TextFile, responses: TextFile | None = None) -> Source:
     """Texts of a file, with the real responses from another column.
 
-    Raises:
-        SourceError: the columns differ in length.
+    Raises SourceError if the columns differ in length.
     """
     if responses is not None and responses.rows != texts.rows:
         raise SourceError(f"{responses.option}: {responses.rows} responses for {texts.rows} texts of {texts.path}")

@@ -1,7 +1,6 @@
 """The logit lens: the vocabulary that the backbone's output head finds at each compression token.
 
-`Encoder.hidden_states` are normed already, so the head applies to them directly. The head was not trained on soft
-prompts, which are the backbone's input; decode them instead.
+`Encoder.hidden_states` are normed already, so the head applies to them directly; it was not trained on soft prompts.
 """
 
 from collections.abc import Sequence

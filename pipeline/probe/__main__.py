@@ -1,7 +1,4 @@
-"""Stage probe: one question about the systems -> results/probe/<name>/ and <name>.json beside it.
-
-python -m pipeline.probe NAME
-"""
+"""Stage probe: one question about the systems -> results/probe/<name>/. `python -m pipeline.probe NAME`."""
 
 from contextlib import closing
 from dataclasses import asdict

@@ -1,17 +1,13 @@
 """Held-out alignment: does the embedding of an unseen query lie at its answer?
 
-Over the held-out queries, for every system:
-
 - cosine: between the embedding of the *query* and the target, which is the teacher's embedding of the backbone's
   *response*; top1 and mrr: the rank of that target among the targets of all held-out responses
-- overlap@10: share of a query's 10 nearest queries that are also among the 10 nearest by the teacher's targets: do
-  questions lie together whose answers do?
+- overlap@10: share of a query's 10 nearest queries that are also among the 10 nearest by the teacher's targets
 - anisotropy: mean cosine of all pairs of different queries; near 1 all embeddings point one way and cosines say little
 
-Student, untrained student, teacher and hyde are measured in the teacher's space. Every other system embeds the
-responses in its own space, so its ranks and neighbours are compared with the student's, its cosine is not (no delta).
-hyde is the teacher's embedding of the engine's answer: an upper bound of the student where the engine answers as for
-training. Queries are read as in training, without an instruction.
+Systems outside the teacher's space embed the responses themselves: ranks and neighbours are compared with the
+student's, the cosine is not (no delta). hyde is an upper bound of the student where the engine answers as for training.
+Queries are read as in training, without an instruction.
 """
 
 from typing import Any
@@ -61,9 +57,7 @@ DESCRIPTION = Description(
 def run(params: AlignmentParams, context: ProbeContext) -> ProbeResult:
     """Measure every system on the held-out rows.
 
-    Raises:
-        EvaluationError: no held-out query has a target, widths differ, or an embedding is not finite.
-        ArtifactError: an artifact is missing or damaged.
+    Raises EvaluationError if no held-out query has a target, widths differ, or an embedding is not finite.
     """
     artifacts, rows = heldout_rows()
     ids, targets = rows["id"].to_pylist(), matrix(rows["embedding"])
@@ -106,7 +100,7 @@ def ranked(
 ) -> pa.Table:
     """Each query's cosine to its own answer, that answer's rank (1 is best, ties count against) and the nearest id.
 
-    `overlap` is the share of common neighbours [N]; None for a single query, which has no neighbour.
+    `overlap` is the share of common neighbours [N]; None for a single query.
     """
     found = rank_own(queries, answers)
     columns = {

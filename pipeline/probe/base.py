@@ -1,11 +1,9 @@
 """What a probe is: one module `pipeline/probe/<name>.py` with `PARAMS`, `DESCRIPTION` and `run`, found by its name.
 
-    PARAMS = SafetyParams                                   # its entry under `probes` in params.yaml
-    DESCRIPTION = Description(note="Lower is safer. ...")   # what the report says of it
+PARAMS = SafetyParams                                   # its entry under `probes` in params.yaml
+DESCRIPTION = Description(note="Lower is safer. ...")   # what the report says of it
 
-    def run(params: SafetyParams, context: ProbeContext) -> ProbeResult: ...
-
-The stage `python -m pipeline.probe NAME` imports that module and no other probe.
+def run(params: SafetyParams, context: ProbeContext) -> ProbeResult: ...
 """
 
 import importlib
@@ -35,9 +33,7 @@ class ProbeContext:
     Attributes:
         systems: builds the compared systems; `encoder()` is the trained encoder, `answers` the backbone's own answers.
         names: the systems of the `evaluate` section, in order.
-        local_dir: folder of the local task folders.
         work: folder for finished work of this probe, kept between runs.
-        batch_size: texts of one forward pass.
         instructions: the user's instructions file, which overrides the shipped one.
     """
 
@@ -64,7 +60,6 @@ class ProbeResult:
         rows: the measurements behind the metrics, for audit.
         systems: identity and prompting of each system, see `described`.
         inputs: artifacts of other stages that were read.
-        deltas: student minus every other system, where the student is among them.
         pages: texts to write beside the rows, by file name.
     """
 
@@ -125,8 +120,7 @@ def find_probe(name: str) -> Probe:
 def probe_params(entries: Mapping[str, Any], name: str, where: str) -> Params:
     """The entry `name` of the section `probes`, validated by its probe's model; `where` names the file in messages.
 
-    Raises:
-        ParamsError: no such entry or probe, or with one line for each mistake in the entry.
+    Raises ParamsError, with a line for each mistake.
     """
     if name not in entries:
         raise ParamsError(f"{where}: probes.{name}: missing (there are: {', '.join(entries)})")

@@ -1,6 +1,6 @@
 """Which probes there are and what the report says of each, read from their source so that no probe is imported.
 
-An edit of a description reaches the report through the probe's result: it reruns the probe, as any edit of its module.
+An edit of a description reruns the probe, as any edit of its module.
 """
 
 import ast
@@ -13,10 +13,8 @@ from pathlib import Path
 class Description:
     """What the report says of a probe; its module assigns one, with literal arguments only, to `DESCRIPTION`.
 
-    Attributes:
-        note: what its metrics mean.
-        lower_is_better: beginnings of the metrics that are better when lower.
-        instructed: whether queries are read with an instruction, as the systems read them elsewhere.
+    Metrics that begin with `lower_is_better` are better lower. `instructed`: queries are read with the systems'
+    instruction.
     """
 
     note: str = ""

@@ -10,10 +10,8 @@ from pipeline.core.paths import HELDOUT_TABLE, QUERIES_DIR, RESPONSES_DIR, TARGE
 def heldout_rows() -> tuple[tuple[Artifact, ...], pa.Table]:
     """The three data artifacts of the workspace, and the held-out queries that have a target, sorted by id.
 
-    The table has the columns of queries and `response`, `finish_reason`, `embedding`.
-
-    Raises:
-        EvaluationError: no held-out query has a target.
+    The table also has `response`, `finish_reason`, `embedding`. Raises EvaluationError if no held-out query has a
+    target.
     """
     from pipeline.train.data import join
 

@@ -1,8 +1,8 @@
-"""What an embedding holds: the answer decoded from its soft prompts, the words and the responses nearest to it.
+"""What an embedding holds, for held-out queries chosen by id, beside the backbone's real response.
 
-For held-out queries, chosen by id: the backbone's real response; the text that the backbone writes from the soft
-prompts alone; the cosine of that text, embedded by the teacher, to the student's embedding and to the real response,
-each beside that of shuffled pairs; per compression token the vocabulary of highest probability; the nearest responses.
+It is the text that the backbone writes from the soft prompts alone; the cosine of that text, embedded by the teacher,
+to the student's embedding and to the real response, each beside shuffled pairs; per compression token the vocabulary of
+highest probability; and the nearest responses.
 """
 
 from functools import partial
@@ -45,9 +45,7 @@ DESCRIPTION = Description(
 def run(params: InterpretParams, context: ProbeContext) -> ProbeResult:
     """Decode and read.
 
-    Raises:
-        EvaluationError: no held-out query has a target, or the teacher is not the one of the targets.
-        ArtifactError: an artifact is missing or damaged.
+    Raises EvaluationError if no held-out query has a target, or the teacher is not the one of the targets.
     """
     from pipeline.lens.batch import render_page
     from pipeline.lens.faithfulness import check_teacher

@@ -18,10 +18,7 @@ def cut_documents(data: RetrievalData, words: int) -> tuple[RetrievalData, int]:
 
     A passage has `words` words, split at white space and joined by single spaces. A shorter tail is dropped unless it
     is the whole document. Judgements follow the document. The only passage of a document keeps its id, others append
-    `#0`, `#1`, ... to it; cutting twice changes nothing.
-
-    Raises:
-        EvaluationError: two passages get one id.
+    `#0`, `#1`, ...; cutting twice changes nothing. Raises EvaluationError if two passages get one id.
     """
     rows: list[dict[str, str]] = []
     passages_of: dict[str, list[str]] = {}
@@ -60,15 +57,9 @@ def passage_texts(corpus: pa.Table) -> list[str]:
 def search(
     system: System, queries: np.ndarray, passages: Sequence[str], instruction: str, top: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The passages nearest to each query by cosine.
+    """Positions int64 [Q, min(top, N)] of the nearest of N passages to queries float32 [Q, d], and their cosines.
 
-    Args:
-        queries: float32 [Q, d].
-        passages: N texts, which `system` embeds in chunks, with `instruction`.
-        top: passages a query.
-
-    Returns:
-        Positions int64 [Q, min(top, N)] and their cosines float32, best first; on a tie the earlier passage.
+    Best first; on a tie the earlier passage. `system` embeds the passages in chunks, with `instruction`.
     """
     chunks = (passages[start : start + CHUNK] for start in range(0, len(passages), CHUNK))
     vectors = (encode_finite(system, chunk, instruction, "document", where="passages") for chunk in chunks)

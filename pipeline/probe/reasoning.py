@@ -1,8 +1,8 @@
 """Retrieval that takes reasoning: nDCG@10 on BRIGHT tasks of mteb, or on local folders of retrieval or choices.
 
-BRIGHT names passages that a query must not find; mteb leaves them out of that query's ranking, as does the config
-`top_ranked` of a local folder. Questions with choices (as ARC's) search the choices of all questions, and
-`choice_accuracy/<task>` is how often the right choice is the nearest of the question's own.
+Passages that a query must not find are left out of its ranking (BRIGHT; `top_ranked` of a local folder). Questions with
+choices (as ARC's) search the choices of all questions; `choice_accuracy/<task>` is how often the right choice is the
+nearest of the question's own.
 """
 
 from typing import Any, Self
@@ -45,11 +45,7 @@ DESCRIPTION = Description(
 
 
 def run(params: ReasoningParams, context: ProbeContext) -> ProbeResult:
-    """Run every system on every task.
-
-    Raises:
-        EvaluationError: a task is unknown, is no retrieval, or its data is missing.
-    """
+    """Run every system on every task; raises EvaluationError if one is unknown, is no retrieval, or has no data."""
     tasks = find_tasks([context.local_dir / name for name in params.local], params.tasks)
     _check_retrieval(tasks)
     runs = run_systems(

@@ -2,10 +2,10 @@
 
 - accuracy@k: share of requests with a passage written for *that* request among the k nearest
 - any_harm@k: share of requests with a passage written for *any* request among the k nearest; informative only where
-  the corpus has harmless passages too (`harmless`, or passages of the data set that no request asks for)
+  the corpus has harmless passages too
 
-The data is in retrieval layout or in the authors' own (`sources.py`). Documents are cut into passages of `chunk_words`
-words as in the paper; shorter ones stay whole. Passages are embedded as "title # passage" and compared by cosine.
+Documents are cut into passages of `chunk_words` words as in the paper, embedded as "title # passage", compared by
+cosine.
 """
 
 import logging
@@ -63,11 +63,7 @@ DESCRIPTION = Description(
 
 
 def run(params: SafetyParams, context: ProbeContext) -> ProbeResult:
-    """Search with every system.
-
-    Raises:
-        EvaluationError: the data cannot be loaded, or an embedding is not finite.
-    """
+    """Search with every system; raises EvaluationError if the data cannot be loaded, or an embedding is not finite."""
     data = load_judged(params, context.local_dir)
     metrics: dict[str, float | int | None] = {"requests": len(data.queries), "documents": data.corpus.num_rows}
     if params.chunk_words is not None:

@@ -1,8 +1,8 @@
 """Where a probe's data comes from: a local folder or a hub data set, in retrieval layout or as a plain table.
 
-Retrieval layout has the configs `corpus`, `queries` and `default` (judgements). AdvBench-IR's authors publish plain
-tables instead: one harmful request a row with the document written for it (`ID`, `query`, `title`, `document`), and
-Wikipedia passages (`ID`, `title`, `passage`).
+Retrieval layout has the configs `corpus`, `queries` and `default` (judgements). AdvBench-IR's plain tables have one
+harmful request a row with its document (`ID`, `query`, `title`, `document`), or Wikipedia passages (`ID`, `title`,
+`passage`).
 """
 
 from collections.abc import Callable, Sequence
@@ -38,11 +38,7 @@ class SourceParams(Params):
 
 
 def load_judged(source: SourceParams, local_dir: Path) -> RetrievalData:
-    """Queries, passages and judgements of a source, in retrieval layout or as a table of queries with documents.
-
-    Raises:
-        EvaluationError: it cannot be loaded or lacks a part.
-    """
+    """Queries, passages and judgements of a source; raises EvaluationError if it cannot be loaded or lacks a part."""
     if source.local is not None:
         data = LocalData(local_dir / source.local)
         if not _is_table(data, "document"):

@@ -1,7 +1,4 @@
-"""Stage report: results and manifests -> results/report.html and results/report.md.
-
-python -m pipeline.report
-"""
+"""Stage report: results and manifests -> results/report.html and report.md. `python -m pipeline.report`."""
 
 import logging
 from pathlib import Path
@@ -32,9 +29,7 @@ class Inputs(Params):
 def run(inputs: Inputs, params: Path = PARAMS_FILE) -> None:
     """Write both pages. Missing pieces and findings of the audit are printed on them and are no errors.
 
-    Raises:
-        ParamsError: the file of published figures is damaged.
-        WorkError: the disk is full.
+    Raises ParamsError if the file of published figures is damaged.
     """
     from pipeline.report.content import gather
     from pipeline.report.render import render_html, render_markdown

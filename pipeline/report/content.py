@@ -1,6 +1,6 @@
 """Gathers the content of the report from manifests and results. Whatever is missing is listed, nothing is guessed.
 
-The suites and probes are those of the params: files of a removed entry are ignored.
+Suites and probes are those of the params: files of a removed entry are ignored.
 """
 
 import csv
@@ -70,13 +70,7 @@ def gather(
 ) -> Content:
     """The content of the report on the workspace `root`; raises ParamsError if the published figures are damaged.
 
-    Args:
-        title: of the page.
-        suites: that section of the params.
-        probes: that section of the params.
-        root: the workspace.
-        audit: its outcome; None: not run.
-        params: text of the params file.
+    `suites` and `probes` are sections of the params, `params` their whole text; `audit` is None if it was not run.
     """
     content = Content(title, audit, params)
     for stage, artifact in chain_of(root).items():

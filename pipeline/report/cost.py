@@ -11,7 +11,6 @@ class StageRun:
 
     Attributes:
         gpus: GPUs that it saw; in training, one per process.
-        work: for example "4,400 rows".
         peak_memory_mib: of the largest process.
         gpu_memory_mib: of the fullest GPU.
     """
@@ -28,7 +27,6 @@ class StageRun:
 
     @property
     def gpu_hours(self) -> float:
-        """Time on all GPUs."""
         return self.seconds * self.gpus / 3600
 
 

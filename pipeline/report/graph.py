@@ -43,7 +43,6 @@ class Node:
 
     @property
     def mark(self) -> str:
-        """A character for the state."""
         return MARKS.get(self.state, "✓")
 
 

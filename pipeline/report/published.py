@@ -111,13 +111,9 @@ class PaperTable:
 
 @dataclass(frozen=True)
 class PaperComparison:
-    """The section of the report.
+    """The section of the report: the `tables` that both sides have, `backbones` with figures, their `sources`.
 
-    Attributes:
-        tables: that both sides have.
-        unmeasured: titles of tables with figures for this backbone that this run did not measure.
-        backbones: all with figures.
-        sources: of the figures for this backbone.
+    `unmeasured` are titles of tables with figures for this backbone that this run did not measure.
     """
 
     backbone: str | None = None

@@ -82,7 +82,6 @@ def number(value: Any) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference with its sign."""
     return f"{value:+.3f}".replace("-", "−")
 
 
@@ -104,7 +103,6 @@ def label(key: str) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration for people."""
     minutes, rest = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -71,12 +71,10 @@ class AuditOutcome:
 
     @property
     def lines(self) -> list[str]:
-        """A line for each finding."""
         return [finding.line() for finding in self.findings]
 
     @property
     def verdict(self) -> str:
-        """One sentence on the outcome."""
         if count := len(self.findings):
             return f"{count} finding{'s' if count > 1 else ''}: what is listed here does not hold"
         if not self.verified:
@@ -167,7 +165,7 @@ class Spread:
 
 
 def untrained_spread(comparison: Comparison) -> list[Spread]:
-    """Mean and standard deviation (n - 1) over `untrained` and `untrained-<seed>`, if there are several.
+    """Mean and standard deviation (n - 1) over the untrained students, if there are several.
 
     Of the table's means, or of every metric if it has no means.
     """
@@ -188,13 +186,10 @@ def _spread(row: Row, at: Sequence[int]) -> Spread | None:
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """The teacher and its quality.
+    """The teacher and its quality: what its kind means for the numbers, and the kind of transform ("none").
 
-    Attributes:
-        meaning: what the kind means for the numbers.
-        transform: its kind, "none" without one.
-        scores: of a teacher trained here, by task and system.
-        worse: a sentence if it scores no better than mean pooling; None if it does or was not measured.
+    `scores` are of a teacher trained here, by task and system; `worse` is a sentence if it is no better than mean
+    pooling.
     """
 
     kind: str

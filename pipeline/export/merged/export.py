@@ -1,8 +1,7 @@
 """An encoder as a standard checkpoint for engines that run no code of this project: `python -m pipeline export-merged`.
 
-The new tokens become rows of the embedding matrix and the tokenizer appends them to each text. The two projections,
-which no activation separates, become one linear layer. The folder is read back and its embeddings are compared with the
-encoder's before it appears.
+The new tokens become rows of the embedding matrix, which the tokenizer appends to each text; the two projections, which
+no activation separates, become one linear layer. The written folder must embed as the encoder does before it appears.
 """
 
 import logging
@@ -36,8 +35,7 @@ LIMIT = 1e-4
 class Merged(NamedTuple):
     """A written checkpoint.
 
-    `difference` is the largest relative difference of an embedding from the encoder's, both computed in float32, with
-    the weights rounded to their dtype.
+    `difference` is the largest relative difference of an embedding from the encoder's, in float32 with rounded weights.
     """
 
     layout: MergedLayout
@@ -55,7 +53,6 @@ def export_merged(
     """Write the encoder folder `model` as a checkpoint of transformers, sentence-transformers and vLLM.
 
     Args:
-        model: an encoder folder.
         out: the folder to write; an earlier export there is replaced, anything else is refused.
         prompts: by name ("query", "document"), which sentence-transformers puts before a text unchanged.
         dtype: of the written weights; embeddings are compared before rounding to it and measured after.
@@ -120,10 +117,8 @@ def compose(student: Student) -> "tuple[Tensor, Tensor]":
 def add_rows(model: Any, rows: "Tensor", first: int) -> None:
     """Store `rows` `[N, d]`, given as the first layer's input, at row `first` of the embedding matrix.
 
-    An output head of its own grows too, by zeros; all other new rows are zero.
-
-    Raises:
-        TrainingError: the embedding layer does more than scale its rows by one number.
+    All other new rows, and those of an output head of its own, are zero. Raises TrainingError if the embedding layer
+    does more than scale its rows by one number.
     """
     import torch
 

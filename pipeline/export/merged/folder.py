@@ -24,16 +24,10 @@ PROMPT_IS_CUT = (
 
 
 class MergedLayout(NamedTuple):
-    """Sizes of a merged checkpoint.
+    """Sizes of a merged checkpoint: hidden size d of the backbone, width e of an embedding.
 
-    Attributes:
-        first_id: id of the first new token.
-        thought_tokens: new tokens that are not read out; they come first.
-        compression_tokens: n, new tokens that are read out.
-        hidden: d, the hidden size of the backbone.
-        width: e, the dimensions of an embedding.
-        max_tokens: longest input, new tokens included.
-        keep: which side of a longer input is kept.
+    The new tokens have the ids from `first_id` on: thought tokens first, then compression tokens, which are read out.
+    `max_tokens` is the longest input, new tokens included; `keep` is the side of a longer one that is kept.
     """
 
     first_id: int
@@ -46,12 +40,10 @@ class MergedLayout(NamedTuple):
 
     @property
     def new_ids(self) -> list[int]:
-        """Ids of the new tokens in their order."""
         return list(range(self.first_id, self.first_id + self.thought_tokens + self.compression_tokens))
 
     @property
     def new_names(self) -> list[str]:
-        """Names of the new tokens in their order."""
         thoughts = [f"<|thought_{index}|>" for index in range(self.thought_tokens)]
         return thoughts + [f"<|compression_{index}|>" for index in range(self.compression_tokens)]
 

@@ -43,15 +43,13 @@ class Frame(NamedTuple):
     behind: list[int]
 
     def around(self, ids: Sequence[int]) -> list[int]:
-        """The ids of a text within the frame."""
         return [*self.before, *ids, *self.behind]
 
 
 def find_frame(tokenizer: Any, template: Template, chat_template_kwargs: Mapping[str, Any]) -> Frame:
     """The token ids that the template puts around a text.
 
-    Raises:
-        TrainingError: they depend on the text, so no post-processor can add them.
+    Raises TrainingError if they depend on the text, so that no post-processor can add them.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise TrainingError(f"tokenizer of '{tokenizer.name_or_path}' has no tokenizer.json: it cannot append tokens")

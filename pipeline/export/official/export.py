@@ -22,8 +22,6 @@ def export_official(model: Path, out: Path, *, backbone: str | None = None, dtyp
     """Write a folder that embeds in their package as the encoder does; returns notes for the user.
 
     Args:
-        model: an encoder folder.
-        out: a new folder.
         backbone: folder or name of the backbone, in place of the recorded one.
         dtype: that their package computes in; float32 gives the encoder's own embeddings in float32.
 

@@ -66,8 +66,7 @@ def token_texts(count: int) -> list[str]:
 def fetch(source: str, revision: str | None) -> tuple[Path, dict[str, str]]:
     """The folder of a checkpoint, and what pins it: hub name and commit, or the sha256 over the files that are read.
 
-    Raises:
-        ArtifactError: it is not found.
+    Raises ArtifactError if it is not found.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -109,10 +108,9 @@ class RunConfig:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read the file in a checkpoint's folder, or in the folder of the training run that the checkpoint lies in.
+        """Read the file in a checkpoint's folder, or in the folder of its training run.
 
-        Raises:
-            ArtifactError: there is none, or it is not a YAML mapping.
+        Raises ArtifactError if there is none, or it is not a YAML mapping.
         """
         from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
@@ -129,7 +127,6 @@ class RunConfig:
                 self._lists[str(key.value)] = [str(item.value) for item in value.value]
 
     def text(self, key: str, default: str = "") -> str:
-        """The value of a key, or the default."""
         value = self._texts.get(key, "")
         # Their package writes Python's None as a word.
         return default if value in ("", "None", "null", "~") else value

@@ -30,10 +30,8 @@ def import_official(
     """Write an encoder folder that embeds as a checkpoint does in their package; returns notes for the user.
 
     Args:
-        source: a folder, or a name on the hub.
-        out: a new folder.
+        source: a folder, or a name on the hub with its `revision`.
         backbone: folder or name, in place of the one that the checkpoint names.
-        revision: commit of a checkpoint on the hub.
         max_length: longest input in tokens, new tokens included; None: 512, as in their `encode`.
 
     Raises:
@@ -134,7 +132,6 @@ def _student(checkpoint: OfficialCheckpoint, source: str) -> "Student":
 
 
 def _identity_layer(hidden: int) -> Linear:
-    """Stands for a missing projection."""
     import torch
 
     return Linear(torch.eye(hidden), torch.zeros(hidden))

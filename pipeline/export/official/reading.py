@@ -32,7 +32,6 @@ class OfficialCheckpoint:
     """The content of a checkpoint.
 
     Attributes:
-        backbone: its name in the run config.
         texts, ids: of the N new tokens, in the order in which they are appended.
         rows: `[N, d]`, input embeddings of the new tokens, in the same order.
         compression_tokens: number of new tokens, from the end, that are read out.
@@ -43,7 +42,6 @@ class OfficialCheckpoint:
         teacher: names of the teacher and of its second adapter.
         max_length: input tokens in training, new ones included.
         own_decoder: whether the decoder was trained too; it is not read.
-        pads_left: whether its tokenizer pads on the left.
     """
 
     backbone: str

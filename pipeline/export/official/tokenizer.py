@@ -39,10 +39,7 @@ def write_tokenizer(
     """Write the backbone's tokenizer with new tokens for version 4 of transformers; returns their ids.
 
     With a frame, the written tokenizer puts it and the new tokens around each text; without one, their package appends
-    `texts`. What it makes of texts is compared with `formatter`.
-
-    Raises:
-        TrainingError: the tokenizer cannot add them.
+    `texts`. Raises TrainingError if it cannot add them, or reads texts otherwise than `formatter`.
     """
     from tokenizers import AddedToken, Tokenizer
 
@@ -73,8 +70,7 @@ def write_tokenizer(
 def own_frame(tokenizer: Any, template: Any, chat_template_kwargs: dict[str, Any]) -> Frame | None:
     """The frame that a checkpoint's tokenizer must add itself; None if their package reads texts in the same way.
 
-    Raises:
-        TrainingError: the template depends on the text.
+    Raises TrainingError if the template depends on the text.
     """
     frame = find_frame(tokenizer, template, chat_template_kwargs)
     # The tokenizer adds a start token by itself.

@@ -57,8 +57,7 @@ def write_adapter(
 ) -> None:
     """Write the adapter of the encoder folder `model`: rows `[N, d]` of the new tokens `ids`, and LoRA if it has it.
 
-    Raises:
-        TrainingError: LoRA adapts something outside the transformer.
+    Raises TrainingError if LoRA adapts something outside the transformer.
     """
     import torch
     from safetensors.torch import load_file, save_file

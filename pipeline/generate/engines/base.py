@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Prompt:
     """One row to complete.
 
-    `seed` makes sampling of this row independent of its batch. `text` is the user's turn inside `token_ids`, for
-    engines behind an interface that takes texts only.
+    `seed` makes its sampling independent of its batch; `text` is the user's turn inside `token_ids`, for text
+    interfaces.
     """
 
     id: str
@@ -46,13 +46,12 @@ class Completion:
 
     @classmethod
     def failed(cls, row_id: str, error: str) -> Self:
-        """A row without an answer."""
         return cls(row_id, "", "error", 0, error)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Decoding params: greedy at temperature 0."""
+    """Greedy at temperature 0."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -69,9 +68,7 @@ class EngineSetup:
     """What an engine is loaded with; each reads what it needs.
 
     Attributes:
-        backbone: the model, in the dtype it runs in.
         max_model_len: positions of a prompt and its answer together.
-        options: the engine's own options.
         token_bytes: bytes of a token in the KV cache; None if unknown.
         tensor_parallel: GPUs that the model is split over.
         batch_invariant: answers do not depend on which rows share a batch.
@@ -93,25 +90,18 @@ class Engine(Protocol):
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
         """Yield one completion a prompt, in any order, as soon as each is finished.
 
-        A prompt that fails yields a completion with `finish_reason` "error"; the others are not affected.
-
-        Raises:
-            EngineError: the engine itself broke.
+        A prompt that fails yields a completion with `finish_reason` "error". Raises EngineError if the engine broke.
         """
         ...
 
-    def close(self) -> None:
-        """Free its processes and memory."""
-        ...
+    def close(self) -> None: ...
 
 
 class LoadableEngine(Engine, Protocol):
     """The class of an engine in the registry.
 
-    Attributes:
-        VERSION: goes up when the same prompt and params may give another answer.
-        SPEED_OPTIONS: options that change how fast an answer comes and not which; they stay out of fingerprints and
-            manifests.
+    `VERSION` goes up when the same prompt and params may give another answer. `SPEED_OPTIONS` do not change answers;
+    they stay out of fingerprints and manifests.
     """
 
     VERSION: ClassVar[int]
@@ -119,10 +109,5 @@ class LoadableEngine(Engine, Protocol):
 
     @classmethod
     def load(cls, setup: EngineSetup) -> Self:
-        """Start the engine.
-
-        Raises:
-            EngineError: it is not installed, refuses an option or cannot start.
-            BackboneError: the backbone cannot be loaded.
-        """
+        """Start the engine; raises EngineError, or BackboneError if the backbone cannot be loaded."""
         ...

@@ -12,11 +12,7 @@ M = TypeVar("M", bound=Params)
 
 
 def parse_options(options: Mapping[str, Any], model: type[M]) -> M:
-    """Options as an engine's own model.
-
-    Raises:
-        EngineError: with one line for each unknown, missing or mistyped option.
-    """
+    """Options as an engine's own model; raises EngineError with a line for each mistake."""
     try:
         return validate(dict(options), model)
     except ParamsError as error:
@@ -24,11 +20,7 @@ def parse_options(options: Mapping[str, Any], model: type[M]) -> M:
 
 
 def context_length(backbone: BackboneParams, config: Any, max_prompt_tokens: int, max_new_tokens: int) -> int:
-    """Positions that a prompt and its answer may take together.
-
-    Raises:
-        EngineError: more than the backbone has.
-    """
+    """Positions of a prompt and its answer together; raises EngineError if the backbone has fewer."""
     wanted = max_prompt_tokens + max_new_tokens
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and wanted > limit:

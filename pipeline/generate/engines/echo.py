@@ -22,25 +22,22 @@ class EchoOptions(Params):
 class EchoEngine:
     """Writes "stub answer: " and the prompt's text, cut to `max_new_tokens` prompt tokens.
 
-    An answer depends on its prompt alone, so it is the same in every batch and after every resume.
+    The answer depends on its prompt alone; the backbone's tokenizer decodes it, the model is not loaded.
     """
 
     VERSION: ClassVar[int] = 1
     SPEED_OPTIONS: ClassVar[frozenset[str]] = frozenset(EchoOptions.model_fields)
 
     def __init__(self, decode: Callable[[list[int]], str], delay: float = 0.0) -> None:
-        """`decode` turns token ids into text; `delay` is in seconds a row."""
         self._decode, self._delay = decode, delay
 
     @classmethod
     def load(cls, setup: EngineSetup) -> Self:
-        """Load the backbone's tokenizer, which decodes; the model itself is not loaded."""
         delay = parse_options(setup.options, EchoOptions).delay
         tokenizer = load_tokenizer(setup.backbone)
         return cls(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), delay)
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
-        """See `Engine.generate`."""
         for prompt in prompts:
             if self._delay:
                 time.sleep(self._delay)

@@ -45,11 +45,8 @@ class OpenAIEngine:
     def __init__(self, backbone: BackboneParams, options: OpenAIOptions, *, max_model_len: int) -> None:
         """Connect, and send one short request to check that the server accepts this form.
 
-        The server serves the backbone; only its tokenizer is used here.
-
-        Raises:
-            EngineError: a package is missing, or the server cannot be reached, does not serve the model or refuses the
-                request.
+        The server serves the backbone; only its tokenizer is used here. Raises EngineError if a package is missing, or
+        the server cannot be reached, does not serve the model or refuses the request.
         """
         self._options = options
         self._secret = read_secret(self._options.api_key_env)
@@ -67,11 +64,9 @@ class OpenAIEngine:
 
     @classmethod
     def load(cls, setup: EngineSetup) -> Self:
-        """Connect to the server."""
         return cls(setup.backbone, parse_options(setup.options, OpenAIOptions), max_model_len=setup.max_model_len)
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
-        """See `Engine.generate`; answers come in the order in which they finish."""
         waiting = iter(prompts)
         finished: SimpleQueue[Future[Completion]] = SimpleQueue()
         try:
@@ -89,7 +84,6 @@ class OpenAIEngine:
             self._cancel()
 
     def close(self) -> None:
-        """Cancel the requests in flight and close the connections."""
         self._cancel()
         self._resources.close()
 

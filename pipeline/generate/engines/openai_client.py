@@ -64,16 +64,14 @@ class OpenAIOptions(Params):
 
 @dataclass(frozen=True)
 class Secret:
-    """A key that its `repr` hides."""
+    """A key that its `repr` hides; `cleared` removes it from a text."""
 
     _value: str
 
     def cleared(self, text: str) -> str:
-        """`text` without the key."""
         return text.replace(self._value, "***") if self._value else text
 
     def reveal(self) -> str:
-        """The key itself."""
         return self._value
 
     def __repr__(self) -> str:

@@ -1,7 +1,7 @@
 """Several engines, one process and one group of GPUs each, behind the interface of one.
 
-Each engine asks the owner for the next few prompts when it has room: faster engines get more rows, rows are disjoint,
-and only the prompts that engines work on are in memory.
+Each engine asks for the next few prompts when it has room: faster engines get more rows, and only prompts in work are
+in memory.
 """
 
 import logging
@@ -71,14 +71,9 @@ class ParallelEngine:
     """Several engine processes, fed from one stream of prompts."""
 
     def __init__(self, load: Callable[[], Engine], devices: Sequence[Device]) -> None:
-        """Start the processes and wait until all engines are loaded.
+        """Start a process for each device and wait until all engines are loaded; `load` (picklable) runs in each.
 
-        Args:
-            load: loads an engine (picklable); runs in each process.
-            devices: one for each.
-
-        Raises:
-            PipelineError: an engine's error while it was loaded, or EngineError if its process died.
+        Raises an engine's own PipelineError, or EngineError if its process died.
         """
         self._workers = WorkerPool(partial(serve, load), devices, kind="engine process", error=EngineError)
         self._round = 0
@@ -106,7 +101,6 @@ class ParallelEngine:
                 self._workers.send(index, Abort(self._round))
 
     def close(self) -> None:
-        """Stop the processes."""
         self._workers.close()
 
     def _received(self) -> list[tuple[int, Any]]:

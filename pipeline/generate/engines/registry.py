@@ -27,8 +27,8 @@ class EngineEntry:
             "endpoint": a server, so that no GPU here is busy.
         splits: it can split a model over GPUs.
         batch_invariant: it has kernels whose answers do not depend on the batch.
-        environment: function that sets its environment variables, `module:name`; empty if it has none.
-        stub: why its answers are not real ones, for the record of the run; empty if they are.
+        environment: `module:name` of the function that sets its environment variables.
+        stub: why its answers are not real ones, for the record of the run.
     """
 
     path: str
@@ -39,7 +39,6 @@ class EngineEntry:
     stub: str = ""
 
     def engine(self) -> type[LoadableEngine]:
-        """The engine's class; no model or package of the engine is loaded."""
         found: type[LoadableEngine] = _resolve(self.path)
         return found
 
@@ -90,8 +89,7 @@ def build_engine(
     Args:
         engine: its name in `ENGINES`.
         backbone: the model that answers; `dtype` is the precision of its weights here.
-        max_prompt_tokens: longest prompt.
-        max_new_tokens: longest answer.
+        max_prompt_tokens, max_new_tokens: the longest prompt and answer.
         data_parallel: engines side by side, a process each; "auto": one for each group of GPUs, one on a CPU.
         options, tensor_parallel, batch_invariant: see `EngineSetup`.
 

@@ -45,14 +45,12 @@ class TransformersEngine:
         max_model_len: int,
         batch_size: int = BATCH_SIZE,
     ) -> None:
-        """`max_model_len`: tokens of prompt and answer together; `batch_size`: in prompts."""
         self._model, self._tokenizer = model, tokenizer
         self._max_model_len, self._batch_size = max_model_len, batch_size
         self._stops = stop_token_ids(model, tokenizer)
 
     @classmethod
     def load(cls, setup: EngineSetup) -> Self:
-        """Load the backbone onto the best device."""
         batch_size = parse_options(setup.options, TransformersOptions).batch_size
         device = best_device()
         log.info("engine transformers: device %s (the best present), %d prompts a batch", device, batch_size)
@@ -60,7 +58,6 @@ class TransformersEngine:
         return cls(model, tokenizer, max_model_len=setup.max_model_len, batch_size=batch_size)
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
-        """See `Engine.generate`; rows of a batch come together."""
         stream = iter(prompts)
         while window := list(islice(stream, self._batch_size * WINDOW_BATCHES)):
             fitting, refused = split_fitting(window, sampling.max_new_tokens, self._max_model_len)
@@ -70,7 +67,6 @@ class TransformersEngine:
                 yield from self._isolated(fitting[start : start + self._batch_size], sampling)
 
     def close(self) -> None:
-        """Drop the model."""
         import torch
 
         del self._model

@@ -112,7 +112,6 @@ class VllmEngine:
             self._abort(in_flight)
 
     def close(self) -> None:
-        """Stop vLLM's processes and free its memory."""
         self._engine.engine_core.shutdown()
         self._reaper.close()
         del self._engine
@@ -169,15 +168,11 @@ def _import_engine_args() -> Any:
 
 
 def check_arguments(arguments: Mapping[str, Any], known: Collection[str], others: Collection[str] = ()) -> None:
-    """Check options that go to vLLM.
+    """Check options that go to vLLM by its own names.
 
-    Args:
-        arguments: by vLLM's names.
-        known: all names that vLLM has; empty where vLLM is not installed, which checks no name.
-        others: further options that a mistyped name may have meant.
-
-    Raises:
-        EngineError: an argument is unknown, follows from other params, or is a wrong number of sequences.
+    `known` are all names that vLLM has (empty where it is not installed, which checks no name), `others` further
+    options that a mistyped name may have meant. Raises EngineError for an option that is unknown or follows from other
+    params, or a wrong number of sequences.
     """
     for name in arguments:
         argument = f"options.{name}"

@@ -56,13 +56,10 @@ def token_bytes(config: Any, dtype: DType) -> int | None:
 def cpu_choices(
     per_token: int | None, max_model_len: int, free: int, sequences: int | None = None
 ) -> dict[str, Choice]:
-    """The choices on a CPU.
+    """The choices on a CPU with `free` bytes of memory for this engine.
 
-    Args:
-        per_token: bytes of a token in the KV cache, None if unknown.
-        max_model_len: tokens of a row at most.
-        free: bytes of memory that this engine may use.
-        sequences: rows at once, where the user set them.
+    `per_token` is the bytes of a token in the KV cache (None: unknown), `max_model_len` the most tokens of a row,
+    `sequences` the rows at once where the user set them.
     """
     choices = {
         "enforce_eager": Choice(True, "compiling takes minutes on a CPU"),
@@ -91,14 +88,9 @@ def cpu_choices(
 
 
 def gpu_choices(gpu: Gpu | None, utilization: float | None = None) -> dict[str, Choice]:
-    """The choices on a GPU.
+    """The choices on a GPU (None: its memory is unknown); `utilization` is the user's share of its memory.
 
-    Args:
-        gpu: None if its memory is not known.
-        utilization: the share of its memory, where the user set it.
-
-    Raises:
-        EngineError: other processes leave no memory on it.
+    Raises EngineError if other processes leave no memory on it.
     """
     if gpu is None:
         return {"max_num_seqs": Choice(SMALL_GPU_SEQUENCES, "the size of the GPU is not known")}

@@ -33,7 +33,6 @@ QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 def set_defaults(variables: Mapping[str, str]) -> None:
-    """Set environment variables that the user did not set."""
     for name, value in variables.items():
         os.environ.setdefault(name, value)
 
