@@ -110,7 +110,7 @@ def assemble(
         sizes_from_config(backbone.config.to_dict()),
     )
     if not trainer.resume() and params.warm_start.enabled:
-        trainer.facts["warm_start_ridge"] = _warm_start(student, passes, rows, params, backbone, frame_ids)
+        trainer.facts["warm_start_ridge"] = warm_start_student(student, passes, rows, params, backbone, frame_ids)
         trainer.agree()
     return trainer
 
@@ -133,7 +133,7 @@ def _validation(params: TrainParams, heldout: TrainingRows, *, padded: bool) -> 
     return Validation(rows, micro_batches(ordered, lengths, padded=padded, **params.pass_limits), params.heldout.select)
 
 
-def _warm_start(
+def warm_start_student(
     student: Student, passes: Passes, rows: TrainingRows, params: TrainParams, backbone: Any, frame_ids: Sequence[int]
 ) -> float:
     """Give `student` its closed-form start from at most `params.warm_start.rows` rows; returns the ridge strength."""
