@@ -65,7 +65,8 @@ def load(
 
     Raises:
         TrainingError: the folder is no encoder or damaged, or the backbone is another than it was trained on. If that
-            one came from the hub, a plain folder cannot be checked: it is used with a warning.
+        one
+            came from the hub, a plain folder cannot be checked: it is used with a warning.
         BackboneError: the backbone cannot be loaded.
     """
     return Embedder(
@@ -81,12 +82,10 @@ def load(
 class Embedder:
     """A loaded encoder; `load` makes one. A context manager, which stops the processes that `processes` started.
 
-    Attributes:
-        encoder: gives soft prompts, hidden states and the backbone itself.
+    `encoder` gives soft prompts, hidden states and the backbone itself.
     """
 
     def __init__(self, path: Path, **options: Any) -> None:
-        """See `load`."""
         from pipeline.encoder.folder.read import read_encoder
         from pipeline.encoder.inference import Encoder
 
@@ -158,14 +157,7 @@ class Embedder:
     ) -> "Iterator[np.ndarray[Any, Any]]":
         """Embeddings float32 `[<= chunk, width]`, in order, as they are made; at most one chunk is in memory.
 
-        Args:
-            texts: any iterable, endless ones too.
-            chunk: texts embedded together; None: by the device.
-            prompt: see `encode`.
-            normalize: see `encode`.
-            batch_tokens: see `encode`.
-            processes: see `encode`.
-            space: see `encode`.
+        `texts` is any iterable, endless ones too; `chunk` None is chosen by the device; see `encode` for the others.
 
         Raises:
             SourceError: an item is not a text, `chunk` is below 1, or the space is unknown.
@@ -199,7 +191,6 @@ class Embedder:
             self.encoder.config.warn_of_truncated(truncated, total)
 
     def _embed(self, count: int, texts: list[str], **options: Any) -> "Embedded":
-        """By this process, or by `count` others."""
         if count == 1:
             return self.encoder.embed(texts, **options)
         try:
@@ -224,13 +215,7 @@ class Embedder:
     @overload
     def decode(self, texts: Iterable[str], max_new_tokens: int = 64, *, prompt: str = "") -> list[str]: ...
     def decode(self, texts: str | Iterable[str], max_new_tokens: int = 64, *, prompt: str = "") -> str | list[str]:
-        """The answers that the embeddings of texts hold, written by the backbone: a string for a string, else a list.
-
-        Args:
-            texts: see `encode`.
-            max_new_tokens: longest answer.
-            prompt: see `encode`.
-        """
+        """The answers that the embeddings of texts hold, written by the backbone; a string for a string."""
         from pipeline import lens
 
         if max_new_tokens < 1:
@@ -240,7 +225,7 @@ class Embedder:
         return answers[0] if isinstance(texts, str) else answers
 
     def close(self) -> None:
-        """Stop the processes that a call with `processes` has started."""
+        """Stop the processes of earlier calls with `processes`."""
         if self._workers is not None:
             self._workers[1].close()
             self._workers = None
@@ -294,11 +279,7 @@ def similarity(a: "np.ndarray[Any, Any]", b: "np.ndarray[Any, Any]") -> "np.ndar
 
 
 def _listed(texts: Iterable[str]) -> list[str]:
-    """Texts of an ordered collection of known length.
-
-    Raises:
-        SourceError: it is something else.
-    """
+    """Texts of an ordered collection of known length; SourceError for anything else."""
     kind = type(texts).__name__
     _refuse_table(texts)
     if isinstance(texts, Mapping | Set | bytes) or not isinstance(texts, Iterable):

@@ -39,11 +39,7 @@ class BackboneParams(Params):
 
 
 def identify(name: str, revision: str | None) -> dict[str, str]:
-    """Identity of a model: hub name and commit, or the sha256 of a local folder's weights and tokenizer.
-
-    Raises:
-        BackboneError: a local path that is not a folder with a config.json or modules.json.
-    """
+    """Hub name and commit, or the sha256 of a local folder's files; BackboneError if the folder holds no model."""
     folder = Path(name)
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or (name.count("/") != 1 and "/" in name):
@@ -57,11 +53,7 @@ def identify(name: str, revision: str | None) -> dict[str, str]:
 
 
 def load_tokenizer(params: BackboneParams) -> "PreTrainedTokenizerBase":
-    """The backbone's tokenizer.
-
-    Raises:
-        BackboneError: it cannot be loaded.
-    """
+    """The backbone's tokenizer; BackboneError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
@@ -73,11 +65,7 @@ def load_tokenizer(params: BackboneParams) -> "PreTrainedTokenizerBase":
 
 
 def load_config(params: BackboneParams) -> Any:
-    """The backbone's text config.
-
-    Raises:
-        BackboneError: it cannot be read.
-    """
+    """The backbone's text config; BackboneError if it cannot be read."""
     from transformers import AutoConfig
 
     try:
@@ -92,13 +80,10 @@ def load_config(params: BackboneParams) -> Any:
 def load_backbone(
     params: BackboneParams, device: "torch.device | str" = "cpu", quantize: Quantize | None = None
 ) -> "PreTrainedModel":
-    """The causal LM in eval mode with every parameter frozen.
+    """The causal LM in eval mode, frozen; BackboneError if it cannot be loaded or quantised.
 
     Quantised, its linear layers hold 8-bit integers (LLM.int8) or 4-bit normal floats in blocks (NF4, the scales
     quantised again); embeddings, norms and the output head stay in `params.dtype`, in which 4-bit layers compute.
-
-    Raises:
-        BackboneError: it cannot be loaded, or not quantised.
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -1,9 +1,8 @@
 """LoRA on the student: the query pass runs on an adapted backbone, the response pass on the frozen one.
 
-The adapted backbone is a second tree of modules that shares the tensors of the first, so there is one copy of the
-weights and no adapter to switch off: answering and decoding never see one, also when a checkpointed response pass runs
-again within backward. With an adapter the prefix of a query depends on what is trained, so the query pass needs
-gradients through the whole query (no frozen prefix).
+The adapted backbone is a second tree of modules that shares the tensors of the first: answering and decoding never see
+an adapter, also when a checkpointed response pass runs again within backward. The prefix of a query then depends on
+what is trained, so the query pass needs gradients through the whole query.
 """
 
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ _PREFIX = "base_model.model."
 
 
 class LoraParams(Params):
-    """Adapters of the student. The paper's ablation has rank 8."""
+    """The paper's ablation has rank 8."""
 
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0, description="the update is scaled by alpha / rank")
@@ -43,15 +42,8 @@ def add_adapter(
 ) -> Any:
     """A copy of the backbone that shares its tensors and has trainable adapters in float32; `backbone` is unchanged.
 
-    At first it computes what `backbone` computes: the second matrix of each adapter starts at zero.
-
-    Args:
-        backbone: a frozen causal LM of transformers in eval mode.
-        rank: of the update.
-        alpha: the update is scaled by alpha / rank.
-        dropout: of the adapters' inputs; `AdaptedQueryPass` switches it on in training.
-        targets: ends of names of linear layers.
-        seed: of the adapters' first matrices.
+    At first it computes what `backbone` computes: the second matrix of each adapter starts at zero. `targets` are ends
+    of names of linear layers; the update is scaled by alpha / rank; `AdaptedQueryPass` switches dropout on in training.
 
     Raises:
         TrainingError: no layer has such a name, or one cannot be adapted.
@@ -72,7 +64,7 @@ def add_adapter(
 
 
 def adapter_parameters(adapted: Any) -> "dict[str, nn.Parameter]":
-    """The adapters' parameters under the names that peft gives them in files, in a fixed order."""
+    """The adapters' parameters under peft's names, in a fixed order."""
     return {
         _PREFIX + name.replace(".default.", "."): parameter
         for name, parameter in adapted.named_parameters()
@@ -81,14 +73,7 @@ def adapter_parameters(adapted: Any) -> "dict[str, nn.Parameter]":
 
 
 def save_adapter(parameters: "Mapping[str, Tensor]", folder: Path, params: LoraParams, backbone: str) -> None:
-    """Write the adapters as peft does, without a version, a path or a date: equal adapters give equal bytes.
-
-    Args:
-        parameters: see `adapter_parameters`.
-        folder: created if it does not exist.
-        params: of the adapters.
-        backbone: its name.
-    """
+    """Write `adapter_parameters` as peft does, without version, path or date: equal adapters give equal bytes."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,11 +94,7 @@ def save_adapter(parameters: "Mapping[str, Tensor]", folder: Path, params: LoraP
 
 
 def load_adapter(backbone: Any, folder: Path, params: LoraParams) -> Any:
-    """As `add_adapter`, with the weights of a folder, frozen.
-
-    Raises:
-        TrainingError: the folder holds no adapter with these params for this backbone.
-    """
+    """As `add_adapter`, frozen, with the weights of a folder; TrainingError if it holds none that fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -127,11 +108,7 @@ def load_adapter(backbone: Any, folder: Path, params: LoraParams) -> Any:
 
 
 def set_adapter(adapted: Any, tensors: "Mapping[str, Tensor]", *, where: str) -> None:
-    """Copy weights into the adapters, name by name and shape by shape.
-
-    Raises:
-        TrainingError: a name is missing or unknown, or a shape differs.
-    """
+    """Copy weights into the adapters; TrainingError if a name is missing or unknown, or a shape differs."""
     import torch
 
     parameters = adapter_parameters(adapted)

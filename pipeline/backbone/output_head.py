@@ -24,9 +24,7 @@ def at_least_float32(values: Tensor) -> Tensor:
 class LogitTransform:
     """From a head's projection to its logits: `cap(scale * projection)`, with `cap(x) = softcap * tanh(x / softcap)`.
 
-    Attributes:
-        scale: not 1 in Granite, Cohere and others.
-        softcap: None: no cap. Gemma has one.
+    `scale` is not 1 in Granite, Cohere and others; Gemma has a `softcap`.
     """
 
     scale: float = 1.0
@@ -47,7 +45,7 @@ def logit_transform(backbone: Any) -> LogitTransform:
     """The transform of a causal LM's head, read from its config and verified on a few tokens.
 
     Raises:
-        BackboneError: the head computes something else.
+        BackboneError: the head is trained, quantised or computes something else.
     """
     name, head = type(backbone).__name__, backbone.get_output_embeddings()
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
@@ -97,7 +95,7 @@ def _blocks(weight: Tensor) -> list[slice]:
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """`[rows, V]` at the start of `out`: the head's projection of `[rows, d]`, piece by piece of the vocabulary."""
+    """`[rows, V]` at the start of `out`: the head's projection of `[rows, d]`, by blocks of the vocabulary."""
     logits = out[: len(hidden)]
     for block in _blocks(weight):
         logits[:, block] = F.linear(hidden, weight[block], None if bias is None else bias[block])
@@ -105,7 +103,7 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
 
 
 def _project_back(gradient: Tensor, weight: Tensor) -> Tensor:
-    """`[rows, d]`: the gradient of `[rows, V]` logits brought to the hidden states, its pieces summed in float32."""
+    """`[rows, d]`: the gradient of `[rows, V]` logits to the hidden states, blocks summed in float32."""
     first, *others = _blocks(weight)
     total = at_least_float32(gradient[:, first].to(weight.dtype) @ weight[first])
     for block in others:
@@ -163,15 +161,10 @@ def linear_cross_entropy(
     transform: LogitTransform = LogitTransform(),  # frozen
     chunk: int | None = None,
 ) -> Tensor:
-    """Sum over rows of the cross-entropy of a head's logits against `labels`, in float32 or better.
+    """Sum over rows of the cross-entropy of a frozen head's logits against `labels` `[M]`, in float32 or better.
 
-    Args:
-        hidden: `[M, d]`, gets a gradient.
-        weight: `[V, d]` of the frozen head, gets none.
-        labels: `[M]` token ids.
-        bias: `[V]` of the frozen head, gets none.
-        transform: from the projection to the logits.
-        chunk: rows whose `[chunk, V]` logits exist at a time; None chooses by the vocabulary.
+    `hidden` `[M, d]` gets a gradient, `weight` `[V, d]` and `bias` `[V]` get none. `chunk` rows have logits at a time;
+    None chooses by the vocabulary.
     """
     rows = chunk or chunk_rows(len(weight), hidden.device)
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels, transform, rows)  # type: ignore[no-untyped-call]

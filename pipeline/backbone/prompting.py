@@ -29,12 +29,9 @@ class FormattedPrompt:
 class PromptFormatter:
     """Turns a text into the backbone's prompt tokens, at most `max_tokens` of them.
 
-    `raw` is the text itself with the tokenizer's own special tokens (as the paper trains); `chat` is the chat
-    template with the text as the user's turn and the start of the assistant's. A text that is too long loses its end,
-    or its start; the template around it stays whole.
-
-    Attributes:
-        keep: the side of a long text that is kept.
+    `raw` is the text with the tokenizer's special tokens (as the paper trains); `chat` is the chat template with the
+    text as the user's turn and the start of the assistant's. Of a longer text the side `keep` is kept; the template
+    stays whole.
     """
 
     def __init__(
@@ -60,7 +57,6 @@ class PromptFormatter:
             )
 
     def __call__(self, text: str) -> FormattedPrompt:
-        """The prompt of one text."""
         return self.batch([text])[0]
 
     @property
@@ -69,9 +65,7 @@ class PromptFormatter:
         return self._template == "chat" and self._render("").rstrip().endswith("<think>")
 
     def batch(self, texts: Sequence[str], prefix: str = "") -> list[FormattedPrompt]:
-        """The prompts of several texts, tokenised together, each with `prefix` in front.
-
-        A text that loses its start keeps all of `prefix`.
+        """The prompts of several texts, tokenised together, each with `prefix` in front, which is never truncated.
 
         Raises:
             BackboneError: `prefix` leaves a long text no room.
@@ -93,7 +87,6 @@ class PromptFormatter:
         ]
 
     def _cut(self, text: str, prefix: str) -> FormattedPrompt:
-        """`text`, `prefix` included, with as many of its tokens as fit."""
         if self.keep == "start":
             offsets = self._offsets(text)
             return self._fitted(self._overhead, len(offsets), lambda count: text[: offsets[count - 1][1]], "")
@@ -137,11 +130,7 @@ class PromptFormatter:
 
 
 def eos_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The tokenizer's end-of-sequence token.
-
-    Raises:
-        BackboneError: it has none.
-    """
+    """The tokenizer's end-of-sequence token; BackboneError if it has none."""
     if tokenizer.eos_token_id is None:
         raise BackboneError(f"tokenizer of '{tokenizer.name_or_path}' has no EOS token")
     return int(tokenizer.eos_token_id)
@@ -150,7 +139,7 @@ def eos_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 def pad_left(rows: Sequence[Sequence[int]], fill: int = 0) -> "tuple[torch.Tensor, torch.Tensor]":
     """Rows of token ids as `(input_ids, attention_mask)`, both int64 [B, T], padded on the left.
 
-    Needs no pad token: padded positions are masked, whatever their id.
+    Needs no pad token: padded positions are masked.
     """
     return _pad(rows, fill, left=True)
 

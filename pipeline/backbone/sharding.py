@@ -1,12 +1,10 @@
 """A frozen backbone that does not fit on one GPU: every process holds a share of each decoder layer (FSDP2).
 
-A layer is gathered from all processes just before it runs, forward and backward, and freed right after. What is trained
-stays outside, whole on every process, and so do the embeddings and the output head, which the passes read directly:
-of Qwen3-8B they are 15 % of the weights, the layers 85 %.
+A layer is gathered just before it runs, forward and backward, and freed right after. What is trained, the embeddings
+and the output head stay whole on every process: the passes read them directly (15 % of the weights of Qwen3-8B).
 
-All processes gather together. **Every process must run the same number of forward and backward passes in the same
-order**, whatever its rows are. Passes whose number depends on their data (`make_passes` unless `share_prefix=False`),
-and steps with fewer micro-batches on one process, would wait for ever.
+**Every process must run the same number of forward and backward passes in the same order**, whatever its rows are, or
+all wait for ever: `make_passes` needs `share_prefix=False`, and every process as many micro-batches.
 """
 
 import logging
@@ -23,11 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def decoder_layers(backbone: Any) -> list[nn.Module]:
-    """The blocks that a causal LM repeats, as its class names them.
-
-    Raises:
-        BackboneError: it names none.
-    """
+    """The blocks that a causal LM repeats, as its class names them; BackboneError if it names none."""
     names = set(backbone._no_split_modules or ())
     layers = [module for module in backbone.get_decoder().modules() if type(module).__name__ in names]
     if not layers:
@@ -38,14 +32,9 @@ def decoder_layers(backbone: Any) -> list[nn.Module]:
 
 
 def shard(backbone: Any, accelerator: Any) -> Any:
-    """Shard the decoder layers of `backbone` over all processes; the rest moves to this process's device.
+    """Shard the decoder layers of `backbone` in place; the rest moves to this process's device.
 
-    Args:
-        backbone: a frozen causal LM on the CPU, or on the meta device; changed in place.
-        accelerator: device and processes.
-
-    Returns:
-        `backbone`; whole where there is one process.
+    `backbone` is on the CPU or the meta device; with one process it stays whole.
 
     Raises:
         BackboneError: something in it is trained, or its layers are not known.
@@ -83,7 +72,7 @@ def _first_pass(backbone: Any) -> None:
 def load_sharded(params: BackboneParams, accelerator: Any) -> Any:
     """The frozen backbone, sharded while it is loaded; no GPU ever holds more than its share and one tensor.
 
-    The first process reads the weights into its main memory and broadcasts them; the others start from the config.
+    The first process reads the weights into main memory and broadcasts them; the others start from the config.
 
     Raises:
         BackboneError: it cannot be loaded, or its config builds other tensors than its weights have.
@@ -153,6 +142,5 @@ def _log_shares(backbone: Any, layers: Sequence[nn.Module], processes: int) -> N
 
 
 def bytes_of(modules: Sequence[nn.Module]) -> int:
-    """Bytes of the parameters of some modules, each counted once."""
     parameters = {parameter for module in modules for parameter in module.parameters()}
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)

@@ -1,4 +1,4 @@
-"""What the commands share: options, checks of their values, the loading of an encoder, errors for people."""
+"""What the commands share: options, checks of their values, loading an encoder, errors for people."""
 
 import inspect
 from collections.abc import Callable
@@ -61,11 +61,7 @@ def _written(parameter: inspect.Parameter) -> str:
 
 
 def one_of(kinds: Any, value: str, argument: str) -> Any:
-    """`value` as one of the values of the Literal `kinds`.
-
-    Raises:
-        ParamsError: it is none of them.
-    """
+    """`value` if the Literal `kinds` has it, else a ParamsError."""
     if value not in get_args(kinds):
         raise ParamsError(f"unknown value '{value}' (known: {', '.join(get_args(kinds))})", argument=argument)
     return value

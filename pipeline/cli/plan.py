@@ -60,18 +60,12 @@ class AllParams(Params):
 
 @dataclass
 class Plan:
-    """Lines (stage, what, on what), and remarks about the params."""
-
     lines: list[tuple[str, str, str]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
 
 def load_all(path: Path) -> AllParams:
-    """The whole file, each section checked, the probes by their own models.
-
-    Raises:
-        ParamsError: with one line for each mistake in the file.
-    """
+    """The whole file, each section checked; ParamsError with one line for each mistake in the file."""
     content = read_yaml(path)
     mistakes: list[str] = []
     params: AllParams | None = None
@@ -251,7 +245,6 @@ def _remarks(params: AllParams, sizes: ModelSizes | None, root: Path) -> list[st
 
 
 def _scale_remark(params: AllParams) -> list[str]:
-    """Whether the reduction of the alignment loss fits the scale of the targets."""
     kind, transform = params.embed.teacher.kind, params.embed.transform.kind
     if transform in UNIT_VARIANCE:
         fitting = "mean"

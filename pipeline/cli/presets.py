@@ -52,7 +52,6 @@ class Preset(Params):
 
     @property
     def published(self) -> bool:
-        """Whether the teacher is the paper's; else the stage teach trains it."""
         return bool(self.teacher.adapters)
 
     def teacher_params(self, memory: int) -> TeacherParams:
@@ -73,7 +72,6 @@ class Preset(Params):
 
 @cache
 def presets() -> dict[str, Preset]:
-    """All presets by name."""
     content = read_yaml(PRESETS_FILE)
     return {name: validate(entry, Preset, where=f"presets.yaml: {name}") for name, entry in content.items()}
 
@@ -84,15 +82,7 @@ def preset_of(backbone: str) -> Preset | None:
 
 
 def switch(path: Path, name: str, memory: int) -> list[str]:
-    """Set the params of a preset in a params file: backbone, teacher, and what else follows from them.
-
-    Args:
-        path: the params file.
-        name: the preset.
-        memory: GPU memory in GB that the batches are sized for.
-
-    Returns:
-        The changes, one line each.
+    """Set the params of a preset in a params file for `memory` GB; returns the changes, one line each.
 
     Raises:
         ParamsError: unknown preset or memory, or the file lacks a section that the preset sets.
@@ -121,8 +111,8 @@ def _values(preset: Preset, memory: int, content: Any) -> dict[str, dict[str, An
     """The values to set, by section.
 
     Targets are raw hidden states with norms in the hundreds: the paper's mean over dimensions balances the losses, and
-    float16 holds them with more digits than bfloat16. Learning rates are for the paper's random start; after a warm
-    start they would undo it, so none is set (docs/results-log.md).
+    float16 holds them with more digits than bfloat16. Learning rates are for the paper's random start; they would undo
+    a warm start, so none is set then (docs/results-log.md).
     """
     train: dict[str, Any] = {
         "align_reduction": "mean",
@@ -178,7 +168,7 @@ def _set(section: CommentedMap, place: str, values: dict[str, Any]) -> list[str]
 
 
 def _keeping_pins(before: dict[str, Any], values: dict[str, Any], key: str) -> Any:
-    """The preset's value of a key; a model without a revision keeps the one that the file has for it."""
+    """The preset's value of a key; a model without a revision keeps the one in the file."""
     value, current = values[key], before.get(key)
     if key == "revision" and value is None and values.get("name") and values["name"] == before.get("name"):
         return current

@@ -31,7 +31,7 @@ CELL_CHARS = 300
 
 
 class Hit(NamedTuple):
-    """A passage found: its row in the corpus, its cosine to the query, its text."""
+    """A passage: its row in the corpus, its cosine to the query, its text."""
 
     row: int
     score: float
@@ -49,13 +49,7 @@ def search(
 ) -> list[Hit]:
     """The `count` passages of largest cosine to the query, best first; of equal ones the first in the corpus.
 
-    Args:
-        encoder: embeds both sides.
-        corpus: the passages; a few hundred are in memory at a time.
-        query: not empty.
-        count: at least 1.
-        instruction: of the query.
-        document_instruction: of the passages.
+    A few hundred passages are in memory at a time.
 
     Raises:
         SourceError: the query is empty, or the corpus is damaged or changes meanwhile.
@@ -74,7 +68,6 @@ def search(
 
 
 def _texts(corpus: TextFile, rows: set[int]) -> dict[int, str]:
-    """The texts at these rows."""
     found = {row: text for row, text in enumerate(corpus) if row in rows}
     if found.keys() != rows:
         raise SourceError(f"{corpus.option}: {corpus.path} changed while it was searched: run again")
@@ -95,7 +88,6 @@ def _embedded(encoder: "Encoder", corpus: TextFile, instruction: str) -> "Iterat
 
 
 def _is_embedded(encoder: "Encoder", corpus: TextFile, instruction: str) -> bool:
-    """Whether `encode` wrote the corpus with this encoder and instruction."""
     if corpus.path.suffix != ".parquet" or corpus.column != "text":
         return False
     reason = not_made_by(encoder, corpus.path, instruction)
@@ -114,7 +106,6 @@ def _stored(corpus: TextFile) -> "Iterator[np.ndarray[Any, Any]]":
 
 
 def table(hits: Sequence[Hit]) -> "Table":
-    """The hits as a table for the terminal."""
     from rich.markup import escape
     from rich.table import Column, Table
 

@@ -9,7 +9,7 @@ from pipeline.core.config import PARAMS_FILE
 
 
 def params(path: ParamsOption = PARAMS_FILE) -> None:
-    """Check the whole params file, and say what each stage will run, on what, with how much memory."""
+    """Check the whole params file; show what each stage will run, on what, with how much memory."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -31,7 +31,7 @@ def backbone(
     memory: Annotated[int, typer.Option(help="GPU memory in GB that the micro-batch is sized for: 24 or 80.")] = 80,
     path: ParamsOption = PARAMS_FILE,
 ) -> None:
-    """Switch the params file to a backbone and its teacher. Comments and all else stay as they are."""
+    """Switch the params file to a backbone and its teacher. Comments and everything else stay."""
     from pipeline.cli.presets import presets, switch
 
     if name is not None:

@@ -42,7 +42,7 @@ def encode(
     backbone: BackboneOption = None,
     allow_other_backbone: OtherBackboneOption = False,
 ) -> None:
-    """Embed the texts of a file, of any size. Killed and run again, it goes on where it was."""
+    """Embed the texts of a file, of any size. A killed run continues where it was."""
     from pipeline.core.target_transform import Space
     from pipeline.core.text_files import open_texts
     from pipeline.encoder.encode_file import check_output, encode_file

@@ -1,8 +1,7 @@
 """A file of texts in, a file of embeddings out, of any size: `python -m pipeline encode`.
 
-The texts are embedded in chunks of a fixed number of rows, each of which lies on the disk before the next one begins:
-after a kill the same command goes on behind the last finished chunk, and since a chunk is always the same texts, the
-file comes out in the same bytes.
+The texts are embedded in chunks of a fixed number of rows, each stored before the next begins: a killed run continues
+after the last stored chunk, and the file has the same bytes.
 """
 
 import json
@@ -38,14 +37,7 @@ EMBEDDED_BY = b"embedded_by"
 
 
 class Encoded(NamedTuple):
-    """What became of a file.
-
-    Attributes:
-        rows: embeddings written.
-        width: their dimensions.
-        kept: how many of them an earlier run had made.
-        truncated: how many of the others are of texts that were cut to fit.
-    """
+    """Embeddings written, their dimensions, those that an earlier run had made, truncated texts among the others."""
 
     rows: int
     width: int
@@ -54,7 +46,7 @@ class Encoded(NamedTuple):
 
 
 def check_output(path: Path, source: Path) -> None:
-    """Raises SourceError unless the name says a format that `encode_file` knows, and is not the input's."""
+    """Raises SourceError unless `path` has a format that `encode_file` knows, and is not the input."""
     if path.suffix not in OUTPUTS:
         raise SourceError(f"--output: unknown format '{path.suffix}' (known: {', '.join(OUTPUTS)})")
     check_not_read("--output", path, "--input", source)
@@ -68,15 +60,9 @@ def made_by(encoder: "Encoder", instruction: str, space: Space = "trained") -> d
 
 
 def not_made_by(encoder: "Encoder", path: Path, instruction: str | None = None) -> str | None:
-    """Why the embeddings of a Parquet file are not those that an encoder gives in the space it was trained in.
+    """Why a Parquet file does not hold embeddings that `encoder` makes in its trained space: the end of a sentence.
 
-    Args:
-        encoder: the one in question.
-        path: the file, readable.
-        instruction: that its texts must have been embedded with; None: any.
-
-    Returns:
-        The end of a sentence about the file; None if they are.
+    None if it does; `instruction` None accepts any.
     """
     schema = pq.read_schema(path)
     written = (schema.metadata or {}).get(EMBEDDED_BY)
@@ -108,19 +94,13 @@ def encode_file(
 ) -> Encoded:
     """Embed all texts of a file; float32 [rows, width] as .npy, or .parquet with the columns `text` and `embedding`.
 
-    Args:
-        encoder: embeds.
-        texts: the file.
-        output: appears when it is complete; a file there is replaced.
-        instruction: see `Encoder.encode`.
-        batch_tokens: see `Encoder.encode`.
-        chunk_rows: texts of a part; None: `CHUNK_ROWS` of the device.
-        space: see `Encoder.encode`.
+    `output` appears when it is complete and replaces a file there; `chunk_rows` None is `CHUNK_ROWS` of the device; see
+    `Encoder.encode` for the other options.
 
     Raises:
         SourceError: an unknown output format, the output is the input, or the input is damaged or changes meanwhile.
         TrainingError: see `Encoder.encode`.
-        WorkError: the disk is full, or another process is at the same work.
+        WorkError: the disk is full, or another process does the same work.
     """
     check_output(output, texts.path)
     width = encoder.width_of(space)

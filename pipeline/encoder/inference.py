@@ -37,8 +37,6 @@ class Encoder:
 
     Attributes:
         model: the backbone; it still answers as before.
-        tokenizer: the backbone's.
-        width: dimensions of an embedding.
         max_tokens: longest prompt without the new tokens; longer texts keep the side that `config.keep` names.
         identity: what pins the weights.
     """
@@ -55,14 +53,8 @@ class Encoder:
     ) -> None:
         """From loaded parts; `read_encoder` loads them from a folder.
 
-        Args:
-            model: the backbone.
-            tokenizer: the backbone's.
-            student: the trained tensors.
-            config: of the encoder.
-            identity: what pins the weights.
-            adapted: the backbone with adapters, which embeds; None: the backbone itself does.
-            folder: holds the transform of the targets, if there is one.
+        `adapted` is the backbone with adapters, which embeds; None: `model` does. `folder` holds the transform of the
+        targets, if there is one.
         """
         self._folder = folder
         self.model, self.tokenizer, self.student, self.config = model, tokenizer, student.eval(), config
@@ -74,7 +66,6 @@ class Encoder:
 
     @property
     def parameter_count(self) -> int:
-        """Numbers in the backbone and the student."""
         return sum(tensor.numel() for part in (self.model, self.student) for tensor in part.parameters())
 
     def untrained(self, seed: int) -> "Encoder":
@@ -101,13 +92,13 @@ class Encoder:
     ) -> np.ndarray:
         """Embeddings float32 `[len(texts), width]`, not normalised: compare them by cosine.
 
-        Texts that were cut are counted in a warning.
+        A warning counts the texts that were truncated to `max_tokens`.
 
         Args:
-            texts: any strings; each is cut to `max_tokens` prompt tokens.
+            texts: any strings.
             instruction: put before each text, e.g. "Generate a passage that best answers this question:".
-            batch_tokens: most tokens in one forward pass, new tokens included; texts of similar length share a pass,
-                a longer one has its own. None: `BATCH_TOKENS` of the device.
+            batch_tokens: most tokens in one forward pass, new tokens included; texts of similar length share a pass, a
+                longer one has its own. None: `BATCH_TOKENS` of the device.
             show_progress: show a bar.
             space: "trained", or "teacher": the space of the teacher's vectors before the transform of the targets, of
                 width `width_of("teacher")`. Without a transform the two are one.
@@ -131,7 +122,7 @@ class Encoder:
         show_progress: bool = False,
         space: Space = "trained",
     ) -> Embedded:
-        """As `encode`, without the warning: the number of cut texts is returned."""
+        """As `encode`, but returns the number of truncated texts in place of the warning."""
         self.width_of(space)  # checks before the work
         prompts, truncated = self._prompts(texts, instruction)
         vectors = self._batched(prompts, batch_tokens, self.student.embedding, (self.width,), show_progress)
@@ -143,7 +134,6 @@ class Encoder:
         return embeddings if transform is None else transform.invert(embeddings)
 
     def width_of(self, space: Space) -> int:
-        """Dimensions of an embedding in a space."""
         transform = self._transform_to(space)
         return self.width if transform is None else transform.teacher_width
 
@@ -168,7 +158,7 @@ class Encoder:
     def soft_prompts(
         self, texts: Sequence[str], *, instruction: str = "", batch_tokens: int | None = None
     ) -> np.ndarray:
-        """Soft prompts float32 `[len(texts), n, d]`: what the backbone decodes into an answer. See `encode`."""
+        """Soft prompts float32 `[len(texts), n, d]`, which the backbone decodes into answers. See `encode`."""
         return self._at_tokens(texts, instruction, batch_tokens, lambda soft: soft)
 
     def hidden_states(
@@ -189,7 +179,6 @@ class Encoder:
         return self._batched(prompts, batch_tokens, head, (self.config.compression_tokens, self.config.hidden))
 
     def _prompts(self, texts: Sequence[str], instruction: str) -> tuple[list[list[int]], int]:
-        """Token ids of each text, and how many were cut."""
         check_texts(texts)
         # Without a template and a start token an empty text has no token: EOS represents it.
         empty = [eos_token_id(self.tokenizer)]
@@ -243,7 +232,7 @@ class Encoder:
 
 
 def check_texts(texts: Sequence[Any], first: int = 0) -> None:
-    """Raises SourceError unless all are strings that a tokenizer can read; rows are counted from `first`."""
+    """Raises SourceError unless all are strings that a tokenizer can read; `first` numbers the first one."""
     if isinstance(texts, str):
         raise SourceError(f"texts is one string ({texts[:40]!r}): give a list of strings")
     for row, text in enumerate(texts, start=first):

@@ -27,25 +27,13 @@ _FACTS = attrgetter("width", "max_tokens", "identity", "config", "parameter_coun
 
 
 class ParallelEncoder:
-    """An encoder on each device; it embeds, and does nothing else that `Encoder` does.
-
-    Attributes:
-        width: see `Encoder`.
-        max_tokens: see `Encoder`.
-        identity: see `Encoder`.
-        config: of the encoder.
-        parameter_count: see `Encoder`.
-    """
+    """An encoder on each device; it has the attributes of `Encoder` that are given here, and only embeds."""
 
     def __init__(self, load: "Callable[[], Encoder]", devices: Sequence[Device]) -> None:
-        """Start the processes and wait until all encoders are loaded.
-
-        Args:
-            load: loads an encoder (picklable); runs in each process.
-            devices: one for each.
+        """Start a process on each device and wait until `load` (picklable) has loaded an encoder in each.
 
         Raises:
-            PipelineError: what was raised when an encoder was loaded, or EvaluationError if its process died.
+            PipelineError: the error of loading an encoder, or EvaluationError if its process died.
         """
         self._pool = TextPool(load, _FACTS, devices, job_texts=JOB_TEXTS, kind="encoder process", error=EvaluationError)
         self.width, self.max_tokens, self.identity, self.config, self.parameter_count = self._pool.facts
@@ -58,7 +46,7 @@ class ParallelEncoder:
         batch_tokens: int | None = None,
         show_progress: bool = False,
     ) -> "np.ndarray[Any, Any]":
-        """See `Encoder.encode`; the limit is that of each process."""
+        """See `Encoder.encode`; `batch_tokens` holds for each process."""
         found = self.embed(texts, instruction=instruction, batch_tokens=batch_tokens, show_progress=show_progress)
         self.config.warn_of_truncated(found.truncated, len(texts))
         return found.vectors
@@ -71,7 +59,6 @@ class ParallelEncoder:
         batch_tokens: int | None = None,
         show_progress: bool = False,
     ) -> "Embedded":
-        """See `Encoder.embed`."""
         import numpy as np
 
         from pipeline.encoder.inference import Embedded, check_texts
@@ -89,20 +76,15 @@ class ParallelEncoder:
         return Embedded(vectors, truncated)
 
     def close(self) -> None:
-        """Stop the processes."""
         self._pool.close()
 
 
 def encoder_loader(
     path: Path, *, untrained_seed: int | None = None, device: str | None = None, **options: Any
 ) -> "Callable[[], Encoder]":
-    """Loads the encoder of a folder; picklable.
+    """Loads the encoder of a folder, or with a seed its `untrained` one; picklable.
 
-    Args:
-        path: the folder.
-        untrained_seed: of `Encoder.untrained`; None: the trained one.
-        device: of the backbone; None: the best of the process that loads it.
-        options: see `read_encoder`.
+    `device` None is the best of the process that loads it; options are those of `read_encoder`.
     """
     return partial(_load, path, untrained_seed, device, options)
 

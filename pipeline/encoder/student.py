@@ -29,12 +29,10 @@ class Student(nn.Module):
 
     @property
     def hidden(self) -> int:
-        """d, the hidden size of the backbone."""
         return self.tokens.shape[1]
 
     @property
     def width(self) -> int:
-        """e, the width of the embedding."""
         return self.alignment.out_features
 
     def soft_prompts(self, hidden: Tensor) -> Tensor:
@@ -55,7 +53,7 @@ def new_student(
     seed: int,
     start: TokenInit = vocabulary_rows,
 ) -> Student:
-    """A student for `backbone`: random projections as in the paper, and token rows as `start` gives them."""
+    """A student for `backbone`: random projections as in the paper, and token rows by `start`."""
     embeddings = backbone.get_input_embeddings()
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(seed)

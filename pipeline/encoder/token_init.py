@@ -1,9 +1,9 @@
 """Initial rows of the new tokens.
 
-vocabulary  copies of random vocabulary rows: inputs as the backbone knows them, and all different
+vocabulary  copies of random vocabulary rows: inputs that the backbone knows, and all different
 random      drawn from a normal with the mean and covariance of the vocabulary, as transformers does for added tokens
-mean        in effect the mean row: that normal with 1e-9 of its covariance. The code of transformers has this factor,
-            and the paper's reference implementation starts its tokens with it
+mean        that normal with 1e-9 of its covariance, in effect the mean row: a factor in the code of transformers, with
+            which the paper's reference implementation starts its tokens
 words       rows of the tokens of a given text
 """
 
@@ -28,8 +28,6 @@ _CHUNK = 16_384
 
 
 class TokenInitParams(Params):
-    """Which initial rows."""
-
     kind: TokenInitKind = "vocabulary"
     words: str | None = None
 
@@ -44,23 +42,16 @@ class TokenInit(Protocol):
     """Gives the new tokens their initial rows."""
 
     def __call__(self, embeddings: Any, count: int, seed: int) -> "Tensor":
-        """Rows float32 `[count, d]` on the device of `embeddings`.
+        """Rows float32 `[count, d]` on the device of `embeddings`; `seed` gives the same on every device.
 
-        Args:
-            embeddings: the backbone's input embedding layer over V tokens. It is called instead of reading its weight,
-                because some architectures (Gemma) scale the rows.
-            count: thought and compression tokens together.
-            seed: of any draw; the same on every device.
+        `embeddings` is the backbone's input embedding layer. It is called, and its weight not read, because some
+        architectures (Gemma) scale the rows.
         """
         ...
 
 
 def token_init(kind: TokenInitKind, words: str | None, tokenizer: Any) -> TokenInit:
-    """The initialisation of a kind; `words` belongs to kind `words`.
-
-    Raises:
-        TrainingError: the words give no token.
-    """
+    """The initialisation of a kind; TrainingError if `words` gives no token."""
     match kind:
         case "vocabulary":
             return vocabulary_rows
@@ -78,7 +69,7 @@ def token_init(kind: TokenInitKind, words: str | None, tokenizer: Any) -> TokenI
 def vocabulary_rows(embeddings: Any, count: int, seed: int) -> "Tensor":
     """A `TokenInit`: different random vocabulary rows.
 
-    They have the mean and the spread of the vocabulary, and they differ from each other: identical tokens would receive
+    They have the mean and the spread of the vocabulary and differ from each other: identical tokens would receive
     nearly identical gradients. Before the closed form they beat the mean embedding (docs/results-log.md).
     """
     import torch
@@ -89,16 +80,15 @@ def vocabulary_rows(embeddings: Any, count: int, seed: int) -> "Tensor":
 
 @dataclass(frozen=True)
 class NormalRows:
-    """A `TokenInit`: a normal with the mean and (times `covariance`) the covariance of the vocabulary.
+    """A `TokenInit`: a normal with the mean and `covariance` times the covariance of the vocabulary.
 
-    Drawn without the covariance matrix: the sum of the V centred rows with standard normal weights, over the root of V,
-    has that distribution. It costs count x V x d, needs no decomposition, and works where the matrix is singular.
+    Drawn as the sum of the V centred rows with standard normal weights, over the root of V: that costs count x V x d,
+    and works where the covariance matrix is singular.
     """
 
     covariance: float = 1.0
 
     def __call__(self, embeddings: Any, count: int, seed: int) -> "Tensor":
-        """See `TokenInit`."""
         import torch
 
         size, device = _size(embeddings), embeddings.weight.device
@@ -112,7 +102,7 @@ class NormalRows:
 
 @dataclass(frozen=True)
 class WordRows:
-    """A `TokenInit`: rows of these tokens in their order, repeated if they are too few.
+    """A `TokenInit`: rows of these tokens in their order, repeated if they are too few; nothing is drawn.
 
     If they are too many, each row is the mean of a run of neighbours.
     """
@@ -120,7 +110,6 @@ class WordRows:
     ids: tuple[int, ...]
 
     def __call__(self, embeddings: Any, count: int, seed: int) -> "Tensor":
-        """See `TokenInit`; nothing is drawn."""
         import torch
 
         repeated = self.ids * math.ceil(count / len(self.ids))

@@ -16,16 +16,10 @@ def epoch_order(rows: int, epoch: int, seed: int) -> np.ndarray:
 def steps(
     lengths: np.ndarray, batch_size: int, epochs: int, *, most: int | None, seed: int, grouping: int = 1
 ) -> Iterator[list[int]]:
-    """Row indices of each optimiser step; one batch of an epoch may be smaller.
+    """Row indices of each optimiser step, at most `most` steps; one batch of an epoch may be smaller.
 
-    Args:
-        lengths: tokens of each row.
-        batch_size: rows of a step.
-        epochs: times that every row is seen.
-        most: steps after which to stop.
-        seed: of the order; the same seed gives the same steps.
-        grouping: the rows of this many random batches are sorted by length before they are cut into batches, whose
-            order is then shuffled over the epoch: rows of like length meet, lengths come in random order. 1: none.
+    The rows of `grouping` random batches are sorted by length before they are cut into batches, whose order is then
+    shuffled over the epoch: rows of similar length meet, lengths come in random order. 1: no grouping.
     """
     taken = 0
     for epoch in range(epochs):
@@ -54,7 +48,7 @@ def _cut(rows: Sequence[int] | np.ndarray, size: int) -> list[list[int]]:
 
 
 def deal(rows: Sequence[int], lengths: np.ndarray, processes: int) -> list[list[int]]:
-    """The rows of a step, shared out over processes so that each gets about as many tokens; longest rows first."""
+    """The rows of a step, longest first, divided among processes so that each gets about as many tokens."""
     ordered = sorted(rows, key=lambda row: (-lengths[row], row))
     return [ordered[first::processes] for first in range(processes)]
 
@@ -62,14 +56,10 @@ def deal(rows: Sequence[int], lengths: np.ndarray, processes: int) -> list[list[
 def micro_batches(
     rows: Sequence[int], lengths: np.ndarray, *, most_rows: int, most_tokens: int | None, padded: bool
 ) -> list[list[int]]:
-    """Rows cut, in their order, into forward passes.
+    """Rows, longest first as `deal` gives them, cut in their order into forward passes.
 
-    Args:
-        rows: as `deal` gives them, longest first.
-        lengths: tokens of each row of the corpus.
-        most_rows: rows of a pass, where there is no token budget.
-        most_tokens: tokens of a pass. A row that is longer by itself makes a pass of its own.
-        padded: every row of a pass takes the tokens of the longest.
+    A pass has at most `most_tokens` tokens, or `most_rows` rows where that is None. A longer row makes a pass of its
+    own. `lengths` are those of all rows of the corpus; `padded`: every row of a pass takes the tokens of the longest.
     """
     if most_tokens is None:
         return _cut(rows, most_rows)
@@ -86,18 +76,12 @@ def micro_batches(
 
 
 class Batches:
-    """Endless batches of a fixed size; an epoch leaves out the rows that do not fill its last batch."""
+    """Endless batches of a fixed size; an epoch leaves out the rows that do not fill its last batch.
+
+    `grouping` as in `steps`: next to no padding, and every row as often as any other.
+    """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int, grouping: int = 1) -> None:
-        """Set the rules.
-
-        Args:
-            lengths: tokens of each row, at least `batch_size` of them.
-            batch_size: rows of a batch.
-            seed: of the order.
-            grouping: the rows of this many random batches are sorted by length before they are cut, and the batches
-                shuffled: next to no padding, and every row as often as any other. 1: batches are random.
-        """
         self._lengths, self._size, self._seed, self._grouping = lengths, batch_size, seed, grouping
         self._per_epoch = len(lengths) // batch_size
         self._epoch: tuple[int, list[list[int]]] = (-1, [])

@@ -27,12 +27,7 @@ def save_checkpoint(
 ) -> None:
     """Write one atomic file that checks itself.
 
-    Args:
-        path: of the file.
-        trained: the trained tensors by name.
-        optimizer: AdamW over them.
-        progress: serialises to JSON.
-        kept: further tensors to get back on loading.
+    `optimizer` is AdamW over the trained tensors, `progress` serialises to JSON, `kept` are further tensors.
     """
     tensors = {f"trained.{name}": parameter.detach() for name, parameter in trained.items()}
     tensors |= {f"kept.{name}": tensor for name, tensor in (kept or {}).items()}
@@ -50,8 +45,6 @@ def save_checkpoint(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What an intact file holds: `progress` and all tensors."""
-
     path: Path
     progress: dict[str, Any]
     tensors: Mapping[str, Tensor]
@@ -62,11 +55,7 @@ class Checkpoint:
         return {name.removeprefix("kept."): value for name, value in self.tensors.items() if name.startswith("kept.")}
 
     def restore(self, trained: Mapping[str, Parameter], optimizer: Optimizer) -> None:
-        """Give the trained tensors and AdamW the values of the checkpoint.
-
-        Raises:
-            TrainingError: it holds other tensors.
-        """
+        """Restore the trained tensors and AdamW's state; TrainingError if the checkpoint holds other tensors."""
         _check_tensors(self.path, self.tensors, trained)
         for name, parameter in trained.items():
             parameter.data.copy_(self.tensors[f"trained.{name}"])

@@ -2,8 +2,7 @@
 
 A multiplication and its addition count as two. The frozen weights need no gradient, so backward costs once what forward
 costs in linear maps, not twice; the prefix of a query runs forward only. Attention is counted as full rectangles, as is
-usual, though half of each is masked. Padding, recomputation, and the softmax, norms and rotations (next to nothing) are
-not counted: what a slower way of computing the same adds lowers the utilisation.
+usual, though half of each is masked. Padding, recomputation, softmax, norms and rotations are not counted.
 """
 
 from collections.abc import Iterable
@@ -20,15 +19,10 @@ def step_flops(
     width: int | None = None,
     adapter_parameters: int = 0,
 ) -> int:
-    """Operations of forward and backward for some rows.
+    """Operations of forward and backward for rows of these query and response tokens.
 
-    Args:
-        sizes: of the backbone.
-        lengths: query tokens and response tokens of each row.
-        compression_tokens: also the soft prompts of a row.
-        thought_tokens: further new tokens.
-        width: of the embedding; None: the backbone's hidden size.
-        adapter_parameters: of LoRA on the query pass; the prefix then needs gradients too.
+    `width` None is the backbone's hidden size. With `adapter_parameters`, of LoRA on the query pass, the prefix needs
+    gradients too.
     """
     new = compression_tokens + thought_tokens
     linear = 2 * sizes.layers * sizes.layer_parameters()

@@ -12,13 +12,9 @@ TOKENS = "student.tokens"
 
 
 def adamw(trained: Mapping[str, Parameter], *, rate: float, token_rate: float | None, weight_decay: float) -> Optimizer:
-    """AdamW whose groups hold their peak rate as "peak"; the token rows have no weight decay.
+    """AdamW whose groups hold their peak rate as "peak"; the token rows (`TOKENS`) have no weight decay.
 
-    Args:
-        trained: by name; the token rows are `TOKENS`.
-        rate: peak learning rate.
-        token_rate: of the token rows; None is `rate`.
-        weight_decay: of all but the token rows.
+    `token_rate` is theirs; None is `rate`.
     """
     others = [value for name, value in trained.items() if name != TOKENS]
     groups: list[dict[str, Any]] = [
@@ -35,14 +31,13 @@ def set_rate(optimizer: Optimizer, factor: float) -> None:
 
 
 def unscale(parameters: Iterable[Parameter], scale: int) -> None:
-    """Divide the gradients of a loss that was scaled, in place."""
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.div_(scale)
 
 
 def sum_and_clip(parameters: Sequence[Parameter], accelerator: Any, max_norm: float) -> float:
-    """Sum gradients over processes and clip them to `max_norm` in place; returns their norm before clipping."""
+    """Sum gradients over processes and clip them in place; returns their norm before clipping."""
     gradients = [_gradient(parameter) for parameter in parameters]
     if accelerator.num_processes > 1:
         _sum_over_processes(gradients, accelerator)
@@ -50,14 +45,13 @@ def sum_and_clip(parameters: Sequence[Parameter], accelerator: Any, max_norm: fl
 
 
 def _gradient(parameter: Parameter) -> Tensor:
-    """The gradient; zeros where no row of this process gave one, for AdamW and the sum over processes need all."""
+    """Zeros where no row of this process gave a gradient: AdamW and the sum over processes need all."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
 
 
 def _sum_over_processes(gradients: Sequence[Tensor], accelerator: Any) -> None:
-    """In place, all tensors as one message."""
     flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
     for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(summed.view_as(gradient))

@@ -66,19 +66,14 @@ class PassTokens:
 
     @classmethod
     def full(cls, rows: int, max_query: int, max_response: int) -> "PassTokens":
-        """Rows of full length."""
         return cls(rows, rows * max_query, rows * max_response)
 
     @classmethod
     def worst(cls, budget: int, most_rows: int, max_query: int, max_response: int, extra: int) -> "PassTokens":
-        """The costliest pass of a token budget: responses as long as they may be, next to no query.
+        """The costliest pass of a token budget: responses of full length, next to no query.
 
-        Args:
-            budget: tokens of queries, responses and `extra` of each row. A longer row makes a pass of its own.
-            most_rows: of a pass.
-            max_query: of a row.
-            max_response: of a row.
-            extra: tokens that every row adds: the new ones and the soft prompts.
+        `budget` counts queries, responses and the `extra` tokens that every row adds (new ones and soft prompts); a
+        longer row makes a pass of its own.
         """
         rows = min(most_rows, budget // (1 + max_response + extra))
         if rows < 2:
@@ -88,8 +83,6 @@ class PassTokens:
 
 @dataclass(frozen=True)
 class LoraSizes:
-    """Adapters on the linear maps of each layer that `targets` names."""
-
     rank: int
     targets: tuple[str, ...] = ALL_LINEAR
 
@@ -99,18 +92,13 @@ class StepSettings:
     """How a step runs.
 
     Attributes:
-        dtype: of the frozen backbone.
         compression_tokens: n, also the soft prompts of a row.
-        thought_tokens: further new tokens.
-        width: of the embedding; None: the backbone's hidden size, as a teacher made of the backbone has it.
-        packed: no padding.
+        width: of the embedding; None: the backbone's hidden size.
         frozen_prefix: the query runs without autograd; never with `lora`.
-        fused_cross_entropy: logits for `chunk` positions at a time.
+        fused_cross_entropy: logits for `chunk` positions at a time; None: chosen by the vocabulary.
         checkpoint_responses: recompute the response pass, layer by layer.
         recompute_attention: packed attention keeps neither its output nor copies of the prefix.
-        chunk: positions whose logits exist at a time; None: chosen by the vocabulary.
         quantize: of the frozen linear maps.
-        lora: adapters of the query pass.
         shards: processes that share the backbone's layers.
         fused_kernels: norms and gates as on a GPU (`backbone/fused.py`).
     """
@@ -137,17 +125,15 @@ class StepSettings:
 
     @property
     def new_tokens(self) -> int:
-        """Thought and compression tokens."""
         return self.thought_tokens + self.compression_tokens
 
     @property
     def extra_tokens(self) -> int:
-        """What a row adds to its query and response: the new tokens and the soft prompts."""
+        """What a row adds to its query and response: new tokens and soft prompts."""
         return self.new_tokens + self.compression_tokens
 
     @property
     def prefix_is_frozen(self) -> bool:
-        """Whether the query runs without autograd."""
         return self.frozen_prefix and self.lora is None
 
 
@@ -156,11 +142,9 @@ class StepMemory:
     """Bytes on one device at the moment of a step that takes most.
 
     Attributes:
-        weights: of the frozen backbone.
         optimizer: trained tensors, their gradients and AdamW's moments.
         prefix: keys and values of the queries.
         activations: kept by autograd.
-        logits: of the cross-entropy.
         workspace: what lives for one layer only.
     """
 
@@ -173,18 +157,11 @@ class StepMemory:
 
     @property
     def total(self) -> int:
-        """Sum of the parts."""
         return sum(asdict(self).values())
 
 
 def step_memory(sizes: ModelSizes, tokens: PassTokens, settings: StepSettings) -> StepMemory:
-    """The most that a step holds at once on one device, without `OVERHEAD`.
-
-    Args:
-        sizes: of the backbone.
-        tokens: of one forward pass.
-        settings: how it runs.
-    """
+    """The most that a step holds at once on one device, without `OVERHEAD`."""
     return max(moments(sizes, tokens, settings), key=lambda memory: memory.total)
 
 
@@ -214,13 +191,7 @@ def moments(sizes: ModelSizes, tokens: PassTokens, settings: StepSettings) -> li
 
 
 def largest(cost: Callable[[int], StepMemory], limit: int, end: int) -> int | None:
-    """The largest number up to `end` whose cost fits into `limit` bytes with `OVERHEAD`; None: not even 1 does.
-
-    Args:
-        cost: of a number of rows, or of tokens; grows with it.
-        limit: of the device.
-        end: the largest number to try.
-    """
+    """The largest number up to `end` whose cost fits into `limit` bytes with `OVERHEAD`; None: not even 1 does."""
     return bisect_right(range(1, end + 1), limit, key=lambda number: cost(number).total + OVERHEAD) or None
 
 

@@ -28,11 +28,7 @@ def group_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """As `segment_attention`, where the cache holds no sequence's own tokens.
-
-    Raises:
-        ValueError: it does.
-    """
+    """As `segment_attention`; ValueError if the cache holds a sequence's own tokens."""
     if any(packed.prefix):
         raise ValueError("sequences attend in groups only if the cache holds nothing but their shared beginning")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

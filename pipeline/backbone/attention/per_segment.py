@@ -1,8 +1,7 @@
 """Attention of a packed row, one sequence at a time: on every device, in every precision, with soft-capped scores too.
 
-Only queries, keys and values are kept for the backward pass, in their own precision; the rest is recomputed, one
-sequence after another. On a CPU half precision is computed in float32: torch's bfloat16 backward pass takes three times
-as long there as the float32 one.
+Only queries, keys and values are kept for the backward pass, in their own precision; the rest is recomputed. On a CPU
+half precision is computed in float32: torch's bfloat16 backward pass takes three times as long there.
 """
 
 from collections.abc import Callable
@@ -33,16 +32,8 @@ def segment_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a packed row, as transformers calls it.
 
-    Args:
-        module: the attention layer, unused.
-        query: `[1, heads, sum(new), head_dim]`.
-        key: `[1, kv_heads, cached + sum(new), head_dim]`.
-        value: as `key`.
-        attention_mask: None.
-        packed: the segments.
-        scaling: of the scores.
-        sliding_window: tokens that a token sees, itself included.
-        softcap: `c` where scores become `c * tanh(score / c)`.
+    `query` is `[1, heads, sum(new), head_dim]`, `key` and `value` `[1, kv_heads, cached + sum(new), head_dim]`. A token
+    sees `sliding_window` tokens, itself included; with `softcap` c scores become `c * tanh(score / c)`.
 
     Returns:
         `[1, sum(new), heads, head_dim]`, and no weights.
@@ -113,7 +104,6 @@ def _mask(new: int, total: int, window: int | None, device: torch.device) -> Ten
 
 
 def _exact(states: Tensor) -> Tensor:
-    """On a CPU half precision is computed in float32."""
     half = states.dtype in (torch.bfloat16, torch.float16)
     return states.float() if half and states.device.type == "cpu" else states
 

@@ -1,8 +1,8 @@
 """Attention of packed rows: the implementations, which of them fits, and setting one on a backbone.
 
-A packed row runs through transformers' attention interface: each implementation is registered under its own name, gets
-the lengths of the sequences as the keyword `packed` of the backbone's forward. No mask is registered for these names:
-transformers then makes none, and a GPU does not wait for the host to look at the mask.
+Each implementation is registered with transformers' attention interface and gets the lengths of the sequences as the
+keyword `packed` of the backbone's forward. No mask is registered for these names: transformers then makes none, and a
+GPU does not wait for the host to look at the mask.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ for _name, _function in _REGISTERED.items():
 
 @contextlib.contextmanager
 def use_attention(backbone: Any, implementation: str) -> Iterator[None]:
-    """Inside the block the backbone attends to packed rows; outside it is unchanged. One thread at a time."""
+    """In the block the backbone attends to packed rows; outside it is unchanged. One thread at a time."""
     config = backbone.get_decoder().config
     before = config._attn_implementation
     config._attn_implementation = _registered(implementation)
@@ -88,11 +88,7 @@ def with_packed_attention(backbone: Any, implementation: str) -> Any:
 
 
 def choose_attention(backbone: Any, requested: Attention) -> tuple[Implementation, str]:
-    """The implementation to use, and why.
-
-    Raises:
-        BackboneError: the requested one cannot run here.
-    """
+    """The implementation to use, and why; BackboneError if the requested one cannot run here."""
     if requested == "auto":
         return _automatic(backbone)
     if requested not in get_args(Attention):
@@ -144,11 +140,8 @@ def _device(backbone: Any) -> torch.device:
 def check_layers(backbone: Any, run: Callable[[str], object]) -> None:
     """Refuse layers whose attention depends on more than the packed functions compute.
 
-    A short probe cannot show a window longer than itself, so the window that the layers pass on is checked instead.
-
-    Args:
-        backbone: a causal LM.
-        run: runs a packed row through it with the attention of this name.
+    `run(name)` runs a packed row with that attention. A short probe cannot show a window longer than itself, so the
+    window that the layers pass on is checked.
 
     Raises:
         BackboneError: a layer's kind is unknown, the window of sliding ones does not reach the function, or an argument

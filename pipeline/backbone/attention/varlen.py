@@ -24,11 +24,7 @@ def varlen_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """As `segment_attention`, without soft-capped scores.
-
-    Raises:
-        ValueError: the scores are soft-capped.
-    """
+    """As `segment_attention`; ValueError if scores are soft-capped."""
     from torch.nn.attention.varlen import varlen_attn
 
     if softcap is not None:

@@ -96,14 +96,7 @@ The backbone is loaded from the hub at the recorded revision; a copy on disk is 
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What a card says of the training beside the encoder's config.
-
-    Attributes:
-        rows: training rows.
-        steps: optimiser steps.
-        sources: training queries by source.
-        params: resolved params by section.
-    """
+    """What a card says of the training: rows, optimiser steps, queries by source, resolved params by section."""
 
     rows: int
     steps: int
@@ -114,15 +107,7 @@ class TrainingFacts:
 def model_card(
     config: "EncoderConfig", facts: TrainingFacts, *, parameters: int, adapter_parameters: int = 0, place: str = "DIR"
 ) -> str:
-    """The card of an encoder that has not been evaluated.
-
-    Args:
-        config: of the encoder.
-        facts: about its training.
-        parameters: trained ones, without adapters.
-        adapter_parameters: those of the adapters.
-        place: what to load it by.
-    """
+    """The card of an encoder that has not been evaluated; `place` is what to load it by."""
     backbone, lora = config.backbone, config.lora
     local = "sha256" in backbone
     return _CARD.format(
@@ -153,7 +138,7 @@ def model_card(
 
 
 def with_results(card: str, tables: Sequence[str]) -> str:
-    """A card with results, in place of the line that says that there are none."""
+    """A card with results, in place of the sentence that there are none."""
     return card.replace(NO_RESULTS, "\n\n".join(tables)) if tables else card
 
 
@@ -169,7 +154,6 @@ def _params_table(params: Mapping[str, Any]) -> str:
 
 
 def _flat(values: Mapping[str, Any], above: str) -> list[tuple[str, Any]]:
-    """Leaves of nested mappings under dotted names."""
     flat = []
     for key, value in values.items():
         name = f"{above}{key}"

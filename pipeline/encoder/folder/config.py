@@ -41,11 +41,10 @@ class EncoderConfig(Params):
         )
 
     def warn_of_truncated(self, count: int, total: int) -> None:
-        """Log the note, if there are any."""
         if count:
             log.warning("%s", self.truncation_note(count, total))
 
 
 def fingerprint(identity: Mapping[str, Any], config: EncoderConfig) -> dict[str, Any]:
-    """What an embedding depends on besides its text: the encoder's weights (`identity`), and its way to prompts."""
+    """What an embedding depends on besides its text: the weights (`identity`) and how a prompt is made of the text."""
     return {**identity, "config": config.model_dump(exclude={"teacher", "origin", "transform"})}

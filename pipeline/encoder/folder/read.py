@@ -47,16 +47,13 @@ def read_encoder(
         path: the folder.
         device: of the backbone.
         dtype: of the backbone.
-        backbone: the place (folder or hub name) or a loaded model to use instead of the recorded one. A loaded model is
-            not checked.
+        backbone: a folder, a hub name or a loaded model (not checked) to use instead of the recorded one.
         allow_other_backbone: accept a backbone with other weights, with a warning.
         quantize: see `load_backbone`.
-        trust_remote_code: let the backbone and its tokenizer run code that comes with them; only the caller can allow
-            it, no folder can.
+        trust_remote_code: let the backbone run code that comes with it; only the caller can allow it, no folder can.
 
     Raises:
-        TrainingError: the folder is no encoder or damaged, or the backbone is another than it was trained on (see
-            `check_backbone`).
+        TrainingError: the folder is no encoder or damaged, or the backbone is another (see `check_backbone`).
         BackboneError: the backbone cannot be loaded.
     """
     config = read_config(path)
@@ -105,11 +102,7 @@ def _why_not(path: Path) -> str:
 
 
 def read_student(path: Path, config: EncoderConfig) -> Student:
-    """The trained tensors of an encoder folder.
-
-    Raises:
-        TrainingError: they are missing, damaged or of other sizes than the config says.
-    """
+    """The trained tensors of a folder; TrainingError if they are missing, damaged or of other sizes than configured."""
     file = path / WEIGHTS_FILE
     student = Student(config.hidden, config.width, config.compression_tokens, config.thought_tokens)
     try:
@@ -139,17 +132,11 @@ def _identity_of(path: Path, config: EncoderConfig, other_backbone: dict[str, st
 def check_backbone(config: EncoderConfig, name: str, *, allow_other: bool = False) -> dict[str, str] | None:
     """Check that the backbone called `name` is the one that the encoder was trained on.
 
-    If the backbone was a local folder, its sha256 is checked, wherever it is now. If it came from the hub, its name and
-    commit are checked, or the commit in the path of a folder of the hub's cache. Any other folder is used with a
-    warning.
-
-    Args:
-        config: of the encoder.
-        name: a folder or a hub name.
-        allow_other: accept another one with a warning.
+    A local folder is checked by its sha256, wherever it is now; a hub model by name and commit, or by the commit in the
+    path of a folder of the hub's cache. Any other folder is used with a warning.
 
     Returns:
-        The identity of another backbone, if `allow_other`; else None.
+        The identity of another backbone, if `allow_other` (which warns); else None.
 
     Raises:
         TrainingError: it is another.
@@ -199,7 +186,6 @@ def _pin(identity: dict[str, str]) -> str:
 
 
 def _check_sizes(config: EncoderConfig, backbone: Any, tokenizer: Any, *, other: bool) -> None:
-    """Raises TrainingError if the encoder does not fit the backbone: another width, or too few token embeddings."""
     rows, hidden = backbone.get_input_embeddings().weight.shape
     name = backbone.config.name_or_path or type(backbone).__name__
     if hidden != config.hidden:

@@ -1,7 +1,4 @@
-"""What makes an encoder folder one of sentence-transformers: its own module file, modules.json, prompts.
-
-Knows nothing of the encoder: `st_module.py` stands for it where this project is not installed.
-"""
+"""What makes an encoder folder one of sentence-transformers: its own module file, modules.json, prompts."""
 
 import shutil
 from importlib.util import find_spec
@@ -19,15 +16,7 @@ _PEFT = {"specifier": ">=0.17", "reason": "this encoder has LoRA adapters"}
 
 
 def write_st_files(folder: Path, *, lora: bool) -> None:
-    """Write the module file, byte for byte, and the configs that name it.
-
-    Args:
-        folder: of an encoder.
-        lora: whether it has adapters.
-
-    Raises:
-        ParamsError: the shipped instructions are damaged.
-    """
+    """Write the module file, byte for byte, and the configs that name it; `lora`: the folder has adapters."""
     source = module_file()
     shutil.copyfile(source, folder / source.name)
     module = {"idx": 0, "name": "0", "path": "", "type": f"{source.stem}.{MODULE_CLASS}"}
@@ -55,8 +44,8 @@ def _config(lora: bool) -> dict[str, Any]:
 def st_prompts(instructions: Instructions) -> dict[str, str]:
     """Prompts by name, with which mteb gives each side of a task the instruction that `Instructions.choose` does.
 
-    `query` and `document` are for `encode_query` and `encode_document`; the others are called after mteb's task types
-    and tasks, with `-document` behind it for the texts that are searched.
+    `query` and `document` are for `encode_query` and `encode_document`; the others are named by mteb's task types and
+    tasks, with `-document` appended for the texts that are searched.
     """
     chosen = {"query": instructions.types["Retrieval"].query, "document": instructions.document}
     for name, entry in {**instructions.types, **instructions.tasks}.items():

@@ -1,22 +1,18 @@
 """An LLM2Vec-Gen encoder as a module of sentence-transformers: `SentenceTransformer(folder, trust_remote_code=True)`.
 
-This file stands alone: it is copied as it is into the folder of every trained encoder, and needs torch, transformers,
-safetensors and sentence-transformers (peft too, where the folder has LoRA adapters). A text runs through a frozen
-language model with trained tokens behind it; two trained projections make the embedding of what is read there. The
-folder holds the trained tensors; the language model is loaded by the name and revision in `encoder_config.json`.
+This file needs torch, transformers, safetensors and sentence-transformers (and peft for LoRA adapters), nothing else.
+A text runs through a frozen language model, followed by trained tokens; two trained projections make the embedding. The
+language model is loaded by the name and revision in `encoder_config.json`.
 
     SentenceTransformer(folder, trust_remote_code=True, model_kwargs={
-        "backbone": "/models/llm",         # the language model, wherever it lies; LLM2VEC_GEN_BACKBONE says it too
-        "allow_other_backbone": True,      # also where it is known to be another than the encoder was trained on
-        "dtype": "bfloat16",               # of the language model, float32 unless said; what else
-    })                                     # from_pretrained of transformers takes goes there as well
+        "backbone": "/models/llm",         # where the language model is; or LLM2VEC_GEN_BACKBONE in the environment
+        "allow_other_backbone": True,      # also if it is not the one that the encoder was trained on
+        "dtype": "bfloat16",               # of the language model, float32 by default; other arguments of
+    })                                     # transformers' from_pretrained go here too
 
-A language model that is recorded as a folder is known by the sha256 of its files; one of the hub by name and commit,
-and by the commit that a folder of the hub's cache is called after. Nothing tells of any other folder: it is taken with
-a warning.
-
-Trusting this file does not trust code that comes with the language model: that is `"trust_remote_code": True` among the
-`model_kwargs`.
+A recorded folder is checked by the sha256 of its files, a hub model by name and commit, or by the commit in the name of
+a folder of the hub's cache. Any other folder is used with a warning. Code that comes with the language model runs only
+with `"trust_remote_code": True` among the `model_kwargs`.
 """
 
 import contextlib
@@ -57,7 +53,7 @@ log = logging.getLogger(__name__)
 
 
 class _InFloat32(nn.Module):
-    """Goes to any device and stays in float32, whatever precision the language model around it is given."""
+    """Stays in float32 on any device, whatever dtype the language model around it is given."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
@@ -68,7 +64,7 @@ class _Projection(_InFloat32, nn.Linear):
 
 
 class Head(_InFloat32):
-    """What was trained: T thought and n compression tokens `[T + n, d]`, and two projections, d -> d and d -> e."""
+    """T thought and n compression tokens `[T + n, d]`, and two projections, d -> d and d -> e."""
 
     def __init__(self, hidden: int, width: int, tokens: int) -> None:
         super().__init__()
@@ -77,7 +73,7 @@ class Head(_InFloat32):
         self.alignment = _Projection(hidden, width)
 
     def soft_prompts(self, hidden: Tensor) -> Tensor:
-        """Soft prompts `[B, n, d]`, which the language model decodes into an answer, of hidden states `[B, n, d]`."""
+        """Soft prompts `[B, n, d]`, which the language model can decode, of hidden states `[B, n, d]`."""
         weight = self.reconstruction.weight
         return self.reconstruction(hidden.to(weight.device, weight.dtype))
 
@@ -90,12 +86,10 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
     """Texts in, embeddings and soft prompts out.
 
     Attributes:
-        backbone: the causal language model, frozen, LoRA adapters included where there are any.
-        tokenizer: the language model's.
-        head: the trained tensors.
-        max_seq_length: longest prompt in tokens, template included, new tokens not; of longer texts the side
-            that `keep` of `encoder_config.json` names is kept.
-        truncated: how many texts have lost a part so far.
+        backbone: the frozen causal language model, with LoRA adapters if there are any.
+        max_seq_length: longest prompt in tokens, template included, new tokens not; of longer texts the side named by
+            `keep` of `encoder_config.json` is kept.
+        truncated: how many texts were truncated so far.
     """
 
     config_file_name = CONFIG_FILE
@@ -110,9 +104,9 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         adapter_config: dict[str, Any] | None = None,
         transform: bytes | None = None,
     ) -> None:
-        """From loaded parts; `load` reads them. `adapter_config` is peft's, where `backbone` holds LoRA adapters.
+        """From loaded parts; `load` reads them.
 
-        `transform` is the content of `transform.safetensors`, the way back to the teacher's space; `save` writes it.
+        `adapter_config` is peft's; `transform` the content of `transform.safetensors`, which `save` writes.
         """
         super().__init__()
         self.backbone, self.tokenizer, self.head = backbone, tokenizer, head
@@ -124,11 +118,7 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
     # --- texts to tokens --------------------------------------------------------------------------------------------
 
     def preprocess(self, inputs: Any, prompt: str | None = None, **_: Any) -> dict[str, Tensor]:
-        """Prompt tokens `[B, T]` of texts, padded on the left, and their mask.
-
-        Raises:
-            ValueError: something is not a text.
-        """
+        """Prompt tokens `[B, T]`, padded on the left, and their mask; ValueError if something is not a text."""
         for text in inputs:
             if not isinstance(text, str):
                 found = f"{type(text).__name__}: {str(text)[:80]}"
@@ -184,7 +174,7 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
 
     @torch.inference_mode()
     def decode(self, soft_prompts: Tensor, max_new_tokens: int = 64) -> list[str]:
-        """The answers that soft prompts `[B, n, d]` hold, written greedily by the language model without adapters."""
+        """What the language model without adapters writes greedily after soft prompts `[B, n, d]`."""
         embeds = soft_prompts.to(self.backbone.device, self.backbone.dtype)
         stops = self._stop_ids()
         with self._without_adapters():
@@ -198,7 +188,7 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         return [text.strip() for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
 
     def _stop_ids(self) -> list[int]:
-        """The tokens that end an answer: the tokenizer's EOS and those of the language model's generation config."""
+        """EOS of the tokenizer, and of the language model's generation config."""
         named = self.backbone.generation_config.eos_token_id
         ids = {*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id}
         return sorted(token for token in ids if token is not None)
@@ -220,13 +210,13 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         return int(self.encoder_config["width"])
 
     def get_config_dict(self) -> dict[str, Any]:
-        """What `encoder_config.json` holds."""
+        """Content of `encoder_config.json`."""
         return {**self.encoder_config, "max_query_tokens": self.max_seq_length}
 
     # --- folders ----------------------------------------------------------------------------------------------------
 
     def save(self, output_path: str, *_: Any, safe_serialization: bool = True, **__: Any) -> None:
-        """Write what `load` reads, always as safetensors; the language model stays where it is."""
+        """Write what `load` reads, always as safetensors, without the language model."""
         folder = Path(output_path)
         _write_json(folder / CONFIG_FILE, self.get_config_dict())
         _write_tensors(folder / WEIGHTS_FILE, self.head.state_dict())
@@ -254,7 +244,7 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         backend: str = "torch",
         **_: Any,
     ) -> "LLM2VecGenEncoder":
-        """Read a folder, or a repository of the hub; the docstring of this file says what `model_kwargs` may hold.
+        """Read a folder or a hub repository; the docstring of this file lists the `model_kwargs`.
 
         Raises:
             ValueError: it is no encoder, or the language model is another than it was trained on.
@@ -284,10 +274,9 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
 
 
 class _Prompts:
-    """Texts as prompt tokens, at most `limit` of them; of a text that is too long `keep`, start or end, is kept.
+    """Texts as at most `limit` prompt tokens; of a longer text the side `keep` (start or end) is kept.
 
-    `raw` is the text with the tokenizer's own special tokens, `chat` the tokenizer's chat template around it, with the
-    beginning of the answer.
+    `raw` is the text with the tokenizer's special tokens, `chat` the tokenizer's chat template around it.
     """
 
     def __init__(
@@ -307,9 +296,9 @@ class _Prompts:
             raise ValueError(f"max_seq_length is {limit}, the {template} template takes {len(self._frame)} by itself")
 
     def batch(self, texts: list[str], prefix: str) -> tuple[list[list[int]], int]:
-        """Token ids of each text with `prefix` in front, and how many of them were cut.
+        """Token ids of each text with `prefix` in front, and how many were truncated.
 
-        A text that loses its start loses none of `prefix`; raises ValueError if that leaves it no room.
+        `prefix` is never truncated; ValueError if it leaves no room for the text.
         """
         # Four characters a token is already long; beyond this bound tokenising the rest is wasted work.
         most = 64 * self._limit
@@ -346,7 +335,7 @@ class _Prompts:
     def _fitting(
         self, taken: int, offsets: list[tuple[int, int]], left: Callable[[int], str], nothing: list[int]
     ) -> list[int]:
-        """Ids of what is `left` of a text with as many of its tokens as fit; `nothing` if none does."""
+        """Ids of `left(count)` for the largest count that fits; else `nothing`."""
         count = min(self._limit - taken, len(offsets))
         while count > 0:
             [ids] = self._ids([left(count)])
@@ -374,7 +363,7 @@ class _Prompts:
 
 
 def _greedy(stops: list[int], max_new_tokens: int) -> GenerationConfig:
-    """Every value is set: unset ones (a repetition penalty) would come from the language model's file."""
+    """Sets every value: unset ones (a repetition penalty) would come from the language model's file."""
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -417,7 +406,7 @@ def _load_head(config: dict[str, Any], file: str | None) -> Head:
 
 
 def _load_backbone(config: dict[str, Any], options: dict[str, Any]) -> Any:
-    """The frozen language model; `options` go to `from_pretrained`, but for those that say which model."""
+    """The frozen language model; `options` that do not say which model go to `from_pretrained`."""
     recorded = config["backbone"]
     asked = options.pop("backbone", None) or os.environ.get(BACKBONE_VARIABLE) or recorded["name"]
     anyway = options.pop("allow_other_backbone", False)
@@ -439,7 +428,7 @@ def _load_backbone(config: dict[str, Any], options: dict[str, Any]) -> Any:
 
 
 def _check_identity(recorded: dict[str, str], name: str, revision: str | None, anyway: bool) -> None:
-    """Raises ValueError if the model called `name` is known to be another, OSError if it is not there."""
+    """ValueError if the model called `name` is known to be another, OSError if it is missing."""
     expected = recorded.get("sha256") or f"revision {recorded.get('revision')}"
     if Path(name).is_dir():
         found = _sha256(Path(name)) if "sha256" in recorded else _snapshot(Path(name), recorded.get("revision", ""))
@@ -470,14 +459,14 @@ def _sha256(folder: Path) -> str:
 
 
 def _snapshot(folder: Path, recorded: str) -> str | None:
-    """The commit that a folder in the hub's cache is called after, if the recorded revision is a commit too."""
+    """The commit in the name of a folder of the hub's cache, if the recorded revision is a commit too."""
     name = folder.resolve().name
     commits = all(re.fullmatch("[0-9a-f]{40}", commit) for commit in (name, recorded))
     return f"revision {name}" if commits else None
 
 
 def _add_adapter(backbone: Any, folder: str | None) -> dict[str, Any]:
-    """Put the LoRA adapters of a folder into the language model; their peft config."""
+    """Put the LoRA adapters of a folder into the language model; returns their peft config."""
     if folder is None:
         raise ValueError(f"{CONFIG_FILE} says lora, and the folder has no {ADAPTER}/")
     try:
@@ -491,7 +480,7 @@ def _add_adapter(backbone: Any, folder: str | None) -> dict[str, Any]:
 
 
 def _adapter_tensors(backbone: Any) -> dict[str, Tensor]:
-    """The LoRA matrices under the names that peft gives them in files."""
+    """The LoRA matrices under peft's names."""
     return {
         "base_model.model." + name.replace(".default.", "."): parameter
         for name, parameter in backbone.named_parameters()

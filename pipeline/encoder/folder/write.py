@@ -1,7 +1,4 @@
-"""Write an encoder folder: trained tensors, config, the tokenizer of its backbone, a model card.
-
-`read_encoder` reads it, and sentence-transformers does where this project is not installed.
-"""
+"""Write an encoder folder: trained tensors, config, the tokenizer of its backbone, files for sentence-transformers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,19 +29,10 @@ def write_encoder(
 ) -> None:
     """Fill an artifact folder with everything that `read_encoder` reads.
 
-    Args:
-        out: the folder.
-        student: the trained tensors.
-        tokenizer: the backbone's.
-        config: of the encoder.
-        rows: training rows, for the card.
-        steps: optimiser steps, for the card.
-        adapter: the trained parameters of `config.lora` (`adapter_parameters`); None or empty without one.
-        sources: training queries by source, for the card.
-        params: resolved params by section, for the card.
+    Rows, optimiser steps, training queries by source and resolved params by section go into the model card.
 
     Raises:
-        TrainingError: there are adapters without `config.lora`, or the reverse.
+        TrainingError: there are adapters (see `adapter_parameters`) without `config.lora`, or the reverse.
     """
     if bool(adapter) != (config.lora is not None):
         raise TrainingError(

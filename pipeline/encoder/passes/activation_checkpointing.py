@@ -1,8 +1,7 @@
 """Activation checkpointing of decoder layers that stay in eval mode.
 
-transformers' own needs train mode, which silently drops key-value caches and enables dropout, and recomputes with
-whatever attention the config names by then. Here the layers' forward is wrapped while a block runs, and each
-recomputation, which happens in the backward pass, enters the context that the forward pass had.
+transformers' own needs train mode, which silently drops key-value caches and enables dropout, and recomputes with the
+attention that the config then names. Here each recomputation, in the backward pass, enters the context of the forward.
 """
 
 import contextlib
@@ -20,11 +19,7 @@ ContextFactory = Callable[[], AbstractContextManager[None]]
 
 
 def checkpointable_layers(backbone: Any) -> list[Any]:
-    """The decoder layers, as transformers marks them.
-
-    Raises:
-        BackboneError: there are none.
-    """
+    """The decoder layers, as transformers marks them; BackboneError if there are none."""
     layers = [module for module in backbone.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise BackboneError(f"{type(backbone).__name__} has no layers that can be checkpointed")
@@ -33,7 +28,7 @@ def checkpointable_layers(backbone: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def checkpointing(layers: list[Any], context: ContextFactory) -> Iterator[None]:
-    """Inside the block, which runs within `context`, layers keep their inputs only and run again in backward."""
+    """In the block, which runs within `context`, layers keep only their inputs and run again in backward."""
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = partial(_checkpointed, layer.forward, context)

@@ -21,7 +21,6 @@ class AdaptedQueryPass:
         self._dropouts = dropouts if any(module.p > 0 for module in dropouts) else []
 
     def __call__(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
-        """See `QueryPass`."""
         with self._dropout(query_ids, tokens) if torch.is_grad_enabled() else contextlib.nullcontext():
             return self._query_pass(query_ids, tokens, read)
 

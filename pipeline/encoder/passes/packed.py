@@ -1,8 +1,8 @@
 """Passes without padding: a batch is one row of sequences that cannot see each other.
 
 The frozen prefix of a query influences nothing that is trained, so it runs without autograd into a key-value cache, and
-only the new tokens run with autograd against it. What all queries of a batch begin with (a chat template, an
-instruction) runs once. Loss and gradients equal the plain ones up to rounding.
+only the new tokens run with autograd. What all queries of a batch begin with runs once. Loss and gradients equal the
+plain ones up to rounding.
 """
 
 import contextlib
@@ -30,8 +30,6 @@ _LEAST_SAVED = {"cpu": 64, "cuda": 4000}
 
 
 def packed_context(backbone: Any, attention: str, kernels: FusedKernels | None = None) -> ContextFactory:
-    """Contexts in which the backbone runs packed rows with this attention and these kernels."""
-
     @contextlib.contextmanager
     def context() -> Iterator[None]:
         with use_attention(backbone, attention), kernels() if kernels else contextlib.nullcontext():
@@ -41,8 +39,6 @@ def packed_context(backbone: Any, attention: str, kernels: FusedKernels | None =
 
 
 class PackedBackbone:
-    """A causal LM that runs packed rows with one attention."""
-
     def __init__(self, backbone: Any, attention: str, kernels: FusedKernels | None = None) -> None:
         self._lm, self._context = backbone, packed_context(backbone, attention, kernels)
         self.embed = backbone.get_input_embeddings()
@@ -68,9 +64,9 @@ class PackedBackbone:
         shared: int = 0,
         cache: DynamicCache | None = None,
     ) -> Tensor:
-        """Hidden states `[B, count, d]` of the last `count` of the new `tokens` `[N, d]` behind each row of ids.
+        """Hidden states `[B, count, d]` of the last `count` of the new `tokens` `[N, d]` after each row of ids.
 
-        `cache` holds `shared` tokens that all rows go on from.
+        `cache` holds `shared` tokens that all rows continue.
         """
         words = self.embedded(rows)
         row = interleave(torch.split(words, [len(ids) for ids in rows]), [tokens.to(words.dtype)] * len(rows))
@@ -84,7 +80,6 @@ class _PackedCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has
     """Begins with its first states; transformers' own begins with empty tensors that are copied from the host."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """An empty layer of the states' kind."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
         self.is_initialized = True
@@ -101,12 +96,10 @@ def packed_cache() -> DynamicCache:
 
 
 def packed_arguments(row: Tensor, segments: Segments) -> dict[str, Any]:
-    """Arguments of the backbone's forward for a packed row `[T, d]`."""
     return {"inputs_embeds": row[None], "position_ids": segments.positions(row.device), "packed": segments}
 
 
 def _flat(rows: Sequence[Sequence[int]]) -> Tensor:
-    """All ids one after another, int64, on the host."""
     return torch.tensor([token for ids in rows for token in ids], dtype=torch.long)
 
 
@@ -124,7 +117,6 @@ class PackedQueryPass:
         self._backbone = backbone
 
     def __call__(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
-        """See `QueryPass`."""
         return self._backbone.read(query_ids, tokens, read)
 
 
@@ -138,7 +130,6 @@ class FrozenPackedQueryPass:
         self._backbone, self._share_prefix = backbone, share_prefix
 
     def __call__(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
-        """See `QueryPass`."""
         rows, count = len(query_ids), len(tokens)
         shared = self._shared(query_ids) if self._share_prefix else 0
         cache = self._prefixes(query_ids, shared)

@@ -1,7 +1,7 @@
 """Padded batches with a frozen prefix: for every architecture with a key-value cache.
 
-Queries are padded on the left, so that the new tokens of all rows stand together behind the cache (sliding windows
-count from the end); responses on the right, where causality alone hides the padding.
+Queries are padded on the left, so that the new tokens of all rows align after the cache (sliding windows count from the
+end); responses on the right, where causality alone hides the padding.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,9 @@ class FrozenPaddedQueryPass:
     padded = True
 
     def __init__(self, backbone: Any) -> None:
-        """`backbone` is a frozen causal LM in eval mode."""
         self._lm, self._embed = backbone, backbone.get_input_embeddings()
 
     def __call__(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
-        """See `QueryPass`."""
         ids, mask = (tensor.to(self._embed.weight.device) for tensor in pad_left(query_ids))
         cache = self._prefix(ids, mask)
         new = tokens.to(self._embed.weight.dtype).expand(len(ids), -1, -1)

@@ -1,8 +1,4 @@
-"""The two passes through the frozen backbone, plain: padded batches, one forward each, full logits.
-
-This is the reference that faster passes are tested against. Training and inference use `Passes` and know nothing of
-padding, caches or packing.
-"""
+"""The two passes through the frozen backbone, plain: padded batches, full logits. The reference of faster passes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,44 +15,30 @@ from pipeline.backbone.prompting import pad_left, pad_right
 class QueryPass(Protocol):
     """Queries in, hidden states at the new tokens out.
 
-    Attributes:
-        padded: whether every row of a batch costs as many tokens as the longest, so that like lengths should meet.
+    `padded`: every row of a batch costs as many tokens as the longest, so similar lengths should meet.
     """
 
     @property
-    def padded(self) -> bool:
-        """See the class."""
-        ...
+    def padded(self) -> bool: ...
 
     def __call__(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
         """Final-normed hidden states `[B, read, d]` of the last `read` new tokens, in float32 or better.
 
-        Args:
-            query_ids: prompt token ids of each query.
-            tokens: rows of the new tokens `[N, d]`, appended to each query; gradients flow into them.
-            read: how many of the last new tokens to return.
+        The rows of the new `tokens` `[N, d]` follow each query; gradients flow into them.
         """
         ...
 
 
 class ResponsePass(Protocol):
-    """Soft prompts and responses in, cross-entropy out.
-
-    Attributes:
-        padded: see `QueryPass`.
-    """
+    """Soft prompts and responses in, cross-entropy out."""
 
     @property
-    def padded(self) -> bool:
-        """See the class."""
-        ...
+    def padded(self) -> bool: ...
 
     def __call__(self, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
-        """Cross-entropy of the responses given only the soft prompts.
+        """Cross-entropy of the responses (EOS included where there is one) given only the soft prompts.
 
-        Args:
-            soft_prompts: `[B, n, d]`; gradients flow into them.
-            response_ids: token ids of each response, EOS included where there is one.
+        Gradients flow into the soft prompts `[B, n, d]`.
 
         Returns:
             The sum over all response tokens (a scalar in float32 or better), and the number of these tokens.
@@ -73,7 +55,6 @@ class Passes:
 
     @property
     def padded(self) -> bool:
-        """Whether one of them is."""
         return self.query_pass.padded or self.response_pass.padded
 
 
@@ -91,7 +72,6 @@ class PlainQueryPass:
         self._lm, self._embed = backbone, backbone.get_input_embeddings()
 
     def __call__(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
-        """See `QueryPass`."""
         ids, mask = (tensor.to(self._embed.weight.device) for tensor in pad_left(query_ids))
         new = tokens.to(self._embed.weight.dtype).expand(len(query_ids), -1, -1)
         embeds = torch.cat([self._embed(ids), new], dim=1)
@@ -111,7 +91,6 @@ class PlainResponsePass:
         self._lm, self._embed = backbone, backbone.get_input_embeddings()
 
     def __call__(self, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
-        """See `ResponsePass`."""
         ids, mask = (tensor.to(self._embed.weight.device) for tensor in pad_right(response_ids))
         soft = soft_prompts.to(self._embed.weight.dtype)
         embeds = torch.cat([soft, self._embed(ids)], dim=1)

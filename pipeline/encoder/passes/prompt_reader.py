@@ -1,7 +1,7 @@
-"""Prompts in, hidden states at the new tokens behind them out, without autograd: the one forward pass of inference.
+"""Prompts in, hidden states at the new tokens out, without autograd: the forward pass of inference.
 
-The common beginning of many prompts (a chat template, an instruction) is read once, and every batch goes on from there.
-Prompts are packed where that equals the plain way on the backbone at hand, else padded.
+The common beginning of many prompts (a chat template, an instruction) is read once. Prompts are packed where that
+equals the plain way on this backbone, else padded.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,33 +22,22 @@ from pipeline.encoder.passes.select import Comparison, packed_attentions, probe_
 
 @dataclass(frozen=True)
 class Beginning:
-    """What prompts begin with.
-
-    Attributes:
-        ids: its tokens.
-        cache: its keys and values; None where each prompt reads them itself.
-    """
+    """The tokens that prompts begin with, and their keys and values; None where each prompt reads them itself."""
 
     ids: tuple[int, ...] = ()
     cache: DynamicCache | None = None
 
     @property
     def read_again(self) -> int:
-        """Tokens of it that each prompt costs all the same."""
+        """Tokens of it that each prompt costs."""
         return 0 if self.cache is not None else len(self.ids)
 
 
 class PromptReader(Protocol):
-    """Runs prompts and the new tokens behind them.
-
-    Attributes:
-        padded: see `QueryPass`.
-    """
+    """Runs prompts and the new tokens after them; `padded` as in `QueryPass`."""
 
     @property
-    def padded(self) -> bool:
-        """See the class."""
-        ...
+    def padded(self) -> bool: ...
 
     def begin(self, ids: Sequence[int]) -> Beginning:
         """Read what prompts begin with."""
@@ -57,11 +46,7 @@ class PromptReader(Protocol):
     def read(self, beginning: Beginning, rests: Sequence[Sequence[int]], tokens: Tensor, count: int) -> Tensor:
         """Final-normed hidden states `[B, count, d]` of the last `count` new tokens, in float32 or better.
 
-        Args:
-            beginning: of all the prompts.
-            rests: token ids of each prompt behind it, at least one.
-            tokens: rows of the new tokens `[N, d]`, appended to each prompt.
-            count: how many of the last new tokens to return.
+        `rests` are the ids of each prompt after its beginning, at least one; the new `tokens` `[N, d]` follow them.
         """
         ...
 
@@ -75,7 +60,6 @@ class PackedReader:
         self._backbone = backbone
 
     def begin(self, ids: Sequence[int]) -> Beginning:
-        """See `PromptReader.begin`."""
         if not ids:
             return Beginning()
         cache = packed_cache()
@@ -83,7 +67,6 @@ class PackedReader:
         return Beginning(tuple(ids), _Unchanged(cache))
 
     def read(self, beginning: Beginning, rests: Sequence[Sequence[int]], tokens: Tensor, count: int) -> Tensor:
-        """See `PromptReader.read`."""
         return self._backbone.read(rests, tokens, count, len(beginning.ids), beginning.cache)
 
 
@@ -94,11 +77,9 @@ class PaddedReader:
         self._query_pass, self.padded = query_pass, query_pass.padded
 
     def begin(self, ids: Sequence[int]) -> Beginning:
-        """See `PromptReader.begin`."""
         return Beginning(tuple(ids))
 
     def read(self, beginning: Beginning, rests: Sequence[Sequence[int]], tokens: Tensor, count: int) -> Tensor:
-        """See `PromptReader.read`."""
         return self._query_pass([[*beginning.ids, *ids] for ids in rests], tokens, count)
 
 
@@ -112,7 +93,6 @@ class _Unchanged(DynamicCache):  # type: ignore[misc]  # transformers has no typ
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """What is cached of the layer, followed by the new states."""
         layer = self.layers[layer_idx]
         return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
 
@@ -124,14 +104,7 @@ _NEW = 3
 
 
 def prompt_reader(backbone: Any) -> PromptReader:
-    """The fastest reader that the backbone can do, compared with the plain one on a few tokens.
-
-    Args:
-        backbone: a causal LM in eval mode.
-
-    Raises:
-        BackboneError: it cannot even run the plain one.
-    """
+    """The fastest reader that equals the plain one on this causal LM; BackboneError if not even that one runs."""
     plain = PaddedReader(PlainQueryPass(backbone))
     comparison = Comparison[PromptReader](backbone, _probe(backbone), plain, names=("hidden states",))
     return comparison.first_equal(_candidates(backbone)) or plain

@@ -33,13 +33,12 @@ ResponseLoss = Callable[[ResponseBatch], Tensor]
 
 
 class LogitsLoss:
-    """`ResponseLoss` through the model's own head: the logits of all positions exist at once."""
+    """`ResponseLoss` through the model's own head, with the logits of all positions."""
 
     def __init__(self, backbone: Any) -> None:
         self._lm = backbone
 
     def __call__(self, batch: ResponseBatch) -> Tensor:
-        """See `ResponseLoss`."""
         logits = self._lm(**batch.arguments, use_cache=False).logits.flatten(0, 1)
         predictions = at_least_float32(logits.index_select(0, batch.predicting))
         return F.cross_entropy(predictions, batch.labels, reduction="sum")
@@ -49,16 +48,11 @@ class FusedLoss:
     """`ResponseLoss` at the predicting positions only, in chunks, without the model's own head."""
 
     def __init__(self, backbone: Any, chunk: int | None = None) -> None:
-        """Args: backbone: a causal LM; chunk: rows whose logits exist at a time, None chooses.
-
-        Raises:
-            BackboneError: its head is trained, quantised, or does more than `LogitTransform` describes.
-        """
+        """`chunk` rows have logits at a time; BackboneError if `logit_transform` cannot describe the head."""
         self._body, self._head = backbone.get_decoder(), backbone.get_output_embeddings()
         self._transform, self._chunk = logit_transform(backbone), chunk
 
     def __call__(self, batch: ResponseBatch) -> Tensor:
-        """See `ResponseLoss`."""
         hidden = self._body(**batch.arguments, use_cache=False).last_hidden_state.flatten(0, 1)
         return linear_cross_entropy(
             hidden.index_select(0, batch.predicting),
@@ -78,7 +72,6 @@ class ComposedResponsePass:
         self._layout, self._loss, self._context, self.padded = layout, loss, context, padded
 
     def __call__(self, soft_prompts: Tensor, response_ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
-        """See `ResponsePass`."""
         batch = self._layout(soft_prompts, response_ids)
         with self._context():
             return self._loss(batch), len(batch.labels)

@@ -61,18 +61,11 @@ def make_passes(
     chunk: int | None = None,
     share_prefix: bool = True,
 ) -> Passes:
-    """Passes with these options, as far as the backbone can.
+    """Passes with these options (see the module), as far as the backbone, a causal LM in eval mode, can.
 
-    Args:
-        backbone: a causal LM in eval mode; if parts of it are trained, no prefix is frozen.
-        packed: see the module, as for the next three.
-        frozen_prefix: see the module.
-        fused_cross_entropy: see the module.
-        checkpoint_responses: see the module.
-        attention: how packed rows attend; `auto` logs its choice.
-        chunk: response positions whose logits exist at a time; None chooses by the vocabulary.
-        share_prefix: run the common beginning of a batch's queries once; off where all processes must run the same
-            number of forward passes.
+    If parts of it are trained, no prefix is frozen. `chunk` response positions have logits at a time; None chooses by
+    the vocabulary. `share_prefix` runs the common beginning of a batch's queries once; off where all processes must run
+    the same number of forward passes.
 
     Raises:
         BackboneError: `attention` cannot run here, or no layer can be checkpointed.
@@ -93,8 +86,6 @@ def make_passes(
 
 
 class Comparison(Generic[C]):
-    """Compares what candidates compute with what the plain way computes."""
-
     def __init__(
         self,
         backbone: Any,
@@ -102,11 +93,7 @@ class Comparison(Generic[C]):
         plain: C,
         names: tuple[str, ...] = ("values", "gradients"),
     ) -> None:
-        """`compute` gives a tensor for each of `names`.
-
-        Raises:
-            BackboneError: the backbone cannot even run the plain way.
-        """
+        """`compute` gives a tensor for each of `names`; BackboneError if the backbone cannot run the plain way."""
         half = backbone.dtype in (torch.bfloat16, torch.float16)
         self._compute, self._names, self._limits = compute, names, _HALF_LIMITS if half else _LIMITS
         try:
@@ -143,7 +130,7 @@ def probe_ids(embed: Any, number: int, length: int) -> list[int]:
 
 
 class _Probe:
-    """A few tokens to run passes on: what they compute, and its gradients."""
+    """A few tokens to run passes on, for their values and gradients."""
 
     def __init__(self, backbone: Any) -> None:
         self._embed = backbone.get_input_embeddings()
