@@ -4,9 +4,11 @@ A CUDA build of torch without a usable GPU is a fault of the machine, not a wish
 six hours that it was on the CPU. `PIPELINE_DEVICE=cpu` runs there on purpose.
 """
 
+import gc
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -69,6 +71,13 @@ def driver_version() -> str | None:
         return None
     lines = done.stdout.split() if done.returncode == 0 else []
     return lines[0] if lines and lines[0][0].isdigit() else None
+
+
+def free_memory() -> None:
+    """Free models that are out of scope (their modules refer to each other in cycles), for other processes too."""
+    if torch := sys.modules.get("torch"):
+        gc.collect()
+        torch.cuda.empty_cache()  # does nothing before CUDA is used
 
 
 def to_device(tensors: "Sequence[torch.Tensor]", device: "torch.device") -> "list[torch.Tensor]":

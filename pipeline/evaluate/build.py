@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.backbone.device import best_device
+from pipeline.backbone.device import best_device, free_memory
 from pipeline.backbone.loading import BackboneParams, DType
 from pipeline.core.artifacts import Artifact, open_artifact
 from pipeline.core.config import Params
@@ -61,7 +61,9 @@ class SystemInputs(TeacherInputs):
 
 @dataclass
 class Systems:
-    """Builds systems one after another; the backbone is loaded once for all that share it.
+    """Builds systems one after another, with one model in memory at a time.
+
+    The backbone stays loaded between systems that share it, and makes room for all others.
 
     Attributes:
         encoder_dir: the trained encoder.
@@ -113,10 +115,12 @@ class Systems:
     def build(self, names: Sequence[SystemName]) -> Iterator[System]:
         """The systems in the order of `names`; each is closed, and no longer referenced here, before the next.
 
+        A loop must `del` its variable at the end of its body: else that keeps a model while the next one is loaded.
         `untrained` stands for one system a seed: `untrained` of the first, `untrained-<seed>` of each other.
         """
         for name in names:
             for build in self._builders(name):
+                free_memory()
                 with ExitStack() as stack:
                     yield stack.enter_context(self.wrap(build(stack)))
 
@@ -126,7 +130,7 @@ class Systems:
 
     def _builders(self, name: SystemName) -> Iterator[Builder]:
         if name not in BUILT_IN:
-            yield lambda _: self.models[name]()
+            yield partial(self._model, name)
             return
         match BUILT_IN[name].kind:
             case "encoder" if BUILT_IN[name].per_seed:
@@ -156,7 +160,7 @@ class Systems:
     def _encoder_loader(self, untrained_seed: int | None = None) -> "Callable[[], Encoder]":
         from pipeline.encoder.pool import encoder_loader
 
-        self._encoder = None  # the first of the processes needs its memory
+        self._drop_encoder()  # the first of the processes needs its memory
         return encoder_loader(
             self.encoder_dir,
             dtype=self.dtype,
@@ -170,13 +174,21 @@ class Systems:
         devices = split_devices(self.processes)
         return stack.enter_context(pooled_in_processes(name, self._encoder_loader(), self.batch_size, devices))
 
+    def _model(self, name: SystemName, _: ExitStack) -> System:
+        self._drop_encoder()
+        return self.models[name]()
+
+    def _drop_encoder(self) -> None:
+        self._encoder = None  # a later system loads it again
+        free_memory()
+
     def _teacher(self, stack: ExitStack) -> System:
+        self._drop_encoder()
         teacher = stack.enter_context(self.open_teacher())
         return BareSystem("teacher", teacher.identity, teacher, self._teacher_prompting)
 
     def _hyde(self, stack: ExitStack) -> System:
-        if not self.answers.keeps_engine:
-            self._encoder = None  # the engine needs its memory; a later system loads it again
+        self._drop_encoder()
         prompting = f"queries: the backbone's answer to instruction and text; documents: {BARE}"
         if self.teacher_prompt:
             prompting += f"; both with {self._teacher_prompting}"

@@ -3,9 +3,7 @@
 A store in the work folder, keyed by the prompt, keeps them for later runs, suites and probes.
 """
 
-import gc
 import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -14,6 +12,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
+from pipeline.backbone.device import free_memory
 from pipeline.backbone.loading import BackboneParams, identify
 from pipeline.core.artifacts import bytes_sha256
 from pipeline.core.errors import section
@@ -108,7 +107,7 @@ class Answers:
 
     def _shared(self, load: Callable[[], Engine]) -> Engine:
         if self._engine is None:
-            _return_gpu_memory()
+            free_memory()
             self._engine = load()
         return _SharedEngine(self._engine)
 
@@ -134,14 +133,3 @@ def _windows(texts: Mapping[str, str]) -> Iterator[pa.Table]:
     table = pa.table({"id": list(texts), "text": list(texts.values())})
     for start in range(0, table.num_rows, WINDOW_ROWS):
         yield table.slice(start, WINDOW_ROWS)
-
-
-def _return_gpu_memory() -> None:
-    """Free the memory that torch caches for finished systems, so that an engine in another process gets it."""
-    if "torch" not in sys.modules:
-        return
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

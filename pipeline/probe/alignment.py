@@ -78,6 +78,7 @@ def run(params: AlignmentParams, context: ProbeContext) -> ProbeResult:
             if not column.null_count and (metric != "cosine" or in_teacher_space(system.name))
         }
         tables.append(table)
+        del system  # frees its memory before the next one is loaded
     deltas = unit_deltas(units, context.bootstrap)
     return ProbeResult(metrics, pa.concat_tables(tables), systems, artifacts, deltas)
 

@@ -49,19 +49,18 @@ def run(params: InterpretParams, context: ProbeContext) -> ProbeResult:
     """
     from pipeline.lens.batch import render_page
     from pipeline.lens.faithfulness import check_teacher
-    from pipeline.lens.reading import add_cosines, outputs_for_texts, summaries
+    from pipeline.lens.reading import add_cosines, summaries
 
     artifacts, heldout = heldout_rows()
-    encoder = context.systems.encoder()
-    outputs = outputs_for_texts(encoder, heldout["text"].slice(0, params.queries).to_pylist())
-    rows = _read(params, encoder, artifacts, heldout, outputs)
+    rows, embeddings = _read(params, context.systems.encoder(), artifacts, heldout)
     systems = {}
     for system in context.build(["student", "teacher"]):
         systems[system.name] = described(system)
         if system.name == "teacher":
             with section("embed"):
                 check_teacher(system.identity, artifacts[2].manifest.models.get("teacher", {}), "the targets")
-                rows = add_cosines(rows, outputs.embeddings, partial(system.encode, instruction=""))
+                rows = add_cosines(rows, embeddings, partial(system.encode, instruction=""))
+        del system  # frees its memory before the next one is loaded
     metrics = _metrics(rows, context.bootstrap)
     page = render_page(rows, rows.num_rows, summaries(rows, context.bootstrap), "What the embeddings hold")
     deltas = _deltas(rows, context.bootstrap)
@@ -69,11 +68,12 @@ def run(params: InterpretParams, context: ProbeContext) -> ProbeResult:
 
 
 def _read(
-    params: InterpretParams, encoder: Any, artifacts: tuple[Artifact, ...], heldout: pa.Table, outputs: Any
-) -> pa.Table:
+    params: InterpretParams, encoder: Any, artifacts: tuple[Artifact, ...], heldout: pa.Table
+) -> tuple[pa.Table, np.ndarray]:
+    """Rows without cosines, and the embeddings of their queries."""
     from pipeline.lens.decoding import decode_soft_prompts
     from pipeline.lens.nearest import index_of_targets
-    from pipeline.lens.reading import Entries, Lens
+    from pipeline.lens.reading import Entries, Lens, outputs_for_texts
 
     _, responses, targets = artifacts
     only = heldout["id"].to_pylist() if params.nearest_among == "heldout" else None
@@ -89,7 +89,9 @@ def _read(
         count=params.nearest,
     )
     shown = heldout.slice(0, params.queries)
-    return lens.read(Entries(*(shown[name].to_pylist() for name in ("id", "text", "response"))), outputs)
+    outputs = outputs_for_texts(encoder, shown["text"].to_pylist())
+    rows = lens.read(Entries(*(shown[name].to_pylist() for name in ("id", "text", "response"))), outputs)
+    return rows, outputs.embeddings
 
 
 def _metrics(rows: pa.Table, settings: BootstrapParams) -> dict[str, Any]:

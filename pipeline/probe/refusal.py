@@ -99,11 +99,12 @@ def run(params: RefusalParams, context: ProbeContext) -> ProbeResult:
         shared = teacher_references if in_teacher_space(system.name) else None
         references = shared or _embed_references(system, texts, prompts)
         teacher_references = teacher_references or references
-        if system.name == "teacher" and "teacher" not in context.names:
-            continue
-        tables[system.name] = _compare(system, prompts, references)
-        metrics |= {f"{system.name}/{key}": value for key, value in refusal_metrics(tables[system.name]).items()}
-        systems[system.name] = {**described(system), "space": space_of(system.name), "references": texts.digest[:16]}
+        if system.name in context.names:
+            name, table = system.name, _compare(system, prompts, references)
+            tables[name] = table
+            metrics |= {f"{name}/{key}": value for key, value in refusal_metrics(table).items()}
+            systems[name] = {**described(system), "space": space_of(name), "references": texts.digest[:16]}
+        del system  # frees its memory before the next one is loaded
     deltas = refusal_deltas(tables, context.bootstrap)
     return ProbeResult(metrics, pa.concat_tables(tables.values()), systems, deltas=deltas)
 

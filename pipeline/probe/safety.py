@@ -88,6 +88,7 @@ def run(params: SafetyParams, context: ProbeContext) -> ProbeResult:
         metrics |= {f"{system.name}/{key}": round(float(hit.mean()), 6) for key, hit in units[system.name].items()}
         systems[system.name] = described(system)
         tables.append(rows)
+        del system  # frees its memory before the next one is loaded
     metrics |= reductions(metrics, list(systems))
     deltas = unit_deltas(units, context.bootstrap, lower_is_better=True)
     return ProbeResult(metrics, pa.concat_tables(tables), systems, deltas=deltas)

@@ -9,7 +9,6 @@ on texts of the corpus (embeddings x, y at length 1):
 - halves: share of first halves whose nearest second half is their own.
 """
 
-import gc
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.backbone.device import free_memory
 from pipeline.core.errors import EvaluationError
 from pipeline.core.vectors import unit_rows
 from pipeline.evaluate.system import BareSystem, System
@@ -120,7 +120,7 @@ def measure(
 
     def systems() -> Iterator[System]:
         for name, load in teachers.items():
-            _free_memory()
+            free_memory()
             yield measured(name, load())  # without a variable, which would keep it while the next one is loaded
 
     if not tasks:
@@ -128,15 +128,6 @@ def measure(
         return Quality({}, [], intrinsic)
     metrics, deltas = _on_tasks(systems(), tasks, params, work, batch_size, dtype)
     return Quality(metrics, deltas, intrinsic)
-
-
-def _free_memory() -> None:
-    """Free models that are out of scope: their modules refer to each other in cycles."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _on_tasks(

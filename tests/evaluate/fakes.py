@@ -1,14 +1,19 @@
 """Systems whose every score is known by hand, and folders of local tasks small enough to score by hand."""
 
+import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from pipeline.evaluate.system import System
 from pipeline.tasks.instructions import Side
+from tests.conftest import tiny_model
 
 WORDS = ("apple", "bread", "cloud", "dough", "eagle", "fjord", "grape", "house")
 
@@ -53,6 +58,43 @@ class VectorSystem:
 
     def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
         return np.array([self.vectors[text] for text in texts], dtype=np.float32)
+
+
+class ModelTeacher:
+    """A teacher with the weights of a tiny backbone that embeds texts by their length."""
+
+    width = 5
+
+    def __init__(self) -> None:
+        self.identity, self.model = {"name": "tiny"}, tiny_model("qwen3", seed=1)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        return np.array([[1, len(text), len(text) ** 2, 0, 0] for text in texts], dtype=np.float32)
+
+
+class LiveParameters:
+    """Counts in each system's turn the models that are in memory and were not when this was made.
+
+    Attributes:
+        models: by system, parameters in memory as a multiple of a tiny backbone's, rounded; shared ones count once.
+    """
+
+    def __init__(self) -> None:
+        self._before, self.models = self._parameters(), dict[str, int]()
+
+    @contextmanager
+    def turn(self, system: System) -> Iterator[System]:
+        """For `Systems.wrap`."""
+        before = {id(parameter) for parameter in self._before}
+        alive = sum(parameter.numel() for parameter in self._parameters() if id(parameter) not in before)
+        self.models[system.name] = round(alive / sum(part.numel() for part in tiny_model("qwen3").parameters()))
+        yield system
+
+    @staticmethod
+    def _parameters() -> list[Any]:
+        gc.collect()
+        modules = [found for found in gc.get_objects() if issubclass(type(found), torch.nn.Module)]
+        return list({id(parameter): parameter for module in modules for parameter in module.parameters()}.values())
 
 
 class Named(WordSystem):

@@ -29,7 +29,7 @@ from pipeline.tasks.instructions import load_instructions
 from pipeline.tasks.suites import find_tasks
 from tests.conftest import tiny_tokenizer
 from tests.encoder.test_inference import write as write_encoder
-from tests.evaluate.fakes import retrieval_folder, sts_folder
+from tests.evaluate.fakes import LiveParameters, ModelTeacher, retrieval_folder, sts_folder
 from tests.stage_runs import row_id, write_params, write_queries, write_responses
 
 CONFIG = EncoderConfig(
@@ -172,12 +172,26 @@ def test_hyde_asks_the_answers_that_it_is_given(encoder: LengthEncoder) -> None:
     assert answers.closed == 1
 
 
-@pytest.mark.parametrize(("keeps", "loads"), [(True, 1), (False, 2)])
-def test_the_encoder_makes_room_for_an_engine_that_shares_its_gpu(
-    encoder: LengthEncoder, keeps: bool, loads: int
-) -> None:
-    list(systems(answers=Answers(keeps)).build(["student", "hyde", "untrained"]))
-    assert len(encoder.loads) == loads
+@pytest.mark.parametrize("other", ["hyde", "teacher", "mini"])
+def test_the_encoder_makes_room_for_other_models(encoder: LengthEncoder, other: str) -> None:
+    models: Any = {"mini": lambda: BareSystem("mini", {}, LengthTeacher())}
+    list(systems(models=models).build(["student", other, "untrained"]))
+    assert len(encoder.loads) == 2
+
+
+def test_one_model_is_in_memory_at_a_time(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    write_encoder(Path("models/encoder"), tiny_backbone("qwen3"), None)
+    names = ["student", "teacher", "untrained", "backbone-mean", "echo", "mini", "student"]
+    count = LiveParameters()
+    made = systems(
+        open_teacher=lambda: nullcontext(ModelTeacher()),
+        models={"mini": lambda: BareSystem("mini", {"name": "mini"}, ModelTeacher())},
+        wrap=count.turn,
+    )
+    for system in made.build(names):
+        assert system.encode(["why?"], "").shape[0] == 1
+        del system
+    assert list(count.models) == [*names[:-1]] and set(count.models.values()) == {1}
 
 
 def test_each_seed_is_an_untrained_system(encoder: LengthEncoder) -> None:
