@@ -238,5 +238,5 @@ def test_the_cost_of_a_run_is_what_the_project_computes(
         printed(workspace, "backbone", preset, "--memory", memory)
         train = next(line for line in printed(workspace, "params").splitlines() if re.match(r"\W*train ", line))
         assert f"at most {expected} GB (weights {weights}," in train
-    operations = ROWS * step_flops(presets()[preset].shape, [LENGTHS], compression_tokens=10)
+    operations = ROWS * step_flops(presets()[preset].sizes, [LENGTHS], compression_tokens=10)
     assert f"{operations / RATE / 3600:.1f}" == hours
