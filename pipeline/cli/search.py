@@ -70,7 +70,7 @@ def search(
 def _texts(corpus: TextFile, rows: set[int]) -> dict[int, str]:
     found = {row: text for row, text in enumerate(corpus) if row in rows}
     if found.keys() != rows:
-        raise SourceError(f"{corpus.option}: {corpus.path} changed while it was searched: run again")
+        raise SourceError(f"{corpus.path} changed while it was searched: run again", argument="corpus")
     return found
 
 
@@ -102,7 +102,7 @@ def _stored(corpus: TextFile) -> "Iterator[np.ndarray[Any, Any]]":
             for batch in file.iter_batches(CHUNK_ROWS, columns=["embedding"]):
                 yield matrix(batch.column("embedding"))
     except (pa.ArrowInvalid, OSError) as error:
-        raise SourceError(f"{corpus.option}: {corpus.path} is damaged: {error}") from None
+        raise SourceError(f"{corpus.path} is damaged: {error}", argument="corpus") from None
 
 
 def table(hits: Sequence[Hit]) -> "Table":

@@ -1,5 +1,6 @@
 """Commands that use an encoder: encode, search, decode."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,10 +21,11 @@ from pipeline.cli.options import (
     one_of,
 )
 from pipeline.core.config import PARAMS_FILE
-from pipeline.core.errors import nested_in
+from pipeline.core.errors import ParamsError, nested_in
 
 if TYPE_CHECKING:
     from pipeline.embed.teachers.base import Teacher
+    from pipeline.lens.sources import Source
 
 
 def encode(
@@ -49,9 +51,10 @@ def encode(
 
     check_output(output, source)
     chosen = one_of(Space, space, "space")
-    texts = open_texts(source, column)
-    encoder = load_encoder(model, dtype, backbone, allow_other_backbone)
-    done = encode_file(encoder, texts, output, instruction=prompt, batch_tokens=batch_tokens, space=chosen)
+    with nested_in(names={"path": "source"}):
+        texts = open_texts(source, column)
+        encoder = load_encoder(model, dtype, backbone, allow_other_backbone)
+        done = encode_file(encoder, texts, output, instruction=prompt, batch_tokens=batch_tokens, space=chosen)
     kept = f" ({done.kept} of them from the run before)" if done.kept else ""
     print(f"{done.rows} embeddings of {done.width} dimensions -> {output}{kept}")
     if done.truncated:
@@ -87,13 +90,13 @@ def search(
     from pipeline.core.text_files import open_texts
     from pipeline.tasks.instructions import load_instructions
 
-    passages = open_texts(corpus, column, "--corpus")
-    text = normalize_text(query)
-    encoder = load_encoder(model, dtype, backbone, allow_other_backbone)
-    known = load_instructions()
+    text, known = normalize_text(query), load_instructions()
     instruction = known.choose("", "Retrieval", "query") if prompt is None else prompt
     document = known.choose("", "Retrieval", "document") if document_prompt is None else document_prompt
-    hits = run_search(encoder, passages, text, count=count, instruction=instruction, document_instruction=document)
+    with nested_in(names={"path": "corpus"}):
+        passages = open_texts(corpus, column)
+        encoder = load_encoder(model, dtype, backbone, allow_other_backbone)
+        hits = run_search(encoder, passages, text, count=count, instruction=instruction, document_instruction=document)
     Console().print(table(hits))
     from pipeline.lens import decode as run_decode
 
@@ -133,23 +136,23 @@ def decode(
     allow_other_backbone: OtherBackboneOption = False,
 ) -> None:
     """Print the answer that the embedding of each text holds, or write all that can be read of it to a file."""
-    from pipeline.encoder.folder.read import read_config
     from pipeline.generate.engines.registry import prepare_environment
     from pipeline.lens.decoding import EngineName
-    from pipeline.lens.sources import check_options, open_source
 
-    check_options(texts, source, soft_prompts, output, html, response_column, corpus, faithfulness)
+    given = {"TEXT": texts, "--input": source, "--soft-prompts": soft_prompts}
+    named = [name for name, value in given.items() if value]
+    if len(named) != 1:
+        raise ParamsError(f"decode: {' and '.join(named) or 'nothing'} given: give one of {', '.join(given)}")
+    _check_outputs({"output": output, "html": html}, [source, soft_prompts, corpus])
+    for argument, value in (("html", html), ("corpus", corpus), ("faithfulness", faithfulness)):
+        if value and output is None:
+            raise ParamsError("needs --output too, into whose rows it goes", argument=argument)
+    if response_column is not None and (source is None or source.suffix == ".txt"):
+        raise ParamsError("needs an --input with columns (.jsonl, .csv or .parquet)", argument="response_column")
     chosen = one_of(EngineName, engine, "engine")
     prepare_environment(chosen)
-    rows = open_source(
-        texts,
-        source,
-        soft_prompts,
-        hidden=lambda: read_config(model).hidden,
-        column=column,
-        response_column=response_column,
-    )
-    with ExitStack() as stack:
+    with nested_in(names={"path": "source", "teacher": "embed.teacher"}), ExitStack() as stack:
+        rows = _source(model, texts or [], source, soft_prompts, column, response_column)
         teacher = _open_teacher(stack, params, model) if faithfulness else None
         encoder = load_encoder(model, dtype, backbone, allow_other_backbone)
         from pipeline.lens.batch import Request, print_answers, read_to_files
@@ -158,8 +161,44 @@ def decode(
         if output is None:
             print_answers(encoder, request)
         else:
-            with nested_in(names={"teacher": "embed.teacher"}):
-                print("\n".join(read_to_files(encoder, request, output, html, teacher)))
+            print("\n".join(read_to_files(encoder, request, output, html, teacher)))
+
+
+def _check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[Path | None]) -> None:
+    """Check the names of decode's --output and --html; none may be a file that is read."""
+    from pipeline.core.text_files import check_not_read
+
+    suffixes = {"output": ".parquet", "html": ".html"}
+    for argument, path in outputs.items():
+        if path is None:
+            continue
+        if path.suffix != suffixes[argument]:
+            raise ParamsError(f"{path} must end in {suffixes[argument]}", argument=argument)
+        with nested_in(names={"output": argument}):
+            for read in inputs:
+                check_not_read(path, read)
+
+
+def _source(
+    model: Path,
+    texts: Sequence[str],
+    source: Path | None,
+    soft_prompts: Path | None,
+    column: str | None,
+    response_column: str | None,
+) -> "Source":
+    """The rows that decode reads."""
+    from pipeline.core.text_files import open_texts
+    from pipeline.encoder.folder.read import read_config
+    from pipeline.lens.sources import from_file, from_soft_prompts, from_texts, open_soft_prompts
+
+    if soft_prompts is not None:
+        return from_soft_prompts(open_soft_prompts(soft_prompts, read_config(model).hidden))
+    if source is None:
+        return from_texts(texts)
+    file = open_texts(source, column)
+    with nested_in(names={"column": "response_column", "responses": "response_column"}):
+        return from_file(file, open_texts(source, response_column) if response_column else None)
 
 
 def _open_teacher(stack: ExitStack, params: Path, model: Path) -> "Teacher":

@@ -27,27 +27,15 @@ _SCANS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class TextFile:
-    """The texts of a file in their order; `open_texts` makes one.
-
-    Attributes:
-        path: of the file.
-        column: of the texts; None for .txt.
-        rows: how many texts there are.
-        option: the command line's name of the file, for messages.
-    """
+    """The texts of a file in their order; `open_texts` makes one. `column` is None for .txt."""
 
     path: Path
     column: str | None
     rows: int
-    option: str = "--input"
 
     def __iter__(self) -> Iterator[str]:
-        """Texts, normalised as the pipeline's queries are.
-
-        Raises:
-            SourceError: the file is damaged.
-        """
-        raw = _lines(self.path) if self.column is None else _values(self.path, self.column, self.option)
+        """Texts, normalised as the pipeline's queries are; raises SourceError if the file is damaged."""
+        raw = _lines(self.path) if self.column is None else _values(self.path, self.column)
         # None: a null that came after the file was looked through; whoever goes by its rows will notice.
         return (normalize_text(text or "") for text in raw)
 
@@ -63,38 +51,32 @@ class TextFile:
             yield chunk
 
 
-def open_texts(path: Path, column: str | None = None, option: str = "--input") -> TextFile:
+def open_texts(path: Path, column: str | None = None) -> TextFile:
     """Look through a file once: whether its texts can be read, and how many there are.
 
     Args:
         path: .txt (one a line), .jsonl, .ndjson, .csv or .parquet.
         column: of the texts; None = "text". Not for .txt.
-        option: the command line's name of the file, for messages.
 
     Raises:
         SourceError: the file or column is missing, damaged or empty, or the column holds something else than texts.
     """
     if not path.is_file():
-        raise SourceError(f"{option}: {path} does not exist")
+        raise SourceError(f"{path} does not exist", argument="path")
     if path.suffix == ".txt":
-        file = TextFile(path, None, sum(1 for _ in _lines(path)), option)
+        file = TextFile(path, None, sum(1 for _ in _lines(path)))
     else:
         chosen = column or DEFAULT_COLUMN
-        file = TextFile(path, chosen, _checked_rows(path, chosen, option), option)
+        file = TextFile(path, chosen, _checked_rows(path, chosen))
     if not file.rows:
-        raise SourceError(f"{option}: {path} holds no text")
+        raise SourceError(f"{path} holds no text", argument="path")
     return file
 
 
-def check_not_read(option: str, output: Path, read_option: str, read: Path | None) -> None:
+def check_not_read(output: Path, read: Path | None) -> None:
     """Raises SourceError if an output, by whatever path or link, is the very file (or folder) that is read."""
     if read is not None and output.exists() and read.exists() and output.samefile(read):
-        raise SourceError(f"{option}: {output} is {read_option} itself, which would be lost: give another name")
-
-
-def read_texts(path: Path, column: str | None = None, option: str = "--input") -> list[str]:
-    """All texts of a file at once. See `open_texts`."""
-    return list(open_texts(path, column, option))
+        raise SourceError(f"{output} is read itself and would be lost: give another name", argument="output")
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -103,33 +85,31 @@ def _lines(path: Path) -> Iterator[str]:
             yield line.removesuffix("\n")
 
 
-def _checked_rows(path: Path, column: str, option: str) -> int:
+def _checked_rows(path: Path, column: str) -> int:
     if path.suffix not in _SCANS:
-        raise SourceError(f"{option}: unknown format '{path.suffix}' (known: .txt, {', '.join(_SCANS)})")
-    with _damage(path, option):
+        raise SourceError(f"unknown format '{path.suffix}' (known: .txt, {', '.join(_SCANS)})", argument="path")
+    with _damage(path):
         table = _SCANS[path.suffix](path)
         schema = table.collect_schema()
         if column not in schema:
             there = ", ".join(schema) or "none"
-            raise SourceError(
-                f"{option}: {path}: no column '{column}' (columns there: {there}); choose one with --column"
-            )
+            raise SourceError(f"{path} has no column '{column}' (columns there: {there})", argument="column")
         if schema[column] != pl.String:
-            raise SourceError(f"{option}: {path}: column '{column}' holds {schema[column]}, expected texts")
+            raise SourceError(f"{path}: '{column}' holds {schema[column]}, expected texts", argument="column")
     rows = nulls = first = 0
-    for row, value in enumerate(_values(path, column, option)):
+    for row, value in enumerate(_values(path, column)):
         rows += 1
         if value is None:
             first = first if nulls else row
             nulls += 1
     if nulls:
-        raise SourceError(f"{option}: {path}: column '{column}' is null in {nulls} rows, first in row {first}")
+        raise SourceError(f"{path}: '{column}' is null in {nulls} rows, first in row {first}", argument="column")
     return rows
 
 
-def _values(path: Path, column: str, option: str) -> Iterator[str | None]:
+def _values(path: Path, column: str) -> Iterator[str | None]:
     read = {".csv": _csv_values, ".parquet": _parquet_values}.get(path.suffix, _json_values)
-    with _damage(path, option):
+    with _damage(path):
         yield from read(path, column)
 
 
@@ -159,8 +139,8 @@ def _parquet_values(path: Path, column: str) -> Iterator[str | None]:
 
 
 @contextmanager
-def _damage(path: Path, option: str) -> Iterator[None]:
+def _damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (pl.exceptions.PolarsError, pa.ArrowException, csv.Error, OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{option}: {path} is damaged or no {path.suffix[1:]} file: {error}") from None
+        raise SourceError(f"{path} is damaged or no {path.suffix[1:]} file: {error}", argument="path") from None

@@ -48,8 +48,8 @@ class Encoded(NamedTuple):
 def check_output(path: Path, source: Path) -> None:
     """Raises SourceError unless `path` has a format that `encode_file` knows, and is not the input."""
     if path.suffix not in OUTPUTS:
-        raise SourceError(f"--output: unknown format '{path.suffix}' (known: {', '.join(OUTPUTS)})")
-    check_not_read("--output", path, "--input", source)
+        raise SourceError(f"unknown format '{path.suffix}' (known: {', '.join(OUTPUTS)})", argument="output")
+    check_not_read(path, source)
 
 
 def made_by(encoder: "Encoder", instruction: str, space: Space = "trained") -> dict[str, Any]:
@@ -179,7 +179,7 @@ class _Embeddings:
         for place, chunk in enumerate(texts.chunks(rows)):
             embeddings = self.find(place, chunk)
             if embeddings is None or embeddings.shape != (len(chunk), self.width):
-                raise SourceError(f"{texts.option}: {texts.path} changed while it was embedded: run again")
+                raise SourceError(f"{texts.path} changed while it was embedded: run again", argument="path")
             yield chunk, embeddings
 
 
@@ -196,7 +196,7 @@ def _write_npy(path: Path, texts: TextFile, parts: _Embeddings, rows: int) -> No
             file.write(embeddings.astype("<f4", copy=False).tobytes())
             written += len(embeddings)
     if written != texts.rows:
-        raise SourceError(f"{texts.option}: {texts.path} changed while it was embedded: run again")
+        raise SourceError(f"{texts.path} changed while it was embedded: run again", argument="path")
 
 
 def _write_parquet(path: Path, texts: TextFile, parts: _Embeddings, rows: int, origin: dict[str, Any]) -> None:

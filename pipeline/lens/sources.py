@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.artifacts import bytes_sha256
-from pipeline.core.errors import ParamsError, SourceError
+from pipeline.core.errors import SourceError
 from pipeline.core.text import normalize_text, query_id
-from pipeline.core.text_files import TextFile, check_not_read, open_texts
+from pipeline.core.text_files import TextFile
 from pipeline.lens.reading import Entries
 
 COLUMN = "soft_prompts"
@@ -163,7 +163,8 @@ def from_file(texts: TextFile, responses: TextFile | None = None) -> Source:
     Raises SourceError if the columns differ in length.
     """
     if responses is not None and responses.rows != texts.rows:
-        raise SourceError(f"{responses.option}: {responses.rows} responses for {texts.rows} texts of {texts.path}")
+        counts = f"{responses.rows} responses for {texts.rows} texts of {texts.path}"
+        raise SourceError(counts, argument="responses")
 
     def chunks(rows: int) -> Iterator[Chunk]:
         real: Iterator[list[str] | None] = repeat(None) if responses is None else responses.chunks(rows)
@@ -186,53 +187,3 @@ def from_soft_prompts(stored: StoredSoftPrompts) -> Source:
             yield Chunk(Entries([bytes_sha256(row.tobytes())[:32] for row in chunk], unknown, unknown), chunk)
 
     return Source(stored.path.name, stored.rows, chunks, stored.tokens)
-
-
-def check_options(
-    texts: Sequence[str] | None,
-    file: Path | None,
-    soft_prompts: Path | None,
-    output: Path | None,
-    page: Path | None,
-    response_column: str | None,
-    corpus: Path | None,
-    faithfulness: bool,
-) -> None:
-    """Raises ParamsError if options of `decode` conflict, SourceError if one would overwrite a file that is read."""
-    given = {"TEXT": bool(texts), "--input": file is not None, "--soft-prompts": soft_prompts is not None}
-    named = [name for name, there in given.items() if there]
-    if len(named) != 1:
-        raise ParamsError(f"decode: {' and '.join(named) or 'nothing'} given: give one of {', '.join(given)}")
-    for option, path, suffix in (("--output", output, ".parquet"), ("--html", page, ".html")):
-        if path is not None and path.suffix != suffix:
-            raise ParamsError(f"{option}: {path} must end in {suffix}")
-        for read_option, read in (("--input", file), ("--soft-prompts", soft_prompts), ("--corpus", corpus)):
-            if path is not None:
-                check_not_read(option, path, read_option, read)
-    for option, there in (("--html", page), ("--corpus", corpus), ("--faithfulness", faithfulness)):
-        if there and output is None:
-            raise ParamsError(f"{option}: needs --output too, into whose rows it goes")
-    if response_column is not None and (file is None or file.suffix == ".txt"):
-        raise ParamsError("--response-column: needs an --input with columns (.jsonl, .csv or .parquet)")
-
-
-def open_source(
-    texts: Sequence[str] | None,
-    file: Path | None,
-    soft_prompts: Path | None,
-    *,
-    hidden: Callable[[], int],
-    column: str | None = None,
-    response_column: str | None = None,
-) -> Source:
-    """The source that the options of `decode` name; `hidden` gives the backbone's hidden size for soft prompts.
-
-    Raises:
-        SourceError: a file is missing, damaged or empty.
-    """
-    if file is not None:
-        responses = None if response_column is None else open_texts(file, response_column, "--response-column")
-        return from_file(open_texts(file, column), responses)
-    if soft_prompts is not None:
-        return from_soft_prompts(open_soft_prompts(soft_prompts, hidden()))
-    return from_texts(texts or [])

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from pipeline.core.errors import SourceError
-from pipeline.core.text_files import READ_ROWS, open_texts, read_texts
+from pipeline.core.text_files import READ_ROWS, open_texts
 
 TEXTS = ["one", 'zwei, "drei"', "", "東京\nnext line", " spaces   inside "]
 NORMAL = ["one", 'zwei, "drei"', "", "東京\nnext line", "spaces inside"]
@@ -23,7 +23,7 @@ def test_a_column(workspace: Path, name: str) -> None:
     WRITERS[name](pl.DataFrame({"n": range(5), "text": TEXTS}), name)
     file = open_texts(Path(name))
     assert file.rows == 5
-    assert list(file) == NORMAL == read_texts(Path(name))
+    assert list(file) == NORMAL
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -48,7 +48,7 @@ def test_many_rows_keep_their_order(workspace: Path, name: str) -> None:
 )
 def test_lines(workspace: Path, content: bytes, texts: list[str]) -> None:
     Path("t.txt").write_bytes(content)
-    assert read_texts(Path("t.txt")) == texts
+    assert list(open_texts(Path("t.txt"))) == texts
     assert open_texts(Path("t.txt")).rows == len(texts)
 
 
@@ -56,8 +56,8 @@ def test_mistakes_name_the_option_the_file_and_the_way_out(workspace: Path) -> N
     Path("t.csv").write_text("a,text\n1,x\n")
     Path("empty.jsonl").write_text("")
     Path("bad.jsonl").write_text('{"text": "x"}\n{"text": \n')
-    with pytest.raises(SourceError, match=r"--corpus: t\.csv: no column 'q' \(columns there: a, text\)"):
-        open_texts(Path("t.csv"), "q", "--corpus")
+    with pytest.raises(SourceError, match=r"column: t\.csv has no column 'q' \(columns there: a, text\)"):
+        open_texts(Path("t.csv"), "q")
     with pytest.raises(SourceError, match=r"unknown format '\.pdf'"):
         Path("t.pdf").write_text("x")
         open_texts(Path("t.pdf"))

@@ -221,7 +221,7 @@ def test_the_input_is_not_overwritten(workspace: Path, link: Callable[..., None]
     before, output = Path("in.parquet").read_bytes(), "./in.parquet" if link is None else "out.parquet"
     if link is not None:
         link(Path(output), Path("in.parquet").resolve())
-    with pytest.raises(SourceError, match="--output: .* is --input itself"):
+    with pytest.raises(SourceError, match="output: .* is read itself"):
         encode(output, source="in.parquet")
     assert Path("in.parquet").read_bytes() == before
 

@@ -273,10 +273,10 @@ def test_what_is_read_is_not_overwritten(encoder: Encoder) -> None:
     Path("link.parquet").symlink_to("in.parquet")
     files = ("in.parquet", "c.parquet", "soft.parquet")
     before = [Path(name).read_bytes() for name in files]
-    fails("--output: in.parquet is --input itself", "--input", "in.parquet", "--output", "in.parquet")
-    fails("--output: link.parquet is --input itself", "--input", "in.parquet", "--output", "link.parquet")
-    fails("is --soft-prompts itself", "--soft-prompts", "soft.parquet", "--output", "./soft.parquet")
-    fails("is --corpus itself", "x", "--corpus", "c.parquet", "--output", "c.parquet")
+    fails("--output: in.parquet is read itself", "--input", "in.parquet", "--output", "in.parquet")
+    fails("--output: link.parquet is read itself", "--input", "in.parquet", "--output", "link.parquet")
+    fails("soft.parquet is read itself", "--soft-prompts", "soft.parquet", "--output", "./soft.parquet")
+    fails("c.parquet is read itself", "x", "--corpus", "c.parquet", "--output", "c.parquet")
     assert [Path(name).read_bytes() for name in files] == before
 
 
