@@ -61,6 +61,7 @@ def test_layers_hold_85_percent_of_qwen3_8b() -> None:
     assert bytes_of(decoder_layers(backbone)) / bytes_of([backbone]) == pytest.approx(0.848, abs=5e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_with_half_the_layers_each_take_the_steps_of_one(
     tiny_backbone: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -385,6 +385,7 @@ def test_real_prompts_of_three_sources(collect: Collect, real_data: Path) -> Non
     assert all(counts[f"{name}.parquet"]["train"] > 100 for name in files)
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 @pytest.mark.models
 def test_real_prompts_measured_by_a_real_tokenizer(collect: Collect, real_data: Path, small_lm: Path) -> None:

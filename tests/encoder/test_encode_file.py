@@ -292,6 +292,7 @@ encode("out.parquet", Slow())
 """
 
 
+@pytest.mark.slow
 def test_kill_9_and_again(workspace: Path) -> None:
     write(100)
     encode("whole.parquet")

@@ -87,6 +87,7 @@ def test_a_tiny_model_writes_as_before(
     check(tiny_backbone(architecture), 12, lora)
 
 
+@pytest.mark.slow
 @pytest.mark.models
 @pytest.mark.parametrize("lora", [None, LORA], ids=["frozen", "lora"])
 def test_a_real_model_writes_as_before(small_lm: Path, lora: LoraParams | None) -> None:

@@ -134,6 +134,7 @@ def test_bytes_that_autograd_keeps(architecture: str, dtype: str, switches: Swit
     check_kept(tiny_model(architecture).to(getattr(torch, dtype)), dtype, switches, within)
 
 
+@pytest.mark.slow
 @pytest.mark.models
 @pytest.mark.parametrize("switches", [FAST, PLAIN], ids=name_of)
 def test_bytes_that_autograd_keeps_of_a_real_model(small_lm: Path, switches: Switches) -> None:

@@ -192,6 +192,7 @@ print(json.dumps({s.name: [sum(len(b) for b in s.batches()), s.revision] for s i
 
 
 @pytest.mark.realdata
+@pytest.mark.slow
 def test_real_mteb_tasks(real_data: Path, tmp_path: Path) -> None:
     script = real_data.parent / "tools" / "install_datasets_cache.py"
     if not script.is_file():

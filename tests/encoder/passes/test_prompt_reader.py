@@ -55,7 +55,7 @@ def test_groups_attend_as_segments_do(shared: int, window: int | None, softcap: 
 
 def test_sequences_with_a_cache_of_their_own_do_not_attend_in_groups() -> None:
     states = torch.zeros(1, 1, 4, 2)
-    with pytest.raises(ValueError, match="nothing but what all begin with"):
+    with pytest.raises(ValueError, match="shared beginning"):
         group_attention(None, states[:, :, :2], states, states, None, packed=Segments.of([1, 1], [1, 1]))
 
 

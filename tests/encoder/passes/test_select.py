@@ -184,6 +184,7 @@ def test_the_backbone_generates_as_before() -> None:
     assert not any(module.training for module in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.models
 def test_the_real_backbone_is_packed_in_every_precision(small_lm: Any, caplog: pytest.LogCaptureFixture) -> None:
     from pipeline.backbone.loading import BackboneParams, DType, load_backbone
