@@ -73,7 +73,7 @@ def driver_version() -> str | None:
     return lines[0] if lines and lines[0][0].isdigit() else None
 
 
-def free_memory() -> None:
+def release_memory() -> None:
     """Free models that are out of scope (their modules refer to each other in cycles), for other processes too."""
     if torch := sys.modules.get("torch"):
         gc.collect()

@@ -5,6 +5,7 @@ PipelineError
 ├── SourceError        a query source: file, column or data set missing, corpus empty
 ├── ArtifactError      an artifact of a stage is missing, damaged, or was made by another format version
 │   └── ContractError  its table breaks the schema or the key that stages rely on
+├── DeviceMemoryError  the memory of a GPU, or of the machine, is full
 ├── WorkError          the resumable work directory: locked by another process, no space left
 ├── BackboneError      the language model or its tokenizer cannot do what is asked of it
 ├── EngineError        generation failed, or too many of its rows did
@@ -83,6 +84,10 @@ class ArtifactError(PipelineError):
 
 class ContractError(ArtifactError):
     """A table breaks its contract."""
+
+
+class DeviceMemoryError(PipelineError):
+    """The memory of a device is full."""
 
 
 class WorkError(PipelineError):

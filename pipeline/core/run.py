@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -23,12 +24,16 @@ import psutil
 from tqdm import tqdm
 
 from pipeline.core.artifacts import write_json
-from pipeline.core.errors import PipelineError
+from pipeline.core.errors import DeviceMemoryError, PipelineError
 from pipeline.core.paths import RESULTS_DIR
 
 T = TypeVar("T")
 
 LINE_SECONDS = 30.0
+# torch's settings of its memory allocator; the first is the current name.
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+# In errors of other classes: of a CUDA call, of cuBLAS, of the CPU's allocator.
+_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 _RECORDED = (
     "torch",
     "transformers",
@@ -97,6 +102,59 @@ def user_errors(kept: str = "finished work is kept, run the same command again t
     except KeyboardInterrupt:
         print(f"interrupted: {kept}", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def device_memory(*params: str, expandable: bool = True) -> Iterator[None]:
+    """Around a stage that computes with torch, before torch is imported: its use of a GPU's memory.
+
+    With `expandable` torch's blocks of memory grow, unless the user configured its allocator: batches of changing sizes
+    leave gaps between blocks of fixed sizes. A lack of memory, here or in a worker process, is an error that names the
+    `params` to lower.
+
+    Raises:
+        DeviceMemoryError: the memory is full.
+    """
+    ours = expandable and not any(name in os.environ for name in ALLOCATOR_VARIABLES)
+    if ours:
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceMemoryError(f"{device_memory_error(error).message}: lower {' or '.join(params)}") from error
+    finally:
+        if ours:
+            os.environ.pop(ALLOCATOR_VARIABLES[0], None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch raised this for a lack of memory, or a worker process failed by it."""
+    if isinstance(error, DeviceMemoryError):
+        return True
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return named or (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
+
+
+def device_memory_error(error: BaseException) -> DeviceMemoryError:
+    """A lack of memory in one line, with what is in the GPU's memory now."""
+    if isinstance(error, DeviceMemoryError):
+        return error
+    asked = re.search(r"[Tt]r(?:ied|ying) to allocate (\d[\d.]* \w+)", str(error))
+    wanted = f" (no room for another {asked[1]})" if asked else ""
+    return DeviceMemoryError(f"out of memory{wanted}{_memory_in_use()}")
+
+
+def _memory_in_use() -> str:
+    torch, gib = sys.modules.get("torch"), 2**30
+    if torch is None or not torch.cuda.is_available():
+        return ""
+    _, total = torch.cuda.mem_get_info()
+    return (
+        f", {torch.cuda.get_device_name()}: {torch.cuda.memory_allocated() / gib:.1f} GiB allocated, "
+        f"{torch.cuda.memory_reserved() / gib:.1f} GiB reserved by this process, {total / gib:.1f} GiB in all"
+    )
 
 
 @contextlib.contextmanager

@@ -10,8 +10,15 @@ from pipeline.core.artifacts import create
 from pipeline.core.config import PARAMS_FILE, load
 from pipeline.core.errors import ParamsError, nested_in, section
 from pipeline.core.paths import DELTAS_TABLE, EVALUATE_DIR, SUMMARY_TABLE
-from pipeline.core.run import RunRecord, record, setup_logging, user_errors, work_dir
-from pipeline.evaluate.build import SystemInputs, encoder_artifact, make_systems, manifest_params, own_instructions
+from pipeline.core.run import RunRecord, device_memory, record, setup_logging, user_errors, work_dir
+from pipeline.evaluate.build import (
+    MEMORY_PARAMS,
+    SystemInputs,
+    encoder_artifact,
+    make_systems,
+    manifest_params,
+    own_instructions,
+)
 from pipeline.evaluate.deltas import deltas_table, task_deltas
 from pipeline.evaluate.run import run_systems
 from pipeline.evaluate.summary import flat_metrics, seed_spread, summary_table, write_mteb_format
@@ -90,7 +97,7 @@ def main(
 ) -> None:
     """Run a suite of tasks for every system."""
     setup_logging()
-    with user_errors():
+    with user_errors(), device_memory(*MEMORY_PARAMS):
         inputs = load(params, Inputs)
         with record("evaluate", EVALUATE_DIR / f"{suite}.json") as run_record:
             run(inputs, suite, run_record)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.backbone.device import best_device, free_memory
+from pipeline.backbone.device import best_device, release_memory
 from pipeline.backbone.loading import BackboneParams, DType
 from pipeline.core.artifacts import Artifact, open_artifact
 from pipeline.core.config import Params
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from pipeline.encoder.pool import ParallelEncoder
 
 log = logging.getLogger(__name__)
+
+# What to lower where the memory of a device is full.
+MEMORY_PARAMS = ("evaluate.batch_tokens", "evaluate.batch_size", "embed.teacher.batch_size")
 
 # Builds a system; what must be closed after its turn goes onto the stack.
 Builder = Callable[[ExitStack], System]
@@ -120,7 +123,7 @@ class Systems:
         """
         for name in names:
             for build in self._builders(name):
-                free_memory()
+                release_memory()
                 with ExitStack() as stack:
                     yield stack.enter_context(self.wrap(build(stack)))
 
@@ -180,7 +183,7 @@ class Systems:
 
     def _drop_encoder(self) -> None:
         self._encoder = None  # a later system loads it again
-        free_memory()
+        release_memory()
 
     def _teacher(self, stack: ExitStack) -> System:
         self._drop_encoder()

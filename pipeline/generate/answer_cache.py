@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from pipeline.backbone.device import free_memory
+from pipeline.backbone.device import release_memory
 from pipeline.backbone.loading import BackboneParams, identify
 from pipeline.core.artifacts import bytes_sha256
 from pipeline.core.errors import section
@@ -107,7 +107,7 @@ class Answers:
 
     def _shared(self, load: Callable[[], Engine]) -> Engine:
         if self._engine is None:
-            free_memory()
+            release_memory()
             self._engine = load()
         return _SharedEngine(self._engine)
 

@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.run import device_memory_error, is_out_of_memory
 from pipeline.parallel.devices import Device
 
 log = logging.getLogger(__name__)
@@ -252,6 +253,9 @@ def _run(index: int, cores: Sequence[int], connection: "Connection[Any, Any]", s
     except PipelineError as error:
         channel.fail(error)
     except Exception as error:
+        if is_out_of_memory(error):
+            channel.fail(device_memory_error(error))
+            return
         log.exception("unexpected error")
         channel.fail(PipelineError(f"{type(error).__name__}: {error} (its traceback is above)"))
 

@@ -11,8 +11,15 @@ from pipeline.core.artifacts import create, to_json
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import nested_in, section
 from pipeline.core.paths import DELTAS_TABLE, PROBE_DIR, ROWS_TABLE
-from pipeline.core.run import RunRecord, record, setup_logging, user_errors, work_dir
-from pipeline.evaluate.build import SystemInputs, encoder_artifact, make_systems, manifest_params, own_instructions
+from pipeline.core.run import RunRecord, device_memory, record, setup_logging, user_errors, work_dir
+from pipeline.evaluate.build import (
+    MEMORY_PARAMS,
+    SystemInputs,
+    encoder_artifact,
+    make_systems,
+    manifest_params,
+    own_instructions,
+)
 from pipeline.evaluate.deltas import deltas_table
 from pipeline.generate.engines.registry import prepare_environment
 from pipeline.probe.base import ProbeContext, find_probe, probe_params
@@ -64,7 +71,7 @@ def main(
 ) -> None:
     """Run a probe for every system."""
     setup_logging()
-    with user_errors():
+    with user_errors(), device_memory(*MEMORY_PARAMS):
         inputs = load(params, Inputs)
         settings = probe_params(inputs.probes, name, str(params))
         with record("probe", PROBE_DIR / f"{name}.json") as run_record:

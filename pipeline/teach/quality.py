@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.backbone.device import free_memory
+from pipeline.backbone.device import release_memory
 from pipeline.core.errors import EvaluationError
 from pipeline.core.vectors import unit_rows
 from pipeline.evaluate.system import BareSystem, System
@@ -120,7 +120,7 @@ def measure(
 
     def systems() -> Iterator[System]:
         for name, load in teachers.items():
-            free_memory()
+            release_memory()
             yield measured(name, load())  # without a variable, which would keep it while the next one is loaded
 
     if not tasks:

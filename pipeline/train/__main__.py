@@ -18,7 +18,7 @@ from pipeline.core.code_digest import code_digest
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import TrainingError, nested_in, section
 from pipeline.core.paths import HELDOUT_TABLE, QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TRAIN_TABLE
-from pipeline.core.run import RunRecord, record, setup_logging, user_errors, work_dir
+from pipeline.core.run import RunRecord, device_memory, record, setup_logging, user_errors, work_dir
 from pipeline.parallel.launch import launch_ranks
 from pipeline.parallel.ranks import is_first, launched, rank_count, rank_process
 from pipeline.train.params import TrainParams
@@ -27,6 +27,8 @@ from pipeline.train.params import TrainParams
 PATIENCE = timedelta(hours=2)
 # Modules that decide a training step with all they import: an edit there voids a checkpoint.
 STEP_CODE = ("pipeline.train.build",)
+# What to lower where the memory of a device is full.
+MEMORY_PARAMS = ("train.micro_batch_size", "train.max_tokens_per_batch")
 
 
 class Inputs(Params):
@@ -103,7 +105,7 @@ def _checkpoint_path(inputs: Inputs, identity: dict[str, str], artifacts: Sequen
 def main(params: Path = typer.Option(PARAMS_FILE, help="The params file.")) -> None:
     """Train the compression tokens and the projections."""
     setup_logging()
-    with user_errors(), rank_process(), section("train"):
+    with user_errors(), rank_process(), section("train"), device_memory(*MEMORY_PARAMS):
         inputs = load(params, Inputs)
         count = 1 if launched() else rank_count(inputs.train.processes, inputs.train.batch_size)
         if count > 1:

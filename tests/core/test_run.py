@@ -1,16 +1,23 @@
 """What every stage does around its work."""
 
+import importlib
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import typer
+from typer.testing import CliRunner
 
 from pipeline.core import run as runtime
-from pipeline.core.errors import ArtifactError
+from pipeline.core.errors import ArtifactError, DeviceMemoryError
 from tests.conftest import ROOT
 
 
@@ -31,6 +38,87 @@ def test_an_interrupt_says_what_is_kept_and_exits_with_130(capsys: pytest.Captur
 def test_a_mistake_of_the_code_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError), runtime.user_errors():
         _ = 1 / 0
+
+
+STAGES = ["train", "teach", "embed", "evaluate", "probe"]
+ARGUMENTS = {"evaluate": ["local"], "probe": ["safety"]}
+
+
+def call_stage(stage: str, work: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stage's command in process with this in place of its work."""
+    module = importlib.import_module(f"pipeline.{stage}.__main__")
+    monkeypatch.setattr(module, "run", work)
+    monkeypatch.delenv("RANK", raising=False)
+    app = typer.Typer()
+    app.command()(module.main)
+    return CliRunner().invoke(app, [*ARGUMENTS.get(stage, []), "--params", str(ROOT / "params.yaml")])
+
+
+def fill_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.1 GiB, of which ...")
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "generate"])
+def test_a_lack_of_memory_is_one_line_that_names_params(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    done = call_stage(stage, fill_memory, monkeypatch)
+    assert done.exit_code == 1
+    found = re.fullmatch(r"error: out of memory \(no room for another 2\.00 GiB\): lower (.*)\n", done.stderr)
+    assert found, done.stderr
+    for param in found[1].split(" or "):
+        model = importlib.import_module(f"pipeline.{stage}.__main__").Inputs
+        for name in param.split("."):
+            if fields := getattr(model, "model_fields", None):  # an engine's options are free
+                assert name in fields, param
+                model = fields[name].annotation
+
+
+def test_a_lack_of_memory_says_what_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 70 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 75 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    with pytest.raises(DeviceMemoryError) as caught, runtime.device_memory("train.micro_batch_size"):
+        fill_memory()
+    assert str(caught.value).endswith(
+        "H100: 70.0 GiB allocated, 75.0 GiB reserved by this process, 80.0 GiB in all: lower train.micro_batch_size"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (DeviceMemoryError("encoder process 0: out of memory"), DeviceMemoryError),
+        (RuntimeError("CUDA error: out of memory"), DeviceMemoryError),
+        (RuntimeError("shape mismatch"), RuntimeError),
+    ],
+)
+def test_other_signs_of_a_lack_of_memory(error: Exception, kind: type[Exception]) -> None:
+    with pytest.raises(kind) as caught, runtime.device_memory("a", "b"):
+        raise error
+    assert str(caught.value).endswith(": lower a or b") is (kind is DeviceMemoryError)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_blocks_of_gpu_memory_grow(workspace: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    seen: list[list[str | None]] = []
+    monkeypatch.delenv(names[0], raising=False)
+    for other in (None, "backend:native"):
+        if other:
+            monkeypatch.setenv(names[1], other)
+        call_stage(stage, lambda *_: seen.append([os.environ.get(name) for name in names]), monkeypatch)
+    assert seen == [["expandable_segments:True", None], [None, "backend:native"]]
+    assert names[0] not in os.environ
+
+
+def test_torch_is_not_imported_before_its_settings_are_made() -> None:
+    imports = "; ".join(f"import pipeline.{stage}.__main__" for stage in STAGES)
+    code = f"import sys; {imports}; print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout == "False\n"
 
 
 def test_a_record_holds_what_was_reported_and_where_it_ran(workspace: Path) -> None:

@@ -15,12 +15,16 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.core.errors import BackboneError, EngineError, PipelineError
+from pipeline.core.errors import BackboneError, DeviceMemoryError, EngineError, PipelineError
 from pipeline.parallel.devices import Device
 from pipeline.parallel.worker_pool import Channel, WorkerPool
 from tests.conftest import ROOT
 
 DEVICES = [Device("device a", {"WORKER_COLOUR": "red"}), Device("device b", {"WORKER_COLOUR": "blue"})]
+
+
+class OutOfMemoryError(RuntimeError):
+    """Of torch, by its name."""
 
 
 def obey(greeting: str, channel: Channel) -> None:
@@ -36,6 +40,8 @@ def obey(greeting: str, channel: Channel) -> None:
                 raise BackboneError("no such backbone")
             case "break":
                 raise KeyError("oops")
+            case "fill":
+                raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 80 GiB.")
             case "hang":
                 time.sleep(60)
             case "log":
@@ -102,6 +108,13 @@ def test_a_worker_is_bound_to_its_cores() -> None:
 def test_its_error_comes_with_its_kind_and_its_name() -> None:
     with workers() as started, pytest.raises(BackboneError, match=r"^helper 1 \(device b\): no such backbone$"):
         started.send(1, "refuse")
+        started.receive()
+
+
+def test_a_lack_of_memory_is_one_line() -> None:
+    message = r"^helper 0 \(device a\): out of memory \(no room for another 2.00 GiB\)$"
+    with workers() as started, pytest.raises(DeviceMemoryError, match=message):
+        started.send(0, "fill")
         started.receive()
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from pipeline.core.config import Params
 from pipeline.core.errors import TeacherError
+from pipeline.core.run import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +104,8 @@ def merge_adapter(body: "PreTrainedModel", folder: Path, name: str) -> "PreTrain
         _check_arrived(weights, get_peft_model_state_dict(wrapped, save_embedding_layers=False), name)
         merged = wrapped.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())
         raise _error(f"{name} does not fit the base model: {reason[:300]}") from None
     log.info("teacher: adapter %s merged, all %d tensors", name, len(weights))

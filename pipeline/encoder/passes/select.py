@@ -27,6 +27,7 @@ from pipeline.backbone.attention.registry import (
 from pipeline.backbone.attention.segments import Segments
 from pipeline.backbone.fused import FusedKernels, fused_kernels
 from pipeline.core.errors import BackboneError
+from pipeline.core.run import is_out_of_memory
 from pipeline.encoder.passes.activation_checkpointing import ContextFactory, checkpointable_layers, checkpointing
 from pipeline.encoder.passes.packed import (
     FrozenPackedQueryPass,
@@ -99,6 +100,8 @@ class Comparison(Generic[C]):
         try:
             self._expected = compute(plain)
         except _MISFITS as error:
+            if is_out_of_memory(error):
+                raise
             raise BackboneError(f"{type(backbone).__name__} cannot run on input embeddings: {error}") from None
 
     def first_equal(self, candidates: Iterator[tuple[str, C]]) -> C | None:
@@ -114,6 +117,8 @@ class Comparison(Generic[C]):
         try:
             found = self._compute(candidate)
         except _MISFITS as error:
+            if is_out_of_memory(error):
+                raise
             return str(error).strip().split("\n")[0]
         for name, limit, value, expected in zip(self._names, self._limits, found, self._expected, strict=False):
             difference = float((value - expected).norm() / expected.norm())

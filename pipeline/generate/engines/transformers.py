@@ -11,6 +11,7 @@ from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import load_backbone, load_tokenizer
 from pipeline.backbone.prompting import pad_left
 from pipeline.core.config import Params
+from pipeline.core.run import is_out_of_memory
 from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Sampling
 from pipeline.generate.engines.checks import describe, parse_options, split_fitting, stop_tokens
 
@@ -78,6 +79,8 @@ class TransformersEngine:
         try:
             return self._complete(batch, sampling)
         except (RuntimeError, ValueError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
             if len(batch) == 1:
                 return [Completion.failed(batch[0].id, describe(error))]
         return [completion for prompt in batch for completion in self._isolated([prompt], sampling)]

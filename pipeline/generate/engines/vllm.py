@@ -13,7 +13,7 @@ from pipeline.backbone.loading import BackboneParams
 from pipeline.core.errors import EngineError
 from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Sampling, SoftPrompt
 from pipeline.generate.engines.checks import describe, too_long
-from pipeline.generate.engines.vllm_defaults import Choice, cpu_choices, gpu_choices
+from pipeline.generate.engines.vllm_defaults import Choice, Gpu, cpu_choices, gpu_choices
 from pipeline.generate.engines.vllm_environment import check_batch_invariance, free_memory, fullest_gpu, set_environment
 from pipeline.parallel.reaper import Reaper
 
@@ -61,14 +61,15 @@ class VllmEngine:
     def load(cls, setup: EngineSetup) -> Self:
         """Start vLLM's processes; options are arguments of its `EngineArgs` and win over the automatic choices."""
         started = time.monotonic()
-        options, on_gpu = dict(setup.options), best_device() == "cuda"
+        options, on_gpu, gpu = dict(setup.options), best_device() == "cuda", None
         set_environment(on_gpu, setup.batch_invariant)
         engine_args = _import_engine_args()
         check_arguments(options, {field.name for field in dataclasses.fields(engine_args)})
         if setup.batch_invariant:
             check_batch_invariance()
         if on_gpu:
-            choices = gpu_choices(fullest_gpu(setup.tensor_parallel), options.get("gpu_memory_utilization"))
+            gpu = fullest_gpu(setup.tensor_parallel)
+            choices = gpu_choices(gpu, options.get("gpu_memory_utilization"))
         else:
             memory = free_memory(setup.memory_share)
             choices = cpu_choices(setup.token_bytes, setup.max_model_len, memory, options.get("max_num_seqs"))
@@ -81,7 +82,7 @@ class VllmEngine:
         arguments |= _automatic(choices, setup.max_model_len, options) | options
         reaper = Reaper()
         try:
-            engine = _start(engine_args, arguments, setup.backbone.name)
+            engine = _start(engine_args, arguments, setup.backbone.name, gpu)
         except BaseException:
             reaper.close()
             raise
@@ -213,7 +214,7 @@ def _automatic(choices: Mapping[str, Choice], max_model_len: int, options: Mappi
     return {name: choice.value for name, choice in chosen.items()}
 
 
-def _start(engine_args: Any, arguments: Mapping[str, Any], name: str) -> Any:
+def _start(engine_args: Any, arguments: Mapping[str, Any], name: str, gpu: Gpu | None = None) -> Any:
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -222,8 +223,10 @@ def _start(engine_args: Any, arguments: Mapping[str, Any], name: str) -> Any:
         return LLMEngine.from_engine_args(engine_args(**arguments), usage_context=UsageContext.LLM_CLASS)
     except Exception as error:
         # vLLM raises many kinds here (bad arguments, no memory, unsupported architecture), all for the user to read.
+        free = f" ({gpu.free / 2**30:.1f} of {gpu.total / 2**30:.1f} GiB are free)" if gpu else ""
         raise EngineError(
-            f"vLLM cannot start '{name}': {describe(error)} (details above; check options, or set it to transformers)",
+            f"vLLM cannot start '{name}': {describe(error)} (details above; check options, or set it to transformers; "
+            f"options.gpu_memory_utilization is the share of a GPU's memory that vLLM takes{free})",
             argument="engine",
         ) from error
 
