@@ -48,8 +48,8 @@ def targets_schema(width: int, dtype: str) -> pa.Schema:
     )
 
 
-def check_table(table: pa.Table, schema: pa.Schema, where: str) -> None:
-    """Hold a table to its contract: exact schema, no nulls in required columns, ids sorted and unique.
+def check_table(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
+    """The table, held to its contract: exact schema, no nulls in required columns, ids sorted and unique.
 
     Raises:
         ContractError: naming `where`, the column or the first offending id.
@@ -60,6 +60,7 @@ def check_table(table: pa.Table, schema: pa.Schema, where: str) -> None:
         if not field.nullable and table.column(field.name).null_count:
             raise ContractError(f"{where}: column '{field.name}' has {table.column(field.name).null_count} nulls")
     check_ids(table.column("id"), where)
+    return table
 
 
 def check_ids(ids: pa.ChunkedArray, where: str) -> None:

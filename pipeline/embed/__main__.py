@@ -11,7 +11,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any
 
-import pyarrow as pa
 import typer
 
 from pipeline.backbone.loading import BackboneParams
@@ -44,7 +43,6 @@ from pipeline.embed.transform_fit import Fitted, fit_transform
 log = logging.getLogger(__name__)
 
 BATCH_ROWS = 4096
-FIT_ROWS = 4096
 # What to lower where the memory of a device is full.
 MEMORY_PARAMS = ("embed.teacher.batch_size",)
 
@@ -112,8 +110,8 @@ def _fit(embedder: Embedder, responses: UsableResponses, queries: Artifact, para
 
     def blocks() -> Iterator[Any]:
         rows = (row for row in responses if row.id in trained_on)
-        tables = embedder.tables(rows, FIT_ROWS)
-        for table in progress(tables, total=-(-len(trained_on) // FIT_ROWS), desc="fit transform", unit="block"):
+        tables = embedder.tables(rows, BATCH_ROWS)
+        for table in progress(tables, total=-(-len(trained_on) // BATCH_ROWS), desc="fit transform", unit="block"):
             vectors = raw.vectors(table)
             before.add(vectors)
             yield vectors
@@ -132,11 +130,9 @@ def _write(
     statistics, schema = TargetStatistics(), targets_schema(width, params.dtype)
     rows = rows_per_part(max(width, embedder.teacher.width), params.dtype)
     tables = statistics.through(map(finish, embedder.tables(responses, rows)))
-    models = {"teacher": embedder.teacher.identity}
-    with artifacts.create(
-        TARGETS_DIR, kind="targets", params=target_params(params), models=models, inputs=inputs_read
-    ) as out:
-        out.write_parts((_checked(table, schema) for table in tables), schema)
+    models, made_with = {"teacher": embedder.teacher.identity}, target_params(params)
+    with artifacts.create(TARGETS_DIR, kind="targets", params=made_with, models=models, inputs=inputs_read) as out:
+        out.write_parts((check_table(table, schema, str(TARGETS_DIR)) for table in tables), schema)
         if transform is not None:
             transform.save(out.path)
         out.counts = _counts(statistics, responses)
@@ -149,11 +145,6 @@ def _counts(statistics: TargetStatistics, responses: UsableResponses) -> dict[st
         "truncated_responses": statistics.truncated,
         "skipped": dict(responses.skipped),
     }
-
-
-def _checked(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    check_table(table, schema, str(TARGETS_DIR))
-    return table
 
 
 app = typer.Typer(add_completion=False)

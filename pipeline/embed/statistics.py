@@ -14,13 +14,11 @@ from pipeline.core.vectors import Anisotropy, matrix
 
 @dataclass
 class TargetStatistics:
-    """Mean and standard deviation of the targets' lengths, whose scale decides the balance of the losses.
+    """Of the targets so far; the scale of their lengths decides the balance of the losses.
 
     Attributes:
-        rows: targets so far.
         truncated: targets whose text lost its end.
         tokens: tokens that the teacher read of each text.
-        anisotropy: of the targets.
     """
 
     rows: int = 0

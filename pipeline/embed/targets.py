@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
@@ -24,10 +25,6 @@ from pipeline.core.target_transform import TargetTransform
 from pipeline.core.vectors import matrix
 from pipeline.embed.params import EmbedParams, TargetType
 from pipeline.embed.teachers.base import Teacher
-
-if TYPE_CHECKING:
-    import numpy as np
-
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +75,10 @@ class Row(NamedTuple):
 class UsableResponses:
     """The responses that did not fail and are not blank; each iteration reads them again, one batch at a time.
 
-    `skipped` counts the others of the last iteration, by reason.
+    `batches` gives tables of `COLUMNS`. `skipped` counts the other responses of the last iteration, by reason.
     """
 
     def __init__(self, batches: Callable[[], Iterable[pa.Table]]) -> None:
-        """`batches` gives tables with the columns id, response and finish_reason."""
         self._batches = batches
         self.skipped: Counter[str] = Counter()
 
@@ -90,23 +86,15 @@ class UsableResponses:
         self.skipped = Counter({"error": 0, "empty": 0})
         for batch in self._batches():
             for row_id, text, finish in zip(*(batch[name].to_pylist() for name in COLUMNS), strict=True):
-                if finish == "error":
-                    self.skipped["error"] += 1
-                elif not text.strip():
-                    self.skipped["empty"] += 1
-                else:
+                if finish != "error" and text.strip():
                     yield Row(row_id, store_key(row_id, text), text)
+                else:
+                    self.skipped["error" if finish == "error" else "empty"] += 1
 
 
 @dataclass
 class Embedder:
-    """The work of one run.
-
-    Attributes:
-        store: vectors of finished responses by `store_key` (schema `store_schema`).
-        teacher: embeds.
-        chunk_rows: texts that the teacher gets at once.
-    """
+    """One run: `store` has the finished vectors by `store_key`, the teacher gets `chunk_rows` texts at once."""
 
     store: ShardStore
     teacher: Teacher
@@ -162,43 +150,33 @@ class Embedder:
         }
 
     def _embed(self, rows: Sequence[Row]) -> None:
-        import numpy as np
 
-        ids, texts = [row.id for row in rows], [row.text for row in rows]
+        texts = [row.text for row in rows]
         vectors = self.teacher.embed(texts)
-        check_vectors(ids, vectors, self.teacher.width)
-        tokens = self.teacher.token_counts(texts)
-        self.computed_tokens += sum(tokens)
+        check_vectors([row.id for row in rows], vectors, self.teacher.width)
+        whole, limit = np.array(self.teacher.token_lengths(texts)), self.teacher.max_tokens
+        tokens = np.minimum(whole, whole if limit is None else limit)
+        self.computed_tokens += int(tokens.sum())
         kind = self.store.schema.field("embedding").type
         columns = [
             pa.array([row.key for row in rows], pa.string()),
             pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float32).reshape(-1)), type=kind),
             pa.array(tokens, pa.int32()),
-            pa.array(self.teacher.truncated(texts), pa.bool_()),
+            pa.array(whole > tokens),
         ]
         self.store.add_table(pa.Table.from_arrays(columns, schema=self.store.schema))
 
 
 @dataclass(frozen=True)
 class Finish:
-    """From stored vectors to targets.
-
-    Attributes:
-        normalize: scale vectors to length 1 first.
-        dtype: of the targets.
-        transform: applied next; None applies none.
-    """
+    """From stored vectors to targets of `dtype`: scaled to length 1 if `normalize`, then transformed if at all."""
 
     normalize: bool
     dtype: TargetType
     transform: TargetTransform | None = None
 
-    def vectors(self, table: pa.Table) -> "np.ndarray[Any, Any]":
-        """What the transform is fitted on: float32 `[N, d]` of a table of `store_schema`.
-
-        Raises:
-            TeacherError: a zero vector cannot be normalised.
-        """
+    def vectors(self, table: pa.Table) -> np.ndarray:
+        """What the transform is fitted on: float32 `[N, d]` of a table of `store_schema`."""
         vectors = matrix(table.column("embedding"))
         return unit_length(table.column("id").to_pylist(), vectors) if self.normalize else vectors
 
@@ -217,9 +195,8 @@ class Finish:
         return table.set_column(1, schema.field("embedding"), embeddings).cast(schema)
 
 
-def check_vectors(ids: Sequence[str], vectors: "np.ndarray[Any, Any]", width: int) -> None:
+def check_vectors(ids: Sequence[str], vectors: np.ndarray, width: int) -> None:
     """Raises TeacherError unless `vectors` is `[len(ids), width]` and finite."""
-    import numpy as np
 
     if vectors.shape != (len(ids), width):
         raise TeacherError(
@@ -230,9 +207,8 @@ def check_vectors(ids: Sequence[str], vectors: "np.ndarray[Any, Any]", width: in
         raise TeacherError(f"the teacher gave NaN or infinite values for {bad}: try float32", argument="teacher.dtype")
 
 
-def unit_length(ids: Sequence[str], vectors: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+def unit_length(ids: Sequence[str], vectors: np.ndarray) -> np.ndarray:
     """Vectors `[N, d]` over their lengths. Raises TeacherError if one is zero."""
-    import numpy as np
 
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not lengths.all():
@@ -241,9 +217,8 @@ def unit_length(ids: Sequence[str], vectors: "np.ndarray[Any, Any]") -> "np.ndar
     return vectors / lengths
 
 
-def cast(ids: Sequence[str], vectors: "np.ndarray[Any, Any]", dtype: TargetType) -> "np.ndarray[Any, Any]":
+def cast(ids: Sequence[str], vectors: np.ndarray, dtype: TargetType) -> np.ndarray:
     """Vectors `[N, d]` in `dtype`. Raises TeacherError if a value is too large."""
-    import numpy as np
 
     largest = float(np.abs(vectors).max(initial=0.0))
     if dtype == "float16" and largest > FLOAT16_MAX:
@@ -255,7 +230,7 @@ def cast(ids: Sequence[str], vectors: "np.ndarray[Any, Any]", dtype: TargetType)
     return vectors.astype(dtype)
 
 
-def _name(ids: Sequence[str], bad: "np.ndarray[Any, Any]") -> str:
+def _name(ids: Sequence[str], bad: np.ndarray) -> str:
     named = [row_id for row_id, is_bad in zip(ids, bad, strict=True) if is_bad]
     more = f" and {len(named) - NAMED_IDS} more" if len(named) > NAMED_IDS else ""
     return f"{len(named)} of {len(ids)} texts: {', '.join(named[:NAMED_IDS])}{more}"

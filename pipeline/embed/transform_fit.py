@@ -1,23 +1,20 @@
 """Fit a target transform on blocks of vectors, in memory that grows with their width and not with their number.
 
 Everything is float64. Second moments are taken around the mean of the first block: hidden states have a mean that is
-large against their spread, which would cost digits. The fit depends on the rows and their order alone; the stage sorts
-them by id.
+large against their spread, which would cost digits. The fit depends on the rows and their order alone.
 
 Kinds (mu and C: mean and covariance of the training targets, C = V diag(lambda) V', variances descending):
 
 - center: x - mu
 - standardize: each dimension of x - mu over its standard deviation
-- whiten: V' (x - mu) over the square roots of the variances: dimension i is principal component i; `components` keeps
-  the leading ones. The covariance is shrunk first, C' = (1 - s) C + s tr(C)/d I, by default with the intensity of
-  Ledoit and Wolf (2004): near 0 with many more rows than dimensions, and defined with fewer rows than dimensions.
+- whiten: V' (x - mu) over the square roots of the variances; `components` keeps the leading ones. The covariance is
+  shrunk first, C' = (1 - s) C + s tr(C)/d I, by default with the intensity of Ledoit and Wolf (2004).
 - remove-components: x - mu without its part along the leading components (Mu and Viswanath 2018)
 """
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -81,13 +78,9 @@ class TargetMoments:
         length = float(offset @ offset)
         # |z - o|^4 = (|z|^2 - 2 o.z + |o|^2)^2, summed term by term.
         along = float(offset @ self._scatter @ offset) / self.rows
+        weighted = float(offset @ self._weighted) / self.rows
         return (
-            self._fourth / self.rows
-            + 4 * along
-            + length**2
-            - 4 * float(offset @ self._weighted) / self.rows
-            + 2 * length * mean_square
-            - 4 * length * length
+            self._fourth / self.rows + 4 * along + length**2 - 4 * weighted + 2 * length * mean_square - 4 * length**2
         )
 
     @property
@@ -95,8 +88,7 @@ class TargetMoments:
         return self._sum / self.rows
 
 
-@dataclass(frozen=True)
-class Fitted:
+class Fitted(NamedTuple):
     """A transform, and the facts of its fit for results/."""
 
     transform: TargetTransform
@@ -104,10 +96,10 @@ class Fitted:
 
 
 def fit_transform(params: TransformParams, blocks: Iterable[np.ndarray], *, unit_length: bool) -> Fitted:
-    """The transform of the params, fitted on vectors.
+    """The transform of the params (of any kind but none), fitted on vectors.
 
     Args:
-        params: section `embed.transform`, of any kind but none.
+        params: section `embed.transform`.
         blocks: vectors `[B, d]` in a fixed order, of length 1 already if `unit_length`.
         unit_length: see `TargetTransform`.
 
@@ -146,17 +138,23 @@ def _maps(params: TransformParams, moments: TargetMoments, facts: dict[str, Any]
         return _inverse_roots(np.diag(covariance).clip(0), params.epsilon, facts)
     variances, directions = principal_components(covariance)
     if params.kind == "whiten":
-        share = _shrinkage(params, moments, covariance)
+        share = params.shrinkage
+        if share == "auto":
+            share = moments.shrinkage(covariance)
+            message = "shrinkage: %.4g (Ledoit and Wolf's for %d responses in %d dimensions)"
+            log.info(message, share, moments.rows, len(covariance))
         facts["shrinkage"] = round(float(share), 6)
-        return _whitening(params, share, variances, directions, facts)
+        count = params.components or len(variances)
+        facts["kept_variance"] = _part(variances, count)
+        shrunk = (1 - share) * variances + share * variances.mean()
+        forward, inverse = _inverse_roots(shrunk[:count], params.epsilon, facts)
+        return directions[:, :count] * forward, (directions[:, :count] * inverse).T
     _check_rank(params, moments.rows, variances)
     removed = directions[:, : params.components]
     share = facts["removed_variance"] = _part(variances, params.components)
     if share > MOST_REMOVED:
-        log.warning(
-            "components (%s) removes %.1f %% of the variance of the targets: fewer may be better",
-            *(params.components, 100 * share),
-        )
+        removes = "components (%s) removes %.1f %% of the variance of the targets: fewer may be better"
+        log.warning(removes, params.components, 100 * share)
     return np.eye(len(removed)) - removed @ removed.T, np.ones(len(removed))
 
 
@@ -184,33 +182,12 @@ def _part(variances: np.ndarray, leading: int | None) -> float:
     return round(float(variances[:leading].sum() / variances.sum()), 6)
 
 
-def _shrinkage(params: TransformParams, moments: TargetMoments, covariance: np.ndarray) -> float:
-    if params.shrinkage != "auto":
-        return params.shrinkage
-    share = moments.shrinkage(covariance)
-    rows, width = moments.rows, len(covariance)
-    log.info("shrinkage: %.4g (Ledoit and Wolf's for %d responses in %d dimensions)", share, rows, width)
-    return share
-
-
-def _whitening(
-    params: TransformParams, share: float, variances: np.ndarray, directions: np.ndarray, facts: dict[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    count = params.components or len(variances)
-    facts["kept_variance"] = _part(variances, count)
-    shrunk = (1 - share) * variances + share * variances.mean()
-    forward, inverse = _inverse_roots(shrunk[:count], params.epsilon, facts)
-    return directions[:, :count] * forward, (directions[:, :count] * inverse).T
-
-
 def _inverse_roots(variances: np.ndarray, epsilon: float, facts: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """1 over the standard deviations, and the standard deviations; both 0 where the variance is below `epsilon`."""
     alive = variances > epsilon * variances.max()
     facts["left_out"] = int((~alive).sum())
     if facts["left_out"]:
-        log.warning(
-            "%d of %d directions have less than epsilon (%g) of the largest variance and are left at 0",
-            *(facts["left_out"], len(variances), epsilon),
-        )
+        message = "%d of %d directions have less than epsilon (%g) of the largest variance and are left at 0"
+        log.warning(message, facts["left_out"], len(variances), epsilon)
     roots = np.sqrt(variances) * alive
     return np.divide(1.0, roots, out=np.zeros_like(roots), where=alive), roots

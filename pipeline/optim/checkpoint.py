@@ -1,6 +1,7 @@
 """Checkpoints of a training run: one file, safetensors behind its own sha256, no pickle."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch.optim import Optimizer
 from pipeline.core.artifacts import bytes_sha256, disk_errors, write_bytes
 from pipeline.core.errors import TrainingError
 from pipeline.core.fault_points import fault_point
+
+log = logging.getLogger(__name__)
 
 _SLOTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -67,12 +70,13 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
-    """The checkpoint in a file; None where there is no intact one."""
+    """The checkpoint in a file; None, with a warning where the file is damaged, if there is no intact one."""
     if not path.is_file():
         return None
     raw = path.read_bytes()
     digest, content = raw[:64], raw[64:]
     if bytes_sha256(content).encode() != digest:
+        log.warning("%s is damaged: training starts again", path)
         return None
     return Checkpoint(path, _progress(content), load(content))
 

@@ -21,13 +21,12 @@ from pipeline.core.errors import TeacherError, nested_in, section
 from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR, TEACHER_DIR
 from pipeline.core.row_store import locked
 from pipeline.core.run import RunRecord, device_memory, record, setup_logging, user_errors, work_dir
-from pipeline.embed.params import TeacherParams, TeacherSection
+from pipeline.embed.params import TeacherSection
 from pipeline.embed.teachers.pooling import check_positions
 from pipeline.embed.teachers.registry import TEACHERS
 from pipeline.teach.params import TeachParams
 
 if TYPE_CHECKING:
-    from pipeline.embed.teachers.base import Teacher
     from pipeline.teach.quality import Quality
     from pipeline.teach.recipe import TrainedPhase
 
@@ -119,15 +118,20 @@ def _teach(inputs: Inputs, run_record: RunRecord, work: Path) -> None:
 
 
 def _measure(inputs: Inputs, adapters: Mapping[str, Path], texts: list[str], tasks: list[Any], work: Path) -> "Quality":
+    from pipeline.embed.teachers.adapters import AdapterParams
+    from pipeline.embed.teachers.backbone import load_backbone_teacher
+    from pipeline.embed.teachers.llm2vec import load_llm2vec
     from pipeline.teach.quality import BASELINE, MNTP, SIMCSE, measure
 
     teacher = inputs.embed.teacher
-    mntp, simcse = adapters["mntp"], adapters["simcse"]
+    shared: dict[str, Any] = teacher.model_dump(include={"max_tokens", "dtype", "batch_size"})
+    adapted = partial(load_llm2vec, inputs.backbone, template=teacher.template, pooling=teacher.pooling, **shared)
+    mntp, simcse = (AdapterParams(name=str(adapters[phase])) for phase in ("mntp", "simcse"))
     return measure(
         {
-            BASELINE: partial(_mean_pooling, inputs.backbone, teacher),
-            MNTP: partial(_adapted, inputs.backbone, teacher, [mntp]),
-            SIMCSE: partial(_adapted, inputs.backbone, teacher, [mntp, simcse]),
+            BASELINE: partial(load_backbone_teacher, inputs.backbone, **shared),
+            MNTP: partial(adapted, [mntp]),
+            SIMCSE: partial(adapted, [mntp, simcse]),
         },
         texts,
         tasks,
@@ -135,29 +139,6 @@ def _measure(inputs: Inputs, adapters: Mapping[str, Path], texts: list[str], tas
         work=work / "quality",
         batch_size=teacher.batch_size,
         dtype=teacher.dtype,
-    )
-
-
-def _mean_pooling(backbone: BackboneParams, teacher: TeacherParams) -> "Teacher":
-    from pipeline.embed.teachers.backbone import load_backbone_teacher
-
-    return load_backbone_teacher(
-        backbone, max_tokens=teacher.max_tokens, dtype=teacher.dtype, batch_size=teacher.batch_size
-    )
-
-
-def _adapted(backbone: BackboneParams, teacher: TeacherParams, adapters: list[Path]) -> "Teacher":
-    from pipeline.embed.teachers.adapters import AdapterParams
-    from pipeline.embed.teachers.llm2vec import load_llm2vec
-
-    return load_llm2vec(
-        backbone,
-        [AdapterParams(name=str(adapter)) for adapter in adapters],
-        max_tokens=teacher.max_tokens,
-        dtype=teacher.dtype,
-        batch_size=teacher.batch_size,
-        template=teacher.template,
-        pooling=teacher.pooling,
     )
 
 

@@ -70,7 +70,7 @@ def model_card(
         phases: facts by phase.
         params: section `teach`, what decided the adapters.
         template: what is read of a text.
-        pooled: which tokens are, in words.
+        pooled: which tokens are pooled, in words.
         mask_token: of MNTP.
     """
     local = "sha256" in backbone

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.compute as pc
+
 from pipeline.core.artifacts import Artifact, bytes_sha256
 from pipeline.core.errors import TeacherError
 from pipeline.core.paths import TRAIN_TABLE
@@ -24,22 +26,11 @@ CHUNK = 1024  # texts tokenised at once
 
 @dataclass(frozen=True)
 class TokenizedCorpus:
-    """Distinct rows of tokens.
-
-    Attributes:
-        rows: in the order of the texts.
-        short: texts left out because they have too few tokens.
-        repeated: texts left out because they have the tokens of another one, up to the limit.
-    """
+    """Distinct rows in the order of the texts; the texts left out as too short, or with the tokens of another one."""
 
     rows: list[Tokens]
     short: int
     repeated: int
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        return [len(row.ids) for row in self.rows]
 
 
 def corpus_texts(
@@ -57,16 +48,10 @@ def corpus_texts(
     if corpus in ("queries", "both"):
         yield from queries.read(TRAIN_TABLE, ["text"])["text"].to_pylist()
     if corpus in ("responses", "both"):
-        yield from _answers(queries, responses)
-
-
-def _answers(queries: Artifact, responses: Artifact) -> Iterator[str]:
-    trained = set(queries.read(TRAIN_TABLE, ["id"])["id"].to_pylist())
-    columns = ["id", "response", "finish_reason"]
-    for batch in responses.batches(columns, BATCH_ROWS):
-        for row_id, text, finish in zip(*(batch[name].to_pylist() for name in columns), strict=True):
-            if finish != "error" and row_id in trained:
-                yield text
+        trained = queries.read(TRAIN_TABLE, ["id"])["id"].combine_chunks()
+        for batch in responses.batches(["id", "response", "finish_reason"], BATCH_ROWS):
+            usable = pc.and_(pc.is_in(batch["id"], trained), pc.not_equal(batch["finish_reason"], "error"))
+            yield from batch.filter(usable)["response"].to_pylist()
 
 
 def hash_ordered(texts: Iterable[str]) -> list[str]:
@@ -84,7 +69,7 @@ def tokenize_corpus(
     batch_size: int,
     phase: str,
 ) -> TokenizedCorpus:
-    """Tokenise texts until there are `most` distinct rows.
+    """Tokenise texts in their order until there are `most` distinct usable rows.
 
     Args:
         texts: see `hash_ordered`.
@@ -114,8 +99,8 @@ def tokenize_corpus(
     starts.close()
     if len(rows) < batch_size:
         raise TeacherError(
-            f"{batch_size} is more than the {len(rows)} usable texts of {len(texts)} ({short} have too few tokens, "
-            f"{repeated} have the tokens of another): lower it or add text",
+            f"{batch_size} is more than the {len(rows)} usable texts of {len(texts)} ({short} too short, {repeated} "
+            "with the tokens of another): lower it or add text",
             argument="batch_size",
         )
     log.info("%s: %d texts, %d too short, %d with the tokens of another", phase, len(rows), short, repeated)

@@ -7,10 +7,9 @@ So only the modules that drop are put into training mode, and what they draw dep
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import nn
+import numpy as np
 
 
 class SeededDropout:
@@ -21,12 +20,13 @@ class SeededDropout:
 
         Args:
             body: with its adapters, in eval mode.
-            rate: of attention weights, or of dropout modules in an architecture whose attention drops nothing; 0
-                leaves only LoRA's dropout.
+            rate: of attention weights, or of dropout modules where attention has none; 0 leaves only LoRA's dropout.
         """
+        from peft.tuners.lora import LoraLayer
         from torch.nn import Dropout
 
-        lora = _lora_dropouts(body)
+        layers = [module for module in body.modules() if isinstance(module, LoraLayer)]
+        lora = [module for layer in layers for module in layer.lora_dropout.values()]
         found = {module: key for module in body.modules() if (key := _attention_key(module))} if rate else {}
         inside = [getattr(module, key) for module, key in found.items()]
         others = [module for module in body.modules() if isinstance(module, Dropout) and module not in lora]
@@ -56,7 +56,6 @@ class SeededDropout:
     @contextlib.contextmanager
     def enabled(self, *seed: int) -> Iterator[None]:
         """Dropout on, drawn from this seed; afterwards off, with the random generators as before."""
-        import numpy as np
         import torch
 
         device = self._body.device
@@ -87,10 +86,3 @@ def _attention_key(module: Any) -> str | None:
 
     keys = (*_ATTENTION_KEYS, "dropout") if type(module).__name__.endswith("Attention") else _ATTENTION_KEYS
     return next((key for key in keys if isinstance(getattr(module, key, None), int | float | Dropout)), None)
-
-
-def _lora_dropouts(body: Any) -> "list[nn.Module]":
-    from peft.tuners.lora import LoraLayer
-
-    layers = [module for module in body.modules() if isinstance(module, LoraLayer)]
-    return [module for layer in layers for module in layer.lora_dropout.values()]

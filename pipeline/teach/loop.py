@@ -32,12 +32,8 @@ class Loop:
     """One phase of training.
 
     Attributes:
-        name: of the phase, for messages.
-        objective: computes gradients.
         trained: parameters by name.
-        batches: the rows of each step.
-        params: section `teach`.
-        phase: its section of the phase.
+        params: section `teach`, of which `phase` is a part.
         checkpoint: file of the resumable state; its folder belongs to this phase with these params and texts.
         curve: the loss of each step.
     """
@@ -67,6 +63,8 @@ class Loop:
             TeacherError: a loss or a gradient is not finite.
             WorkError: the disk is full.
         """
+        from pipeline.optim.checkpoint import save_checkpoint
+
         self._resume()
         done, total = len(self.curve), self.phase.steps
         bar = progress(range(done, total), total=total, desc=f"teach {self.name}", unit="step", initial=done)
@@ -76,26 +74,17 @@ class Loop:
                 bar.set_postfix(loss=f"{self.curve[-1]:.4f}", refresh=False)
                 stopping = stop()
                 if stopping or step + 1 == total or (step + 1) % self.params.checkpoint_every == 0:
-                    self._save()
+                    save_checkpoint(self.checkpoint, self.trained, self._optimizer, {"curve": self.curve})
                 if stopping:
                     raise KeyboardInterrupt
 
     def _resume(self) -> None:
         from pipeline.optim.checkpoint import read_checkpoint
 
-        found = read_checkpoint(self.checkpoint)
-        if found is None:
-            if self.checkpoint.exists():
-                log.warning("%s is damaged: the phase starts again", self.checkpoint)
-            return
-        found.restore(self.trained, self._optimizer)
-        self.curve = found.progress["curve"]
-        log.info("%s: resuming after step %d of %d", self.name, len(self.curve), self.phase.steps)
-
-    def _save(self) -> None:
-        from pipeline.optim.checkpoint import save_checkpoint
-
-        save_checkpoint(self.checkpoint, self.trained, self._optimizer, {"curve": self.curve})
+        if found := read_checkpoint(self.checkpoint):
+            found.restore(self.trained, self._optimizer)
+            self.curve = found.progress["curve"]
+            log.info("%s: resuming after step %d of %d", self.name, len(self.curve), self.phase.steps)
 
     def _step(self, step: int) -> None:
         from torch.nn.utils import clip_grad_norm_

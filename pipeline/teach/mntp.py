@@ -5,8 +5,9 @@ of a text's tokens, a few at a time.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from pipeline.backbone.prompting import pad_left
 from pipeline.core.errors import TeacherError
@@ -46,15 +47,8 @@ def maskable(row: Tokens) -> list[int]:
     return [at for at in range(1, len(row.ids)) if row.pooled[at]]
 
 
-@dataclass(frozen=True)
-class MaskedRow:
-    """A row with masked tokens.
-
-    Attributes:
-        ids: with the mask token.
-        positions: of the masked tokens, ascending.
-        labels: the original tokens there.
-    """
+class MaskedRow(NamedTuple):
+    """A row's ids with mask tokens, their positions (ascending), and the original tokens there."""
 
     ids: list[int]
     positions: list[int]
@@ -63,8 +57,6 @@ class MaskedRow:
 
 def mask_row(row: Tokens, fraction: float, mask_id: int, seed: Sequence[int]) -> MaskedRow:
     """Mask this fraction of the maskable tokens, at least one, drawn from the seed."""
-    import numpy as np
-
     candidates = maskable(row)
     count = max(1, round(fraction * len(candidates)))
     chosen = sorted(np.random.default_rng(list(seed)).choice(candidates, count, replace=False).tolist())
@@ -102,10 +94,8 @@ class MntpObjective:
             body: bidirectional, with the trained adapters.
             dropout: of the body.
             rows: all texts; each has a maskable token.
-            head: the frozen output head, a linear layer.
-            transform: of the head's logits.
-            fraction: of the maskable tokens.
-            mask_id: the mask token.
+            head: the frozen output head, a linear layer; `transform` is of its logits.
+            fraction: of the maskable tokens that become `mask_id`.
             micro_batch_size: rows of a forward pass.
             seed: of masks and dropout.
         """

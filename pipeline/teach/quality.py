@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pipeline.backbone.device import release_memory
 from pipeline.core.errors import EvaluationError
 from pipeline.core.vectors import unit_rows
@@ -24,11 +26,7 @@ from pipeline.evaluate.system import BareSystem, System
 from pipeline.teach.params import QualityParams
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from pipeline.embed.teachers.base import Teacher
-
-    Array = np.ndarray[Any, Any]
 
 log = logging.getLogger(__name__)
 
@@ -50,19 +48,9 @@ class Quality:
     deltas: list[dict[str, Any]]
     intrinsic: dict[str, dict[str, float]]
 
-    @property
-    def gain(self) -> float | None:
-        """Mean score of the teacher minus that of mean pooling; None without tasks."""
-        ours, theirs = (self.metrics.get(f"{system}/{MEAN}") for system in (SIMCSE, BASELINE))
-        return None if ours is None or theirs is None else ours - theirs
-
 
 def find_quality_tasks(params: QualityParams, local_dir: Path) -> list[Any]:
-    """The mteb tasks of the params; their instructions and data are checked.
-
-    Args:
-        params: section `teach.quality`.
-        local_dir: folder of local tasks.
+    """The mteb tasks of the params, local ones from `local_dir`; their instructions and data are checked.
 
     Raises:
         EvaluationError: mteb does not know a task, a local folder is unusable, a task has no instruction, or its data
@@ -153,15 +141,8 @@ def text_halves(texts: Sequence[str], most: int) -> list[tuple[str, str]]:
     return [(" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])) for words in long_enough]
 
 
-def label_free_metrics(first: "Array", second: "Array") -> dict[str, float]:
-    """Anisotropy, uniformity, alignment and halves; see the module.
-
-    Args:
-        first: float32 `[N, d]`, of the first halves; N at least 2.
-        second: float32 `[N, d]`, of the second halves.
-    """
-    import numpy as np
-
+def label_free_metrics(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    """Anisotropy, uniformity, alignment and halves (see the module) of both halves, float32 `[N, d]`, N at least 2."""
     first, second = unit_rows(first), unit_rows(second)
     different = ~np.eye(len(first), dtype=bool)
     cosines, across = first @ first.T, first @ second.T
@@ -177,17 +158,13 @@ def label_free_metrics(first: "Array", second: "Array") -> dict[str, float]:
 
 def worse_than_baseline(quality: Quality) -> str | None:
     """That the teacher scores below mean pooling, in words; None if it does not, or was not measured."""
-    gain = quality.gain
-    if gain is None or gain >= 0:
+    ours, theirs = (quality.metrics.get(f"{system}/{MEAN}") for system in (SIMCSE, BASELINE))
+    if ours is None or theirs is None or ours >= theirs:
         return None
-    ours, theirs = (quality.metrics[f"{system}/{MEAN}"] for system in (SIMCSE, BASELINE))
-    interval = next((d for d in quality.deltas if d["of"] == SIMCSE and d["metric"] == MEAN), None)
-    between = (
-        f", interval {interval['low']:+.4f} to {interval['high']:+.4f}"
-        if interval and interval["low"] is not None
-        else ""
-    )
+    found = (d for d in quality.deltas if d["of"] == SIMCSE and d["metric"] == MEAN and d["low"] is not None)
+    between = "".join(f", interval {delta['low']:+.4f} to {delta['high']:+.4f}" for delta in found)
     return (
         f"the trained teacher scores {ours:.4f} on the tasks of teach.quality, mean pooling of its backbone "
-        f"{theirs:.4f} ({gain:+.4f}{between}): train it longer or on more text, or use the backbone as the teacher"
+        f"{theirs:.4f} ({ours - theirs:+.4f}{between}): train it longer or on more text, or use the backbone as the "
+        "teacher"
     )

@@ -8,10 +8,9 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import BackboneParams, identify, load_backbone, load_config, load_tokenizer
@@ -43,15 +42,8 @@ MNTP_GROUPING = 8
 Training = tuple[Objective, dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class TrainedPhase:
-    """A finished phase.
-
-    Attributes:
-        adapter: a standard LoRA folder.
-        facts: counts for the record.
-        curve: the loss of each step.
-    """
+class TrainedPhase(NamedTuple):
+    """A finished phase: its standard LoRA folder, counts for the record, the loss of each step."""
 
     adapter: Path
     facts: dict[str, Any]
@@ -87,8 +79,7 @@ class Recipe:
             params: section `teach`.
             backbone: the base model.
             texts: see `corpus.hash_ordered`.
-            template: of the teacher, for SimCSE; see `embed.teachers.template`.
-            pooling: of the teacher, for SimCSE.
+            template: of the teacher, for SimCSE, as is `pooling`; see `embed.teachers.template`.
             work: folder of unfinished work.
 
         Raises:
@@ -118,16 +109,11 @@ class Recipe:
         params, reading = self._params, {"template": self._template, "pooling": self._pooling}
         mntp_texts = self._tokenized("mntp", params.mntp)
         simcse_texts = self._tokenized("simcse", params.simcse, **reading, strip=True)
-        mntp = self._phase("mntp", params.mntp, mntp_texts, {}, lambda: self._mntp(mntp_texts.rows))
+        mntp = self._phase("mntp", params.mntp, mntp_texts, {}, partial(self._mntp, mntp_texts.rows))
         upstream = {"mntp": file_sha256(mntp.adapter / WEIGHTS_FILE), "mntp_lora": params.mntp.lora.model_dump()}
-        simcse = self._phase(
-            "simcse",
-            params.simcse,
-            simcse_texts,
-            upstream | reading,
-            lambda: self._simcse(simcse_texts.rows, mntp.adapter),
-        )
-        return {"mntp": mntp, "simcse": simcse}
+        upstream |= reading
+        train_simcse = partial(self._simcse, simcse_texts.rows, mntp.adapter)
+        return {"mntp": mntp, "simcse": self._phase("simcse", params.simcse, simcse_texts, upstream, train_simcse)}
 
     def _tokenized(self, name: PhaseName, phase: PhaseParams, **rules: Any) -> TokenizedCorpus:
         with nested_in(name):
@@ -180,7 +166,8 @@ class Recipe:
         """Train, write the finished phase in one rename, and delete its checkpoint."""
         (objective, trained), checkpoint = training, folder / CHECKPOINT
         grouping = MNTP_GROUPING if name == "mntp" else 1
-        batches = Batches(texts.lengths, phase.batch_size, seed=self._params.seed, grouping=grouping)
+        lengths = [len(row.ids) for row in texts.rows]
+        batches = Batches(lengths, phase.batch_size, seed=self._params.seed, grouping=grouping)
         loop = Loop(name, objective, trained, batches, self._params, phase, checkpoint)
         loop.run()
         facts = {
@@ -226,20 +213,10 @@ class Recipe:
         dropout = SeededDropout(adapted, params.dropout)
         log.info("simcse: dropout %g in %s", params.dropout, dropout.active or "nothing")
         if params.dropout and not dropout.drops_in_backbone:
-            log.warning(
-                "simcse.dropout (%g) has no effect in this architecture: the two views of a text differ by "
-                "simcse.lora.dropout (%g) alone",
-                *(params.dropout, params.lora.dropout),
-            )
-        objective = SimcseObjective(
-            adapted,
-            dropout,
-            rows,
-            scale=params.scale,
-            micro_batch_size=params.micro_batch_size,
-            seed=self._params.seed,
-        )
-        return objective, trained
+            message = "simcse.dropout (%g) has no effect in this architecture: only simcse.lora.dropout (%g) has"
+            log.warning(message, params.dropout, params.lora.dropout)
+        size, seed = params.micro_batch_size, self._params.seed
+        return SimcseObjective(adapted, dropout, rows, scale=params.scale, micro_batch_size=size, seed=seed), trained
 
     def _bidirectional(self) -> Any:
         body = self._lm.get_decoder()

@@ -22,13 +22,7 @@ VIEWS = 2
 
 
 def contrastive_loss(first: "torch.Tensor", second: "torch.Tensor", scale: float) -> "torch.Tensor":
-    """Mean cross-entropy of finding row i of `second` for row i of `first` by scaled cosine.
-
-    Args:
-        first: `[B, d]`.
-        second: `[B, d]`.
-        scale: of the cosines.
-    """
+    """Mean cross-entropy of finding row i of `second` `[B, d]` for row i of `first` `[B, d]` by scaled cosine."""
     import torch
     import torch.nn.functional as F
 
@@ -53,11 +47,10 @@ class SimcseObjective:
 
         Args:
             body: bidirectional, with the trained adapters.
-            dropout: of the body.
+            dropout: of the body, drawn from `seed`.
             rows: all texts, distinct.
             scale: of the cosines.
             micro_batch_size: rows of a forward pass.
-            seed: of the dropout.
 
         Raises:
             TeacherError: dropout changes nothing, or is on outside of training.

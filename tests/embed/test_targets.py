@@ -38,6 +38,7 @@ class LengthTeacher:
     """Embeds a text as [3 * its length, 4 * its length]; remembers what it is asked."""
 
     width = 2
+    max_tokens = 7
 
     def __init__(self, bad: str | None = None, value: float = np.nan) -> None:
         self.bad, self.value = bad, value
@@ -49,11 +50,8 @@ class LengthTeacher:
         rows = [[self.value] * 2 if text == self.bad else [3.0 * len(text), 4.0 * len(text)] for text in texts]
         return np.array(rows, np.float32)
 
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
+    def token_lengths(self, texts: Sequence[str]) -> list[int]:
         return [len(text) for text in texts]
-
-    def truncated(self, texts: Sequence[str]) -> list[bool]:
-        return [len(text) > 7 for text in texts]
 
 
 Run = Callable[..., pa.Table]

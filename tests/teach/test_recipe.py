@@ -133,7 +133,7 @@ def test_a_damaged_checkpoint_starts_the_phase_again(
         (finished.parent / "checkpoint").write_bytes(b"half of it")
         finished.rename(finished.with_name("away"))
     assert contents(recipe(tiny_backbone(), TEXTS, workspace, params()).run()) == whole
-    assert "is damaged: the phase starts again" in caplog.text
+    assert "is damaged: training starts again" in caplog.text
 
 
 def test_a_backbone_that_stays_causal_is_refused(

@@ -26,7 +26,7 @@ from pipeline.embed.__main__ import app as embed_app
 from pipeline.embed.params import TeacherParams
 from pipeline.embed.teachers import backbone as backbone_teacher
 from pipeline.embed.teachers import llm2vec as llm2vec_teacher
-from pipeline.embed.teachers.registry import build_teacher
+from pipeline.embed.teachers.load import load_teacher
 from pipeline.teach import quality
 from pipeline.teach import recipe as recipes
 from pipeline.teach.__main__ import Inputs, app, run
@@ -73,7 +73,7 @@ def test_where_none_is_asked_for_nothing_is_loaded(workspace: Path, tiny_backbon
     assert list(folder_bytes(Path("models/teacher"))) == ["manifest.json"]
     assert json.loads(Path("results/teach.json").read_text())["asked"] is False
     with pytest.raises(TeacherError, match="models/teacher holds no teacher: run teach again"):
-        build_teacher(TeacherParams(**TEACHER), BackboneParams(name=str(tiny_backbone())))
+        load_teacher(TeacherParams(**TEACHER), BackboneParams(name=str(tiny_backbone())))
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_a_trained_teacher_embeds_and_measuring_it_again_changes_no_byte(
     assert facts["intrinsic"]["simcse"].keys() == {"anisotropy", "uniformity", "alignment", "halves"}
     assert CliRunner().invoke(embed_app, []).exit_code == 0
     targets = open_artifact(Path("data/targets"), "targets")
-    teacher = build_teacher(TeacherParams(**TEACHER), BackboneParams(name=str(folder)))
+    teacher = load_teacher(TeacherParams(**TEACHER), BackboneParams(name=str(folder)))
     adapters = [{**identify(f"models/teacher/{phase}", None)} for phase in ("mntp", "simcse")]
     assert targets.manifest.models["teacher"]["adapters"] == adapters == teacher.identity["adapters"]
     rows = {row["id"]: row["embedding"] for row in targets.read().to_pylist()}
@@ -112,9 +112,9 @@ def test_a_trained_teacher_embeds_and_measuring_it_again_changes_no_byte(
         [rows[row["id"]] for row in responses], teacher.embed([row["response"] for row in responses]), atol=1e-4
     )
     with pytest.raises(TeacherError, match="was trained with backbone .* run teach again"):
-        build_teacher(TeacherParams(**TEACHER), BackboneParams(name=str(tiny_backbone("llama"))))
+        load_teacher(TeacherParams(**TEACHER), BackboneParams(name=str(tiny_backbone("llama"))))
     with pytest.raises(TeacherError, match="was trained with pooling mean, params say last"):
-        build_teacher(TeacherParams(**TEACHER, pooling="last"), BackboneParams(name=str(folder)))
+        load_teacher(TeacherParams(**TEACHER, pooling="last"), BackboneParams(name=str(folder)))
 
 
 @pytest.mark.parametrize(

@@ -26,14 +26,6 @@ def load_backbone_teacher(
     Special tokens are read but not pooled: the first position of a language model is an attention sink whose norm
     would drown the text. With an echo template the text is read twice and only its second reading is pooled.
 
-    Args:
-        backbone: the language model.
-        max_tokens: longer texts lose their end.
-        dtype: of the weights.
-        batch_size: texts of one forward pass.
-        template: what is read, see `template`.
-        pooling: which of its tokens are pooled, see `template`.
-
     Raises:
         BackboneError: the backbone cannot be loaded.
         TeacherError: `max_tokens` exceeds its positions, or the template leaves no room for a text.
@@ -42,17 +34,12 @@ def load_backbone_teacher(
     log.info("teacher backbone: device %s (the best present), %s", device, dtype)
     body = load_backbone(backbone.model_copy(update={"dtype": dtype}), device).get_decoder()
     check_positions(body.config, max_tokens)
-    return PooledTeacher(
-        body,
-        TemplateTokenizer(load_tokenizer(backbone), max_tokens=max_tokens, template=template, pooling=pooling),
-        batch_size=batch_size,
-        identity={
-            **identify(backbone.name, backbone.revision),
-            "kind": "backbone",
-            "version": VERSION,
-            "template": template,
-            "pooling": pooling,
-            "max_tokens": max_tokens,
-            "dtype": dtype,
-        },
-    )
+    tokenizer = TemplateTokenizer(load_tokenizer(backbone), max_tokens=max_tokens, template=template, pooling=pooling)
+    identity = {
+        **identify(backbone.name, backbone.revision),
+        "kind": "backbone",
+        "version": VERSION,
+        **tokenizer.identity,
+        "dtype": dtype,
+    }
+    return PooledTeacher(body, tokenizer, batch_size=batch_size, identity=identity)

@@ -6,6 +6,7 @@ each layer is probed by itself.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backbone.prompting import pad_left
@@ -42,7 +43,9 @@ def check_bidirectional(body: "PreTrainedModel", name: str) -> None:
     Raises:
         TeacherError: its first token does not see its last, a layer stays causal, or padding changes a row.
     """
-    first, second = _probe_rows(int(body.config.vocab_size))
+    # Two rows of ids spread over the vocabulary that differ at each position.
+    spread = [(1 + index * 7919) % int(body.config.vocab_size) for index in range(2 * LONG)]
+    first, second = spread[:LONG], spread[LONG:]
     alone = _hidden(body, [first[:SHORT]])[0]
     padded = _hidden(body, [second, first[:SHORT]])[1, LONG - SHORT :]
     changed = [*first[: SHORT - 1], second[SHORT - 1]]
@@ -52,8 +55,8 @@ def check_bidirectional(body: "PreTrainedModel", name: str) -> None:
     ):
         if _distance(before[0], after[0]) < MIN_CHANGE:
             raise TeacherError(
-                f"teacher {name} is causal in {how}: changing the last token leaves the first as it was. This "
-                "architecture, or this version of transformers, ignores is_causal: use another base model"
+                f"teacher {name} is causal in {how}: changing the last token leaves the first as it was. Its "
+                "architecture ignores is_causal: use another base model"
             )
     _check_layers(body, [[first[:SHORT]], [second, first[:SHORT]]], name)
     moved, limit = _distance(alone.mean(0), padded.mean(0)), TOLERANCE[str(body.dtype)]
@@ -76,8 +79,8 @@ def _check_layers(body: "PreTrainedModel", batches: Sequence[Sequence[Sequence[i
         kinds = sorted({type(layers[index]).__name__ for index in causal})
         raise TeacherError(
             f"teacher {name}: {len(causal)} of {len(layers)} layers ({', '.join(kinds)}, the first is layer "
-            f"{min(causal)}) see nothing of what comes after, as causal convolutions and linear attention do not: a "
-            "hybrid cannot be made bidirectional, use another base model"
+            f"{min(causal)}) see nothing of what comes after: a hybrid cannot be made bidirectional, use another "
+            "base model"
         )
 
 
@@ -94,15 +97,12 @@ def _layers(body: "PreTrainedModel", name: str) -> "Sequence[nn.Module]":
 def _calls(body: "PreTrainedModel", layers: "Sequence[nn.Module]", rows: Sequence[Sequence[int]]) -> "list[_Call]":
     """The arguments of each layer in a pass over these rows."""
     calls: list[_Call] = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-        for layer in layers
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(
+                layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+            )
         _hidden(body, rows)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return calls
 
 
@@ -122,12 +122,6 @@ def _turning_the_last_moves(layer: Any, args: tuple[Any, ...], kwargs: dict[str,
 
     before, after = out(states), out(turned)
     return float(((before - after).norm(dim=-1) / before.norm(dim=-1)).max())
-
-
-def _probe_rows(vocabulary: int) -> tuple[list[int], list[int]]:
-    """Two rows of ids spread over the vocabulary that differ at each position."""
-    spread = [(1 + index * 7919) % vocabulary for index in range(2 * LONG)]
-    return spread[:LONG], spread[LONG:]
 
 
 def _hidden(body: "PreTrainedModel", rows: Sequence[Sequence[int]]) -> "torch.Tensor":

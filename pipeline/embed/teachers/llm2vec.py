@@ -7,17 +7,16 @@ LLM2Vec-Gen, with the backbone as its base.
 What is read and pooled follows the released checkpoints:
 
 - The bare text, stripped, with the tokenizer's own special tokens (BOS for Llama, none for Qwen). The `llm2vec` library
-  wraps the texts of a few bases only (Llama-3-8B-Instruct, Llama-2-chat, Mistral-Instruct, gemma-2-it, Qwen2-Instruct),
-  and none of the eleven presets is among them; `template` does it for those.
-- The mean is over the text's tokens. The library leaves an instruction and the BOS out, so does `mean` here. The
-  reference implementation of LLM2Vec-Gen averages the BOS in as well when it makes targets: `mean-all`. The two are one
-  and the same for Qwen, which has no BOS.
-- The tokenizer is that of the first adapter that ships one: MNTP made `_` its mask token, so that it is a token of its
-  own there and not in the base's tokenizer. Otherwise the base's.
+  wraps the texts of a few bases that are in no preset; `template` does it for those.
+- The mean is over the text's tokens, without the BOS, as in the library. The reference implementation of LLM2Vec-Gen
+  averages the BOS in as well when it makes targets: `mean-all`. Qwen has no BOS, so the two are the same there.
+- The tokenizer of the first adapter that ships one, else the base's: MNTP made `_` its mask token, a token of its own
+  there and not in the base's tokenizer.
 """
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import BackboneParams, DType, identify, load_backbone, load_tokenizer
@@ -50,24 +49,15 @@ def load_llm2vec(
     Args:
         backbone: the base model where `name` is None.
         adapters: in the order in which they are merged.
-        max_tokens: longer texts lose their end.
-        dtype: of the weights.
-        batch_size: texts of one forward pass.
-        name: another base model, a hub name or a local folder.
-        revision: its commit on the hub.
-        trust_remote_code: run code that it ships.
-        template: what is read, see `template`.
-        pooling: which of its tokens are pooled, see `template`.
+        name: another base model, a hub name or a local folder, with its `revision` and `trust_remote_code`.
 
     Raises:
         BackboneError: the backbone cannot be loaded as the base model.
         TeacherError: another base model or an adapter cannot be loaded or does not fit, the model stays causal, padding
             changes its rows, `max_tokens` exceeds its positions, or the template leaves no room for a text.
     """
-    base = backbone.model_copy(update={"dtype": dtype})
-    if name:
-        own = {"name": name, "revision": revision, "trust_remote_code": trust_remote_code}
-        base = base.model_copy(update=own)
+    own = {"name": name, "revision": revision, "trust_remote_code": trust_remote_code} if name else {}
+    base = backbone.model_copy(update={"dtype": dtype, **own})
     device = best_device()
     log.info("teacher %s: device %s (the best present), %s", base.name, device, base.dtype)
     folders = []
@@ -77,7 +67,7 @@ def load_llm2vec(
     shipped = next((folder for folder in folders if (folder / TOKENIZER).is_file()), None)
     log.info("teacher %s: tokenizer of %s", base.name, f"the adapter {shipped}" if shipped else "the base model")
     try:
-        identity = identify(base.name, base.revision)
+        identity: dict[str, Any] = {**identify(base.name, base.revision)}
         tokenizer = load_tokenizer(BackboneParams(name=str(shipped)) if shipped else base)
         body = load_backbone(base, device).get_decoder()
     except BackboneError as error:
@@ -90,18 +80,12 @@ def load_llm2vec(
             body = merge_adapter(body, folder, adapter.name)
     make_bidirectional(body)
     check_bidirectional(body, base.name)
-    return PooledTeacher(
-        body,
-        TemplateTokenizer(tokenizer, max_tokens=max_tokens, template=template, pooling=pooling, strip=True),
-        batch_size=batch_size,
-        identity={
-            **identity,
-            "adapters": [identify(adapter.name, adapter.revision) for adapter in adapters],
-            "kind": "llm2vec",
-            "version": VERSION,
-            "template": template,
-            "pooling": pooling,
-            "max_tokens": max_tokens,
-            "dtype": dtype,
-        },
-    )
+    templated = TemplateTokenizer(tokenizer, max_tokens=max_tokens, template=template, pooling=pooling, strip=True)
+    identity |= {
+        "adapters": [identify(adapter.name, adapter.revision) for adapter in adapters],
+        "kind": "llm2vec",
+        "version": VERSION,
+        **templated.identity,
+        "dtype": dtype,
+    }
+    return PooledTeacher(body, templated, batch_size=batch_size, identity=identity)

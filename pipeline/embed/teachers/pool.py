@@ -4,22 +4,22 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from pipeline.backbone.loading import BackboneParams
 from pipeline.core.errors import TeacherError, nested_in
 from pipeline.embed.params import TeacherParams
 from pipeline.embed.teachers.base import Teacher
-from pipeline.embed.teachers.registry import TEACHERS, build_teacher
+from pipeline.embed.teachers.load import load_teacher
+from pipeline.embed.teachers.registry import TEACHERS
 from pipeline.parallel.devices import Count, Device, split_devices, worker_count
 from pipeline.parallel.text_pool import TextPool
 
-if TYPE_CHECKING:
-    import numpy as np
-
 
 class ParallelTeacher:
-    """A teacher on each device; the texts of a call are shared out as `TextPool` does."""
+    """A `Teacher` on each device; `TextPool` divides the texts of a call among them."""
 
     def __init__(self, load: Callable[[], Teacher], devices: Sequence[Device], job_texts: int) -> None:
         """Start the processes and wait until all teachers are loaded.
@@ -32,41 +32,30 @@ class ParallelTeacher:
         Raises:
             PipelineError: what a teacher raised when it was loaded, or TeacherError if its process died.
         """
-        describe = attrgetter("width", "identity")
+        describe = attrgetter("width", "max_tokens", "identity")
         self._pool = TextPool(load, describe, devices, job_texts=job_texts, kind="teacher process", error=TeacherError)
-        self.width, self.identity = self._pool.facts
+        self.width, self.max_tokens, self.identity = self._pool.facts
 
     @property
     def processes(self) -> int:
         """Number of processes: a call needs as many batches to keep all of them busy."""
         return len(self._pool)
 
-    def embed(self, texts: Sequence[str]) -> "np.ndarray[Any, Any]":
-        """See `Teacher.embed`."""
-        import numpy as np
-
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
         vectors = np.empty((len(texts), self.width), np.float32)
         for rows, value in self._pool.run("embed", texts):
             vectors[rows] = value
         return vectors
 
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """See `Teacher.token_counts`."""
-        return self._in_order("token_counts", texts)
-
-    def truncated(self, texts: Sequence[str]) -> list[bool]:
-        """See `Teacher.truncated`."""
-        return self._in_order("truncated", texts)
+    def token_lengths(self, texts: Sequence[str]) -> list[int]:
+        lengths: dict[int, Any] = {}
+        for rows, values in self._pool.run("token_lengths", texts):
+            lengths |= zip(rows, values, strict=True)
+        return [lengths[row] for row in range(len(texts))]
 
     def close(self) -> None:
         """Stop the processes."""
         self._pool.close()
-
-    def _in_order(self, method: str, texts: Sequence[str]) -> list[Any]:
-        results: dict[int, Any] = {}
-        for rows, values in self._pool.run(method, texts):
-            results |= zip(rows, values, strict=True)
-        return [results[row] for row in range(len(texts))]
 
 
 def open_teacher(
@@ -87,7 +76,7 @@ def open_teacher(
     if data_parallel != "auto" or TEACHERS[params.kind].parallel:
         with nested_in(names={"processes": "data_parallel"}):
             count = worker_count(data_parallel, gpus_each=1, error=TeacherError)
-    load = partial(build_teacher, params, backbone)
-    return (
-        nullcontext(load()) if count == 1 else closing(ParallelTeacher(load, split_devices(count), params.batch_size))
-    )
+    load = partial(load_teacher, params, backbone)
+    if count == 1:
+        return nullcontext(load())
+    return closing(ParallelTeacher(load, split_devices(count), params.batch_size))

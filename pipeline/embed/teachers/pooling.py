@@ -3,18 +3,19 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pipeline.backbone.prompting import pad_left
 from pipeline.core.errors import TeacherError
 from pipeline.embed.teachers.template import TemplateTokenizer, Tokens
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 
 class PooledTeacher:
-    """The mean of the last (final-normed) hidden states over the tokens that the tokenizer marks; see `Teacher`.
+    """A `Teacher`: the mean of the last (final-normed) hidden states over the tokens that the tokenizer marks.
 
     A batch holds texts of similar length, so little is computed for padding; the longest come first, so that a batch
     that is too large for memory fails at once.
@@ -23,21 +24,15 @@ class PooledTeacher:
     def __init__(
         self, body: "PreTrainedModel", tokenizer: TemplateTokenizer, *, batch_size: int, identity: dict[str, Any]
     ) -> None:
-        """Take a loaded model.
-
-        Args:
-            body: a transformer without its head, in eval mode; it stays on its device.
-            tokenizer: decides which tokens are read and pooled.
-            batch_size: texts of one forward pass.
-            identity: what pins the embeddings.
-        """
+        """Take a transformer without its head, in eval mode; it stays on its device."""
         self.body, self.identity = body, identity
+        self.token_lengths = tokenizer.lengths
+        self.max_tokens: int | None = tokenizer.max_tokens
         self._tokenizer, self._batch_size = tokenizer, batch_size
         self.width = int(body.config.hidden_size)
 
-    def embed(self, texts: Sequence[str]) -> "np.ndarray[Any, Any]":
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
         """See `Teacher.embed`. A text without tokens embeds as the EOS token."""
-        import numpy as np
         import torch
 
         rows = self._tokenizer(texts)
@@ -48,14 +43,6 @@ class PooledTeacher:
                 batch = order[start : start + self._batch_size]
                 vectors[batch] = pooled_states(self.body, [rows[index] for index in batch]).cpu().numpy()
         return vectors
-
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """See `Teacher.token_counts`."""
-        return self._tokenizer.token_counts(texts)
-
-    def truncated(self, texts: Sequence[str]) -> list[bool]:
-        """See `Teacher.truncated`."""
-        return self._tokenizer.truncated(texts)
 
 
 def pooled_states(body: Any, rows: Sequence[Tokens]) -> "torch.Tensor":

@@ -3,14 +3,13 @@
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import DType, identify
 from pipeline.core.errors import BackboneError, TeacherError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +34,8 @@ class SentenceTransformersTeacher:
 
         Args:
             name: hub name or local folder.
-            revision: commit on the hub.
             max_tokens: longer texts lose their end; never more than the model itself takes.
-            dtype: of the weights.
-            batch_size: texts of one forward pass.
             prompt: put before each text; "" also switches off a default prompt of the model.
-            trust_remote_code: run code that the model ships.
 
         Raises:
             TeacherError: it cannot be loaded.
@@ -48,22 +43,19 @@ class SentenceTransformersTeacher:
         device = best_device()
         log.info("teacher %s: device %s (the best present), %s", name, device, dtype)
         self._model = load_model(name, revision, dtype, device, trust_remote_code)
-        self._limit = limit_tokens(self._model, name, max_tokens)
+        self.max_tokens = limit_tokens(self._model, name, max_tokens)
         self._batch_size, self._prompt = batch_size, prompt
-        self._counted: tuple[list[str], list[int]] = [], []
         self.width = int(self._model.get_embedding_dimension())
         self.identity = {
             **identify(name, revision),
             "kind": "sentence-transformers",
             "version": VERSION,
-            "max_tokens": self._limit,
+            "max_tokens": self.max_tokens,
             "dtype": dtype,
             "prompt": prompt,
         }
 
-    def embed(self, texts: Sequence[str]) -> "np.ndarray[Any, Any]":
-        """See `Teacher.embed`."""
-        import numpy as np
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
 
         if not texts:
             return np.zeros((0, self.width), np.float32)
@@ -76,26 +68,12 @@ class SentenceTransformersTeacher:
         )
         return np.asarray(vectors, dtype=np.float32)
 
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """See `Teacher.token_counts`."""
-        return [length if self._limit is None else min(length, self._limit) for length in self._lengths(texts)]
-
-    def truncated(self, texts: Sequence[str]) -> list[bool]:
-        """See `Teacher.truncated`; the prompt and the special tokens count."""
-        return [self._limit is not None and length > self._limit for length in self._lengths(texts)]
-
-    def _lengths(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each whole text; the last answer is cached, for `token_counts` and `truncated` ask for the same."""
-        prompted = [self._prompt + text for text in texts]
-        if prompted != self._counted[0]:
-            self._counted = prompted, _token_lengths(self._model.tokenizer, prompted)
-        return self._counted[1]
-
-
-def _token_lengths(tokenizer: Any, texts: list[str]) -> list[int]:
-    if hasattr(tokenizer, "encode_batch"):  # static word vectors come with a bare `tokenizers.Tokenizer`
-        return [len(row.ids) for row in tokenizer.encode_batch(texts, add_special_tokens=False)]
-    return [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]] if texts else []
+    def token_lengths(self, texts: Sequence[str]) -> list[int]:
+        """See `Teacher.token_lengths`; the prompt and the special tokens count."""
+        prompted, tokenizer = [self._prompt + text for text in texts], self._model.tokenizer
+        if hasattr(tokenizer, "encode_batch"):  # static word vectors come with a bare `tokenizers.Tokenizer`
+            return [len(row.ids) for row in tokenizer.encode_batch(prompted, add_special_tokens=False)]
+        return [len(ids) for ids in tokenizer(prompted, truncation=False, verbose=False)["input_ids"]] if texts else []
 
 
 def limit_tokens(model: Any, name: str, max_tokens: int) -> int | None:
@@ -111,11 +89,7 @@ def limit_tokens(model: Any, name: str, max_tokens: int) -> int | None:
 
 
 def load_model(name: str, revision: str | None, dtype: DType, device: str, trust_remote_code: bool) -> Any:
-    """The SentenceTransformer.
-
-    Raises:
-        TeacherError: it cannot be loaded.
-    """
+    """The SentenceTransformer. Raises TeacherError if it cannot be loaded."""
     import torch
     from sentence_transformers import SentenceTransformer
 

@@ -63,18 +63,17 @@ class TemplateTokenizer:
             tokenizer: a fast one where the template is more than the text (it needs character offsets).
             max_tokens: limit that includes special tokens and template.
             template: see the module.
-            pooling: `mean`: the tokens from the last slot on; `mean-all`: every token; `last`: the last token of
-                `mean`.
+            pooling: `mean`: tokens from the last slot on; `mean-all`: all tokens; `last`: the last token of `mean`.
             strip: remove white space at both ends of a text.
 
         Raises:
             TeacherError: the template has no slot, leaves no room for a text, or needs a fast tokenizer.
         """
-        self._tokenizer, self._max_tokens = tokenizer, max_tokens
+        self._tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.identity = {"template": template, "pooling": pooling, "max_tokens": max_tokens}
         tokenizer.truncation_side = "right"
         self._parts, self._pooling, self._strip = template.split(SLOT), pooling, strip
         self._slots = len(self._parts) - 1
-        self._counted: tuple[list[str], list[int]] = [], []
         self._bare = self._parts == ["", ""]
         if self._slots < 1:
             raise TeacherError(f"template {template!r} holds no {SLOT}")
@@ -92,19 +91,16 @@ class TemplateTokenizer:
         texts = self._prepared(texts)
         if self._bare:
             return self._tokens(texts, texts)
+        lengths = self.lengths(texts)
         short = [
-            self._cut(text) if length > self._max_tokens else text
-            for text, length in zip(texts, self._lengths(texts), strict=True)
+            self._cut(text) if length > self.max_tokens else text for text, length in zip(texts, lengths, strict=True)
         ]
         return self._tokens(short, [self._render(text) for text in short])
 
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """Tokens read of each text, with special tokens and template."""
-        return [min(length, self._max_tokens) for length in self._lengths(self._prepared(texts))]
-
-    def truncated(self, texts: Sequence[str]) -> list[bool]:
-        """Which texts lose their end."""
-        return [length > self._max_tokens for length in self._lengths(self._prepared(texts))]
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each whole text, with special tokens and template."""
+        rendered = [self._render(text) for text in self._prepared(texts)]
+        return [len(ids) for ids in self._tokenizer(rendered, verbose=False)["input_ids"]] if texts else []
 
     def _prepared(self, texts: Sequence[str]) -> list[str]:
         return [text.strip() for text in texts] if self._strip else list(texts)
@@ -112,20 +108,13 @@ class TemplateTokenizer:
     def _render(self, text: str) -> str:
         return text.join(self._parts)
 
-    def _lengths(self, texts: list[str]) -> list[int]:
-        """Tokens of each whole text; the last answer is cached, for `token_counts` and `truncated` ask for the same."""
-        if texts != self._counted[0]:
-            rows = self._tokenizer([self._render(text) for text in texts], verbose=False)["input_ids"] if texts else []
-            self._counted = texts, [len(ids) for ids in rows]
-        return self._counted[1]
-
     def _cut(self, text: str) -> str:
         offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ends = [end for _, end in offsets["offset_mapping"]]
-        count = min((self._max_tokens - self._overhead) // self._slots, len(ends))
+        count = min((self.max_tokens - self._overhead) // self._slots, len(ends))
         while count > 0:
             beginning = text[: ends[count - 1]]
-            excess = len(self._tokenizer(self._render(beginning))["input_ids"]) - self._max_tokens
+            excess = len(self._tokenizer(self._render(beginning))["input_ids"]) - self.max_tokens
             if excess <= 0:
                 return beginning
             count -= math.ceil(excess / self._slots)
@@ -137,16 +126,16 @@ class TemplateTokenizer:
         encoded = self._tokenizer(
             list(rendered),
             truncation=True,
-            max_length=self._max_tokens,
+            max_length=self.max_tokens,
             return_special_tokens_mask=True,
             return_offsets_mapping=not self._bare,
             verbose=False,
         )
-        rows = []
-        for index, ids in enumerate(encoded["input_ids"]):
-            begin = len(rendered[index]) - len(self._parts[-1]) - len(texts[index])
-            rows.append(self._row(list(ids), self._own(encoded, index, begin)))
-        return rows
+        ends = [len(text) - len(self._parts[-1]) for text in rendered]
+        return [
+            self._row(list(ids), self._own(encoded, index, ends[index] - len(texts[index])))
+            for index, ids in enumerate(encoded["input_ids"])
+        ]
 
     def _own(self, encoded: Any, index: int, begin: int) -> list[int]:
         """1 for each token of the last text and of what follows it in the template."""

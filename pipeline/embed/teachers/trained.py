@@ -23,11 +23,7 @@ def load_trained(backbone: BackboneParams, *, template: str, pooling: Pooling, *
     if not manifest.params.get("asked"):
         raise TeacherError(f"{TEACHER_DIR} holds no teacher: run teach again", argument="kind")
     found = {"backbone": manifest.models.get("backbone")} | manifest.params
-    wanted = {
-        "backbone": identify(backbone.name, backbone.revision),
-        "template": template,
-        "pooling": pooling,
-    }
+    wanted = {"backbone": identify(backbone.name, backbone.revision), "template": template, "pooling": pooling}
     for key, value in wanted.items():
         if found.get(key) != value:
             raise TeacherError(

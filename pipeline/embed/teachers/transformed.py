@@ -2,18 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from pipeline.core.errors import TeacherError
 from pipeline.core.target_transform import TRANSFORM_FILE, TargetTransform, load_transform
 from pipeline.embed.teachers.base import Teacher
 
-if TYPE_CHECKING:
-    import numpy as np
-
 
 class TransformedTeacher:
-    """Gives the teacher's vectors in the space of the targets; its identity holds the transform's. See `Teacher`."""
+    """A `Teacher` that gives another one's vectors in the space of the targets; the transform is in its identity."""
 
     def __init__(self, teacher: Teacher, transform: TargetTransform) -> None:
         """Raises TeacherError if the transform was fitted on vectors of another width."""
@@ -22,20 +21,15 @@ class TransformedTeacher:
                 f"the teacher gives {teacher.width} dimensions, {TRANSFORM_FILE} was fitted on "
                 f"{transform.teacher_width}: run embed and train again"
             )
-        self._teacher, self._transform, self.width = teacher, transform, transform.width
+        self._teacher, self._transform = teacher, transform
+        self.width, self.max_tokens = transform.width, teacher.max_tokens
         self.identity: dict[str, Any] = {**teacher.identity, "transform": transform.identity}
 
-    def embed(self, texts: Sequence[str]) -> "np.ndarray[Any, Any]":
-        """See `Teacher.embed`."""
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
         return self._transform(self._teacher.embed(texts))
 
-    def token_counts(self, texts: Sequence[str]) -> list[int]:
-        """See `Teacher.token_counts`."""
-        return self._teacher.token_counts(texts)
-
-    def truncated(self, texts: Sequence[str]) -> list[bool]:
-        """See `Teacher.truncated`."""
-        return self._teacher.truncated(texts)
+    def token_lengths(self, texts: Sequence[str]) -> list[int]:
+        return self._teacher.token_lengths(texts)
 
 
 def in_trained_space(teacher: Teacher, encoder: Path) -> Teacher:

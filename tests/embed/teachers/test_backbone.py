@@ -11,8 +11,8 @@ import torch
 from pipeline.backbone.loading import BackboneParams, identify
 from pipeline.core.errors import TeacherError
 from pipeline.embed.params import TeacherParams
+from pipeline.embed.teachers.load import load_teacher
 from pipeline.embed.teachers.pooling import PooledTeacher
-from pipeline.embed.teachers.registry import build_teacher
 from pipeline.embed.teachers.template import TEMPLATES, TemplateTokenizer
 from tests.conftest import tiny_model, tiny_tokenizer
 from tests.embed.teachers.test_template import with_bos
@@ -68,16 +68,15 @@ def test_no_text_gives_no_row() -> None:
     assert teacher().embed([]).shape == (0, 32)
 
 
-def test_truncated_and_token_counts() -> None:
+def test_token_lengths_are_of_whole_texts() -> None:
     limited = teacher(max_tokens=4, tokenizer=with_bos())
-    assert limited.truncated(["abc", "abcd", ""]) == [False, True, False]
-    assert limited.token_counts(["abc", "abcd", ""]) == [4, 4, 1]
+    assert (limited.token_lengths(["abc", "abcd", ""]), limited.max_tokens) == ([4, 5, 1], 4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_last_token_pooling_is_the_texts_own_last(architecture: str, tiny_backbone: Callable[..., Path]) -> None:
     params = TeacherParams(kind="backbone", max_tokens=16, pooling="last", batch_size=5)
-    built = build_teacher(params, BackboneParams(name=str(tiny_backbone(architecture))))
+    built = load_teacher(params, BackboneParams(name=str(tiny_backbone(architecture))))
     ids = tiny_tokenizer()("hello")["input_ids"]
     found = built.embed(["x", "hello", "a longer one than that"])
     np.testing.assert_allclose(found[1], pooled(tiny_model(architecture), ids, first=4), atol=2e-5, rtol=1e-4)
@@ -87,7 +86,7 @@ def test_last_token_pooling_is_the_texts_own_last(architecture: str, tiny_backbo
 def test_an_echo_pools_its_second_reading(tiny_backbone: Callable[..., Path]) -> None:
     template = "Rewrite: {text}, rewritten: {text}"
     params = TeacherParams(kind="backbone", max_tokens=64, template=template, batch_size=5)
-    built = build_teacher(params, BackboneParams(name=str(tiny_backbone("qwen3"))))
+    built = load_teacher(params, BackboneParams(name=str(tiny_backbone("qwen3"))))
     ids = tiny_tokenizer()("Rewrite: hello, rewritten: hello")["input_ids"]
     found = built.embed(["x", "hello", "a longer one than that"])
     np.testing.assert_allclose(found[1], pooled(tiny_model("qwen3"), ids, first=len(ids) - 5), atol=2e-5, rtol=1e-4)
@@ -96,12 +95,12 @@ def test_an_echo_pools_its_second_reading(tiny_backbone: Callable[..., Path]) ->
 
 def test_one_word_pools_the_state_that_would_name_the_word(tiny_backbone: Callable[..., Path]) -> None:
     params = TeacherParams(kind="backbone", max_tokens=64, template="one-word", pooling="last", batch_size=5)
-    built = build_teacher(params, BackboneParams(name=str(tiny_backbone("llama"))))
+    built = load_teacher(params, BackboneParams(name=str(tiny_backbone("llama"))))
     ids = tiny_tokenizer()('This sentence : "hello" means in one word:"')["input_ids"]
     found = built.embed(["x", "hello", "a longer one than that"])
     np.testing.assert_allclose(found[1], pooled(tiny_model(), ids, first=len(ids) - 1), atol=2e-5, rtol=1e-4)
     # Of a text that is too long the end goes, never the question.
-    assert built.truncated(["y" * 200]) == [True]
+    assert built.token_lengths(["y" * 200]) > [built.max_tokens]
     fits = 64 - len(tiny_tokenizer()('This sentence : "" means in one word:"')["input_ids"])
     np.testing.assert_allclose(built.embed(["y" * 200]), built.embed(["y" * fits]), atol=1e-5)
 
@@ -120,7 +119,7 @@ def test_a_named_template_is_what_it_stands_for() -> None:
 def test_built_by_kind_it_is_pinned_like_the_backbone(tiny_backbone: Callable[..., Path]) -> None:
     folder = tiny_backbone("qwen3")
     params = TeacherParams(kind="backbone", max_tokens=16, dtype="float32")
-    built = build_teacher(params, BackboneParams(name=str(folder), dtype="bfloat16"))
+    built = load_teacher(params, BackboneParams(name=str(folder), dtype="bfloat16"))
     assert built.width == 32
     assert built.identity.items() >= identify(str(folder), None).items()
     assert built.identity["dtype"] == "float32"
@@ -130,7 +129,7 @@ def test_built_by_kind_it_is_pinned_like_the_backbone(tiny_backbone: Callable[..
 def test_half_precision_gives_float32_vectors_close_to_full(tiny_backbone: Callable[..., Path]) -> None:
     backbone = BackboneParams(name=str(tiny_backbone("llama")))
     half, full = (
-        build_teacher(TeacherParams(kind="backbone", dtype=dtype), backbone) for dtype in ("bfloat16", "float32")
+        load_teacher(TeacherParams(kind="backbone", dtype=dtype), backbone) for dtype in ("bfloat16", "float32")
     )
     assert half.embed(TEXTS).dtype == np.float32
     np.testing.assert_allclose(half.embed(TEXTS), full.embed(TEXTS), atol=0.05)
@@ -139,4 +138,4 @@ def test_half_precision_gives_float32_vectors_close_to_full(tiny_backbone: Calla
 def test_more_tokens_than_positions(tiny_backbone: Callable[..., Path]) -> None:
     params = TeacherParams(kind="backbone", max_tokens=513)
     with pytest.raises(TeacherError, match=r"^embed\.teacher\.max_tokens: 513 exceeds .* 512 positions"):
-        build_teacher(params, BackboneParams(name=str(tiny_backbone("llama"))))
+        load_teacher(params, BackboneParams(name=str(tiny_backbone("llama"))))

@@ -12,7 +12,7 @@ import torch
 from pipeline.backbone.loading import BackboneParams, identify
 from pipeline.core.errors import TeacherError
 from pipeline.embed.params import TeacherParams
-from pipeline.embed.teachers.registry import build_teacher
+from pipeline.embed.teachers.load import load_teacher
 from tests.conftest import tiny_tokenizer
 from tests.embed.teachers.test_template import with_bos
 from tests.embed.teachers.tiny_llm2vec import delta, save_adapter, save_base, tiny_lm
@@ -44,7 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Folders
 def build(folders: Folders, backbone: BackboneParams = OTHER, **keys: Any) -> Any:
     base, *adapters = folders
     named = {"name": str(base), "adapters": [{"name": str(folder)} for folder in adapters], "max_tokens": 64}
-    return build_teacher(TeacherParams(kind="llm2vec", **({"batch_size": 2} | named | keys)), backbone)
+    return load_teacher(TeacherParams(kind="llm2vec", **({"batch_size": 2} | named | keys)), backbone)
 
 
 def expected(architecture: str, folders: Folders, texts: list[str]) -> Any:
@@ -81,7 +81,7 @@ def test_every_part_of_the_recipe_counts(folders: Callable[[str], Folders]) -> N
     chains = ((base, mntp, simcse), (base, mntp), (base, simcse))
     both, first, second = (build(chain).embed(TEXTS[:2]) for chain in chains)
     backbone = BackboneParams(name=str(base), dtype="float32")
-    causal = build_teacher(TeacherParams(kind="backbone", max_tokens=64), backbone).embed(TEXTS[:2])
+    causal = load_teacher(TeacherParams(kind="backbone", max_tokens=64), backbone).embed(TEXTS[:2])
     for one, other in ((both, first), (both, second), (first, second), (first, causal)):
         assert np.linalg.norm(one - other, axis=1).min() > 0.1
 
@@ -131,8 +131,7 @@ def test_the_adapters_own_tokenizer_is_used(folders: Callable[[str], Folders], t
 
 def test_templates_texts_and_limits(folders: Callable[[str], Folders]) -> None:
     teacher = build(folders("llama"), max_tokens=8)
-    assert teacher.truncated(["x" * 8, "x" * 9, "  x" + " " * 9]) == [False, True, False]
-    assert teacher.token_counts(["x" * 8, "x" * 9, " xy\n"]) == [8, 8, 2]
+    assert teacher.token_lengths(["x" * 8, "x" * 9, "  x" + " " * 9, " xy\n"]) == [8, 9, 1, 2]
     np.testing.assert_allclose(teacher.embed([" xy\n", "x" * 9]), teacher.embed(["xy", "x" * 8]), atol=1e-5)
     framed = build(folders("llama"), template="<|user|>{text}<|end|>")
     assert framed.identity["template"] == "<|user|>{text}<|end|>"

@@ -43,8 +43,7 @@ def test_the_same_embeddings_in_the_same_order() -> None:
         for texts in (TEXTS, TEXTS[:1], TEXTS[::-1]):
             np.testing.assert_array_equal(teacher.embed(texts), expected.embed(texts))
         assert teacher.embed([]).shape == (0, 8)
-        assert teacher.truncated(TEXTS) == [False] * len(TEXTS)
-        assert teacher.token_counts(TEXTS) == [index % 7 + 2 for index in range(50)]
+        assert teacher.token_lengths(TEXTS) == [index % 7 + 2 for index in range(50)]
 
 
 def test_one_process_is_the_teacher_itself() -> None:
@@ -84,9 +83,10 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_real_teacher_in_two_processes(small_teacher: Path) -> None:
     params = TeacherParams(kind="sentence-transformers", name=str(small_teacher), max_tokens=64, batch_size=8)
     with open_teacher(params, BACKBONE, 1) as one:
-        expected, flags = one.embed(TEXTS), one.truncated([*TEXTS, "word " * 100])
+        expected, lengths = one.embed(TEXTS), one.token_lengths([*TEXTS, "word " * 100])
         identity = one.identity
+        assert [length > 64 for length in lengths] == [False] * len(TEXTS) + [True]
     with open_teacher(params, BACKBONE, 2) as two:
         np.testing.assert_allclose(two.embed(TEXTS), expected, atol=2e-6)
-        assert two.truncated([*TEXTS, "word " * 100]) == flags == [False] * len(TEXTS) + [True]
-        assert two.identity == identity
+        assert two.token_lengths([*TEXTS, "word " * 100]) == lengths
+        assert (two.identity, two.max_tokens) == (identity, 64)

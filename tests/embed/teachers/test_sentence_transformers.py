@@ -10,7 +10,7 @@ import pytest
 from pipeline.backbone.loading import BackboneParams, identify
 from pipeline.core.errors import TeacherError
 from pipeline.embed.params import TeacherParams
-from pipeline.embed.teachers.registry import build_teacher
+from pipeline.embed.teachers.load import load_teacher
 
 BACKBONE = BackboneParams(name="org/model")
 TEXTS = ["short", "a text that is rather longer than the others here", "middle of the road", ""]
@@ -43,7 +43,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(folder: Path | str, **keys: Any) -> Any:
     params = TeacherParams(kind="sentence-transformers", name=str(folder), **({"max_tokens": 32} | keys))
-    return build_teacher(params, BACKBONE)
+    return load_teacher(params, BACKBONE)
 
 
 def test_a_batch_equals_each_text_alone(tiny_teacher: Path) -> None:
@@ -64,13 +64,11 @@ def test_prompt_and_token_limit_reach_the_model(tiny_teacher: Path) -> None:
     assert bare.identity != prompted.identity != short.identity
 
 
-def test_truncated_counts_prompt_and_special_tokens(tiny_teacher: Path) -> None:
+def test_lengths_count_prompt_and_special_tokens(tiny_teacher: Path) -> None:
     bare, prompted = build(tiny_teacher, max_tokens=6), build(tiny_teacher, max_tokens=6, prompt="say ")
-    assert bare.truncated(["abcd", "abcde", ""]) == [False, True, False]  # and [CLS], [SEP]
-    assert prompted.truncated(["a", "ab"]) == [False, True]
-    assert bare.token_counts(["abc", "", "abcdefgh"]) == [5, 2, 6]
-    assert prompted.token_counts(["a"]) == [6]
-    assert bare.truncated([]) == bare.token_counts([]) == []
+    assert bare.token_lengths(["abcd", "abcde", ""]) == [6, 7, 2]  # and [CLS], [SEP]
+    assert prompted.token_lengths(["a", "ab"]) == [6, 7]
+    assert bare.token_lengths([]) == []
     np.testing.assert_allclose(bare.embed(["abcde"]), bare.embed(["abcd"]), atol=1e-6)
 
 
@@ -85,9 +83,8 @@ def test_a_model_of_static_vectors_reads_all_of_every_text(tmp_path: Path) -> No
     static = StaticEmbedding(tiny_tokenizer(), embedding_dim=8)
     SentenceTransformer(modules=[static], device="cpu").save(str(tmp_path / "static"))
     teacher = build(tmp_path / "static", max_tokens=4)
-    assert teacher.truncated(["a" * 50]) == [False]
-    assert teacher.token_counts(["a" * 50]) == [50]
-    assert teacher.identity["max_tokens"] is None
+    assert teacher.token_lengths(["a" * 50]) == [50]
+    assert teacher.max_tokens is teacher.identity["max_tokens"] is None
     vectors = teacher.embed(["a" * 4, "aaaab"])
     assert not np.allclose(vectors[0], vectors[1])
 

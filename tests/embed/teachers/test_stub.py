@@ -9,7 +9,7 @@ from pipeline.backbone.loading import BackboneParams
 from pipeline.core.config import validate
 from pipeline.core.errors import ParamsError, TeacherError
 from pipeline.embed.params import TeacherParams
-from pipeline.embed.teachers.registry import build_teacher
+from pipeline.embed.teachers.load import load_teacher
 from pipeline.embed.teachers.stub import HashTeacher
 
 BACKBONE = BackboneParams(name="org/model")
@@ -39,12 +39,12 @@ def test_no_text_gives_no_row() -> None:
 
 
 def test_it_reads_all_of_every_text() -> None:
-    assert HashTeacher(width=3).truncated(["a", "b" * 100_000]) == [False, False]
-    assert HashTeacher(width=3).token_counts(["", "two words"]) == [0, 2]
+    assert HashTeacher(width=3).max_tokens is None
+    assert HashTeacher(width=3).token_lengths(["", "two words"]) == [0, 2]
 
 
 def test_built_by_kind_it_says_that_it_is_a_stub() -> None:
-    teacher = build_teacher(params(kind="hash", options={"width": 5}), BACKBONE)
+    teacher = load_teacher(params(kind="hash", options={"width": 5}), BACKBONE)
     assert teacher.width == 5
     assert teacher.identity["stub"] is True
 
@@ -56,7 +56,7 @@ def test_delay_is_no_part_of_the_identity() -> None:
 @pytest.mark.parametrize(("options", "message"), [({"widht": 5}, "widht"), ({"width": 0}, "width is 0")])
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TeacherError, match=rf"^embed\.teacher\.options: .*{message}"):
-        build_teacher(params(kind="hash", options=options), BACKBONE)
+        load_teacher(params(kind="hash", options=options), BACKBONE)
 
 
 @pytest.mark.parametrize(

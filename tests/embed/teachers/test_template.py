@@ -75,21 +75,19 @@ def test_both_readings_of_an_echo_lose_the_same_end() -> None:
     assert sum(row.pooled) == 4
 
 
-def test_truncated_counts_all_that_is_read() -> None:
+def test_lengths_count_all_that_is_read() -> None:
     bare = TemplateTokenizer(with_bos(), max_tokens=4)
-    assert bare.truncated(["abc", "abcd", ""]) == [False, True, False]
     assert [len(row.ids) for row in bare(["abc", "abcd"])] == [4, 4]
     echo = TemplateTokenizer(tiny_tokenizer(), max_tokens=len("Say: , again: ") + 7, template=ECHO)
-    assert echo.truncated(["abc", "abcd"]) == [False, True]
     assert echo(["abcd"])[0].ids == ids("Say: abc, again: abc")
-    assert bare.token_counts(["", "ab", "abcdefgh"]) == [1, 3, 4]
-    assert echo.token_counts(["ab", "abcdefgh"]) == [18, 21]
-    assert bare.truncated([]) == bare.token_counts([]) == bare([]) == []
+    assert bare.lengths(["", "ab", "abc", "abcd"]) == [1, 3, 4, 5]
+    assert echo.lengths(["ab", "abc", "abcd"]) == [18, 20, 22]
+    assert bare.lengths([]) == bare([]) == []
 
 
 def test_stripping_comes_before_the_limit() -> None:
     reader = TemplateTokenizer(tiny_tokenizer(), max_tokens=3, strip=True)
-    assert reader.truncated(["\n abc \n"]) == [False]
+    assert reader.lengths(["\n abc \n"]) == [3]
     assert reader(["\n abc \n"]) == [Tokens(ids("abc"), [1, 1, 1])]
 
 
