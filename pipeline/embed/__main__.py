@@ -86,8 +86,7 @@ def _embed(inputs: Inputs, responses: UsableResponses, read: Mapping[str, Artifa
             embedder.run(responses)
             fitted = _fit(embedder, responses, read["queries"], params) if "queries" in read else None
             finish = Finish(params.normalize, params.dtype, fitted.transform if fitted else None)
-            statistics = _write(embedder, responses, finish, params, read.values())
-    counts = _counts(statistics, responses)
+            counts, statistics = _write(embedder, responses, finish, params, read.values())
     log.info("targets: %s, lengths %s, anisotropy %s", counts, statistics.norms(), statistics.anisotropy.value)
     facts.update(
         teacher=teacher.identity,
@@ -124,7 +123,8 @@ def _fit(embedder: Embedder, responses: UsableResponses, queries: Artifact, para
 
 def _write(
     embedder: Embedder, responses: UsableResponses, finish: Finish, params: EmbedParams, inputs_read: Iterable[Artifact]
-) -> TargetStatistics:
+) -> tuple[dict[str, Any], TargetStatistics]:
+    """Write the targets; returns their counts, also those of the manifest, and their statistics."""
     transform = finish.transform
     width = embedder.teacher.width if transform is None else transform.width
     statistics, schema = TargetStatistics(), targets_schema(width, params.dtype)
@@ -135,16 +135,9 @@ def _write(
         out.write_parts((check_table(table, schema, str(TARGETS_DIR)) for table in tables), schema)
         if transform is not None:
             transform.save(out.path)
-        out.counts = _counts(statistics, responses)
-    return statistics
-
-
-def _counts(statistics: TargetStatistics, responses: UsableResponses) -> dict[str, Any]:
-    return {
-        "embedded": statistics.rows,
-        "truncated_responses": statistics.truncated,
-        "skipped": dict(responses.skipped),
-    }
+        counts = {"embedded": statistics.rows, "truncated_responses": statistics.truncated}
+        out.counts = {**counts, "skipped": dict(responses.skipped)}
+    return out.counts, statistics
 
 
 app = typer.Typer(add_completion=False)

@@ -1,4 +1,4 @@
-"""Statistics of the targets, gathered while they are written: lengths of vectors, tokens of texts."""
+"""Statistics of the targets, gathered while they are written."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -14,12 +14,7 @@ from pipeline.core.vectors import Anisotropy, matrix
 
 @dataclass
 class TargetStatistics:
-    """Of the targets so far; the scale of their lengths decides the balance of the losses.
-
-    Attributes:
-        truncated: targets whose text lost its end.
-        tokens: tokens that the teacher read of each text.
-    """
+    """Statistics so far: `tokens` that the teacher read of each text, texts that it `truncated`, lengths of vectors."""
 
     rows: int = 0
     truncated: int = 0

@@ -1,7 +1,7 @@
 """The teacher embeds every usable response into a resumable store; targets are made of the stored vectors.
 
-The store is keyed by query and response text together: only a response that changed is embedded again. Keys begin as
-the ids do, so targets of neighbouring ids lie side by side.
+The store is keyed by query and response text, so only a response that changed is embedded again. Keys begin as the ids
+do, so targets of neighbouring ids lie side by side.
 """
 
 import logging
@@ -106,7 +106,7 @@ class Embedder:
     gpu_memory_mib: dict[str, int] = field(default_factory=dict)
 
     def run(self, responses: Iterable[Row]) -> None:
-        """Embed the responses (iterated more than once) that the store lacks.
+        """Embed the responses (iterated twice) that the store lacks.
 
         Raises:
             TeacherError: an embedding is unusable; finished rows are kept.
@@ -150,7 +150,6 @@ class Embedder:
         }
 
     def _embed(self, rows: Sequence[Row]) -> None:
-
         texts = [row.text for row in rows]
         vectors = self.teacher.embed(texts)
         check_vectors([row.id for row in rows], vectors, self.teacher.width)
@@ -197,11 +196,9 @@ class Finish:
 
 def check_vectors(ids: Sequence[str], vectors: np.ndarray, width: int) -> None:
     """Raises TeacherError unless `vectors` is `[len(ids), width]` and finite."""
-
     if vectors.shape != (len(ids), width):
-        raise TeacherError(
-            f"the teacher gave an array {vectors.shape} for {len(ids)} texts, must be {(len(ids), width)}"
-        )
+        wanted = (len(ids), width)
+        raise TeacherError(f"the teacher gave an array {vectors.shape} for {len(ids)} texts, must be {wanted}")
     if not np.isfinite(vectors).all():
         bad = _name(ids, ~np.isfinite(vectors).all(axis=1))
         raise TeacherError(f"the teacher gave NaN or infinite values for {bad}: try float32", argument="teacher.dtype")
@@ -209,7 +206,6 @@ def check_vectors(ids: Sequence[str], vectors: np.ndarray, width: int) -> None:
 
 def unit_length(ids: Sequence[str], vectors: np.ndarray) -> np.ndarray:
     """Vectors `[N, d]` over their lengths. Raises TeacherError if one is zero."""
-
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not lengths.all():
         zero = _name(ids, lengths[:, 0] == 0)
@@ -219,7 +215,6 @@ def unit_length(ids: Sequence[str], vectors: np.ndarray) -> np.ndarray:
 
 def cast(ids: Sequence[str], vectors: np.ndarray, dtype: TargetType) -> np.ndarray:
     """Vectors `[N, d]` in `dtype`. Raises TeacherError if a value is too large."""
-
     largest = float(np.abs(vectors).max(initial=0.0))
     if dtype == "float16" and largest > FLOAT16_MAX:
         bad = _name(ids, np.abs(vectors).max(axis=1) > FLOAT16_MAX)

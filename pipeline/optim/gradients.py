@@ -11,16 +11,17 @@ from torch.optim import AdamW, Optimizer
 TOKENS = "student.tokens"
 
 
-def adamw(trained: Mapping[str, Parameter], *, rate: float, token_rate: float | None, weight_decay: float) -> Optimizer:
-    """AdamW whose groups hold their peak rate as "peak"; the token rows (`TOKENS`) have no weight decay.
+def adamw(
+    trained: Mapping[str, Parameter], *, rate: float, weight_decay: float, token_rate: float | None = None
+) -> Optimizer:
+    """AdamW whose groups hold their peak rate as "peak"; the token rows (`TOKENS`), if any, have no weight decay.
 
     `token_rate` is theirs; None is `rate`.
     """
     others = [value for name, value in trained.items() if name != TOKENS]
-    groups: list[dict[str, Any]] = [
-        {"params": others, "peak": rate, "weight_decay": weight_decay},
-        {"params": [trained[TOKENS]], "peak": token_rate or rate, "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = [{"params": others, "peak": rate, "weight_decay": weight_decay}]
+    if TOKENS in trained:
+        groups.append({"params": [trained[TOKENS]], "peak": token_rate or rate, "weight_decay": 0.0})
     return AdamW(groups, lr=rate)
 
 

@@ -69,9 +69,7 @@ def model_card(
         backbone: its identity.
         phases: facts by phase.
         params: section `teach`, what decided the adapters.
-        template: what is read of a text.
         pooled: which tokens are pooled, in words.
-        mask_token: of MNTP.
     """
     local = "sha256" in backbone
     return _CARD.format(

@@ -1,6 +1,6 @@
-"""Unlabeled text for the teacher: distinct texts ordered by a hash, tokenised as the teacher does.
+"""Unlabeled text for the teacher: distinct texts, tokenised as the teacher does.
 
-The hash order depends on no file order, and a corpus that is larger than the steps need gives an unbiased sample.
+They are ordered by a hash: a corpus that is larger than the steps need gives an unbiased sample.
 """
 
 import logging
@@ -71,13 +71,7 @@ def tokenize_corpus(
 ) -> TokenizedCorpus:
     """Tokenise texts in their order until there are `most` distinct usable rows.
 
-    Args:
-        texts: see `hash_ordered`.
-        tokenizer: as the teacher's, with the limit of the phase.
-        usable: whether a row has enough tokens.
-        most: rows that the steps take.
-        batch_size: rows of a step.
-        phase: for the log.
+    `usable` says whether a row has enough tokens; `phase` is for the log.
 
     Raises:
         TeacherError: there are fewer than `batch_size` usable rows.

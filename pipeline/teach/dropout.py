@@ -1,8 +1,8 @@
 """Dropout with seeds of its own, in a model that otherwise runs in eval mode.
 
 Today's language models have no dropout modules; their attention has a rate of 0 that counts in training mode. Older
-ones (GPT-2) have a dropout module inside attention, whose rate the attention reads when it is itself in training mode.
-So only the modules that drop are put into training mode, and what they draw depends on the seed alone.
+ones (GPT-2) have a dropout module inside attention, which reads its rate when it is itself in training mode. So only
+the modules that drop are put into training mode.
 """
 
 import contextlib

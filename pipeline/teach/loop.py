@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.core.errors import TeacherError
-from pipeline.core.run import progress
 from pipeline.optim.batching import Batches
-from pipeline.optim.schedule import rate_factor, stop_requested
+from pipeline.optim.schedule import rate_factor, take_steps
 from pipeline.teach.dropout import SeededDropout
 from pipeline.teach.params import PhaseParams, TeachParams
 
@@ -48,13 +47,10 @@ class Loop:
     curve: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        from torch.optim import AdamW
+        from pipeline.optim.gradients import adamw
 
-        self._optimizer = AdamW(
-            [{"params": list(self.trained.values()), "peak": self.phase.learning_rate}],
-            lr=self.phase.learning_rate,
-            weight_decay=self.params.weight_decay,
-        )
+        rate, weight_decay = self.phase.learning_rate, self.params.weight_decay
+        self._optimizer = adamw(self.trained, rate=rate, weight_decay=weight_decay)
 
     def run(self) -> None:
         """Take the remaining steps; on Ctrl-C or SIGTERM finish the step, save, and raise KeyboardInterrupt.
@@ -67,16 +63,15 @@ class Loop:
 
         self._resume()
         done, total = len(self.curve), self.phase.steps
-        bar = progress(range(done, total), total=total, desc=f"teach {self.name}", unit="step", initial=done)
-        with stop_requested() as stop:
-            for step in bar:
-                self._step(step)
-                bar.set_postfix(loss=f"{self.curve[-1]:.4f}", refresh=False)
-                stopping = stop()
-                if stopping or step + 1 == total or (step + 1) % self.params.checkpoint_every == 0:
-                    save_checkpoint(self.checkpoint, self.trained, self._optimizer, {"curve": self.curve})
-                if stopping:
-                    raise KeyboardInterrupt
+        take_steps(
+            range(done, total),
+            self._step,
+            lambda: save_checkpoint(self.checkpoint, self.trained, self._optimizer, {"curve": self.curve}),
+            desc=f"teach {self.name}",
+            done=done,
+            total=total,
+            save_every=self.params.checkpoint_every,
+        )
 
     def _resume(self) -> None:
         from pipeline.optim.checkpoint import read_checkpoint
@@ -86,7 +81,7 @@ class Loop:
             self.curve = found.progress["curve"]
             log.info("%s: resuming after step %d of %d", self.name, len(self.curve), self.phase.steps)
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int) -> float:
         from torch.nn.utils import clip_grad_norm_
 
         from pipeline.optim.gradients import set_rate
@@ -104,3 +99,4 @@ class Loop:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.curve.append(loss)
+        return loss

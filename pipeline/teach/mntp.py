@@ -5,6 +5,7 @@ of a text's tokens, a few at a time.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -72,43 +73,36 @@ def predicting_positions(rows: Sequence[MaskedRow]) -> list[int]:
     return [index * width + (width - len(row.ids)) + at - 1 for index, row in enumerate(rows) for at in row.positions]
 
 
+@dataclass
 class MntpObjective:
-    """Gradients of the mean cross-entropy over the masked tokens of a batch."""
+    """Gradients of the mean cross-entropy over the masked tokens of a batch.
 
-    def __init__(
-        self,
-        body: Any,
-        dropout: SeededDropout,
-        rows: Sequence[Tokens],
-        *,
-        head: Any,
-        transform: "LogitTransform",
-        fraction: float,
-        mask_id: int,
-        micro_batch_size: int,
-        seed: int,
-    ) -> None:
-        """Take a loaded model.
+    Attributes:
+        body: bidirectional, with the trained adapters.
+        rows: all texts; each has a maskable token.
+        head: the frozen output head, a linear layer; `transform` is of its logits.
+        fraction: of the maskable tokens that become `mask_id`.
+        micro_batch_size: rows of a forward pass.
+        seed: of masks and dropout.
+    """
 
-        Args:
-            body: bidirectional, with the trained adapters.
-            dropout: of the body.
-            rows: all texts; each has a maskable token.
-            head: the frozen output head, a linear layer; `transform` is of its logits.
-            fraction: of the maskable tokens that become `mask_id`.
-            micro_batch_size: rows of a forward pass.
-            seed: of masks and dropout.
-        """
-        self.body, self.dropout, self._rows, self._head, self._transform = body, dropout, rows, head, transform
-        self._fraction, self._mask_id, self._size, self._seed = fraction, mask_id, micro_batch_size, seed
+    body: Any
+    dropout: SeededDropout
+    rows: Sequence[Tokens]
+    head: Any
+    transform: "LogitTransform"
+    fraction: float
+    mask_id: int
+    micro_batch_size: int
+    seed: int
 
     def gradients(self, rows: Sequence[int], step: int) -> float:
         """See `Objective`."""
-        masked = [mask_row(self._rows[row], self._fraction, self._mask_id, (self._seed, step, row)) for row in rows]
+        masked = [mask_row(self.rows[row], self.fraction, self.mask_id, (self.seed, step, row)) for row in rows]
         masked_tokens = sum(len(row.positions) for row in masked)
         total = 0.0
-        for part, chosen in enumerate(parts(range(len(masked)), self._size)):
-            with self.dropout.enabled(self._seed, step, part):
+        for part, chosen in enumerate(parts(range(len(masked)), self.micro_batch_size)):
+            with self.dropout.enabled(self.seed, step, part):
                 loss = self.loss_sum([masked[at] for at in chosen]) / masked_tokens
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
@@ -126,5 +120,5 @@ class MntpObjective:
         labels = torch.tensor([label for row in masked for label in row.labels], device=device)
         at = torch.tensor(predicting_positions(masked), device=device)
         return linear_cross_entropy(
-            states.index_select(0, at), self._head.weight, labels, bias=self._head.bias, transform=self._transform
+            states.index_select(0, at), self.head.weight, labels, bias=self.head.bias, transform=self.transform
         )

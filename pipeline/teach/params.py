@@ -29,23 +29,19 @@ class TeacherLoraParams(LoraParams):
 
 
 class PhaseParams(Params):
-    """Keys of both phases."""
+    """Keys of both phases, with the defaults of MNTP."""
 
     steps: int = Field(default=1000, ge=1, description="optimiser steps")
-    batch_size: int = Field(ge=2, description="texts of one optimiser step")
-    micro_batch_size: int = Field(ge=1, description="texts of one forward pass")
-    max_tokens: int = Field(ge=2, description="longer texts lose their end")
-    learning_rate: float = Field(gt=0)
+    batch_size: int = Field(default=32, ge=1, description="texts of one optimiser step")
+    micro_batch_size: int = Field(default=8, ge=1, description="texts of one forward pass")
+    max_tokens: int = Field(default=512, ge=2, description="longer texts lose their end")
+    learning_rate: float = Field(default=5e-5, gt=0)
     lora: TeacherLoraParams = Field(default_factory=TeacherLoraParams)
 
 
 class MntpParams(PhaseParams):
     """Masked next-token prediction."""
 
-    batch_size: int = Field(default=32, ge=1, description="texts of one optimiser step")
-    micro_batch_size: int = Field(default=8, ge=1, description="texts of one forward pass")
-    max_tokens: int = Field(default=512, ge=2, description="longer texts lose their end")
-    learning_rate: float = Field(default=5e-5, gt=0)
     mask_fraction: float = Field(default=0.2, gt=0, lt=1, description="of a text's own tokens")
     mask_token: str = Field(default="_", min_length=1, description="one token of the backbone's tokenizer")
 
@@ -98,7 +94,11 @@ class TeachParams(Params):
             raise ValueError(f"corpus {self.corpus} with {len(self.sources)} sources: they go together")
         return self
 
+    def phase(self, name: PhaseName) -> PhaseParams:
+        """The section of a phase."""
+        return self.mntp if name == "mntp" else self.simcse
+
     def step_params(self, phase: PhaseName) -> dict[str, Any]:
         """Params that change the training trajectory of a phase; a checkpoint is resumed only if they are equal."""
         shared = {"schedule", "warmup_steps", "weight_decay", "max_grad_norm", "dtype", "seed"}
-        return {phase: getattr(self, phase).model_dump(mode="json"), **self.model_dump(mode="json", include=shared)}
+        return self.model_dump(mode="json", include={phase, *shared})

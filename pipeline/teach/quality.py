@@ -1,7 +1,7 @@
 """Quality of the trained teacher after MNTP and after SimCSE, against mean pooling of its backbone.
 
-On the tasks that params name, with the mteb adapter and the paired intervals of the stage evaluate; and without labels,
-on texts of the corpus (embeddings x, y at length 1):
+On the tasks that params name, as the stage evaluate does; and without labels, on texts of the corpus (embeddings x, y
+at length 1):
 
 - anisotropy: mean cosine of different texts; near 1 all embeddings point one way,
 - uniformity: log of the mean of exp(-2 |x - y|^2) over different texts; lower is more even (Wang and Isola 2020),
@@ -53,8 +53,7 @@ def find_quality_tasks(params: QualityParams, local_dir: Path) -> list[Any]:
     """The mteb tasks of the params, local ones from `local_dir`; their instructions and data are checked.
 
     Raises:
-        EvaluationError: mteb does not know a task, a local folder is unusable, a task has no instruction, or its data
-            cannot be loaded.
+        EvaluationError: a task is unknown or has no instruction, or its data or folder cannot be loaded.
     """
     if not (params.local or params.tasks):
         log.warning("quality names no task: whether the teacher is better than mean pooling is not measured")
@@ -86,13 +85,11 @@ def measure(
     """Load and measure one teacher after another, one in memory at a time.
 
     Args:
-        teachers: load one, by system.
+        teachers: load one, by system; they run in `dtype`.
         texts: of the corpus.
         tasks: see `find_quality_tasks`.
-        params: section `teach.quality`.
         work: folder of finished tasks.
         batch_size: texts of one call.
-        dtype: of the teachers.
 
     Raises:
         EvaluationError: embeddings are unusable.

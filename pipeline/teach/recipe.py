@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from pipeline.teach.corpus import TokenizedCorpus, tokenize_corpus
 from pipeline.teach.dropout import SeededDropout
 from pipeline.teach.loop import Loop, Objective
 from pipeline.teach.mntp import MntpObjective, mask_token_id, maskable
-from pipeline.teach.params import PhaseName, PhaseParams, TeacherLoraParams, TeachParams
+from pipeline.teach.params import PhaseName, TeacherLoraParams, TeachParams
 from pipeline.teach.simcse import SimcseObjective
 
 log = logging.getLogger(__name__)
@@ -60,34 +61,32 @@ class TrainedPhase(NamedTuple):
         }
 
 
+@dataclass
 class Recipe:
-    """Trains the adapters of one backbone on some texts; both phases share the loaded model."""
+    """Trains the adapters of one backbone on some texts; both phases share the loaded model.
 
-    def __init__(
-        self,
-        params: TeachParams,
-        backbone: BackboneParams,
-        texts: Sequence[str],
-        *,
-        template: str,
-        pooling: Pooling,
-        work: Path,
-    ) -> None:
+    Attributes:
+        params: section `teach`.
+        texts: see `corpus.hash_ordered`.
+        template: of the teacher, for SimCSE, as is `pooling`; see `embed.teachers.template`.
+        work: folder of unfinished work.
+    """
+
+    params: TeachParams
+    backbone: BackboneParams
+    texts: Sequence[str]
+    template: str
+    pooling: Pooling
+    work: Path
+
+    def __post_init__(self) -> None:
         """Load the tokenizer and the config.
-
-        Args:
-            params: section `teach`.
-            backbone: the base model.
-            texts: see `corpus.hash_ordered`.
-            template: of the teacher, for SimCSE, as is `pooling`; see `embed.teachers.template`.
-            work: folder of unfinished work.
 
         Raises:
             BackboneError: tokenizer or config cannot be loaded.
             TeacherError: the mask token is not in the vocabulary, or a token limit exceeds the backbone's positions.
         """
-        self._params, self._backbone, self._texts, self._work = params, backbone, texts, work
-        self._template, self._pooling = template, pooling
+        params, backbone = self.params, self.backbone
         self._identity = identify(backbone.name, backbone.revision)
         self._tokenizer = load_tokenizer(backbone)
         config = load_config(backbone)
@@ -106,19 +105,20 @@ class Recipe:
             BackboneError: the backbone cannot be loaded, or its head is unknown.
             WorkError: the disk is full.
         """
-        params, reading = self._params, {"template": self._template, "pooling": self._pooling}
-        mntp_texts = self._tokenized("mntp", params.mntp)
-        simcse_texts = self._tokenized("simcse", params.simcse, **reading, strip=True)
-        mntp = self._phase("mntp", params.mntp, mntp_texts, {}, partial(self._mntp, mntp_texts.rows))
-        upstream = {"mntp": file_sha256(mntp.adapter / WEIGHTS_FILE), "mntp_lora": params.mntp.lora.model_dump()}
-        upstream |= reading
+        reading = {"template": self.template, "pooling": self.pooling}
+        mntp_texts = self._tokenized("mntp")
+        simcse_texts = self._tokenized("simcse", **reading, strip=True)
+        mntp = self._phase("mntp", mntp_texts, {}, partial(self._mntp, mntp_texts.rows))
+        mntp_lora = self.params.mntp.lora.model_dump()
+        upstream = {"mntp": file_sha256(mntp.adapter / WEIGHTS_FILE), "mntp_lora": mntp_lora, **reading}
         train_simcse = partial(self._simcse, simcse_texts.rows, mntp.adapter)
-        return {"mntp": mntp, "simcse": self._phase("simcse", params.simcse, simcse_texts, upstream, train_simcse)}
+        return {"mntp": mntp, "simcse": self._phase("simcse", simcse_texts, upstream, train_simcse)}
 
-    def _tokenized(self, name: PhaseName, phase: PhaseParams, **rules: Any) -> TokenizedCorpus:
+    def _tokenized(self, name: PhaseName, **rules: Any) -> TokenizedCorpus:
+        phase = self.params.phase(name)
         with nested_in(name):
             return tokenize_corpus(
-                self._texts,
+                self.texts,
                 TemplateTokenizer(self._tokenizer, max_tokens=phase.max_tokens, **rules),
                 lambda row: bool(maskable(row)),
                 most=phase.steps * phase.batch_size,
@@ -127,12 +127,7 @@ class Recipe:
             )
 
     def _phase(
-        self,
-        name: PhaseName,
-        phase: PhaseParams,
-        texts: TokenizedCorpus,
-        upstream: dict[str, Any],
-        prepare: Callable[[], Training],
+        self, name: PhaseName, texts: TokenizedCorpus, upstream: dict[str, Any], prepare: Callable[[], Training]
     ) -> TrainedPhase:
         """The phase, from the work folder or trained on what `prepare` gives."""
         folder = self._folder(name, texts, upstream)
@@ -141,7 +136,7 @@ class Recipe:
             log.info("%s: finished already", name)
         else:
             with nested_in(name):
-                self._train(name, phase, texts, prepare(), folder)
+                self._train(name, texts, prepare(), folder)
         stored = json.loads((finished / CURVE).read_text(encoding="utf-8"))
         counts = {"texts": len(texts.rows), "too_short": texts.short, "repeated": texts.repeated}
         return TrainedPhase(finished / ADAPTER, {**counts, **stored["facts"]}, stored["curve"])
@@ -151,24 +146,22 @@ class Recipe:
             {
                 "version": VERSION,
                 "code": code_digest([__name__]),
-                "params": self._params.step_params(name),
+                "params": self.params.step_params(name),
                 "mask": self._mask_id if name == "mntp" else None,
                 "backbone": self._identity,
                 "rows": digest_of([[row.ids, row.pooled] for row in texts.rows]),
                 **upstream,
             }
         )
-        return self._work / f"{name}-{fingerprint[:16]}"
+        return self.work / f"{name}-{fingerprint[:16]}"
 
-    def _train(
-        self, name: PhaseName, phase: PhaseParams, texts: TokenizedCorpus, training: Training, folder: Path
-    ) -> None:
+    def _train(self, name: PhaseName, texts: TokenizedCorpus, training: Training, folder: Path) -> None:
         """Train, write the finished phase in one rename, and delete its checkpoint."""
-        (objective, trained), checkpoint = training, folder / CHECKPOINT
+        (objective, trained), checkpoint, phase = training, folder / CHECKPOINT, self.params.phase(name)
         grouping = MNTP_GROUPING if name == "mntp" else 1
         lengths = [len(row.ids) for row in texts.rows]
-        batches = Batches(lengths, phase.batch_size, seed=self._params.seed, grouping=grouping)
-        loop = Loop(name, objective, trained, batches, self._params, phase, checkpoint)
+        batches = Batches(lengths, phase.batch_size, seed=self.params.seed, grouping=grouping)
+        loop = Loop(name, objective, trained, batches, self.params, phase, checkpoint)
         loop.run()
         facts = {
             "trained_parameters": sum(value.numel() for value in trained.values()),
@@ -177,21 +170,21 @@ class Recipe:
         scratch = folder / f"{FINISHED}.tmp"
         with disk_errors(folder):
             shutil.rmtree(scratch, ignore_errors=True)
-            save_adapter(trained, scratch / ADAPTER, _resolved(phase.lora, trained), self._backbone.name)
+            save_adapter(trained, scratch / ADAPTER, _resolved(phase.lora, trained), self.backbone.name)
             write_json(scratch / CURVE, {"facts": facts, "curve": loop.curve})
             scratch.rename(folder / FINISHED)
             checkpoint.unlink(missing_ok=True)
 
     @cached_property
     def _lm(self) -> Any:
-        params, device = self._params, best_device()
-        log.info("teach %s: device %s (the best present), %s", self._backbone.name, device, params.dtype)
-        return load_backbone(self._backbone.model_copy(update={"dtype": params.dtype}), device)
+        params, device = self.params, best_device()
+        log.info("teach %s: device %s (the best present), %s", self.backbone.name, device, params.dtype)
+        return load_backbone(self.backbone.model_copy(update={"dtype": params.dtype}), device)
 
     def _mntp(self, rows: Sequence[Tokens]) -> Training:
         from pipeline.backbone.output_head import logit_transform
 
-        params, lm = self._params.mntp, self._lm
+        params, lm = self.params.mntp, self._lm
         transform = logit_transform(lm)  # before attention becomes bidirectional: it runs the causal model
         adapted, trained = self._adapted(self._bidirectional(), params.lora)
         objective = MntpObjective(
@@ -203,30 +196,30 @@ class Recipe:
             fraction=params.mask_fraction,
             mask_id=self._mask_id,
             micro_batch_size=params.micro_batch_size,
-            seed=self._params.seed,
+            seed=self.params.seed,
         )
         return objective, trained
 
     def _simcse(self, rows: Sequence[Tokens], mntp: Path) -> Training:
-        params = self._params.simcse
+        params = self.params.simcse
         adapted, trained = self._adapted(merge_adapter(self._bidirectional(), mntp, "mntp"), params.lora)
         dropout = SeededDropout(adapted, params.dropout)
         log.info("simcse: dropout %g in %s", params.dropout, dropout.active or "nothing")
         if params.dropout and not dropout.drops_in_backbone:
             message = "simcse.dropout (%g) has no effect in this architecture: only simcse.lora.dropout (%g) has"
             log.warning(message, params.dropout, params.lora.dropout)
-        size, seed = params.micro_batch_size, self._params.seed
+        size, seed = params.micro_batch_size, self.params.seed
         return SimcseObjective(adapted, dropout, rows, scale=params.scale, micro_batch_size=size, seed=seed), trained
 
     def _bidirectional(self) -> Any:
         body = self._lm.get_decoder()
         make_bidirectional(body)
-        check_bidirectional(body, self._backbone.name)
+        check_bidirectional(body, self.backbone.name)
         return body
 
     def _adapted(self, body: Any, lora: TeacherLoraParams) -> tuple[Any, dict[str, Any]]:
         with nested_in("lora"):
-            adapted = add_adapter(body, **lora.model_dump(), seed=self._params.seed)
+            adapted = add_adapter(body, **lora.model_dump(), seed=self.params.seed)
         return adapted, adapter_parameters(adapted)
 
 

@@ -7,6 +7,7 @@ the loss gives the gradient of each, and each pass is run again with the same dr
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import TeacherError
@@ -30,68 +31,30 @@ def contrastive_loss(first: "torch.Tensor", second: "torch.Tensor", scale: float
     return F.cross_entropy(scale * cosines, torch.arange(len(first), device=first.device))
 
 
+@dataclass
 class SimcseObjective:
-    """Gradients of the contrastive loss of a batch."""
+    """Gradients of the contrastive loss of a batch.
 
-    def __init__(
-        self,
-        body: Any,
-        dropout: SeededDropout,
-        rows: Sequence[Tokens],
-        *,
-        scale: float,
-        micro_batch_size: int,
-        seed: int,
-    ) -> None:
-        """Take a loaded model.
+    Attributes:
+        body: bidirectional, with the trained adapters.
+        dropout: of the body, drawn from `seed`.
+        rows: all texts, distinct.
+        scale: of the cosines.
+        micro_batch_size: rows of a forward pass.
+    """
 
-        Args:
-            body: bidirectional, with the trained adapters.
-            dropout: of the body, drawn from `seed`.
-            rows: all texts, distinct.
-            scale: of the cosines.
-            micro_batch_size: rows of a forward pass.
+    body: Any
+    dropout: SeededDropout
+    rows: Sequence[Tokens]
+    scale: float
+    micro_batch_size: int
+    seed: int
 
-        Raises:
-            TeacherError: dropout changes nothing, or is on outside of training.
-        """
-        self.body, self.dropout, self._rows = body, dropout, rows
-        self._scale, self._size, self._seed = scale, micro_batch_size, seed
-        self._check_dropout()
-
-    def gradients(self, rows: Sequence[int], step: int) -> float:
-        """See `Objective`."""
+    def __post_init__(self) -> None:
+        """Raises TeacherError if dropout changes nothing, or is on outside of training."""
         import torch
 
-        chunks = parts(rows, self._size)
-        passes = [(view, part) for view in range(VIEWS) for part in range(len(chunks))]
-        if len(chunks) == 1:
-            first, second = (self._view(chunks[0], step, view, 0) for view in range(VIEWS))
-            loss = contrastive_loss(first, second, self._scale)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return float(loss.detach())
-        # Not under no_grad: a GPU may then choose another attention kernel, which draws another dropout.
-        vectors = [self._view(chunks[part], step, view, part).detach() for view, part in passes]
-        leaves = [vector.requires_grad_(True) for vector in vectors]
-        first, second = (torch.cat(leaves[at * len(chunks) : (at + 1) * len(chunks)]) for at in range(VIEWS))
-        loss = contrastive_loss(first, second, self._scale)
-        loss.backward()  # type: ignore[no-untyped-call]
-        for leaf, (view, part) in zip(leaves, passes, strict=True):
-            self._view(chunks[part], step, view, part).backward(leaf.grad)  # type: ignore[no-untyped-call]
-        return float(loss.detach())
-
-    def _view(self, rows: Sequence[int], step: int, view: int, part: int) -> "torch.Tensor":
-        with self.dropout.enabled(self._seed, step, view, part):
-            return self.vectors(rows)
-
-    def vectors(self, rows: Sequence[int]) -> "torch.Tensor":
-        """`[B, d]` float32, pooled as the teacher does."""
-        return pooled_states(self.body, [self._rows[row] for row in rows])
-
-    def _check_dropout(self) -> None:
-        import torch
-
-        rows = list(range(min(2, len(self._rows))))
+        rows = list(range(min(2, len(self.rows))))
         with torch.no_grad():
             once, again = (self._view(rows, 0, view, 0) for view in range(VIEWS))
             plain, same = self.vectors(rows), self.vectors(rows)
@@ -105,3 +68,32 @@ class SimcseObjective:
             )
         if not torch.equal(plain, same):
             raise TeacherError("the backbone drops outside of training too: its embeddings are not deterministic")
+
+    def gradients(self, rows: Sequence[int], step: int) -> float:
+        """See `Objective`."""
+        import torch
+
+        chunks = parts(rows, self.micro_batch_size)
+        passes = [(view, part) for view in range(VIEWS) for part in range(len(chunks))]
+        if len(chunks) == 1:
+            first, second = (self._view(chunks[0], step, view, 0) for view in range(VIEWS))
+            loss = contrastive_loss(first, second, self.scale)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return float(loss.detach())
+        # Not under no_grad: a GPU may then choose another attention kernel, which draws another dropout.
+        vectors = [self._view(chunks[part], step, view, part).detach() for view, part in passes]
+        leaves = [vector.requires_grad_(True) for vector in vectors]
+        first, second = torch.cat(leaves).chunk(VIEWS)
+        loss = contrastive_loss(first, second, self.scale)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for leaf, (view, part) in zip(leaves, passes, strict=True):
+            self._view(chunks[part], step, view, part).backward(leaf.grad)  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def _view(self, rows: Sequence[int], step: int, view: int, part: int) -> "torch.Tensor":
+        with self.dropout.enabled(self.seed, step, view, part):
+            return self.vectors(rows)
+
+    def vectors(self, rows: Sequence[int]) -> "torch.Tensor":
+        """`[B, d]` float32, pooled as the teacher does."""
+        return pooled_states(self.body, [self.rows[row] for row in rows])

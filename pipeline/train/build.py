@@ -32,14 +32,7 @@ log = logging.getLogger(__name__)
 def read_rows(
     params: TrainParams, artifacts: Sequence[Artifact], name: str, tokenizer: Any, formatter: PromptFormatter
 ) -> TrainingRows:
-    """The rows of one table of the queries, joined and tokenised.
-
-    Args:
-        params: section `train`.
-        artifacts: queries, responses, targets.
-        name: of the table.
-        tokenizer: the backbone's.
-        formatter: makes the prompts.
+    """The rows of one table of the queries, joined and tokenised; `artifacts` are queries, responses and targets.
 
     Raises:
         TrainingError: the artifacts do not belong together, or no row can be trained on with these params.

@@ -40,12 +40,7 @@ def alignment_sum(embeddings: Tensor, targets: Tensor, reduction: Reduction) -> 
     """Squared error summed over rows; within a row the mean (paper) or the sum over dimensions.
 
     The scale of the targets decides what this weighs beside the cross-entropy: for unit-length targets of e
-    dimensions the mean is e times smaller than the sum, and the alignment hardly trains.
-
-    Args:
-        embeddings: `[B, e]`.
-        targets: `[B, e]`.
-        reduction: over dimensions.
+    dimensions the mean is e times smaller than the sum, and the alignment hardly trains. Both tensors are `[B, e]`.
     """
     squared = (embeddings - targets.to(embeddings)).square()
     return squared.mean(-1).sum() if reduction == "mean" else squared.sum()
@@ -56,12 +51,7 @@ def loss_sums(
 ) -> LossSums:
     """Both losses of a batch from one query pass and one response pass.
 
-    Args:
-        student: what is trained.
-        passes: how batches run through the frozen backbone.
-        batch: the rows.
-        reduction: of the squared error over dimensions.
-        reconstruct: False leaves the response pass out; the reconstruction loss is then 0.
+    With `reconstruct` False the response pass is left out, and the reconstruction loss is 0.
     """
     hidden = passes.query_pass(batch.query_ids, student.tokens, student.compression_tokens)
     soft_prompts = student.soft_prompts(hidden)

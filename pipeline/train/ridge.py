@@ -26,9 +26,7 @@ class Moments:
     Second moments are around the means: raw squares would lose digits of hidden states, whose mean is large.
 
     Attributes:
-        count: N.
-        mean: of the features `[d]`.
-        target_mean: `[e]`.
+        mean: of the features `[d]`; `target_mean` is `[e]`.
         scatter: sum of products of centred features `[d, d]`.
         cross: sum of products of centred features and centred targets `[d, e]`.
     """

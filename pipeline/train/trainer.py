@@ -18,14 +18,13 @@ from accelerate.utils import broadcast
 
 from pipeline.backbone.sizes import ModelSizes
 from pipeline.core.errors import TrainingError
-from pipeline.core.run import progress
 from pipeline.encoder.passes.plain import Passes
 from pipeline.encoder.student import Student
 from pipeline.optim.batching import deal, micro_batches, steps
 from pipeline.optim.checkpoint import read_checkpoint, save_checkpoint
 from pipeline.optim.flops import step_flops
 from pipeline.optim.gradients import adamw, set_rate, sum_and_clip, unscale
-from pipeline.optim.schedule import any_process, rate_factor, stop_requested
+from pipeline.optim.schedule import rate_factor, take_steps
 from pipeline.train.data import TrainingRows
 from pipeline.train.losses import LossSums, loss_sums
 from pipeline.train.params import TrainParams, planned_steps
@@ -45,9 +44,6 @@ class Trainer:
     Attributes:
         student: trained in place.
         passes: how batches run through the backbone.
-        rows: to train on.
-        params: section `train`.
-        accelerator: device and processes.
         validation: held-out rows; None scores none.
         adapter: LoRA's trained tensors by name.
         checkpoint: file of the resumable state; None keeps none.
@@ -73,12 +69,8 @@ class Trainer:
         self._check()
         params = self.params
         self.trained = {**{f"student.{name}": value for name, value in self.student.named_parameters()}, **self.adapter}
-        self.optimizer = adamw(
-            self.trained,
-            rate=params.learning_rate,
-            token_rate=params.token_learning_rate,
-            weight_decay=params.weight_decay,
-        )
+        rate, token_rate = params.learning_rate, params.token_learning_rate
+        self.optimizer = adamw(self.trained, rate=rate, token_rate=token_rate, weight_decay=params.weight_decay)
         self.total = planned_steps(len(self.rows), params)
         # Decides the order of rows, so a resumed run takes it from the checkpoint, whatever its own passes are.
         self.grouping = params.length_grouping or (PADDED_GROUPING if self.passes.padded else 1)
@@ -100,8 +92,6 @@ class Trainer:
         """
         found = read_checkpoint(self.checkpoint) if self.checkpoint else None
         if found is None:
-            if self.checkpoint and self.checkpoint.exists():
-                log.warning("%s is damaged: training starts again", self.checkpoint)
             return False
         self._check_params(found.progress["params"])
         done = len(found.progress["curve"])
@@ -130,13 +120,16 @@ class Trainer:
             self._score()
             self.save()  # a closed-form start over many rows takes as long as many steps
         done = len(self.curve)
-        remaining = islice(enumerate(self._steps()), done, None)
-        bar = progress(remaining, total=self.total, desc="train", unit="step", initial=done)
-        with stop_requested() as stop:
-            for step, batch in bar:
-                self._step(step, batch)
-                bar.set_postfix(loss=f"{self.curve[-1]['loss']:.4f}", refresh=False)
-                self._after(step + 1, stopping=any_process(stop(), self.accelerator))
+        take_steps(
+            islice(enumerate(self._steps()), done, None),
+            self._take,
+            self.save,
+            desc="train",
+            done=done,
+            total=self.total,
+            save_every=self.params.checkpoint_every,
+            accelerator=self.accelerator,
+        )
         if self.validation is not None:
             self.validation.restore_best(self.trained)
 
@@ -207,20 +200,22 @@ class Trainer:
         self.curve.append({"step": step + 1, "loss": loss, "align": align, "recon": recon, "learning_rate": rate})
         self.throughput.count(self.rows.sizes(batch), time.monotonic() - started)
 
-    def _after(self, step: int, *, stopping: bool) -> None:
-        every = self.params.heldout.every
+    def _take(self, numbered: tuple[int, list[int]]) -> float:
+        """Take a step and score after it where that is due; returns its loss."""
+        self._step(*numbered)
+        step, every = numbered[0] + 1, self.params.heldout.every
         if step == self.total or (every and step % every == 0):
             self._score()
-        if stopping or step == self.total or step % self.params.checkpoint_every == 0:
-            self.save()
-        if stopping:
-            raise KeyboardInterrupt
+        return self.curve[-1]["loss"]
 
     def _accumulate(self, batch: list[int]) -> tuple[float, float]:
         """Gradients of the whole batch's mean losses; returns those means over all processes."""
         import torch
 
-        params, tokens, scale = self.params, self.rows.batch(batch).response_tokens, _loss_scale(len(batch))
+        params, tokens = self.params, self.rows.batch(batch).response_tokens
+        # A power of two near the number of rows: gradients in the backbone are then as large as those of one row alone.
+        # It changes no bit but where numbers underflow: in float16 the gradients of a large batch's mean do.
+        scale = 1 << (len(batch) - 1).bit_length()
         totals = torch.zeros(2, dtype=torch.float64)
         for rows, weight in self._micro_batches(batch):
             sums = self._loss_sums(rows)
@@ -239,8 +234,7 @@ class Trainer:
     def _micro_batches(self, batch: list[int]) -> list[tuple[list[int], float]]:
         """This process's forward passes and their weights.
 
-        With a sharded backbone every process must run as many passes as any other: one whose rows are fewer repeats a
-        pass with weight 0.
+        With a sharded backbone all processes must run equally many: one with fewer rows repeats a pass with weight 0.
         """
         limits = self.params.pass_limits
         shares = [
@@ -271,11 +265,3 @@ class Trainer:
     def _score(self) -> None:
         if self.validation is not None:
             self.validation.score(len(self.curve), self.student, self.passes, self.trained)
-
-
-def _loss_scale(rows: int) -> int:
-    """A power of two near the number of rows: gradients in the backbone are then as large as those of one row alone.
-
-    It changes no bit but where numbers underflow: in float16 the gradients of a large batch's mean do.
-    """
-    return 1 << (rows - 1).bit_length()

@@ -15,13 +15,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HeldoutScores:
-    """Scores of the held-out rows.
+    """Scores of the held-out rows: `cosine`, `top1` and `mrr` as in `Ranked`.
 
-    Attributes:
-        cosine: mean cosine of a query's embedding to its target.
-        top1: share of queries whose own target is the nearest of all.
-        mrr: mean reciprocal rank of the own target.
-        recon: cross-entropy of a response token given the soft prompts, in nats.
+    `recon` is the cross-entropy of a response token given the soft prompts, in nats.
     """
 
     cosine: float
@@ -53,7 +49,6 @@ class Validation:
         batches: row indices of each forward pass.
         select: the score that the best student is chosen by; None: the last student stays.
         curve: step and scores of each scoring.
-        best: of all scorings.
     """
 
     rows: Any
@@ -66,20 +61,17 @@ class Validation:
         """Score the student as it is after `step` steps; every process computes all rows."""
         scores = heldout_scores(self.rows, self.batches, student, passes)
         self.curve.append({"step": step, **asdict(scores)})
-        log.info(
-            "held out after %d steps: cosine %.4f, top-1 %.3f, MRR %.3f, reconstruction %.4f",
-            *(step, scores.cosine, scores.top1, scores.mrr, scores.recon),
-        )
+        message = "held out after %d steps: cosine %.4f, top-1 %.3f, MRR %.3f, reconstruction %.4f"
+        log.info(message, step, scores.cosine, scores.top1, scores.mrr, scores.recon)
         if self.select and (self.best is None or scores.better(self.best.scores, self.select)):
             self.best = Best(step, scores, {name: value.detach().clone() for name, value in trained.items()})
 
     def restore_best(self, trained: Mapping[str, Any]) -> None:
         """Give the trained tensors the values that scored best, if `select` is set."""
-        if self.best is None:
-            return
-        for name, parameter in trained.items():
-            parameter.data.copy_(self.best.tensors[name])
-        log.info("restored the student of step %d: best held-out %s", self.best.step, self.select)
+        if self.best is not None:
+            for name, parameter in trained.items():
+                parameter.data.copy_(self.best.tensors[name])
+            log.info("restored the student of step %d: best held-out %s", self.best.step, self.select)
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint without the best tensors; serialises to JSON."""

@@ -2,13 +2,12 @@
 
 The embedding is linear in the soft prompts, so the best linear map to the targets needs no gradient: ridge regression.
 The soft prompts start as the embeddings of a frame, the tokens with which the backbone's chat template opens an answer,
-plus the hidden states at half an input embedding's norm: the backbone then begins an answer at once, and the
-reconstruction loss starts where it would for an empty question. The paper starts both projections at random.
+plus the hidden states at half an input embedding's norm: the backbone then begins an answer at once. The paper starts
+both projections at random.
 
-One query pass over the rows suffices, and no hidden state of it is kept: soft prompts are an affine map of hidden
-states, so the sums are taken of hidden states and mapped at the end. Five folds of them choose the strength of the
-ridge. At d = e = 4096 that is 5 x (134 + 134) MB of sums, about 1 GB more while the equations are solved, and at most
-330 MB of rows that wait for a block or that strengths are scored on.
+One query pass over the rows suffices: soft prompts are an affine map of hidden states, so the sums are taken of hidden
+states and mapped at the end. Five folds of them choose the strength of the ridge. At d = e = 4096 that is
+5 x (134 + 134) MB of sums, about 1 GB more while the equations are solved, and at most 330 MB of rows.
 """
 
 import logging
@@ -82,15 +81,12 @@ class Statistics:
         return self._rows
 
     def add(self, rows: Sequence[int], hidden: np.ndarray, targets: np.ndarray) -> None:
-        """Add a batch; batches may come in any order.
+        """Add a batch of B rows; raises TrainingError if a value is not finite.
 
         Args:
-            rows: numbers of the B rows, counted from 0 over all that will be added; they decide the folds.
+            rows: their numbers, counted from 0 over all that will be added; they decide the folds.
             hidden: `[B, n, d]` at the compression tokens.
             targets: `[B, e]`.
-
-        Raises:
-            TrainingError: a value is not finite.
         """
         _check_finite(rows, hidden, targets)
         numbers, features = np.asarray(rows), hidden.mean(axis=1)
@@ -134,15 +130,7 @@ def _check_finite(rows: Sequence[int], hidden: np.ndarray, targets: np.ndarray) 
 def accumulate(
     student: Student, query_pass: QueryPass, rows: TrainingRows, chosen: Sequence[int], batch_size: int
 ) -> Statistics:
-    """Statistics of one query pass over the chosen rows, sorted by query length.
-
-    Args:
-        student: gives the token rows; its projections play no part.
-        query_pass: through the frozen backbone.
-        rows: the training rows.
-        chosen: which of them.
-        batch_size: rows of one forward pass.
-    """
+    """Statistics of one query pass over the chosen rows, sorted by query length, `batch_size` at a time."""
     statistics = Statistics(student.compression_tokens, student.hidden)
     order = sorted(range(len(chosen)), key=lambda number: len(rows.query_ids[chosen[number]]))
     starts = range(0, len(order), batch_size)
@@ -158,10 +146,7 @@ def choose_strength(folds: Sequence[tuple[Moments, np.ndarray, np.ndarray]], by:
     """The strength whose maps retrieve best: mean reciprocal rank of the own target within left-out folds.
 
     Squared error would choose a stronger one, whose embeddings are closer to all targets and so retrieve less well.
-
-    Args:
-        folds: see `Statistics.folds`.
-        by: maps features to what the ridge sees.
+    `by` maps features to what the ridge sees.
     """
     scores = np.zeros(len(STRENGTHS))
     for left_out, (_, features, targets) in enumerate(folds):
@@ -175,10 +160,7 @@ def choose_strength(folds: Sequence[tuple[Moments, np.ndarray, np.ndarray]], by:
 def frame_rows(input_embeddings: np.ndarray, prompt_ids: Sequence[int], count: int) -> np.ndarray:
     """Embeddings `[count, d]` of the last `count` tokens of a prompt; where it is shorter, the mean row before them.
 
-    Args:
-        input_embeddings: `[V, d]` as the backbone's first layer sees them.
-        prompt_ids: a prompt without a question; an empty one gives mean rows.
-        count: n compression tokens.
+    `input_embeddings` `[V, d]` are as the backbone's first layer sees them.
     """
     ids = list(prompt_ids)[-count:]
     mean = np.repeat(input_embeddings.mean(0, keepdims=True), count - len(ids), axis=0)
@@ -193,9 +175,8 @@ def fit_reconstruction(means: np.ndarray, spread: float, frame: np.ndarray, inpu
     amplifying small differences: they meet the frame only as far as `LEAST_OFFSET` allows.
 
     Args:
-        means: mean hidden state at each position `[n, d]`.
+        means: mean hidden state at each position `[n, d]`, as is `frame`.
         spread: root mean square distance of hidden states from their mean.
-        frame: `[n, d]`.
         input_norm: mean norm of input embeddings; the variation gets `SPREAD` of it.
     """
     scale = SPREAD * input_norm / spread
@@ -208,23 +189,15 @@ def fit_reconstruction(means: np.ndarray, spread: float, frame: np.ndarray, inpu
 
 @torch.no_grad()
 def warm_start(
-    student: Student,
-    statistics: Statistics,
-    frame: np.ndarray,
-    input_norm: float,
-    strength: float | Literal["auto"],
+    student: Student, statistics: Statistics, frame: np.ndarray, input_norm: float, strength: float | Literal["auto"]
 ) -> float:
-    """Set both projections in closed form.
+    """Set both projections in closed form; returns the strength of the ridge ("auto": see `choose_strength`).
 
     Args:
         student: changed in place.
         statistics: of the training rows, see `accumulate`.
         frame: `[n, d]`, see `frame_rows`.
         input_norm: mean norm of the backbone's input embeddings.
-        strength: of the ridge; "auto" chooses it by `choose_strength`.
-
-    Returns:
-        The strength used.
     """
     reconstruction = fit_reconstruction(statistics.position_means, statistics.spread, frame, input_norm)
     folds = statistics.folds()

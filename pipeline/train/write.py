@@ -29,16 +29,7 @@ def write_run(
     tokenizer: Any,
     artifacts: Sequence[Artifact],
 ) -> None:
-    """Write the encoder and the curves of a trainer that has run.
-
-    Args:
-        trainer: the finished run.
-        params: section `train`.
-        backbone: section `backbone`.
-        identity: of the backbone.
-        tokenizer: the backbone's.
-        artifacts: queries, responses, targets.
-    """
+    """Write the encoder and the curves of a trainer that has run; `artifacts` are queries, responses and targets."""
     queries, _, targets = artifacts
     teacher = targets.manifest.models["teacher"]
     transform = load_transform(targets.path)

@@ -66,4 +66,4 @@ def test_no_more_is_read_than_is_wanted() -> None:
     texts = ["x", "same beginning one", "same beginning two", *(f"{index} text" for index in range(20))]
     found = tokenize_corpus(texts, tokenizer, lambda row: bool(maskable(row)), most=5, batch_size=2, phase="mntp")
     assert (len(found.rows), found.short) == (5, 1)
-    assert found.lengths == [8, 6, 6, 6, 6]
+    assert [len(row.ids) for row in found.rows] == [8, 6, 6, 6, 6]

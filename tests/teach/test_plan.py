@@ -6,7 +6,6 @@ import pytest
 
 from pipeline.backbone.sizes import sizes_from_config
 from pipeline.cli.presets import presets
-from pipeline.teach import plan as memory
 from pipeline.teach.params import TeachParams
 from pipeline.teach.plan import fitting_rows, phase_memory
 from tests.optim.test_memory import kept_bytes
@@ -28,7 +27,7 @@ def teach(micro: int) -> TeachParams:
 
 
 def test_the_estimate_bounds_what_autograd_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "MASK", 4)  # as on a CPU
+    monkeypatch.setattr("pipeline.teach.plan.MASK", 4)  # as on a CPU
     made, _ = objective(TEXTS, micro=4, dropout=0.1)
     kept = kept_bytes(made.body, lambda: made._view([0, 1, 2, 3], 0, 0, 0))
     params = teach(4)

@@ -13,9 +13,7 @@ from pipeline.backbone.loading import BackboneParams
 from pipeline.core.errors import TeacherError, TrainingError
 from pipeline.embed.teachers.adapters import AdapterParams
 from pipeline.embed.teachers.llm2vec import load_llm2vec
-from pipeline.teach import dropout as dropouts
 from pipeline.teach import loop
-from pipeline.teach import recipe as recipes
 from tests.stage_runs import folder_bytes
 from tests.teach.helpers import params, recipe, two_clusters
 
@@ -64,7 +62,7 @@ def test_a_finished_phase_is_not_trained_again(
 ) -> None:
     folder = tiny_backbone()
     before = contents(recipe(folder, TEXTS, workspace, params()).run())
-    monkeypatch.setattr(recipes, "load_backbone", None)
+    monkeypatch.setattr("pipeline.teach.recipe.load_backbone", None)
     assert contents(recipe(folder, TEXTS, workspace, params()).run()) == before
 
 
@@ -97,7 +95,7 @@ def test_an_architecture_that_drops_nothing_warns(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(dropouts, "_attention_key", lambda module: None)
+    monkeypatch.setattr("pipeline.teach.dropout._attention_key", lambda module: None)
     recipe(tiny_backbone(), TEXTS, workspace, params(simcse={"lora": {"dropout": 0.1}})).run()
     assert "simcse.dropout (0.3) has no effect" in caplog.text
     assert "simcse.lora.dropout (0.1)" in caplog.text
@@ -111,11 +109,11 @@ def test_stopped_in_either_phase_it_goes_on_to_the_same_bytes(
     whole = contents(recipe(tiny_backbone(), TEXTS, workspace / "whole", settings).run())
     step, taken = loop.Loop._step, []
 
-    def interrupted(self: Any, number: int) -> None:
+    def interrupted(self: Any, number: int) -> float:
         taken.append(number)
         if len(taken) == stop_at:
             signal.raise_signal(signal.SIGINT)
-        step(self, number)
+        return step(self, number)
 
     monkeypatch.setattr(loop.Loop, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -139,7 +137,7 @@ def test_a_damaged_checkpoint_starts_the_phase_again(
 def test_a_backbone_that_stays_causal_is_refused(
     tiny_backbone: Callable[..., Path], workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recipes, "make_bidirectional", lambda body: None)
+    monkeypatch.setattr("pipeline.teach.recipe.make_bidirectional", lambda body: None)
     with pytest.raises(TeacherError, match="is causal in a text alone"):
         recipe(tiny_backbone(), TEXTS, workspace, params()).run()
     assert not list(workspace.rglob("checkpoint"))
@@ -147,12 +145,12 @@ def test_a_backbone_that_stays_causal_is_refused(
 
 def test_mistakes_name_their_key(tiny_backbone: Callable[..., Path], workspace: Path) -> None:
     folder = tiny_backbone()
-    with pytest.raises(TeacherError, match=r"^mntp\.batch_size: 4 .* 3 usable texts of 4 \(1 have too few"):
+    with pytest.raises(TeacherError, match=r"^mntp\.batch_size: 4 .* 3 usable texts of 4 \(1 too short"):
         recipe(folder, ["x", "ab", "cd", "ef"], workspace, params()).run()
-    with pytest.raises(TeacherError, match=r"0 usable texts of 4 \(4 have too few"):
+    with pytest.raises(TeacherError, match=r"0 usable texts of 4 \(4 too short"):
         recipe(folder, ["x", "y", "z", "w"], workspace, params()).run()
     alike = [f"{'a' * 48} {end}" for end in "abcdefgh"]
-    with pytest.raises(TeacherError, match=r"1 usable texts of 8 .* 7 have the tokens of another"):
+    with pytest.raises(TeacherError, match=r"1 usable texts of 8 .* 7 with the tokens of another"):
         recipe(folder, alike, workspace, params()).run()
     with pytest.raises(TeacherError, match=r"^mntp\.mask_token"):
         recipe(folder, TEXTS, workspace, params(mntp={"mask_token": "no token"}))

@@ -97,7 +97,7 @@ def test_two_clusters_separate() -> None:
     made, trained = objective(texts, micro=16)
     before = separation(made.vectors(range(64)).detach().numpy())
     optimizer = torch.optim.AdamW(trained.values(), lr=0.001)
-    batches = Batches([len(row.ids) for row in made._rows], 16, seed=0)
+    batches = Batches([len(row.ids) for row in made.rows], 16, seed=0)
     losses = []
     for step in range(25):
         losses.append(made.gradients(batches.at(step), step))

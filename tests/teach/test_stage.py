@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.backbone import loading as backbones
-from pipeline.backbone.loading import BackboneParams, identify
+from pipeline.backbone.loading import BackboneParams, identify, load_backbone
 from pipeline.core import fault_points
 from pipeline.core.artifacts import open_artifact
 from pipeline.core.config import load
@@ -24,11 +23,8 @@ from pipeline.core.errors import EvaluationError, TeacherError
 from pipeline.core.run import RunRecord
 from pipeline.embed.__main__ import app as embed_app
 from pipeline.embed.params import TeacherParams
-from pipeline.embed.teachers import backbone as backbone_teacher
-from pipeline.embed.teachers import llm2vec as llm2vec_teacher
 from pipeline.embed.teachers.load import load_teacher
 from pipeline.teach import quality
-from pipeline.teach import recipe as recipes
 from pipeline.teach.__main__ import Inputs, app, run
 from tests.conftest import ROOT
 from tests.evaluate.fakes import write_folder
@@ -156,16 +152,15 @@ def test_one_model_at_a_time_is_in_memory(
 ) -> None:
     loaded: list[weakref.ref[Any]] = []
     alive: list[int] = []
-    load_one = backbones.load_backbone
 
     def counting(*args: Any, **keys: Any) -> Any:
         alive.append(sum(model() is not None for model in loaded))
-        model = load_one(*args, **keys)
+        model = load_backbone(*args, **keys)
         loaded.append(weakref.ref(model.get_decoder().embed_tokens.weight))
         return model
 
-    for module in (recipes, backbone_teacher, llm2vec_teacher):
-        monkeypatch.setattr(module, "load_backbone", counting)
+    for module in ("teach.recipe", "embed.teachers.backbone", "embed.teachers.llm2vec"):
+        monkeypatch.setattr(f"pipeline.{module}.load_backbone", counting)
     for named in ([], ["pairs"]):
         write_inputs(tiny_backbone(), quality={"local": named, "texts": 8})
         teach()

@@ -8,7 +8,6 @@ from pipeline.backbone.lora import LoraParams
 from pipeline.cli.plan import load_all
 from pipeline.cli.presets import presets
 from pipeline.optim.memory import OVERHEAD, LoraSizes, PassTokens, StepSettings, step_memory
-from pipeline.train import plan as train_plan
 from pipeline.train.params import TrainParams
 from pipeline.train.plan import memory_line, memory_remarks, pass_tokens, step_settings, train_memory
 from tests.conftest import ROOT
@@ -26,7 +25,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`gpu(24e9)`: one GPU of that many bytes; `gpu(None)`: none."""
 
     def set_memory(size: float | None) -> None:
-        monkeypatch.setattr(train_plan, "gpu_bytes", lambda: None if size is None else int(size))
+        monkeypatch.setattr("pipeline.train.plan.gpu_bytes", lambda: None if size is None else int(size))
 
     return set_memory
 

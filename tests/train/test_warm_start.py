@@ -9,7 +9,6 @@ import torch
 from pipeline.core.errors import TrainingError
 from pipeline.core.vectors import rank_own
 from pipeline.encoder.student import Student
-from pipeline.train import warm_start as module
 from pipeline.train.data import TrainingRows
 from pipeline.train.ridge import LinearMap, Moments, fit_ridge
 from pipeline.train.warm_start import (
@@ -62,7 +61,7 @@ def in_memory_strength(features: np.ndarray, targets: np.ndarray) -> float:
 def test_streamed_start_equals_the_start_in_memory(
     monkeypatch: pytest.MonkeyPatch, noise: float, size: int, block: int
 ) -> None:
-    monkeypatch.setattr(module, "_BLOCK", block)
+    monkeypatch.setattr("pipeline.train.warm_start._BLOCK", block)
     hidden, targets = linear_problem(203, noise)
     frame = np.random.default_rng(2).normal(size=(4, 6))
     student = Student(hidden=6, width=5, compression_tokens=4)
@@ -79,8 +78,8 @@ def test_streamed_start_equals_the_start_in_memory(
 
 
 def test_only_a_bounded_number_of_rows_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SCORED_ROWS", 8)
-    monkeypatch.setattr(module, "_BLOCK", 4)
+    monkeypatch.setattr("pipeline.train.warm_start.SCORED_ROWS", 8)
+    monkeypatch.setattr("pipeline.train.warm_start._BLOCK", 4)
     hidden, targets = linear_problem(300)
     folds = statistics_of(hidden, targets, 11).folds()
     assert [len(features) for _, features, _ in folds] == [8] * FOLDS

@@ -1,8 +1,7 @@
 """Bidirectional attention in a causal transformer, and a probe that verifies it.
 
 Switching only the layers leaves padded batches causal: the mask is made from the config. A hybrid has layers that
-cannot be switched (causal convolutions, linear attention) and sees later tokens through its few attention layers, so
-each layer is probed by itself.
+cannot be switched (causal convolutions, linear attention), so each layer is probed by itself.
 """
 
 from collections.abc import Sequence

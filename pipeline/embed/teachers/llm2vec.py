@@ -1,10 +1,7 @@
 """LLM2Vec (BehnamGhader et al. 2024): a language model with bidirectional attention and trained adapters.
 
-The recipe: the base model; the adapter of masked next-token prediction (MNTP) merged into it; the adapter of
-unsupervised SimCSE merged on top; attention in both directions; the mean over the text's tokens. It is the teacher of
-LLM2Vec-Gen, with the backbone as its base.
-
-What is read and pooled follows the released checkpoints:
+The adapters of masked next-token prediction (MNTP) and unsupervised SimCSE are merged in this order, attention is in
+both directions. It is the teacher of LLM2Vec-Gen, with the backbone as its base. As in the released checkpoints:
 
 - The bare text, stripped, with the tokenizer's own special tokens (BOS for Llama, none for Qwen). The `llm2vec` library
   wraps the texts of a few bases that are in no preset; `template` does it for those.

@@ -22,12 +22,7 @@ class ParallelTeacher:
     """A `Teacher` on each device; `TextPool` divides the texts of a call among them."""
 
     def __init__(self, load: Callable[[], Teacher], devices: Sequence[Device], job_texts: int) -> None:
-        """Start the processes and wait until all teachers are loaded.
-
-        Args:
-            load: loads a teacher (picklable); runs in each process.
-            devices: one for each process.
-            job_texts: texts of a job.
+        """Start a process for each device, which calls `load` (picklable), and wait until all teachers are loaded.
 
         Raises:
             PipelineError: what a teacher raised when it was loaded, or TeacherError if its process died.
@@ -63,10 +58,7 @@ def open_teacher(
 ) -> AbstractContextManager[Teacher]:
     """Load the teacher of the params: in this process, or in several that stop when the context ends.
 
-    Args:
-        params: section `embed.teacher`.
-        backbone: for the kinds that are built on it.
-        data_parallel: processes; "auto" is one a visible GPU, and one on a CPU.
+    `data_parallel` counts the processes; "auto" is one a visible GPU, and one on a CPU.
 
     Raises:
         TeacherError: it cannot be loaded with these params, or there are too few GPUs.

@@ -22,13 +22,8 @@ class HashTeacher:
         if width < 1:
             raise ValueError(f"width is {width}, must be at least 1")
         self.width, self._delay = width, delay
-        self.identity: dict[str, Any] = {
-            "kind": "hash",
-            "name": "hash",
-            "stub": True,
-            "version": VERSION,
-            "width": width,
-        }
+        self.identity: dict[str, Any] = {"kind": "hash", "name": "hash", "stub": True}
+        self.identity |= {"version": VERSION, "width": width}
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Self:

@@ -1,14 +1,10 @@
 """How a text becomes the tokens that a language model reads, and which of them are pooled.
 
-A template holds `{text}` at least once, or is a name of `TEMPLATES`. Tokens are pooled from the last `{text}` to the
-end of the template:
+A template holds `{text}` at least once. Tokens are pooled from the last `{text}` to the end of the template:
 
-    "{text}"                                                   the text alone
-    "<|start_header_id|>user<|end_header_id|>\\n\\n{text}<|eot_id|>"   a chat turn; its closing token is pooled too
-    "Rewrite the sentence: {text}, rewritten sentence: {text}"  echo (Springer et al. 2024): only the second reading is
-                                                               pooled, for which a causal model has the whole text
-    'This sentence : "{text}" means in one word:"'              one-word (PromptEOL, Jiang et al. 2023), pooled by
-                                                               `last`: the state that predicts the word
+    "<|user|>{text}<|end|>"     a chat turn; its closing token is pooled too
+    echo (Springer et al. 2024)  only the second reading is pooled, for which a causal model has the whole text
+    one-word (PromptEOL, Jiang et al. 2023)  pooled by `last`: the state that predicts the word
 
 Special tokens that the tokenizer adds are read and not pooled, except with `mean-all`.
 """
@@ -131,23 +127,20 @@ class TemplateTokenizer:
             return_offsets_mapping=not self._bare,
             verbose=False,
         )
-        ends = [len(text) - len(self._parts[-1]) for text in rendered]
-        return [
-            self._row(list(ids), self._own(encoded, index, ends[index] - len(texts[index])))
-            for index, ids in enumerate(encoded["input_ids"])
-        ]
-
-    def _own(self, encoded: Any, index: int, begin: int) -> list[int]:
-        """1 for each token of the last text and of what follows it in the template."""
-        own = [1 - flag for flag in encoded["special_tokens_mask"][index]]
-        if self._bare:
-            return own
-        # A token across the border holds the text's first letters, so it counts as the text's.
-        return [
-            flag if end > begin else 0 for flag, (_, end) in zip(own, encoded["offset_mapping"][index], strict=True)
-        ]
+        rows = []
+        for index, ids in enumerate(encoded["input_ids"]):
+            own = [1 - flag for flag in encoded["special_tokens_mask"][index]]
+            if not self._bare:
+                # A token across the border holds the text's first letters, so it counts as the text's.
+                begin = len(rendered[index]) - len(self._parts[-1]) - len(texts[index])
+                own = [
+                    flag * (end > begin) for flag, (_, end) in zip(own, encoded["offset_mapping"][index], strict=True)
+                ]
+            rows.append(self._row(list(ids), own))
+        return rows
 
     def _row(self, ids: list[int], own: list[int]) -> Tokens:
+        """`own` is 1 for each token of the last text and of what follows it in the template."""
         if not any(own):
             eos = self._tokenizer.eos_token_id
             ids, own = [*ids, 0 if eos is None else int(eos)], [*own, 1]

@@ -150,7 +150,7 @@ def test_the_dtype_is_the_teachers(dtype: str, folders: Callable[[str], Folders]
 def test_the_device_is_the_best_one(
     folders: Callable[[str], Folders], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from pipeline.embed.teachers import llm2vec as llm2vec_teacher
+    from pipeline.embed.teachers import llm2vec
 
     asked = []
 
@@ -158,9 +158,9 @@ def test_the_device_is_the_best_one(
         asked.append(device)
         return original(params, "cpu")
 
-    original = llm2vec_teacher.load_backbone
-    monkeypatch.setattr(llm2vec_teacher, "best_device", lambda: "cuda:7")
-    monkeypatch.setattr(llm2vec_teacher, "load_backbone", load)
+    original = llm2vec.load_backbone
+    monkeypatch.setattr(llm2vec, "best_device", lambda: "cuda:7")
+    monkeypatch.setattr(llm2vec, "load_backbone", load)
     with caplog.at_level(logging.INFO):
         build(folders("llama"))
     assert asked == ["cuda:7"]
@@ -170,11 +170,11 @@ def test_the_device_is_the_best_one(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_it_equals_the_cpu(folders: Callable[[str], Folders], monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.embed.teachers import llm2vec as llm2vec_teacher
+    from pipeline.embed.teachers import llm2vec
 
     on_gpu = build(folders("qwen3"))
     assert on_gpu.body.device.type == "cuda"
-    monkeypatch.setattr(llm2vec_teacher, "best_device", lambda: "cpu")
+    monkeypatch.setattr(llm2vec, "best_device", lambda: "cpu")
     np.testing.assert_allclose(on_gpu.embed(TEXTS), build(folders("qwen3")).embed(TEXTS), atol=1e-3, rtol=1e-2)
 
 
