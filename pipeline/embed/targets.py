@@ -108,8 +108,7 @@ class Embedder:
     def run(self, responses: Iterable[Row]) -> None:
         """Embed the responses (iterated twice) that the store lacks.
 
-        Raises:
-            TeacherError: an embedding is unusable; finished rows are kept.
+        Raises TeacherError if an embedding is unusable; finished rows are kept.
         """
         done = [row.key in self.store for row in responses]
         self.rows, missing = len(done), done.count(False)
@@ -182,8 +181,7 @@ class Finish:
     def __call__(self, table: pa.Table) -> pa.Table:
         """A table of `store_schema` with targets in place of stored vectors.
 
-        Raises:
-            TeacherError: a zero vector cannot be normalised, or a value does not fit into `dtype`.
+        Raises TeacherError if a zero vector cannot be normalised, or a value does not fit into `dtype`.
         """
         vectors = self.vectors(table)
         if self.transform is not None:

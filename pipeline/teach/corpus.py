@@ -38,9 +38,7 @@ def corpus_texts(
 ) -> Iterator[str]:
     """The texts of the corpus; of this run's queries and responses only the training split.
 
-    Raises:
-        ArtifactError: a table is damaged.
-        SourceError: a source cannot be read.
+    Raises ArtifactError or SourceError if a table or a source cannot be read.
     """
     if corpus == "sources":
         for source in sources:
@@ -71,10 +69,7 @@ def tokenize_corpus(
 ) -> TokenizedCorpus:
     """Tokenise texts in their order until there are `most` distinct usable rows.
 
-    `usable` says whether a row has enough tokens; `phase` is for the log.
-
-    Raises:
-        TeacherError: there are fewer than `batch_size` usable rows.
+    `usable` says whether a row has enough tokens. Raises TeacherError if there are fewer than `batch_size` such rows.
     """
     rows: dict[tuple[int, ...], Tokens] = {}
     short = repeated = 0

@@ -53,12 +53,7 @@ class Loop:
         self._optimizer = adamw(self.trained, rate=rate, weight_decay=weight_decay)
 
     def run(self) -> None:
-        """Take the remaining steps; on Ctrl-C or SIGTERM finish the step, save, and raise KeyboardInterrupt.
-
-        Raises:
-            TeacherError: a loss or a gradient is not finite.
-            WorkError: the disk is full.
-        """
+        """Take the remaining steps, see `take_steps`; raises TeacherError if a loss or a gradient is not finite."""
         from pipeline.optim.checkpoint import save_checkpoint
 
         self._resume()

@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 
 
 def mask_token_id(tokenizer: "PreTrainedTokenizerBase", mask_token: str) -> int:
-    """The id of the mask token, an existing token of the vocabulary.
-
-    Raises:
-        TeacherError: the vocabulary lacks it, or the tokenizer splits it.
-    """
+    """The id of the mask token; raises TeacherError if the vocabulary lacks it, or the tokenizer splits it."""
     found = tokenizer.get_vocab().get(mask_token)
     ids = [found] if found is not None else tokenizer(mask_token, add_special_tokens=False)["input_ids"]
     unknown = ids == [tokenizer.unk_token_id] and mask_token != tokenizer.unk_token

@@ -52,8 +52,7 @@ class Quality:
 def find_quality_tasks(params: QualityParams, local_dir: Path) -> list[Any]:
     """The mteb tasks of the params, local ones from `local_dir`; their instructions and data are checked.
 
-    Raises:
-        EvaluationError: a task is unknown or has no instruction, or its data or folder cannot be loaded.
+    Raises EvaluationError if a task is unknown or has no instruction, or its data or folder cannot be loaded.
     """
     if not (params.local or params.tasks):
         log.warning("quality names no task: whether the teacher is better than mean pooling is not measured")
@@ -82,7 +81,7 @@ def measure(
     batch_size: int,
     dtype: str,
 ) -> Quality:
-    """Load and measure one teacher after another, one in memory at a time.
+    """Load and measure one teacher after another, one in memory at a time; EvaluationError if embeddings are unusable.
 
     Args:
         teachers: load one, by system; they run in `dtype`.
@@ -90,9 +89,6 @@ def measure(
         tasks: see `find_quality_tasks`.
         work: folder of finished tasks.
         batch_size: texts of one call.
-
-    Raises:
-        EvaluationError: embeddings are unusable.
     """
     halves = text_halves(texts, params.texts)
     intrinsic: dict[str, dict[str, float]] = {}

@@ -34,8 +34,7 @@ def read_rows(
 ) -> TrainingRows:
     """The rows of one table of the queries, joined and tokenised; `artifacts` are queries, responses and targets.
 
-    Raises:
-        TrainingError: the artifacts do not belong together, or no row can be trained on with these params.
+    Raises TrainingError if the artifacts do not belong together, or no row can be trained on with these params.
     """
     queries, responses, targets = artifacts
     table = join(queries.read(name), responses.read(), targets.read())
@@ -59,10 +58,7 @@ def assemble(
     """A trainer that is ready to run: at its last checkpoint, or at its start.
 
     Args:
-        params: section `train`.
-        backbone_params: section `backbone`.
-        tokenizer: the backbone's.
-        rows: to train on.
+        params: section `train`; `backbone_params`: section `backbone`.
         heldout: to score on; None scores none.
         accelerator: device and processes.
         checkpoint: file of the resumable state; None keeps none.

@@ -61,10 +61,8 @@ class TrainingRows:
 def join(queries: pa.Table, responses: pa.Table, targets: pa.Table) -> pa.Table:
     """Rows of `queries` that have a target, with the columns response, finish_reason and embedding.
 
-    A query whose response failed or is blank has no target by design and is left out.
-
-    Raises:
-        TrainingError: no query has a target, or one with a usable response has none.
+    A query whose response failed or is blank has no target by design and is left out. Raises TrainingError if no query
+    has a target, or one with a usable response has none.
     """
     has_target = pc.is_in(queries["id"], targets["id"].combine_chunks())
     joined = queries.filter(has_target)
@@ -96,11 +94,7 @@ def _check_none(ids: Sequence[str] | pa.ChunkedArray, problem: str, argument: st
 
 
 def drop_loops(table: pa.Table) -> pa.Table:
-    """A joined table without the rows whose response ends in a repetition loop (`response_text.ends_in_loop`).
-
-    Raises:
-        TrainingError: no row is left.
-    """
+    """A joined table without the rows whose response ends in a loop; raises TrainingError if no row is left."""
     others = table.filter(pa.array([not ends_in_loop(text) for text in table["response"].to_pylist()], pa.bool_()))
     if not others.num_rows:
         raise TrainingError(f"all {table.num_rows} responses end in a repetition loop", argument="drop_loops")
@@ -118,8 +112,7 @@ def tokenize(
 
     A response ends with EOS only where the model itself stopped: one that was cut has no end to predict.
 
-    Raises:
-        TrainingError: a response has no token, or is longer than `max_response_tokens` and may not be cut.
+    Raises TrainingError if a response has no token, or is longer than `max_response_tokens` and may not be cut.
     """
     ids, limit = table["id"].to_pylist(), max_response_tokens
     prompts = formatter.batch(table["text"].to_pylist())

@@ -72,11 +72,7 @@ class Moments:
 def fit_ridge(moments: Moments, strengths: Sequence[float]) -> Iterator[LinearMap]:
     """Ridge regression with an intercept on standardised features, as a map of the raw ones.
 
-    Yields one map per strength, all from one eigendecomposition.
-
-    Args:
-        moments: of features and targets.
-        strengths: penalties on the coefficients of the standardised features.
+    Yields one map per strength (penalty on the coefficients), all from one eigendecomposition.
     """
     spread = np.sqrt(np.diagonal(moments.scatter) / moments.count)
     spread = np.where(spread > 1e-9, spread, 1.0)  # a feature that never varies explains nothing

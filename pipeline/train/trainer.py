@@ -87,8 +87,7 @@ class Trainer:
     def resume(self) -> bool:
         """Restore the last checkpoint, if there is an intact one.
 
-        Raises:
-            TrainingError: it was made with other params, or has more steps than these params ask for.
+        Raises TrainingError if it was made with other params, or has more steps than these params ask for.
         """
         found = read_checkpoint(self.checkpoint) if self.checkpoint else None
         if found is None:
@@ -111,11 +110,7 @@ class Trainer:
         return True
 
     def run(self) -> None:
-        """Take the remaining steps; on Ctrl-C or SIGTERM finish the step, save, and raise KeyboardInterrupt.
-
-        Raises:
-            TrainingError: a loss or a gradient is not finite.
-        """
+        """Take the remaining steps, see `take_steps`; raises TrainingError if a loss or a gradient is not finite."""
         if not self._resumed:
             self._score()
             self.save()  # a closed-form start over many rows takes as long as many steps

@@ -40,8 +40,7 @@ class AdapterParams(Params):
 def fetch_adapter(name: str, revision: str | None) -> Path:
     """The folder of an adapter; one of the hub is downloaded first (safetensors only, never a pickle).
 
-    Raises:
-        TeacherError: it is not found, or holds no adapter in safetensors.
+    Raises TeacherError if it is not found, or holds no adapter in safetensors.
     """
     folder = Path(name) if Path(name).is_dir() else _download(name, revision)
     if not (folder / CONFIG).is_file():

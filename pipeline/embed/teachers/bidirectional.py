@@ -39,8 +39,7 @@ def make_bidirectional(body: "PreTrainedModel") -> None:
 def check_bidirectional(body: "PreTrainedModel", name: str) -> None:
     """Probe the model with a few tokens of its vocabulary, alone and in a left-padded batch.
 
-    Raises:
-        TeacherError: its first token does not see its last, a layer stays causal, or padding changes a row.
+    Raises TeacherError if its first token does not see its last, a layer stays causal, or padding changes a row.
     """
     # Two rows of ids spread over the vocabulary that differ at each position.
     spread = [(1 + index * 7919) % int(body.config.vocab_size) for index in range(2 * LONG)]

@@ -22,12 +22,7 @@ LOADERS = {
 
 
 def load_teacher(params: "TeacherParams", backbone: BackboneParams) -> "Teacher":
-    """Load the teacher of the params.
-
-    Raises:
-        TeacherError: it cannot be loaded with these params.
-        BackboneError: the language model that it is built on cannot be loaded.
-    """
+    """Load the teacher; raises TeacherError or, if the backbone cannot be loaded, BackboneError."""
     kind = TEACHERS[params.kind]
     arguments: dict[str, Any] = {key: getattr(params, key) for key in kind.reads}
     if kind.on_backbone:

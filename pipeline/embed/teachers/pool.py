@@ -24,8 +24,7 @@ class ParallelTeacher:
     def __init__(self, load: Callable[[], Teacher], devices: Sequence[Device], job_texts: int) -> None:
         """Start a process for each device, which calls `load` (picklable), and wait until all teachers are loaded.
 
-        Raises:
-            PipelineError: what a teacher raised when it was loaded, or TeacherError if its process died.
+        Raises what `load` raised, or TeacherError if a process died.
         """
         describe = attrgetter("width", "max_tokens", "identity")
         self._pool = TextPool(load, describe, devices, job_texts=job_texts, kind="teacher process", error=TeacherError)

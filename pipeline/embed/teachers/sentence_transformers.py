@@ -30,15 +30,12 @@ class SentenceTransformersTeacher:
         prompt: str = "",
         trust_remote_code: bool = False,
     ) -> None:
-        """Load the model onto the best device.
+        """Load the model onto the best device; raises TeacherError if it cannot be loaded.
 
         Args:
             name: hub name or local folder.
             max_tokens: longer texts lose their end; never more than the model itself takes.
             prompt: put before each text; "" also switches off a default prompt of the model.
-
-        Raises:
-            TeacherError: it cannot be loaded.
         """
         device = best_device()
         log.info("teacher %s: device %s (the best present), %s", name, device, dtype)

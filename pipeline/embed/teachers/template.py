@@ -53,7 +53,7 @@ class TemplateTokenizer:
         pooling: Pooling = "mean",
         strip: bool = False,
     ) -> None:
-        """Check the template.
+        """Raises TeacherError if the template has no slot, leaves no room for a text, or needs a fast tokenizer.
 
         Args:
             tokenizer: a fast one where the template is more than the text (it needs character offsets).
@@ -61,9 +61,6 @@ class TemplateTokenizer:
             template: see the module.
             pooling: `mean`: tokens from the last slot on; `mean-all`: all tokens; `last`: the last token of `mean`.
             strip: remove white space at both ends of a text.
-
-        Raises:
-            TeacherError: the template has no slot, leaves no room for a text, or needs a fast tokenizer.
         """
         self._tokenizer, self.max_tokens = tokenizer, max_tokens
         self.identity = {"template": template, "pooling": pooling, "max_tokens": max_tokens}

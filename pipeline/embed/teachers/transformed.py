@@ -35,8 +35,7 @@ class TransformedTeacher:
 def in_trained_space(teacher: Teacher, encoder: Path) -> Teacher:
     """The teacher in the space of an encoder folder's targets; itself where they were not transformed.
 
-    Raises:
-        TeacherError: the folder's transform is damaged, or was fitted on vectors of another width.
+    Raises TeacherError if the folder's transform is damaged, or was fitted on vectors of another width.
     """
     transform = load_transform(encoder)
     return teacher if transform is None else TransformedTeacher(teacher, transform)

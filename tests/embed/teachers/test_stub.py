@@ -9,7 +9,8 @@ from pipeline.backbone.loading import BackboneParams
 from pipeline.core.config import validate
 from pipeline.core.errors import ParamsError, TeacherError
 from pipeline.embed.params import TeacherParams
-from pipeline.embed.teachers.load import load_teacher
+from pipeline.embed.teachers.load import LOADERS, load_teacher
+from pipeline.embed.teachers.registry import TEACHERS
 from pipeline.embed.teachers.stub import HashTeacher
 
 BACKBONE = BackboneParams(name="org/model")
@@ -41,6 +42,10 @@ def test_no_text_gives_no_row() -> None:
 def test_it_reads_all_of_every_text() -> None:
     assert HashTeacher(width=3).max_tokens is None
     assert HashTeacher(width=3).token_lengths(["", "two words"]) == [0, 2]
+
+
+def test_every_kind_has_a_loader() -> None:
+    assert LOADERS.keys() == TEACHERS.keys()
 
 
 def test_built_by_kind_it_says_that_it_is_a_stub() -> None:
