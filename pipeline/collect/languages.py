@@ -33,9 +33,8 @@ class LanguageFilter:
         known = sorted(str(label) for label in self._model.labels)
         unknown = [language for language in languages if language not in known]
         if unknown:
-            raise ParamsError(
-                f"the model does not know {', '.join(unknown)} (it knows {', '.join(known)})", argument="languages"
-            )
+            message = f"the model does not know {', '.join(unknown)} (it knows {', '.join(known)})"
+            raise ParamsError(message, argument="languages")
         self._wanted = {*languages, NO_LANGUAGE}
         self._confidence = confidence
 

@@ -46,15 +46,9 @@ def to_frame(source: int, texts: Sequence[str]) -> pl.DataFrame:
 def drop_lengths(frame: pl.DataFrame, *, min_chars: int, max_chars: int) -> pl.DataFrame:
     """Drop rows by the number of characters of their `text`."""
     chars = pl.col("text").str.len_chars()
-    reason = (
-        pl.when(chars == 0)
-        .then(pl.lit("empty"))
-        .when(chars < min_chars)
-        .then(pl.lit("too_short"))
-        .when(chars > max_chars)
-        .then(pl.lit("too_long"))
-    )
-    return frame.with_columns(fate=pl.coalesce("fate", reason.cast(FATE)))
+    limits = {"empty": chars == 0, "too_short": chars < min_chars, "too_long": chars > max_chars}
+    reasons = [pl.when(applies).then(pl.lit(fate, FATE)) for fate, applies in limits.items()]
+    return frame.with_columns(fate=pl.coalesce("fate", *reasons))
 
 
 def drop_duplicates(frame: pl.DataFrame) -> pl.DataFrame:

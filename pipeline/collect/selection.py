@@ -27,11 +27,8 @@ def readable_evaluation() -> Iterator[None]:
     try:
         yield
     except EvaluationError as error:
-        raise SourceError(
-            f"cannot read the evaluation's texts: {error} (a reachable hub or a filled datasets cache is needed; null "
-            "skips this step)",
-            argument="decontaminate",
-        ) from None
+        message = f"cannot read the evaluation's texts: {error} (needs the hub or a filled cache; null skips this)"
+        raise SourceError(message, argument="decontaminate") from None
 
 
 def select(corpus: Corpus, params: CollectParams, backbone: BackboneParams, evaluation: Sequence[TextSource]) -> None:
@@ -63,8 +60,7 @@ def text_checks(params: CollectParams, backbone: BackboneParams) -> dict[str, Ch
     if params.max_tokens is not None:
         checks["too_many_tokens"] = more_tokens_than(params.max_tokens, load_tokenizer(backbone))
     if params.languages is not None:
-        wanted = languages.LanguageFilter(params.languages, params.language_confidence)
-        checks["other_language"] = wanted.unwanted
+        checks["other_language"] = languages.LanguageFilter(params.languages, params.language_confidence).unwanted
     return checks
 
 
@@ -105,14 +101,9 @@ def check_counts(counts: Mapping[str, int], params: CollectParams) -> None:
     left = sum(counts[split] for split in SPLITS)
     if not left:
         reasons = ", ".join(f"{fate} {counts[fate]}" for fate in FATES if counts[fate])
-        raise SourceError(
-            f"none of {counts['read']} rows is usable: {reasons} (limits: min_chars {params.min_chars}, max_chars "
-            f"{params.max_chars}, max_tokens {params.max_tokens})",
-            argument="sources",
-        )
+        limits = f"min_chars {params.min_chars}, max_chars {params.max_chars}, max_tokens {params.max_tokens}"
+        raise SourceError(f"none of {counts['read']} rows is usable: {reasons} (limits: {limits})", argument="sources")
     for split in SPLITS:
         if not counts[split]:
-            raise SourceError(
-                f"{params.heldout_fraction} of {left} queries leaves the {split} split empty: change it or add queries",
-                argument="heldout_fraction",
-            )
+            message = f"{params.heldout_fraction} of {left} queries leaves the {split} split empty: add queries"
+            raise SourceError(message, argument="heldout_fraction")

@@ -151,10 +151,8 @@ class _Rows:
             self._vectors = np.empty((len(self._rows), vectors.shape[1]), dtype=np.float32)
         if self._vectors is None or vectors.shape != (len(contents), self._vectors.shape[1]):
             width = "width" if self._vectors is None else self._vectors.shape[1]
-            raise EvaluationError(
-                f"{self._system} gave an array {vectors.shape} for {len(contents)} texts, must be "
-                f"({len(contents)}, {width})"
-            )
+            texts = len(contents)
+            raise EvaluationError(f"{self._system} gave an array {vectors.shape}, must be ({texts}, {width})")
         self._vectors[[self._rows[content] for content in contents]] = vectors
 
     def of(self, contents: Sequence[str]) -> np.ndarray:

@@ -79,10 +79,8 @@ class EvaluateParams(Params):
             return systems
         known = [*BUILT_IN, *info.data["models"]]
         if unknown := [name for name in systems if name not in known]:
-            raise ValueError(
-                f"there is no system {', '.join(unknown)} (there are: {', '.join(known)}; others are keys of "
-                "evaluate.models)"
-            )
+            others = f"{', '.join(known)}; others are keys of evaluate.models"
+            raise ValueError(f"there is no system {', '.join(unknown)} (there are: {others})")
         return systems
 
     @model_validator(mode="after")

@@ -66,10 +66,8 @@ def encode_finite(
     embeddings = np.asarray(system.encode(texts, instruction, side), dtype=np.float32)
     bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(bad):
-        raise EvaluationError(
-            f"{system.name}, {where}: {len(bad)} of {len(texts)} embeddings are not finite, "
-            f"first: {texts[bad[0]][:80]!r}"
-        )
+        counts, first = f"{len(bad)} of {len(texts)}", texts[bad[0]][:80]
+        raise EvaluationError(f"{system.name}, {where}: {counts} embeddings are not finite, first: {first!r}")
     return embeddings
 
 

@@ -213,10 +213,8 @@ class Generator:
         limit, rows = self.max_failed_fraction, self.facts.rows
         what = f"{len(self.failed)} of {rows} rows failed ({self._reasons()}), e.g. id {min(self.failed)}"
         if self._too_many_failed():
-            raise EngineError(
-                f"{what}; the limit is {limit}. Finished rows are kept; {listing} lists the failed ones",
-                argument="max_failed_fraction",
-            )
+            message = f"{what}; the limit is {limit}. Finished rows are kept; {listing} lists the failed ones"
+            raise EngineError(message, argument="max_failed_fraction")
         log.warning("generate: %s; within max_failed_fraction %s", what, limit)
 
     def _reasons(self) -> str:

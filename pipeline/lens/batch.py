@@ -131,11 +131,8 @@ def _index(encoder: "Encoder", corpus: Path) -> Index:
     check_width(index, encoder.width)
     problem = not_made_by(encoder, corpus) if corpus.is_file() else None
     if problem is not None:
-        raise SourceError(
-            f"{corpus} {problem}: cosines would mean nothing; make it with encode --output NAME.parquet by this "
-            "encoder",
-            argument="corpus",
-        )
+        message = f"{corpus} {problem}: cosines would mean nothing; make it with encode by this encoder"
+        raise SourceError(message, argument="corpus")
     return index
 
 
@@ -180,8 +177,7 @@ def _read_all(
     """Files of all parts in order, and how many rows were reused."""
     paths: list[Path] = []
     reused = total = 0
-    no_items: list[str] = []
-    with progress(no_items, total=request.source.rows, desc="decode", unit="text") as bar:
+    with progress(list[str](), total=request.source.rows, desc="decode", unit="text") as bar:
         for position, chunk in enumerate(request.source.chunks(rows)):
             content = [list(chunk.entries.ids), list(chunk.entries.responses)]
             part = parts.find(position, content)

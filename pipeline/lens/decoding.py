@@ -14,7 +14,7 @@ from pipeline.backbone.loading import BackboneParams
 from pipeline.core.errors import EngineError
 from pipeline.core.run import progress
 from pipeline.generate.engines.base import Completion, EngineSetup, Sampling, SoftPrompt
-from pipeline.generate.engines.transformers import stop_token_ids
+from pipeline.generate.engines.transformers import greedy_config, stop_token_ids
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +65,7 @@ def decode_soft_prompts(
     rows = batch_size or _batch_rows(encoder)
     starts = range(0, len(soft_prompts), rows)
     stops = stop_token_ids(encoder.model, encoder.tokenizer)
-    config = _greedy(stops, max_new_tokens)
+    config = greedy_config(stops, max_new_tokens)
     answers: list[str] = []
     for start in progress(starts, total=len(starts), desc="decode", unit="batch") if show_progress else starts:
         answers += _decode_batch(encoder, soft_prompts[start : start + rows], config, stops)
@@ -103,21 +103,6 @@ def open_decoder(
 
 def _batch_rows(encoder: "Encoder") -> int:
     return BATCH_ROWS.get(encoder.model.device.type, BATCH_ROWS["cuda"])
-
-
-def _greedy(stops: list[int], max_new_tokens: int) -> "GenerationConfig":
-    """Every value is set: unset ones (a repetition penalty) would come from the backbone's file."""
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        eos_token_id=stops or None,
-        pad_token_id=stops[0] if stops else 0,
-    )
 
 
 def _decode_batch(

@@ -85,11 +85,9 @@ def check_teacher(identity: Mapping[str, Any], recorded: Mapping[str, Any], owne
     ours, theirs = ({key: _pinned(value) for key, value in _pinned(each).items()} for each in (identity, recorded))
     for key in sorted((ours.keys() | theirs.keys()) - {"transform"}):
         if ours.get(key) != theirs.get(key):
-            raise EvaluationError(
-                f"another teacher than that of {owner}: its {key} is {identity.get(key)!r}, recorded is "
-                f"{recorded.get(key)!r}. Cosines would mean nothing; name the recorded teacher",
-                argument="teacher",
-            )
+            values = f"its {key} is {identity.get(key)!r}, recorded is {recorded.get(key)!r}"
+            message = f"another teacher than that of {owner}: {values}. Name the recorded one"
+            raise EvaluationError(message, argument="teacher")
 
 
 def _pinned(identity: Any) -> Any:

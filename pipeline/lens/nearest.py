@@ -68,15 +68,12 @@ def nearest(embeddings: np.ndarray[Any, Any], index: Index, count: int) -> list[
 def check_width(index: Index, width: int) -> None:
     """Raises SourceError if the vectors of an index do not have the encoder's width."""
     if width != index.width:
-        raise SourceError(
-            f"{index.name} holds vectors of {index.width} dimensions, the encoder's have {width}: "
-            "give the targets of its teacher, or the output of encode with it"
-        )
+        widths = f"{index.name} holds vectors of {index.width} dimensions, the encoder's have {width}"
+        raise SourceError(f"{widths}: give the targets of its teacher, or the output of encode with it")
 
 
 def _with_progress(index: Index) -> Iterator[np.ndarray[Any, Any]]:
-    no_items: list[str] = []
-    with progress(no_items, total=index.rows, desc="search the index", unit="vector") as bar:
+    with progress(list[str](), total=index.rows, desc="search the index", unit="vector") as bar:
         for vectors in index.vectors():
             yield vectors
             bar.update(len(vectors))
@@ -127,11 +124,10 @@ def open_index(path: Path) -> Index:
         schema = metadata.schema.to_arrow_schema()
     kind = schema.field("embedding").type if "embedding" in schema.names else None
     if "text" not in schema.names or kind is None or not pa.types.is_fixed_size_list(kind):
-        raise SourceError(
-            f"{path} needs the columns 'text' and 'embedding' as encode writes them (its columns: "
-            f"{', '.join(schema.names)}): make it with encode --output NAME.parquet",
-            argument="corpus",
+        needed = (
+            f"needs the columns 'text' and 'embedding' as encode writes them (its columns: {', '.join(schema.names)})"
         )
+        raise SourceError(f"{path} {needed}", argument="corpus")
 
     def entries(rows: set[int]) -> dict[int, tuple[str, str]]:
         return {row: (str(row), text) for row, text in _at_rows(_column(path, "text"), rows).items()}

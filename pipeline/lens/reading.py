@@ -120,11 +120,8 @@ def add_cosines(rows: pa.Table, embeddings: Array, embed: Callable[[Sequence[str
     """
     decoded = embed(rows["decoded"].to_pylist())
     if decoded.shape[1] != embeddings.shape[1]:
-        raise EvaluationError(
-            f"it gives vectors of {decoded.shape[1]} dimensions, the encoder was trained for one of "
-            f"{embeddings.shape[1]}: name the teacher that it was trained with",
-            argument="teacher",
-        )
+        widths = f"{decoded.shape[1]} dimensions, the encoder was trained for one of {embeddings.shape[1]}"
+        raise EvaluationError(f"it gives vectors of {widths}: name the recorded one", argument="teacher")
     rows = _set_cosines(rows, "embedding", pair(decoded, embeddings), range(rows.num_rows))
     responses = rows["response"].to_pylist()
     answered = [row for row, response in enumerate(responses) if response is not None]

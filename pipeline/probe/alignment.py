@@ -89,10 +89,8 @@ def _embed(system: System, rows: pa.Table, targets: np.ndarray) -> tuple[np.ndar
     if not in_teacher_space(system.name):
         return queries, encode_finite(system, responses, side="document", where="held-out responses")
     if queries.shape[1] != targets.shape[1]:
-        raise EvaluationError(
-            f"{system.name} embeds in {queries.shape[1]} dimensions, data/targets has {targets.shape[1]}: "
-            "the encoder was trained on other targets; run train again"
-        )
+        widths = f"{system.name} embeds in {queries.shape[1]} dimensions, data/targets has {targets.shape[1]}"
+        raise EvaluationError(f"{widths}: the encoder was trained on other targets; run train again")
     return queries, targets
 
 

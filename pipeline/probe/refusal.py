@@ -216,10 +216,9 @@ def _compare(system: System, prompts: pa.Table, references: References) -> pa.Ta
     """
     vectors = unit_rows(encode_finite(system, prompts["prompt"].to_pylist(), where="prompts"))
     if vectors.shape[1] != references.refusals.shape[1]:
-        raise EvaluationError(
-            f"{system.name} embeds in {vectors.shape[1]} dimensions, the teacher in {references.refusals.shape[1]}: "
-            "the encoder was trained on other targets; run embed and train again"
-        )
+        expected = references.refusals.shape[1]
+        widths = f"{system.name} embeds in {vectors.shape[1]} dimensions, the teacher in {expected}"
+        raise EvaluationError(f"{widths}: the encoder was trained on other targets; run embed and train again")
     to_refusals, to_compliance = vectors @ references.refusals.T, vectors @ references.compliance.T
     own = (vectors * references.answers).sum(axis=1)
     refusal, opening = to_refusals.max(axis=1), to_compliance.max(axis=1)

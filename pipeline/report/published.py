@@ -99,13 +99,10 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One published table in percent, each of our rows below its published counterpart."""
+    """One published table in percent with our suite or probe `name`, each of our rows below its counterpart."""
 
-    title: str
+    published: PublishedTable
     name: str
-    columns: list[str]
-    lower_is_better: bool
-    note: str
     lines: list[PaperRow]
 
 
@@ -135,7 +132,10 @@ def compare_with_paper(published: Published, backbone: str | None, measured: Seq
     met = {table.title for table, _ in pairs}
     return PaperComparison(
         backbone=backbone,
-        tables=[_table(table, str(backbone), own.comparison) for table, own in pairs],
+        tables=[
+            PaperTable(table, own.comparison.name, list(_rows(table, str(backbone), own.comparison)))
+            for table, own in pairs
+        ],
         unmeasured=[table.title for table in theirs if table.title not in met],
         backbones=sorted({name for table in published.tables for name in table.backbones}),
         sources=list(dict.fromkeys(f"{table.source.title}, {table.source}" for table in theirs)),
@@ -152,17 +152,6 @@ def _same(match: Match, own: Measured) -> bool:
     if match.tasks:
         return own.comparison.tasks == set(match.tasks)
     return any(settings.get(key) in match.datasets for key in ("dataset", "local"))
-
-
-def _table(table: PublishedTable, backbone: str, own: Comparison) -> PaperTable:
-    return PaperTable(
-        title=table.title,
-        name=own.name,
-        columns=list(table.columns.values()),
-        lower_is_better=table.lower_is_better,
-        note=table.note,
-        lines=list(_rows(table, backbone, own)),
-    )
 
 
 def _rows(table: PublishedTable, backbone: str, own: Comparison) -> Iterable[PaperRow]:

@@ -35,21 +35,9 @@ def _render(content: Content, format: str) -> str:
     environment = templates(Path(__file__).parent)
     if format == "markdown":
         environment.finalize = escape_markdown
-    filters: dict[str, Any] = {
-        "number": number,
-        "signed": signed,
-        "interval": interval,
-        "percent": percent,
-        "label": label,
-        "seconds": seconds,
-        "hours": hours,
-        "fence": fence,
-        "spread": untrained_spread,
-        "total": total,
-        "forests": charts,
-        "curves": curves,
-    }
-    environment.filters.update(filters)
+    by_name: list[Any] = [number, signed, interval, percent, label, seconds, hours, fence, total, curves]
+    environment.filters.update({function.__name__: function for function in by_name})
+    environment.filters.update(spread=untrained_spread, forests=charts)
     notes = {name: note for name in probe_names() if (note := describe(name).note)}
     return environment.get_template("report.j2").render(content=content, format=format, notes=notes)
 

@@ -18,7 +18,7 @@ from pipeline.core.errors import ArtifactError
 from pipeline.core.paths import ROWS_TABLE, TARGETS_DIR, TEACHER_DIR
 from pipeline.embed.teachers.registry import TEACHERS, TRAINED
 from pipeline.evaluate.comparison import Comparison, Row
-from pipeline.evaluate.registry import system_order
+from pipeline.evaluate.registry import split_seed, system_order
 
 
 @dataclass(frozen=True)
@@ -169,14 +169,9 @@ def untrained_spread(comparison: Comparison) -> list[Spread]:
 
     Of the table's means, or of every metric if it has no means.
     """
-    at = [index for index, name in enumerate(comparison.systems) if _is_untrained(name)]
+    at = [index for index, name in enumerate(comparison.systems) if split_seed(name)[0] == "untrained"]
     summaries = [row for row in comparison.rows if row.summary]
     return [spread for row in summaries or comparison.rows if (spread := _spread(row, at))]
-
-
-def _is_untrained(name: str) -> bool:
-    base, _, seed = name.partition("-")
-    return base == "untrained" and (not seed or seed.isdigit())
 
 
 def _spread(row: Row, at: Sequence[int]) -> Spread | None:

@@ -164,7 +164,7 @@ class BrokenSystem(LengthSystem):
 
 
 def test_a_system_that_forgets_a_text(tmp_path: Path) -> None:
-    message = r"student gave an array \(2, 3\) for 3 texts, must be \(3, 3\)"
+    message = r"student gave an array \(2, 3\), must be \(3, 3\)"
     with pytest.raises(EvaluationError, match=message), closing(CachedSystem(BrokenSystem(), tmp_path)) as cached:
         cached.encode(TEXTS, "")
     assert len(encode(tmp_path, LengthSystem(), TEXTS)) == 3

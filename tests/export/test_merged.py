@@ -309,7 +309,7 @@ def test_the_command(workspace: Path, tiny_backbone: Callable[..., Path]) -> Non
     done = CliRunner().invoke(app, ["export-merged", str(model), "merged"])
     assert done.exit_code == 0, done.output
     assert "merged: its embeddings in float32 are the encoder's up to " in done.stdout
-    assert "the mean of the last 2, see merged/README.md" in done.stdout
+    assert "mean of the last 2, see merged/README.md" in done.stdout
     prompts = json.loads(Path("merged/config_sentence_transformers.json").read_text())["prompts"]
     assert prompts["query"] == "Generate a passage that best answers this question: "
     failed = CliRunner().invoke(app, ["export-merged", "none", "other"])

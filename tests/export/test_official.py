@@ -170,9 +170,7 @@ def test_a_projection_that_the_run_config_names_must_be_there(
     if complete:
         assert getattr(read_checkpoint(Path("theirs")), name.removesuffix("_mlp")) is None
         return
-    with pytest.raises(
-        ArtifactError, match=rf"theirs/{name} is missing: the checkpoint is not complete, .* add_{name}"
-    ):
+    with pytest.raises(ArtifactError, match=rf"theirs/{name} is missing, .* says add_{name}"):
         import_official("theirs", Path("ours"))
     assert not Path("ours").exists()
 

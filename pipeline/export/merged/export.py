@@ -92,10 +92,8 @@ def export_merged(
         write_readme(writer.path, layout, config, dtype, encoder.identity, prompts)
         difference = _largest_difference(_embed(writer.path, encoder.model, probes, layout, weight, bias), expected)
         if not difference <= LIMIT:
-            raise TrainingError(
-                f"the merged checkpoint of {model} embeds differently from the encoder, by {difference:.2g} (limit "
-                f"{LIMIT}): nothing was written"
-            )
+            by = f"{difference:.2g} (limit {LIMIT})"
+            raise TrainingError(f"the merged checkpoint of {model} embeds differently from the encoder, by {by}")
         if dtype != "float32":
             _round(encoder.model, dtype)
             difference = _largest_difference(_embed(writer.path, encoder.model, probes, layout, weight, bias), expected)
@@ -203,10 +201,8 @@ def _check_cut(tokenizer: Any, layout: MergedLayout) -> None:
     for length in (layout.max_tokens, None):
         [ids] = tokenizer([PROBES[0] * layout.max_tokens], truncation=True, max_length=length)["input_ids"]
         if len(ids) != layout.max_tokens or ids[-len(layout.new_ids) :] != layout.new_ids:
-            raise TrainingError(
-                f"the tokenizer cuts a long text to {len(ids)} tokens that end with {ids[-3:]}, expected "
-                f"{layout.max_tokens} that end with {layout.new_ids[-3:]}"
-            )
+            expected = f"{layout.max_tokens} that end with {layout.new_ids[-3:]}"
+            raise TrainingError(f"the tokenizer cuts a text to {len(ids)} tokens, end {ids[-3:]}, expected {expected}")
 
 
 def _largest_difference(found: "np.ndarray[Any, Any]", expected: "np.ndarray[Any, Any]") -> float:
@@ -228,9 +224,7 @@ def usage(out: Path, layout: MergedLayout) -> Sequence[str]:
     if layout.compression_tokens == 1:
         lines.append(f'vLLM: LLM("{out}", runner="pooling", dtype="float32").embed(texts)')
     else:
-        lines.append(
-            f"vLLM: per-token pooling and the mean of the last {layout.compression_tokens}, see {out}/README.md"
-        )
+        lines.append(f"vLLM: per-token pooling, mean of the last {layout.compression_tokens}, see {out}/README.md")
     if layout.keep == "end":
         lines.append(f"note: {PROMPT_IS_CUT[0].lower()}{PROMPT_IS_CUT[1:]}")
     return lines

@@ -30,7 +30,7 @@ PROBES = [
     "\\frac{1}{2}",
 ]
 # Longer than any frame and any probe.
-_UNBOUNDED = 2**20
+UNBOUNDED = 2**20
 # Settings that would change the post-processor on loading, or change truncation and padding.
 _DROPPED = ("add_bos_token", "add_eos_token", "chat_template", "max_length", "truncation_side", "truncation_strategy",
             "stride", "pad_to_multiple_of", "auto_map")  # fmt: skip
@@ -53,7 +53,7 @@ def find_frame(tokenizer: Any, template: Template, chat_template_kwargs: Mapping
     """
     if not getattr(tokenizer, "is_fast", False):
         raise TrainingError(f"tokenizer of '{tokenizer.name_or_path}' has no tokenizer.json: it cannot append tokens")
-    formatter = PromptFormatter(tokenizer, template, _UNBOUNDED, dict(chat_template_kwargs))
+    formatter = PromptFormatter(tokenizer, template, UNBOUNDED, dict(chat_template_kwargs))
     whole = [prompt.token_ids for prompt in formatter.batch(PROBES)]
     bare = tokenizer(PROBES, add_special_tokens=False)["input_ids"]
     misfit = PROBES[0]
@@ -66,8 +66,7 @@ def find_frame(tokenizer: Any, template: Template, chat_template_kwargs: Mapping
             misfit = wrong[0]
     raise TrainingError(
         f"template {template} of '{tokenizer.name_or_path}' is not the same tokens around every text (around "
-        f"{misfit!r} it differs), so a tokenizer cannot add it. This encoder runs only with the code of this project; "
-        "one trained with the template raw can be exported"
+        f"{misfit!r} it differs): a tokenizer cannot add it, an encoder trained with the template raw can be exported"
     )
 
 

@@ -11,6 +11,7 @@ from pipeline.core.errors import BackboneError, TrainingError
 from pipeline.core.text import templates
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.export.merged.folder import old_rope_keys
+from pipeline.export.merged.tokenizer import UNBOUNDED
 from pipeline.export.official import files
 from pipeline.export.official.tokenizer import own_frame, write_tokenizer
 from pipeline.export.official.writing import BackboneStructure, write_adapter, write_backbone, write_projections
@@ -45,8 +46,8 @@ def export_official(model: Path, out: Path, *, backbone: str | None = None, dtyp
     student = load_file(model / WEIGHTS_FILE)
     texts = files.token_texts(len(student["tokens"]))
     with create(out, kind="official", params={"dtype": dtype}, models={"backbone": config.backbone}) as writer:
-        # Longer than any probe: truncation is up to `max_length`.
-        formatter = PromptFormatter(tokenizer, config.template, 2**20, config.chat_template_kwargs)
+        # Nothing is truncated here: `max_length` does it.
+        formatter = PromptFormatter(tokenizer, config.template, UNBOUNDED, config.chat_template_kwargs)
         ids = write_tokenizer(writer.path, tokenizer, texts, formatter, frame)
         write_projections(writer.path, student, dtype)
         write_adapter(writer.path, model, config, structure, student["tokens"], ids, dtype)
@@ -70,13 +71,10 @@ def _structure(config: EncoderConfig, name: str) -> BackboneStructure:
         raise BackboneError(f"cannot read the config of backbone '{name}': {str(error).splitlines()[0]}") from None
     embeddings = model.get_input_embeddings()
     if type(embeddings) is not torch.nn.Embedding:
-        raise TrainingError(
-            f"{type(embeddings).__name__} of '{name}' scales its rows, which their format cannot express"
-        )
-    if embeddings.weight.shape[1] != config.hidden:
-        raise BackboneError(
-            f"backbone {name} has hidden size {embeddings.weight.shape[1]}, the encoder was trained on {config.hidden}"
-        )
+        kind = type(embeddings).__name__
+        raise TrainingError(f"{kind} of '{name}' scales its rows, which their format cannot express")
+    if (size := embeddings.weight.shape[1]) != config.hidden:
+        raise BackboneError(f"backbone {name} has hidden size {size}, the encoder was trained on {config.hidden}")
     (inside,) = [path for path, module in model.base_model.named_modules() if module is embeddings]
     return BackboneStructure(described, inside, model.base_model_prefix)
 

@@ -62,7 +62,8 @@ def import_official(
     models = {"backbone": config.backbone, "teacher": config.teacher}
     with create(out, kind="encoder", params={"origin": origin, "max_length": length}, models=models) as writer:
         write_encoder(writer, student, tokenizer, config, rows=0, steps=0, adapter=adapter)
-        (writer.path / "README.md").write_text(_card(config), encoding="utf-8")
+        card = templates(Path(__file__).parent, autoescape=False).get_template("imported.md.j2").render(config=config)
+        (writer.path / "README.md").write_text(card, encoding="utf-8")
     return _notes(checkpoint, length)
 
 
@@ -115,9 +116,8 @@ def _student(checkpoint: OfficialCheckpoint, source: str) -> "Student":
         (files.ALIGNMENT, alignment, (len(alignment.bias), hidden)),
     ):
         if tuple(layer.weight.shape) != shape or len(layer.bias) != shape[0]:
-            raise ArtifactError(
-                f"{source}: {name} has shape {list(layer.weight.shape)}, the rows of its new tokens need {list(shape)}"
-            )
+            found = f"{source}: {name} has shape {list(layer.weight.shape)}"
+            raise ArtifactError(f"{found}, the rows of its new tokens need {list(shape)}")
     width, read = len(alignment.bias), checkpoint.compression_tokens
     student = Student(hidden, width, read, tokens - read)
     tensors = {
@@ -170,10 +170,6 @@ def _adapter(checkpoint: OfficialCheckpoint, model: Any, source: str) -> "dict[s
     tensors = {body + name.removeprefix(files.PREFIX): tensor.float() for name, tensor in checkpoint.adapter.items()}
     set_adapter(add_adapter(model, **checkpoint.lora.model_dump(), seed=0), tensors, where=f"{source}/{files.ENCODER}")
     return tensors
-
-
-def _card(config: EncoderConfig) -> str:
-    return templates(Path(__file__).parent, autoescape=False).get_template("imported.md.j2").render(config=config)
 
 
 def _notes(checkpoint: OfficialCheckpoint, max_length: int) -> list[str]:

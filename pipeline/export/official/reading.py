@@ -106,15 +106,12 @@ def _token_ids(folder: Path, texts: list[str]) -> list[int]:
     appended = [token.get("content") if isinstance(token, dict) else token for token in listed]
     if not appended:
         raise ArtifactError(
-            f"{folder / files.TOKENIZER_CONFIG} names no new tokens for their encode to append. export-official "
-            "writes this for an encoder with a chat template, where the tokenizer adds template and new tokens. Such a "
-            "folder cannot be imported: use the encoder that it was made from"
+            f"{folder / files.TOKENIZER_CONFIG} names no new tokens for their encode to append, as export-official "
+            "writes it for an encoder with a chat template: use the encoder that it was made from"
         )
     if appended != texts:
-        raise ArtifactError(
-            f"{folder}: its {files.RUN_CONFIG} lists {', '.join(texts)} as the new tokens, its tokenizer appends "
-            f"{', '.join(map(str, appended))}"
-        )
+        lists = f"{files.RUN_CONFIG} lists {', '.join(texts)} as the new tokens"
+        raise ArtifactError(f"{folder}: its {lists}, its tokenizer appends {', '.join(map(str, appended))}")
     tokens = read_json(folder / files.TOKENIZER).get("added_tokens", [])
     added = {token.get("content"): token.get("id") for token in tokens}
     missing = [text for text in texts if text not in added]
@@ -143,9 +140,7 @@ def _projection(folder: Path, name: str, run: RunConfig) -> Linear | None:
     if (folder / name).is_file():
         return _linear(folder / name)
     if run.text(f"add_{name}").lower() == "true":
-        raise ArtifactError(
-            f"{folder / name} is missing: the checkpoint is not complete, its {files.RUN_CONFIG} says add_{name}: true"
-        )
+        raise ArtifactError(f"{folder / name} is missing, but its {files.RUN_CONFIG} says add_{name}: true")
     return None
 
 

@@ -10,11 +10,9 @@ from typing import Any
 from pipeline.backbone.prompting import PromptFormatter, eos_token_id
 from pipeline.core.artifacts import write_json
 from pipeline.core.errors import ArtifactError, TrainingError
-from pipeline.export.merged.tokenizer import PROBES, Frame, find_frame
+from pipeline.export.merged.tokenizer import PROBES, UNBOUNDED, Frame, find_frame
 from pipeline.export.official import files
 
-# Longer than any template and any probe.
-_UNBOUNDED = 2**20
 _NAMED = ("bos_token", "eos_token", "unk_token")
 
 
@@ -23,14 +21,12 @@ def check_tokenizer(folder: Path, appended: str, ids: Sequence[int], tokenizer: 
     from tokenizers import Tokenizer
 
     theirs = _plain(Tokenizer.from_file(str(folder / files.TOKENIZER)))
-    ours = PromptFormatter(tokenizer, "raw", _UNBOUNDED).batch(PROBES)
+    ours = PromptFormatter(tokenizer, "raw", UNBOUNDED).batch(PROBES)
     for text, prompt in zip(PROBES, ours, strict=True):
         found, expected = theirs.encode(text + appended).ids, [*prompt.token_ids, *ids]
         if found != expected:
-            raise ArtifactError(
-                f"{folder / files.TOKENIZER} reads {text!r} as {found}, the backbone's tokenizer as {expected}: it "
-                "is another backbone's, or it adds more than the new tokens"
-            )
+            read = f"{folder / files.TOKENIZER} reads {text!r} as {found}, the backbone's tokenizer as {expected}"
+            raise ArtifactError(f"{read}: it is another backbone's, or it adds more than the new tokens")
 
 
 def write_tokenizer(
@@ -100,6 +96,4 @@ def _check_written(backend: Any, appended: str, ids: Sequence[int], formatter: P
     texts = [text.strip() for text in PROBES]
     for text, prompt in zip(texts, formatter.batch(texts), strict=True):
         if (found := backend.encode(text + appended).ids) != (expected := [*prompt.token_ids, *ids]):
-            raise TrainingError(
-                f"the tokenizer would read {text!r} as {found} in their package, the encoder as {expected}"
-            )
+            raise TrainingError(f"their package would read {text!r} as {found}, the encoder as {expected}")

@@ -24,11 +24,9 @@ def context_length(backbone: BackboneParams, config: Any, max_prompt_tokens: int
     wanted = max_prompt_tokens + max_new_tokens
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and wanted > limit:
-        raise EngineError(
-            f"{max_prompt_tokens} + max_new_tokens ({max_new_tokens}) = {wanted} tokens, but backbone "
-            f"'{backbone.name}' has {limit} positions: lower one of them",
-            argument="max_prompt_tokens",
-        )
+        sum_ = f"{max_prompt_tokens} + max_new_tokens ({max_new_tokens}) = {wanted} tokens"
+        message = f"{sum_}, but backbone '{backbone.name}' has {limit} positions: lower one of them"
+        raise EngineError(message, argument="max_prompt_tokens")
     return wanted
 
 

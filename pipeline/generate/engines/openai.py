@@ -122,10 +122,8 @@ class OpenAIEngine:
         if self._model not in served:
             listed = ", ".join(sorted(served)[:10]) or "nothing"
             listed += f" and {len(served) - 10} more" if len(served) > 10 else ""
-            raise EngineError(
-                f"{self._options.base_url} does not serve '{self._model}' (it serves: {listed})",
-                argument="options.model",
-            )
+            message = f"{self._options.base_url} does not serve '{self._model}' (it serves: {listed})"
+            raise EngineError(message, argument="options.model")
 
     async def _check_request(self) -> None:
         import openai
@@ -135,9 +133,8 @@ class OpenAIEngine:
         except (openai.APIError, json.JSONDecodeError) as error:
             raise self._broken(error) from None
         if not getattr(response, "choices", None):
-            raise EngineError(
-                f"{self._options.base_url} answers, but not in OpenAI's protocol", argument="options.base_url"
-            )
+            message = f"{self._options.base_url} answers, but not in OpenAI's protocol"
+            raise EngineError(message, argument="options.base_url")
 
     # --- one row ----------------------------------------------------------------------------------------------------
 
@@ -222,6 +219,5 @@ class OpenAIEngine:
             case 404:
                 hint = "; check it (with its /v1) and options.model"
         reason = self._secret.cleared(f"{what}{reason_of(error)}")
-        return EngineError(
-            f"the endpoint {self._options.base_url} cannot be used: {reason}{hint}", argument=f"options.{argument}"
-        )
+        message = f"the endpoint {self._options.base_url} cannot be used: {reason}{hint}"
+        return EngineError(message, argument=f"options.{argument}")

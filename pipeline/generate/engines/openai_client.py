@@ -115,9 +115,8 @@ def make_client(options: OpenAIOptions, secret: Secret) -> "AsyncOpenAI":
         import tenacity  # noqa: F401
         from openai import AsyncOpenAI
     except ImportError as error:
-        raise EngineError(
-            f"openai needs a package ({describe(error)}): it comes with `pip install -e .`", argument="engine"
-        ) from None
+        message = f"openai needs a package ({describe(error)}): it comes with `pip install -e .`"
+        raise EngineError(message, argument="engine") from None
     return AsyncOpenAI(
         base_url=options.base_url,
         api_key=secret.reveal() or "none",

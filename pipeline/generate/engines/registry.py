@@ -118,25 +118,20 @@ def _processes(engine: str, data_parallel: Count, tensor_parallel: int, batch_in
     """How many engine processes to start; raises EngineError if the engine or the machine cannot do it."""
     entry = ENGINES[engine]
     if tensor_parallel > 1 and not entry.splits:
-        raise EngineError(
-            f"{tensor_parallel}, but engine '{engine}' uses one GPU: set it to 1", argument="tensor_parallel"
-        )
+        message = f"{tensor_parallel}, but engine '{engine}' uses one GPU: set it to 1"
+        raise EngineError(message, argument="tensor_parallel")
     if batch_invariant and not entry.batch_invariant:
         able = ", ".join(name for name, other in ENGINES.items() if other.batch_invariant)
         raise EngineError(f"only for engine {able}, not for '{engine}': set it to false", argument="batch_invariant")
     if entry.runs_on != "machine":
         if data_parallel not in (1, "auto"):
-            raise EngineError(
-                f"{data_parallel}, but engine '{engine}' runs elsewhere and its options set how much runs at once: "
-                "set it to auto",
-                argument="data_parallel",
-            )
+            message = f"{data_parallel}, but options of engine '{engine}' set how much runs at once: set it to auto"
+            raise EngineError(message, argument="data_parallel")
         return 1
     gpus = len(visible_gpus())
     if tensor_parallel > max(gpus, 1):
-        raise EngineError(
-            f"{tensor_parallel}, but {gpus} GPU(s) are visible (CUDA_VISIBLE_DEVICES)", argument="tensor_parallel"
-        )
+        message = f"{tensor_parallel}, but {gpus} GPU(s) are visible (CUDA_VISIBLE_DEVICES)"
+        raise EngineError(message, argument="tensor_parallel")
     if entry.stub and data_parallel == "auto":
         return 1
     with nested_in(names={"processes": "data_parallel"}):

@@ -95,25 +95,11 @@ class TransformersEngine:
             output = self._model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                generation_config=self._config(sampling),
+                generation_config=greedy_config(self._stops, sampling.max_new_tokens),
                 logits_processor=processors,
             )
         rows = output[:, ids.shape[1] :].tolist()
         return [self._completion(prompt, row, sampling) for prompt, row in zip(batch, rows, strict=True)]
-
-    def _config(self, sampling: Sampling) -> "GenerationConfig":
-        """Greedy over the row sampler's scores. Every value is set: unset ones would come from the model's file."""
-        from transformers import GenerationConfig
-
-        return GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            eos_token_id=self._stops,
-            pad_token_id=self._stops[0] if self._stops else 0,
-        )
 
     def _completion(self, prompt: Prompt, row: list[int], sampling: Sampling) -> Completion:
         end = next((index for index, token in enumerate(row) if token in self._stops), None)
@@ -129,6 +115,21 @@ class TransformersEngine:
 def stop_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The tokens that end an answer: the tokenizer's EOS and those of the model's generation config."""
     return stop_tokens(model.generation_config.eos_token_id, tokenizer.eos_token_id)
+
+
+def greedy_config(stops: list[int], max_new_tokens: int) -> "GenerationConfig":
+    """Greedy, over a row sampler's scores too. Every value is set: unset ones would come from the model's file."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=stops or None,
+        pad_token_id=stops[0] if stops else 0,
+    )
 
 
 class _RowSampler:

@@ -160,11 +160,9 @@ def _import_engine_args() -> Any:
     try:
         from vllm import EngineArgs
     except ImportError as error:
-        raise EngineError(
-            f"vllm cannot be imported ({describe(error)}). Install the extra for this machine (`pip install -e .[gpu]` "
-            "with CUDA, `pip install -e .[cpu]` without), or set it to transformers",
-            argument="engine",
-        ) from None
+        extra = "`pip install -e .[gpu]` with CUDA, `pip install -e .[cpu]` without"
+        message = f"vllm cannot be imported ({describe(error)}). Install it ({extra}), or set it to transformers"
+        raise EngineError(message, argument="engine") from None
     return EngineArgs
 
 

@@ -74,17 +74,12 @@ def cpu_choices(
     rows = sequences or CPU_SEQUENCES
     fitting = max(1, min(rows, limit // row))
     room = f"{free / GIB:.1f} GiB of memory are free"
-    if fitting < rows:
-        seqs = Choice(fitting, f"half of the memory holds the cache of that many full rows; {room}")
-    else:
-        seqs = Choice(rows, "measured: more does not pay on a CPU")
-    choices["max_num_seqs"] = seqs
+    few = f"half of the memory holds the cache of that many full rows; {room}"
+    choices["max_num_seqs"] = Choice(fitting, few if fitting < rows else "measured: more does not pay on a CPU")
     # One block more: vLLM keeps one for itself.
     size = fitting * row + per_token * CPU_BLOCK_TOKENS
-    choices["kv_cache_memory_bytes"] = Choice(
-        size, f"{fitting} rows of {max_model_len} tokens, {per_token} bytes a token; {room}"
-    )
-    return choices
+    reason = f"{fitting} rows of {max_model_len} tokens, {per_token} bytes a token; {room}"
+    return choices | {"kv_cache_memory_bytes": Choice(size, reason)}
 
 
 def gpu_choices(gpu: Gpu | None, utilization: float | None = None) -> dict[str, Choice]:
@@ -110,9 +105,6 @@ def _utilization(gpu: Gpu) -> Choice:
     share = int(possible * 100) / 100
     memory = f"other processes use {(gpu.total - gpu.free) / GIB:.1f} of {gpu.total / GIB:.1f} GiB"
     if share < MIN_GPU_UTILIZATION:
-        raise EngineError(
-            f"{memory} of the GPU, which leaves nothing for vLLM: stop them, choose another GPU with "
-            "CUDA_VISIBLE_DEVICES, or set it",
-            argument="options.gpu_memory_utilization",
-        )
+        message = f"{memory} of the GPU, which leaves nothing for vLLM: stop them, or set CUDA_VISIBLE_DEVICES"
+        raise EngineError(message, argument="options.gpu_memory_utilization")
     return Choice(share, f"{memory}; {GPU_MARGIN_BYTES // GIB} GiB stays free")

@@ -73,20 +73,15 @@ def set_environment(on_gpu: bool, batch_invariant: bool) -> None:
 def check_batch_invariance() -> None:
     """Raises EngineError unless vLLM's batch-invariant kernels run here; to be called after `set_environment`."""
     if best_device() != "cuda":
-        raise EngineError(
-            "vLLM's batch-invariant kernels need a GPU, and none is found. On a CPU set it to false and dtype to "
-            "float32, whose greedy answers hardly ever depend on the batch",
-            argument="batch_invariant",
-        )
+        message = "vLLM's batch-invariant kernels need a GPU, and none is found: set it to false and dtype to float32"
+        raise EngineError(message, argument="batch_invariant")
     from vllm.platforms import current_platform
 
     if current_platform.is_cuda() and not current_platform.has_device_capability(BATCH_INVARIANT_CAPABILITY):
         found, needed = current_platform.get_device_capability(), BATCH_INVARIANT_CAPABILITY
-        raise EngineError(
-            f"this GPU has compute capability {found.major}.{found.minor}, vLLM's batch-invariant kernels need "
-            f"{needed[0]}.{needed[1]}: set it to false, or dtype to float32",
-            argument="batch_invariant",
-        )
+        numbers = f"{found.major}.{found.minor}, vLLM's batch-invariant kernels need {needed[0]}.{needed[1]}"
+        message = f"this GPU has compute capability {numbers}: set it to false, or dtype to float32"
+        raise EngineError(message, argument="batch_invariant")
 
 
 def fullest_gpu(count: int) -> Gpu | None:

@@ -59,7 +59,7 @@ def test_more_tokens_than_positions(tiny_backbone: Callable[..., Path]) -> None:
         ("vllm", {"tensor_parallel": 4}, r"^tensor_parallel: 4, but 2 GPU\(s\) are visible"),
         ("transformers", {"tensor_parallel": 2}, r"^tensor_parallel: 2, but engine 'transformers' uses one GPU"),
         ("echo", {"batch_invariant": True}, r"^batch_invariant: only for engine vllm, not for 'echo'"),
-        ("openai", {"data_parallel": 2}, r"^data_parallel: 2, but engine 'openai' runs elsewhere"),
+        ("openai", {"data_parallel": 2}, r"^data_parallel: 2, but options of engine 'openai'"),
     ],
 )
 def test_arguments_that_an_engine_cannot_take(
