@@ -89,7 +89,7 @@ def load_backbone(
     from transformers import AutoModelForCausalLM
 
     # bitsandbytes packs the weights on their final device: a quantised model is not moved afterwards.
-    options = {} if quantize is None else _quantized(quantize, params, device)
+    options = placement(device) if quantize is None else _quantized(quantize, params, device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             params.name,
@@ -100,8 +100,25 @@ def load_backbone(
         )
     except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
         raise _cannot_load(params, error) from None
-    model = _differentiable(model) if options else model.to(device)
+    model = model.to(device) if quantize is None else _differentiable(model)
     return model.eval().requires_grad_(False)
+
+
+def placement(device: "torch.device | str") -> dict[str, Any]:
+    """What has `from_pretrained` read weights straight onto a GPU, instead of into main memory first."""
+    import torch
+
+    return {"device_map": {"": device}} if torch.device(device).type == "cuda" else {}
+
+
+def hub_reason(error: Exception, name: str) -> str:
+    """Why `name` cannot be read, in one line; of a gated repository also what opens it."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    causes = (error, error.__cause__, error.__context__)
+    if any(type(cause).__name__ == "GatedRepoError" for cause in causes):
+        page = f"https://huggingface.co/{name}"
+        reason += f" It is gated: accept its licence at {page}, then run `hf auth login` or set HF_TOKEN"
+    return reason
 
 
 def _quantized(quantize: Quantize, params: BackboneParams, device: "torch.device | str") -> dict[str, Any]:
@@ -135,8 +152,7 @@ def _differentiable(model: "PreTrainedModel") -> "PreTrainedModel":
 
 def _cannot_load(params: BackboneParams, error: Exception) -> BackboneError:
     revision = f" at revision {params.revision}" if params.revision else ""
-    reason = str(error).strip().splitlines()[0]
-    return BackboneError(f"cannot load backbone '{params.name}'{revision}: {reason}")
+    return BackboneError(f"cannot load backbone '{params.name}'{revision}: {hub_reason(error, params.name)}")
 
 
 def share_weights(model: Any) -> Any:

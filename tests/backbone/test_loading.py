@@ -3,13 +3,31 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+from huggingface_hub.errors import GatedRepoError
 
-from pipeline.backbone.loading import BackboneParams, Keep, Quantize, Template, identify, load_backbone, load_tokenizer
+from pipeline.backbone.loading import (
+    BackboneParams,
+    Keep,
+    Quantize,
+    Template,
+    identify,
+    load_backbone,
+    load_config,
+    load_tokenizer,
+)
 from pipeline.backbone.prompting import PromptFormatter, eos_token_id, pad_left, pad_right
 from pipeline.core.errors import BackboneError
 from tests.conftest import tiny_tokenizer
+
+
+def gated_repo_error() -> GatedRepoError:
+    response: Any = SimpleNamespace(headers={}, request=None)
+    return GatedRepoError("403 Client Error.", response=response)
 
 
 def test_chat_prompt_is_the_template_of_the_tokenizer() -> None:
@@ -191,3 +209,36 @@ def test_an_instruction_without_room_behind_it() -> None:
     assert formatter.batch(["x"], "1234")[0].token_ids
     with pytest.raises(BackboneError, match="'12345' takes 8 tokens, template included, the limit is 8"):
         formatter.batch(["x"], "12345")
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_config, load_backbone])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_gated_repository_says_how_to_open_it(
+    monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any], wrapped: bool
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        if wrapped:
+            raise OSError("You are trying to access a gated repo.\nMake sure to") from gated_repo_error()
+        raise gated_repo_error()
+
+    for loader in ("AutoTokenizer", "AutoConfig", "AutoModelForCausalLM"):
+        monkeypatch.setattr(f"transformers.{loader}.from_pretrained", refuse)
+    hint = r"accept its licence at https://huggingface\.co/meta/lm, then run `hf auth login` or set HF_TOKEN$"
+    with pytest.raises(BackboneError, match=hint):
+        load(BackboneParams(name="meta/lm", dtype="float32"))
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda:1", {"": "cuda:1"}), ("cpu", None)])
+def test_weights_are_read_straight_onto_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, expected: dict[str, str] | None
+) -> None:
+    model, seen = MagicMock(), list[Any]()
+
+    def load(*_: Any, **options: Any) -> Any:
+        seen.append(options.get("device_map"))
+        return model
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    load_backbone(BackboneParams(name="lm", dtype="float32"), device)
+    assert seen == [expected]
+    model.to.assert_called_once_with(device)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from pipeline.backbone.loading import hub_reason
 from pipeline.core.config import Params
 from pipeline.core.errors import TeacherError
 from pipeline.core.run import is_out_of_memory
@@ -62,9 +63,8 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS, *_TOKENIZER_FILES]))
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         at = f" at revision {revision}" if revision else ""
-        raise _error(f"cannot load '{name}'{at}: {reason}") from None
+        raise _error(f"cannot load '{name}'{at}: {hub_reason(error, name)}") from None
 
 
 def merge_adapter(body: "PreTrainedModel", folder: Path, name: str) -> "PreTrainedModel":

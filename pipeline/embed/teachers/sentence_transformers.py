@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.backbone.device import best_device
-from pipeline.backbone.loading import DType, identify
+from pipeline.backbone.loading import DType, hub_reason, identify, placement
 from pipeline.core.errors import BackboneError, TeacherError
 
 log = logging.getLogger(__name__)
@@ -97,10 +97,9 @@ def load_model(name: str, revision: str | None, dtype: DType, device: str, trust
             revision=revision,
             device=device,
             trust_remote_code=trust_remote_code,
-            model_kwargs={"dtype": getattr(torch, dtype)},
+            model_kwargs={"dtype": getattr(torch, dtype), **placement(device)},
         )
     except BackboneError as error:
         raise TeacherError(error.message, argument="name") from None
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TeacherError(f"cannot load '{name}': {reason}", argument="name") from None
+        raise TeacherError(f"cannot load '{name}': {hub_reason(error, name)}", argument="name") from None

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.core.errors import TeacherError
 from pipeline.embed.teachers.adapters import fetch_adapter, merge_adapter
+from tests.backbone.test_loading import gated_repo_error
 from tests.embed.teachers.tiny_llm2vec import delta, save_adapter, tiny_lm
 
 MODULES = ["layers.0.self_attn.q_proj", "layers.1.self_attn.v_proj", "layers.2.mlp.down_proj"]
@@ -138,3 +139,12 @@ def test_a_torn_file_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(TeacherError, match="adapter_model.safetensors cannot be read"):
         merge_adapter(tiny_lm("llama").get_decoder(), folder, "mntp")
+
+
+def test_a_gated_adapter_says_how_to_open_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise gated_repo_error()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(TeacherError, match=r"org/gated.*hf auth login"):
+        fetch_adapter("org/gated", None)

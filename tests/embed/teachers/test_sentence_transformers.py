@@ -119,3 +119,14 @@ def test_real_teacher_equals_sentence_transformers(small_teacher: Path) -> None:
     expected = SentenceTransformer(str(small_teacher), device="cpu").encode(texts)
     found = build(small_teacher, max_tokens=256, batch_size=1).embed(texts)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_gated_teacher_says_how_to_open_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.backbone.test_loading import gated_repo_error
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise gated_repo_error()
+
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", refuse)
+    with pytest.raises(TeacherError, match=r"org/gated.*hf auth login"):
+        build("org/gated")
