@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.core.errors import BackboneError
+from pipeline.core.run import DEVICE_VARIABLE
 
 if TYPE_CHECKING:
     import torch
 
-VARIABLE = "PIPELINE_DEVICE"
 # The first NVIDIA driver that runs programs built for a CUDA major version.
 OLDEST_DRIVER = {"13": 580, "12": 525}
 
@@ -30,12 +30,12 @@ def best_device() -> str:
     """
     import torch
 
-    if wanted := os.environ.get(VARIABLE):
+    if wanted := os.environ.get(DEVICE_VARIABLE):
         return wanted
     if torch.cuda.is_available():
         return "cuda"
     if problem := cuda_problem():
-        raise BackboneError(f"{problem}; {VARIABLE}=cpu runs on the CPU on purpose")
+        raise BackboneError(f"{problem}; {DEVICE_VARIABLE}=cpu runs on the CPU on purpose")
     return "cpu"
 
 

@@ -30,6 +30,8 @@ from pipeline.core.paths import RESULTS_DIR
 T = TypeVar("T")
 
 LINE_SECONDS = 30.0
+# The device of a run; without it the best that torch can use.
+DEVICE_VARIABLE = "PIPELINE_DEVICE"
 # torch's settings of its memory allocator; the first is the current name.
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 # In errors of other classes: of a CUDA call, of cuBLAS, of the CPU's allocator.

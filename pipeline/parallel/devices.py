@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.run import DEVICE_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,12 @@ class Device:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them (indices or UUIDs)."""
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them (indices or UUIDs).
+
+    None with PIPELINE_DEVICE=cpu.
+    """
+    if os.environ.get(DEVICE_VARIABLE) == "cpu":
+        return []
     import torch
 
     count = torch.cuda.device_count()
@@ -70,12 +76,13 @@ def split_devices(count: int, gpus_each: int = 1) -> list[Device]:
     threads = max(1, min(len(cores) // count, int(os.environ.get("OMP_NUM_THREADS") or len(cores))))
     devices = []
     for index in range(count):
-        environment = {"OMP_NUM_THREADS": str(threads)} | ({"TQDM_DISABLE": "1"} if index else {})
+        environment = {"TQDM_DISABLE": "1"} if index else {}
         if gpus:
             names = ",".join(gpus[index * gpus_each : (index + 1) * gpus_each])
             devices.append(Device(f"GPU {names}", environment | {"CUDA_VISIBLE_DEVICES": names}))
         else:
             mine = cores[index * len(cores) // count : (index + 1) * len(cores) // count] or [cores[index % len(cores)]]
+            environment |= {"OMP_NUM_THREADS": str(threads)}
             devices.append(Device(f"cores {_span(mine)}", environment, tuple(mine)))
     return devices
 

@@ -48,12 +48,14 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    from pipeline.backbone.device import best_device
     from pipeline.backbone.loading import load_tokenizer
     from pipeline.backbone.prompting import PromptFormatter
     from pipeline.train.build import assemble, read_rows
     from pipeline.train.write import run_facts, write_run
 
     params, backbone = inputs.train, inputs.backbone
+    on_cpu = best_device() == "cpu"  # accelerate goes to the CPU in silence where a GPU is not usable
     artifacts = [open_artifact(path, path.name) for path in (QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR)]
     identity = _checked_identity(backbone, artifacts[1])
     tokenizer = load_tokenizer(backbone)
@@ -69,7 +71,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
         tokenizer,
         rows,
         read_rows(params, artifacts, HELDOUT_TABLE, tokenizer, formatter) if has_heldout else None,
-        accelerator=Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]),
+        accelerator=Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]),
         checkpoint=_checkpoint_path(inputs, identity, artifacts),
         frame_ids=formatter("").token_ids,
     )

@@ -66,6 +66,13 @@ def test_groups_of_gpus_are_disjoint(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (first.name, first.environment["CUDA_VISIBLE_DEVICES"]) == ("GPU 4,GPU-x", "4,GPU-x")
     assert (second.name, second.environment["CUDA_VISIBLE_DEVICES"]) == ("GPU 2,1", "2,1")
     assert first.cores == second.cores == ()
+    assert "OMP_NUM_THREADS" not in {*first.environment, *second.environment}
+
+
+def test_on_purpose_on_the_cpu_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    see_gpus(monkeypatch, 4)
+    monkeypatch.setenv("PIPELINE_DEVICE", "cpu")
+    assert visible_gpus() == [] and count("auto") == 1
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.backbone.loading import BackboneParams, identify, load_backbone
 from pipeline.core.artifacts import file_sha256, open_artifact
@@ -184,6 +187,27 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
         assert not [part for part in parts if part not in stderr], stderr
 
     return check
+
+
+def test_a_cuda_build_without_a_gpu_stops_unless_the_cpu_is_chosen(
+    backbone: Path, fails: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[Any] = []
+
+    def stop(*_: Any, accelerator: Any, **__: Any) -> None:
+        devices.append(accelerator.device.type)
+        raise TrainingError("stopped by the test")
+
+    monkeypatch.setattr("pipeline.train.build.assemble", stop)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.delenv("PIPELINE_DEVICE", raising=False)
+    fails("CUDA 13.0", "PIPELINE_DEVICE=cpu")
+    monkeypatch.setenv("PIPELINE_DEVICE", "cpu")
+    with monkeypatch.context() as patch:
+        made: Any = MagicMock(return_value=MagicMock(device=torch.device("cpu")))
+        patch.setattr("accelerate.Accelerator", made)
+        fails("stopped by the test")
+    assert made.call_args.kwargs["cpu"] is True and devices == ["cpu"]
 
 
 def test_a_response_longer_than_the_limit(backbone: Path, fails: Callable[..., None]) -> None:
