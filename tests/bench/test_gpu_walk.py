@@ -35,5 +35,5 @@ def test_a_training_step_stays_on_the_device_and_in_the_estimate(model: str) -> 
 
 @pytest.mark.parametrize("options", [("--checkpoint-responses",), ("--lora", "8"), ("--attention", "segments")])
 def test_every_way_of_training_walks(options: tuple[str, ...]) -> None:
-    found = walk("--model", "qwen3-0.6b", "--rows", "4", *options)
+    found = walk("--model", "qwen3-0.6b", "--rows", "16", *options)
     assert found["peak_gb"] == pytest.approx(found["estimate_gb"], rel=0.05)
