@@ -200,7 +200,7 @@ def test_a_transform_without_queries(configure: Configure) -> None:
     ("point", "delay", "fewest", "most"),
     [
         ("row_store.commit:1", 0.0, 0, 0),
-        ("row_store.committed:1", 0.006, 100, len(TEXTS) - 1),  # a shard is written every two seconds
+        ("row_store.committed:1", 0.006, 1, len(TEXTS) - 1),  # a shard is written every two seconds
         ("artifact.commit:1", 0.0, len(TEXTS), len(TEXTS)),
     ],
 )
