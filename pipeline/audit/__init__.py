@@ -1,8 +1,7 @@
 """Verify every artifact of a workspace: `python -m pipeline audit`.
 
-What is checked: file hashes, schemas, row counts, ids one-to-one along queries -> responses -> targets, finite numbers,
-the digests and model identities that link the artifacts, and dvc.lock. A finding names its artifact and its row or
-file; a damaged file is one finding, its content is not looked at further.
+Checks file hashes, schemas, row counts, ids one-to-one along queries -> responses -> targets, finite numbers, the
+digests and model identities that link the artifacts, and dvc.lock. The content of a damaged file is not checked.
 """
 
 from collections.abc import Collection
@@ -26,19 +25,15 @@ CHAIN = {
 
 
 def audit(root: Path = Path(), *, being_written: Collection[Path] = ()) -> AuditReport:
-    """Verify all artifacts below `root`.
-
-    Args:
-        root: the workspace that holds data/, models/ and results/.
-        being_written: outs that are not compared with dvc.lock, which cannot know them yet.
-    """
+    """Verify all artifacts below `root`; outs `being_written` are not compared with dvc.lock, which lacks them yet."""
     findings = Findings()
     names = [*CHAIN, *_result_names(root)]
     names.insert(names.index(TARGETS), TEACHER)
     present = [name for name in names if (root / name).is_dir()]
     missing = [name for name in CHAIN if name not in present]
     for name in missing:
-        _check_downstream(name, names, present, findings)
+        if downstream := [later for later in names[names.index(name) + 1 :] if later in present]:
+            findings.add(name, "", f"missing, though {downstream[0]} was made after it")
     opened = {name: artifact for name in present if (artifact := _open(root, name, findings))}
     intact = {name: artifact for name, artifact in opened.items() if not _damaged(name, artifact, findings)}
     tables.check_rows(intact, findings)
@@ -57,12 +52,6 @@ def audit(root: Path = Path(), *, being_written: Collection[Path] = ()) -> Audit
 def _result_names(root: Path) -> list[str]:
     folders = [folder for parent in (EVALUATE_DIR, PROBE_DIR) for folder in (root / parent).glob("*")]
     return sorted(folder.relative_to(root).as_posix() for folder in folders if folder.is_dir())
-
-
-def _check_downstream(name: str, names: list[str], present: list[str], findings: Findings) -> None:
-    downstream = [later for later in names[names.index(name) + 1 :] if later in present]
-    if downstream:
-        findings.add(name, "", f"missing, though {downstream[0]} was made after it")
 
 
 def _open(root: Path, name: str, findings: Findings) -> Artifact | None:

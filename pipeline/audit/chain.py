@@ -41,10 +41,7 @@ def stale_inputs(root: Path, artifact: Artifact) -> dict[str, str]:
 
 
 def check_models(root: Path, artifacts: Mapping[str, Artifact], findings: Findings) -> None:
-    """Each role is filled by the same model in every artifact, and a local model's files are unchanged.
-
-    What evaluated a teacher in the space of the targets is held against their transform too, see `check_transform`.
-    """
+    """Each role is filled by the same model in every artifact, and a local model's files are unchanged."""
     for role in ROLES:
         first: tuple[str, Any] | None = None
         for name, artifact in artifacts.items():
@@ -107,7 +104,7 @@ def check_transform(artifacts: Mapping[str, Artifact], findings: Findings) -> No
 
 
 def _apart(identity: Any) -> tuple[Any, Any]:
-    """A model's identity without the transform behind it, and that transform's."""
+    """A model's identity without its transform, which `check_transform` compares, and the transform's."""
     if not isinstance(identity, dict):
         return identity, None
     return {key: value for key, value in identity.items() if key != "transform"}, identity.get("transform")

@@ -68,11 +68,7 @@ class Verified:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """The outcome of an audit.
-
-    `not_made` are stages of the chain that have not run, `locked` is how many outs of dvc.lock were compared (None
-    without a dvc.lock).
-    """
+    """The outcome of an audit: stages `not_made` yet, and how many outs of dvc.lock were compared (None without it)."""
 
     findings: list[Finding]
     verified: list[Verified]

@@ -29,11 +29,7 @@ def check_stage(stage: str) -> None:
 
 
 def show(stage: str, count: int, root: Path = Path()) -> Table:
-    """The first `count` rows of what a stage made.
-
-    Raises:
-        ArtifactError: unknown stage, or it has not run.
-    """
+    """The first `count` rows of what a stage made; raises ArtifactError if it is unknown or has not run."""
     if stage in TABLES:
         return _rows_table(read_manifest(root / TABLES[stage]), count)
     if stage in TENSORS:
@@ -43,11 +39,7 @@ def show(stage: str, count: int, root: Path = Path()) -> Table:
 
 
 def counts(stage: str, root: Path = Path()) -> Table | None:
-    """What the stage counted while it made its table, one line a count; None for stages that make none.
-
-    Raises:
-        ArtifactError: the stage has not run.
-    """
+    """What the stage counted while it made its table, one line a count; None for stages that make none."""
     if stage not in TABLES:
         return None
     artifact = read_manifest(root / TABLES[stage])
@@ -58,11 +50,7 @@ def counts(stage: str, root: Path = Path()) -> Table | None:
 
 
 def failures(stage: str, count: int, root: Path = Path()) -> Table | None:
-    """The first `count` rows that failed, with their reasons; None if there is none.
-
-    Raises:
-        ArtifactError: the stage has not run, or a table of it is damaged.
-    """
+    """The first `count` rows that failed, with their reasons; None if there is none."""
     if stage != "generate":
         return None
     artifact = read_manifest(root / TABLES[stage])
@@ -87,11 +75,7 @@ def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def trace(row_id: str, root: Path = Path()) -> Table:
-    """One row through all stages that have run.
-
-    Args:
-        row_id: the id, or a beginning of it that no other id shares.
-        root: the workspace.
+    """One row, by its id or a beginning of it that no other id shares, through all stages that have run.
 
     Raises:
         ArtifactError: no or several queries have this id, or there are no queries.

@@ -14,16 +14,11 @@ LOCK = "dvc.lock"
 
 
 def check_lock(root: Path, damaged: set[str], anything_made: bool, findings: Findings) -> int | None:
-    """Compare each out that dvc.lock lists with what is there.
+    """Compare each out that dvc.lock lists with what is there; how many there are, None without a dvc.lock.
 
     Args:
-        root: the workspace.
         damaged: artifacts that are known to differ from what was made.
         anything_made: whether the workspace holds any artifact; if not, missing outs are simply not made yet.
-        findings: receives one finding for each out that differs.
-
-    Returns:
-        How many outs were compared; None without a dvc.lock.
     """
     path = root / LOCK
     if not path.is_file():

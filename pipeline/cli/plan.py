@@ -185,7 +185,7 @@ def _check_quality(teach: TeachParams) -> None:
     try:
         mteb_tasks({"tasks": teach.quality.tasks}, load_instructions(None))
     except EvaluationError as error:
-        raise EvaluationError(f"teach.quality: {error}") from None
+        raise EvaluationError(f"teach.quality: {error.message}") from None
 
 
 def _teach_memory(params: AllParams, sizes: ModelSizes | None) -> str:

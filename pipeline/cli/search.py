@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import SourceError
+from pipeline.core.readers import TextFile
 from pipeline.core.run import progress
 from pipeline.core.text import visible
-from pipeline.core.text_files import TextFile
 from pipeline.core.vectors import matrix, top_k
 from pipeline.encoder.encode_file import not_made_by
 

@@ -45,8 +45,8 @@ def encode(
     allow_other_backbone: OtherBackboneOption = False,
 ) -> None:
     """Embed the texts of a file, of any size. A killed run continues where it was."""
+    from pipeline.core.readers import open_texts
     from pipeline.core.target_transform import Space
-    from pipeline.core.text_files import open_texts
     from pipeline.encoder.encode_file import check_output, encode_file
 
     check_output(output, source)
@@ -86,8 +86,8 @@ def search(
 
     from pipeline.cli.search import search as run_search
     from pipeline.cli.search import table
+    from pipeline.core.readers import open_texts
     from pipeline.core.text import normalize_text, visible
-    from pipeline.core.text_files import open_texts
     from pipeline.tasks.instructions import load_instructions
 
     text, known = normalize_text(query), load_instructions()
@@ -166,7 +166,7 @@ def decode(
 
 def _check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[Path | None]) -> None:
     """Check the names of decode's --output and --html; none may be a file that is read."""
-    from pipeline.core.text_files import check_not_read
+    from pipeline.core.readers import check_not_read
 
     suffixes = {"output": ".parquet", "html": ".html"}
     for argument, path in outputs.items():
@@ -188,7 +188,7 @@ def _source(
     response_column: str | None,
 ) -> "Source":
     """The rows that decode reads."""
-    from pipeline.core.text_files import open_texts
+    from pipeline.core.readers import open_texts
     from pipeline.encoder.folder.read import read_config
     from pipeline.lens.sources import from_file, from_soft_prompts, from_texts, open_soft_prompts
 

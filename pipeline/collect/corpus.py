@@ -29,6 +29,7 @@ from pipeline.collect.rows import (
 from pipeline.collect.spill import Mask, Rows, Spill
 from pipeline.collect.write import REMOVED, Removals, split_tables
 from pipeline.core.artifacts import ArtifactWriter
+from pipeline.core.errors import nested_in
 from pipeline.core.readers import HubSource, LocalSource, read_texts
 from pipeline.core.run import progress
 from pipeline.core.schemas import QUERIES
@@ -66,13 +67,14 @@ class Corpus:
         with self._timed("read"):
             frames, first = [to_frame(0, []).drop("text")], 0
             for number, source in enumerate(self._sources):
-                rows = progress(read_texts(source, local_dir), total=None, desc=f"read {source.label}")
-                for texts in _batched(rows):
-                    frame = drop_lengths(to_frame(number, texts), min_chars=min_chars, max_chars=max_chars)
-                    left = np.flatnonzero(undecided(frame))
-                    self._spill.add(first + left, frame["id"].gather(left), frame["text"].gather(left))
-                    frames.append(frame.drop("text"))
-                    first += len(texts)
+                with nested_in(f"sources.{number}"):
+                    rows = progress(read_texts(source, local_dir), total=None, desc=f"read {source.label}")
+                    for texts in _batched(rows):
+                        frame = drop_lengths(to_frame(number, texts), min_chars=min_chars, max_chars=max_chars)
+                        left = np.flatnonzero(undecided(frame))
+                        self._spill.add(first + left, frame["id"].gather(left), frame["text"].gather(left))
+                        frames.append(frame.drop("text"))
+                        first += len(texts)
             self._spill.finish()
             self._frame = drop_duplicates(pl.concat(frames))
 

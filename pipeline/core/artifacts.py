@@ -1,8 +1,7 @@
 """Artifact folders: written whole or not at all, described by a deterministic manifest, verified when read.
 
-An artifact appears under its name in one rename, after every file of it and its manifest reached the disk. The
-manifest holds what determines the content (params, model identities, digests of the inputs) and the content's
-hashes; nothing volatile, so equal work gives equal bytes.
+An artifact appears in one rename, after its files and its manifest reached the disk. The manifest holds what determines
+the content (params, model identities, digests of the inputs) and the content's hashes: equal work gives equal bytes.
 """
 
 import contextlib
@@ -188,11 +187,8 @@ def create(
     """Write the artifact folder `target`: it exists complete after the block, or stays as it was.
 
     Args:
-        target: folder that the artifact replaces.
-        kind: what the artifact is ("queries", "responses", "targets", "encoder").
-        params: resolved params that determine its content.
+        params: resolved, all that determine its content.
         models: identities of the models that made it, by role.
-        inputs: the artifacts it was made from.
 
     Raises:
         WorkError: the disk is full or not writable.
@@ -248,11 +244,7 @@ class Artifact:
         return [self.path / name for name in sorted(self.manifest.files) if name.endswith(".parquet")]
 
     def read(self, name: str | None = None, columns: list[str] | None = None) -> pa.Table:
-        """One table by file name, or all parts in order as one table.
-
-        Raises:
-            ArtifactError: a file is not readable Parquet.
-        """
+        """One table by file name, or all parts in order as one; raises ArtifactError if a file is not readable."""
         paths = [self.path / name] if name else self.tables()
         try:
             return pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
@@ -260,11 +252,7 @@ class Artifact:
             raise ArtifactError(f"{self.path}: {error}") from None
 
     def batches(self, columns: list[str], rows: int) -> Iterator[pa.Table]:
-        """All parts in order as tables of at most `rows` rows; one row group in memory at a time.
-
-        Raises:
-            ArtifactError: a file is not readable Parquet.
-        """
+        """All parts in order as tables of at most `rows` rows, one row group in memory at a time; raises as `read`."""
         for path in self.tables():
             try:
                 with pq.ParquetFile(path) as file:
@@ -325,10 +313,6 @@ def damaged_files(artifact: Artifact) -> list[str]:
 
 
 def check_new(out: Path) -> None:
-    """Check that an export may write to `out`.
-
-    Raises:
-        ArtifactError: `out` exists and is not an empty folder.
-    """
+    """Raises ArtifactError if `out`, which an export is to make, exists and is not an empty folder."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ArtifactError(f"{out} exists already: name a new folder, or remove it")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Verdict = Literal["better", "worse", "within noise", "no interval"]
 
-_BLOCK = 1_000_000  # resampled units held at once
+_BLOCK = 1_000_000  # resampled units in memory at once
 _DEFINED = 0.9  # of the resamples must have a score
 _FEWEST = 100  # resamples below which an interval's ends are arbitrary
 
@@ -83,13 +83,7 @@ def paired_delta(
     *,
     lower_is_better: bool = False,
 ) -> Delta:
-    """The difference of two means over the same units.
-
-    Args:
-        metric: its name; with the seed it decides what is drawn.
-        system: whose values `other` are.
-        student: [N], one value a unit.
-        other: [N], in the same order.
+    """The difference of two means over the same units, `student` and `other` `[N]` in one order.
 
     Raises:
         ValueError: the two are not paired, or empty.
@@ -109,9 +103,7 @@ def statistic_delta(
 ) -> Delta:
     """The difference of any statistic of the same units, e.g. of two rank correlations.
 
-    Args:
-        statistic: takes indices int64 [units] of units, with repeats; gives the value of the student and of `system`.
-        units: how many there are.
+    `statistic` takes indices int64 [units] of units, with repeats; gives the value of the student and of `system`.
     """
 
     def difference(indices: "Array") -> "Array":
@@ -142,11 +134,7 @@ def sample_statistic(
 ) -> Sampled:
     """Replicates of a statistic. Calls with one metric, number of units and settings draw the same units.
 
-    Args:
-        metric: its name.
-        statistic: takes indices int64 [B, units] of units; gives its value on each of the B rows, float64 [B].
-        units: how many there are.
-        settings: how to draw.
+    `statistic` takes indices int64 [B, units] of units; gives its value on each of the B rows, float64 [B].
     """
     import numpy as np
     from scipy.stats import DegenerateDataWarning, bootstrap
@@ -198,7 +186,7 @@ def delta_of(
 
 
 def _interval(replicates: "Array", level: float) -> tuple[float | None, float | None]:
-    """Percentiles of the replicates; of a few units some resamples have no score, of too many such none is told."""
+    """Percentiles of the replicates that have a score; none where too few have one, as with a few units."""
     import numpy as np
 
     defined = replicates[np.isfinite(replicates)]

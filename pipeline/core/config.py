@@ -1,12 +1,6 @@
 """Read params.yaml into strict pydantic models and report every mistake of it at once.
 
-A stage asks for the sections it uses and nothing else, so that DVC's narrow params and the code agree:
-
-    class Inputs(Params):
-        backbone: BackboneParams
-        generate: GenerateParams
-
-    inputs = load(Path("params.yaml"), Inputs)
+A stage asks for the sections it uses and nothing else, so that DVC's narrow params and the code agree.
 """
 
 import difflib
@@ -59,12 +53,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, model: type[M], *, whole_file: bool = False) -> M:
-    """The sections of a params file that are fields of `model`.
-
-    Args:
-        path: the params file.
-        model: one field a section.
-        whole_file: sections of the file that `model` does not name are errors too.
+    """The sections of a params file that are fields of `model`; with `whole_file`, others are errors.
 
     Raises:
         ParamsError: with one line for each unknown, missing or mistyped key.
@@ -75,11 +64,7 @@ def load(path: Path, model: type[M], *, whole_file: bool = False) -> M:
 
 
 def validate(content: dict[str, Any], model: type[M], *, where: str = "") -> M:
-    """`content` as `model`; `where` names its origin in the messages, if given.
-
-    Raises:
-        ParamsError: with one line for each mistake.
-    """
+    """`content` as `model`; raises ParamsError with one line for each mistake, which begins with `where`."""
     try:
         return model.model_validate(content)
     except ValidationError as error:

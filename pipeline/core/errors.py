@@ -1,18 +1,5 @@
 """Every error that is the user's to fix. A stage prints its message without a traceback and exits with 1.
 
-PipelineError
-├── ParamsError        params.yaml: unknown, missing or mistyped keys (all of them at once)
-├── SourceError        a query source: file, column or data set missing, corpus empty
-├── ArtifactError      an artifact of a stage is missing, damaged, or was made by another format version
-│   └── ContractError  its table breaks the schema or the key that stages rely on
-├── DeviceMemoryError  the memory of a GPU, or of the machine, is full
-├── WorkError          the resumable work directory: locked by another process, no space left
-├── BackboneError      the language model or its tokenizer cannot do what is asked of it
-├── EngineError        generation failed, or too many of its rows did
-├── TeacherError       the teacher cannot be loaded, or gives unusable embeddings
-├── TrainingError      the student cannot be trained or loaded with these params
-└── EvaluationError    a task, an instruction or a data set of an evaluation is missing
-
 A component knows its own arguments and nothing of params.yaml. It raises an error about an argument by name, and its
 callers say where that argument stands:
 
@@ -71,27 +58,27 @@ def section(name: str) -> Iterator[None]:
 
 
 class ParamsError(PipelineError):
-    """params.yaml does not say what it must."""
+    """params.yaml has unknown, missing or mistyped keys (all of them in one message), or keys that conflict."""
 
 
 class SourceError(PipelineError):
-    """A source of queries cannot be read or yields nothing."""
+    """A file or data set of texts cannot be read or has none."""
 
 
 class ArtifactError(PipelineError):
-    """An artifact is missing, damaged or of another format."""
+    """An artifact of a stage is missing, damaged or of another format version."""
 
 
 class ContractError(ArtifactError):
-    """A table breaks its contract."""
+    """A table breaks the schema or the key that stages rely on."""
 
 
 class DeviceMemoryError(PipelineError):
-    """The memory of a device is full."""
+    """The memory of a GPU, or of the machine, is full."""
 
 
 class WorkError(PipelineError):
-    """The work directory cannot be used."""
+    """The work directory is locked by another process, or the disk is full."""
 
 
 class BackboneError(PipelineError):
@@ -99,11 +86,11 @@ class BackboneError(PipelineError):
 
 
 class EngineError(PipelineError):
-    """Generation failed."""
+    """Generation failed, or too many of its rows did."""
 
 
 class TeacherError(PipelineError):
-    """The teacher cannot embed."""
+    """The teacher cannot be loaded, or gives unusable embeddings."""
 
 
 class TrainingError(PipelineError):
@@ -111,4 +98,4 @@ class TrainingError(PipelineError):
 
 
 class EvaluationError(PipelineError):
-    """An evaluation cannot run."""
+    """A task, an instruction or a data set of an evaluation is missing."""

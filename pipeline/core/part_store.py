@@ -31,18 +31,18 @@ class Parts:
             leftover.unlink()
         self._paths = {path.stem.rpartition("-")[0]: path for path in folder.glob(f"*{suffix}")}
 
-    def put(self, place: int, made_of: Any, content: bytes | pa.Buffer) -> Path:
-        """Write a part once all of it is there; `made_of` serialises to JSON."""
-        key = _key(place, made_of)
+    def put(self, place: int, source: Any, content: bytes | pa.Buffer) -> Path:
+        """Write a part once all of it is there; `source` serialises to JSON."""
+        key = _key(place, source)
         self._paths[key] = self._folder / f"{key}-{bytes_sha256(content)[:16]}{self._suffix}"
         fault_point("part_store.commit")
         write_bytes(self._paths[key], content)
         fault_point("part_store.committed")
         return self._paths[key]
 
-    def find(self, place: int, made_of: Any) -> Path | None:
+    def find(self, place: int, source: Any) -> Path | None:
         """The part, if it was written and is undamaged."""
-        key = _key(place, made_of)
+        key = _key(place, source)
         if (path := self._paths.get(key)) is None:
             return None
         if file_sha256(path)[:16] == path.stem.rpartition("-")[2]:
@@ -58,18 +58,15 @@ class Parts:
         return Parts(folder, self._suffix)
 
 
-def _key(place: int, made_of: Any) -> str:
-    return f"{place:08d}-{digest_of(made_of)[:16]}"
+def _key(place: int, source: Any) -> str:
+    return f"{place:08d}-{digest_of(source)[:16]}"
 
 
 @contextlib.contextmanager
 def open_parts(stage: str, conditions: Any, suffix: str) -> Iterator[Parts]:
     """The parts of work done under `conditions`, for this process alone; they go when the block ends well.
 
-    Args:
-        stage: see `work_dir`.
-        conditions: what decides a part besides what it is made of (serialises to JSON): under others nothing is found.
-        suffix: of their files, with the dot.
+    `conditions` are what decides a part besides its source (serialises to JSON): under others nothing is found.
 
     Raises:
         WorkError: the disk is full, or another process is at the same work.

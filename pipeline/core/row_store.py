@@ -1,12 +1,8 @@
 """ShardStore: rows of long work, keyed by content id, committed as they finish and never computed twice.
 
-A store lives in `<work>/<stage>/<fingerprint>/`. The fingerprint covers everything that changes a row's bytes, so
-changed params find an empty store and old rows are never mistaken for new ones. A shard is one Parquet file, sorted by
-id, that carries the hash of its bytes in its name: a torn or altered shard is noticed when the store opens, and its
-rows are computed again. One process writes at a time; the lock vanishes with its process.
-
-In memory are the ids and the rows of the shard in flight, nothing else. Rows come back by ranges of ids, for which
-only the row groups of that range are read, so that time grows with the rows and memory with the table asked for.
+A store lives in `<work>/<stage>/<fingerprint>/`; the fingerprint covers everything that changes a row's bytes. A shard
+is a Parquet file, sorted by id, with the hash of its bytes in its name: a damaged one is removed when the store opens,
+and its rows are computed again. One process writes at a time. In memory are the ids and the pending rows alone.
 """
 
 import contextlib
@@ -111,21 +107,13 @@ class ShardStore:
         return len(self._ids) + self._pending
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Add a finished row whose id is new; rows reach the disk every `flush_rows` rows or `flush_seconds` seconds.
-
-        Raises:
-            WorkError: the disk is full.
-        """
+        """Add a finished row whose id is new; raises WorkError if the disk is full."""
         with self._mutex:
             self._rows.append(dict(row))
             self._added(1)
 
     def add_table(self, table: pa.Table) -> None:
-        """Add finished rows of the store's schema whose ids are new; see `add`.
-
-        Raises:
-            WorkError: the disk is full.
-        """
+        """Add finished rows of the store's schema whose ids are new; see `add`."""
         with self._mutex:
             self._tables.append(table)
             self._added(table.num_rows)
@@ -142,13 +130,7 @@ class ShardStore:
             self._last_flush = time.monotonic()
 
     def take(self, ids: Sequence[str] | pa.Array) -> pa.Table:
-        """The rows of `ids`, in that order.
-
-        Reads the range of ids that they span: cheap where `ids` are neighbours.
-
-        Raises:
-            KeyError: an id is not in the store.
-        """
+        """The rows of `ids`, in that order, read from the range that they span; raises KeyError if one is missing."""
         self.flush()
         wanted = pa.array(ids, pa.string())
         if not len(wanted):
@@ -234,11 +216,7 @@ class ShardStore:
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """A lock on work in `folder`, held until it is released or its process ends, however it ends.
-
-    Raises:
-        WorkError: another live process holds it.
-    """
+    """A lock on work in `folder`, which also ends with its process; raises WorkError if another process has it."""
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(blocking=False)
@@ -253,11 +231,7 @@ def lock_folder(folder: Path) -> FileLock:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[Path]:
-    """The folder, made where it is missing, with the lock on work in it held.
-
-    Raises:
-        WorkError: another live process holds it, or the disk refuses.
-    """
+    """The folder, created and locked for the block; raises WorkError as `lock_folder`, or if the disk refuses."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder)

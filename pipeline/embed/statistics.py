@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.core.run import Histogram
+from pipeline.core.histogram import Histogram
 from pipeline.core.vectors import Anisotropy, matrix
 
 

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from pipeline.core.artifacts import ArtifactWriter
 from pipeline.core.errors import SourceError
 from pipeline.core.part_store import Parts, open_parts, whole_file
+from pipeline.core.readers import TextFile, check_not_read
 from pipeline.core.run import progress
 from pipeline.core.target_transform import Space
-from pipeline.core.text_files import TextFile, check_not_read
 from pipeline.encoder.folder.config import fingerprint
 
 if TYPE_CHECKING:

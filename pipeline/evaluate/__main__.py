@@ -50,7 +50,7 @@ def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
     with section("suites"), nested_in(suite):
         tasks = find_tasks(folders, params.tasks, params.benchmark, params.languages)
     instructions = load_instructions(own_instructions(inputs))
-    with closing(make_systems(inputs)) as systems:
+    with section("evaluate"), closing(make_systems(inputs)) as systems:
         runs = run_systems(
             systems.build(evaluate.systems),
             tasks,

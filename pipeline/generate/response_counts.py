@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.core.run import Histogram
+from pipeline.core.histogram import Histogram
 from pipeline.core.schemas import FINISH_REASONS, RESPONSES
 from pipeline.generate.response_text import ends_in_loop
 

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from pipeline.core.artifacts import bytes_sha256
 from pipeline.core.errors import SourceError
+from pipeline.core.readers import TextFile
 from pipeline.core.text import normalize_text, query_id
-from pipeline.core.text_files import TextFile
 from pipeline.lens.reading import Entries
 
 COLUMN = "soft_prompts"

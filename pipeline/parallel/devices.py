@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.run import DEVICE_VARIABLE
+from pipeline.core.run import DEVICE_VARIABLE, own_cores
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +37,6 @@ def visible_gpus() -> list[str]:
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return [name.strip() for name in named.split(",")][:count] if named.strip() else list(map(str, range(count)))
-
-
-def own_cores() -> list[int]:
-    """The cores that this process may use, as the operating system numbers them."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def worker_count(processes: Count, *, gpus_each: int, error: type[PipelineError]) -> int:

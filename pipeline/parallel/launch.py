@@ -1,11 +1,9 @@
 """Start one command as several ranks on this machine, and report once why they ended.
 
 Ranks run the command in the environment that torch.distributed and accelerate read; their side is `ranks.rank_process`.
-The launcher forwards SIGINT and SIGTERM to them, once each. Only the first rank logs. A rank that fails writes its own
-report: the others then fail too, and their errors only say that it is gone.
-
-torchrun does the same for several machines. It has one time limit for a rank that saves and a rank that hangs, exits
-with 1 whatever the ranks exited with, and prints forty lines for each error of a rank.
+The launcher forwards SIGINT and SIGTERM to them, once each. A rank that fails writes a report: the others then fail
+too, and their errors only say that it is gone. torchrun has one time limit for a rank that saves and one that hangs,
+and exits with 1 whatever the ranks exited with.
 """
 
 import contextlib
@@ -46,14 +44,12 @@ class _Rank:
     killed: bool = False
 
     def poll(self) -> int | None:
-        """Exit code, None while it runs."""
         code = self.process.poll()
         if code is not None and self.ended is None:
             self.ended = time.time()
         return code
 
     def kill(self) -> None:
-        """Kill it and its process group."""
         if self.poll() is None:
             self.killed = True
             with contextlib.suppress(ProcessLookupError):
@@ -115,7 +111,6 @@ def launch_ranks(module: str, argv: Sequence[str], count: int) -> None:
 
 
 def _environments(count: int, port: int) -> Iterator[dict[str, str]]:
-    """What each rank's environment adds to this process's."""
     group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     machine = _machine()
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}

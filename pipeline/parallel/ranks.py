@@ -1,6 +1,6 @@
 """One process of a group that shares every batch of a stage, whoever launched the group.
 
-train.processes: auto                   one a GPU; the stage launches them itself (`launch`)
+python -m pipeline.train                one a GPU by default; the stage launches them itself (`launch`)
 accelerate launch -m pipeline.train     the stage launches none
 """
 
@@ -57,12 +57,8 @@ class Failure:
 def rank_count(processes: Count, batch_size: int) -> int:
     """How many ranks to train with; "auto" is one for each visible GPU, and one on a CPU.
 
-    Args:
-        processes: a number, or "auto".
-        batch_size: rows of one step, over all ranks.
-
     Raises:
-        TrainingError: more than visible GPUs, or than rows of a step.
+        TrainingError: more than visible GPUs, or than the `batch_size` rows of a step.
     """
     count = worker_count(processes, gpus_each=1, error=TrainingError)
     if count > batch_size:
@@ -86,11 +82,7 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def rank_process() -> Iterator[None]:
-    """Around the work of a process that may be a rank; does nothing if it is none.
-
-    A rank of `launch` that fails reports to its launcher and exits here. A rank of another launcher fails as it would
-    alone.
-    """
+    """Around the work of a process that may be a rank; one of `launch` that fails reports to it and exits here."""
     if not launched():
         yield
         return

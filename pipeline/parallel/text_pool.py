@@ -50,10 +50,8 @@ class TextPool:
         Args:
             load: loads the object (picklable); runs in each process.
             describe: computes `facts` from it (picklable).
-            devices: one for each process.
             job_texts: most texts of a job.
-            kind: what the processes are, for messages ("teacher process").
-            error: raised when one of them dies.
+            kind: as of `WorkerPool`.
 
         Raises:
             PipelineError: what was raised when an object was loaded, or `error` if its process died.

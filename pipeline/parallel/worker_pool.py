@@ -1,8 +1,7 @@
 """Worker processes on one machine, each on its own device.
 
-A worker is started by `spawn` with the environment of its device, which is therefore set before any heavy import. It
-talks to its owner over one pipe and shares no lock, so one worker's death cannot block another. A worker ends at once
-when its owner is gone, even by `kill -9`. Only the owner receives Ctrl-C.
+A worker starts by `spawn` in the environment of its device, set before any heavy import. It talks to its owner over one
+pipe and shares no lock, so its death cannot block another. It ends when its owner is gone, even by `kill -9`.
 """
 
 import atexit
@@ -109,7 +108,6 @@ class WorkerPool:
 
         Args:
             serve: the work of one (picklable); it returns, or lets Stopped pass, when it is stopped.
-            devices: one for each.
             kind: what they are, for messages ("engine process").
             error: raised when one of them dies.
         """
@@ -162,7 +160,6 @@ class WorkerPool:
                 raise self._death
 
     def _collect(self, timeout: float | None) -> list[tuple[int, Any]]:
-        """Messages that have arrived within `timeout` seconds; records a death."""
         ends = [end for worker in self._workers for end in (worker.connection, worker.process.sentinel)]
         ready = wait(ends, timeout)
         found: list[tuple[int, Any]] = []
@@ -284,7 +281,6 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 
 def _kill(process: SpawnProcess) -> None:
-    """Kill a worker and its descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):

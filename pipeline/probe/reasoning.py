@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from pipeline.core.config import Params
-from pipeline.core.errors import EvaluationError
+from pipeline.core.errors import EvaluationError, section
 from pipeline.evaluate.deltas import task_deltas
 from pipeline.evaluate.run import run_systems
 from pipeline.evaluate.summary import flat_metrics, summary_table
@@ -48,14 +48,15 @@ def run(params: ReasoningParams, context: ProbeContext) -> ProbeResult:
     """Run every system on every task; raises EvaluationError if one is unknown, is no retrieval, or has no data."""
     tasks = find_tasks([context.local_dir / name for name in params.local], params.tasks)
     _check_retrieval(tasks)
-    runs = run_systems(
-        context.build(),
-        tasks,
-        load_instructions(context.instructions),
-        work=context.work,
-        batch_size=context.batch_size,
-        dtype=context.dtype,
-    )
+    with section("evaluate"):
+        runs = run_systems(
+            context.build(),
+            tasks,
+            load_instructions(context.instructions),
+            work=context.work,
+            batch_size=context.batch_size,
+            dtype=context.dtype,
+        )
     rows = summary_table(tasks, runs, METRIC)
     metrics: dict[str, Any] = flat_metrics(rows) | choice_metrics(rows)
     teacher, student = metrics.get("teacher/mean/tasks"), metrics.get("student/mean/tasks")

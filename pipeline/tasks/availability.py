@@ -7,9 +7,8 @@ data has been loaded, its revision must be in the cache.
 import copy
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.core.errors import EvaluationError, PipelineError
 from pipeline.core.run import progress
@@ -17,15 +16,8 @@ from pipeline.core.run import progress
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class MissingData:
-    """Data that cannot be loaded.
-
-    Attributes:
-        task: the mteb task.
-        source: the hub's data set and its revision.
-        reason: in one line.
-    """
+class MissingData(NamedTuple):
+    """Data of an mteb task that cannot be loaded: the hub's data set and revision, and the reason in one line."""
 
     task: str
     source: str
@@ -73,9 +65,7 @@ def _cached_revisions(path: str) -> Iterator[str]:
     from datasets.naming import camelcase_to_snakecase
 
     organisation, _, name = path.rpartition("/")
-    folder = "___".join(
-        [organisation, camelcase_to_snakecase(name)] if organisation else [camelcase_to_snakecase(name)]
-    )
+    folder = "___".join(filter(None, [organisation, camelcase_to_snakecase(name)]))
     for version in Path(datasets.config.HF_DATASETS_CACHE).glob(f"{folder}/*/*/*"):
         if version.is_dir() and len(version.name) == 40:
             yield version.name

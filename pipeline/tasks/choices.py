@@ -10,9 +10,9 @@
 """
 
 import ast
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -25,27 +25,15 @@ _CHOICES = ("choices", "options", "documents")
 _ANSWER = ("answer", "answerKey", "answer_index", "label", "labels")
 
 
-@dataclass(frozen=True)
-class ChoiceColumns:
-    """How the columns are called in one data set."""
+class ChoiceColumns(NamedTuple):
+    """How the columns are called in one data set; by default as they should be."""
 
-    question: str
-    choices: str
-    answer: str
-
-    @classmethod
-    def expected(cls) -> Self:
-        """The names to give them."""
-        return cls(_QUESTION[0], _CHOICES[0], _ANSWER[0])
-
-    @property
-    def names(self) -> tuple[str, str, str]:
-        """All three."""
-        return self.question, self.choices, self.answer
+    question: str = "question"
+    choices: str = "choices"
+    answer: str = "answer"
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A question, its choices, and which of them is right (from 0)."""
 
     text: str
@@ -53,22 +41,16 @@ class Question:
     right: int
 
 
-def choice_columns(columns: Iterable[str]) -> ChoiceColumns | None:
+def choice_columns(columns: Collection[str]) -> ChoiceColumns | None:
     """The columns of questions with choices among `columns`; None if one of the three is not there."""
-    there = set(columns)
-    found = [next((name for name in names if name in there), None) for names in (_QUESTION, _CHOICES, _ANSWER)]
-    question, choices, answer = found
-    return None if question is None or choices is None or answer is None else ChoiceColumns(question, choices, answer)
+    found = [[name for name in names if name in columns][:1] for names in (_QUESTION, _CHOICES, _ANSWER)]
+    return ChoiceColumns(*itertools.chain(*found)) if all(found) else None
 
 
 def read_choices(table: pa.Table, columns: ChoiceColumns, *, where: str) -> list[Question]:
-    """The questions of a table; `where` names it in messages.
-
-    Raises:
-        EvaluationError: with the row whose choices or answer cannot be read.
-    """
+    """The questions of a table; raises EvaluationError with `where` and the row that cannot be read."""
     questions = []
-    rows = zip(*(table[name].to_pylist() for name in columns.names), strict=True)
+    rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
     for row, (text, choices, answer) in enumerate(rows):
         try:
             texts, labels = _choices(choices)

@@ -1,8 +1,7 @@
 """Which instruction the student gets on which side of which task (`instructions.yaml`).
 
-A student embeds the answer to its input, so an instruction says what the language model should write: "Generate a
-passage that best answers this question:". The more specific entry wins: task name, then task type. A file of the user
-with the same keys, of which it needs none, changes single entries.
+A student embeds the answer to its input, so an instruction says what the language model should write. The more specific
+entry wins: task name, then task type. A file of the user with some of the same keys changes single entries.
 """
 
 from collections.abc import Mapping
@@ -36,33 +35,26 @@ class Instructions(Params):
     tasks: dict[str, SideInstructions]
 
     def choose(self, task: str, task_type: str, side: Side) -> str:
-        """The instruction for one side of a task.
-
-        Raises:
-            EvaluationError: neither the task nor its type has one.
-        """
+        """The instruction for one side of a task; raises EvaluationError without one for the task or its type."""
         entry = self._entry(task, task_type)
         if entry is None:
             raise EvaluationError(
-                f"task '{task}' is of type '{task_type}', which has no instruction: add '{task}' under `tasks` or "
-                f"'{task_type}' under `types` of a file named by evaluate.instructions (types there are: "
-                f"{', '.join(self.types)})"
+                f"task '{task}' is of type '{task_type}', which has no instruction: name a file with '{task}' under "
+                f"`tasks` or '{task_type}' under `types` (known types: {', '.join(self.types)})",
+                argument="instructions",
             )
         if side == "query":
             return entry.query
         return self.document if entry.document is None else entry.document
 
     def check(self, task_types: Mapping[str, str]) -> None:
-        """Look that each of the tasks (name -> type) has an instruction.
-
-        Raises:
-            EvaluationError: with all that lack one.
-        """
+        """Raises EvaluationError with all of the tasks (name -> type) that have no instruction."""
         lacking = [f"{task} ({kind})" for task, kind in task_types.items() if self._entry(task, kind) is None]
         if lacking:
             raise EvaluationError(
-                f"{len(lacking)} of {len(task_types)} tasks have no instruction: {', '.join(lacking)}: add them under "
-                "`tasks`, or their types under `types`, of a file named by evaluate.instructions"
+                f"{len(lacking)} of {len(task_types)} tasks have no instruction: {', '.join(lacking)}: name a file "
+                "that has them under `tasks`, or their types under `types`",
+                argument="instructions",
             )
 
     def merged(self, changes: "InstructionChanges") -> "Instructions":
@@ -101,9 +93,5 @@ def load_instructions(override: Path | None = None, *, shipped: Path = INSTRUCTI
 
 
 def read_changes(path: Path) -> InstructionChanges:
-    """A user's instructions file.
-
-    Raises:
-        ParamsError: it is missing, or with one line for each mistake in it.
-    """
+    """A user's instructions file; raises ParamsError as `load_instructions`."""
     return load(path, InstructionChanges, whole_file=True)

@@ -1,4 +1,4 @@
-"""A data set in a local folder, laid out as on a hub: README.md with `configs:`, and Parquet, JSON Lines or CSV files.
+"""A data set in a local folder, laid out as on a hub: README.md with `configs:`, and files.
 
     ---
     configs:
@@ -7,31 +7,28 @@
       - {split: corpus, path: corpus.jsonl}
     ---
 
-Files are read directly: no hub, no cache of another library, and equal files mean an equal revision.
+Files are read by `core/readers.py`: no hub, no cache of another library, and equal files mean an equal revision.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.core.artifacts import digest_of, file_sha256
-from pipeline.core.errors import EvaluationError
+from pipeline.core.errors import EvaluationError, SourceError
+from pipeline.core.readers import read_table
 
 README = "README.md"
-_SUFFIXES = (".parquet", ".jsonl", ".csv")
 
 
 class LocalData:
     """The configs, splits and tables of one folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the folder's README and look that its files are there.
-
-        Raises:
-            EvaluationError: naming the folder and what is missing or malformed.
-        """
+        """Read the folder's README; raises EvaluationError, naming what is missing or malformed."""
         self.folder = folder
         if not folder.is_dir():
             raise EvaluationError(f"{folder}: no such folder of a local data set{_neighbours(folder)}")
@@ -50,11 +47,7 @@ class LocalData:
         return digest_of({name: file_sha256(self.folder / name) for name in names})[:20]
 
     def split_of(self, config: str, wanted: str) -> str:
-        """`wanted` where the config has that split, or else its only split.
-
-        Raises:
-            EvaluationError: it has several others.
-        """
+        """`wanted`, or else the config's only split; raises EvaluationError if it has several others."""
         splits = self.files[config]
         if wanted in splits:
             return wanted
@@ -70,7 +63,9 @@ class LocalData:
         Raises:
             EvaluationError: a file is unreadable, empty, lacks one of the columns or has nulls in it.
         """
-        table = pa.concat_tables([_read(path) for path in self.files[config][split]], promote_options="default")
+        with evaluation_files():
+            tables = [read_table(path) for path in self.files[config][split]]
+        table = pa.concat_tables(tables, promote_options="default")
         missing = [column for column in required if column not in table.column_names]
         where = f"{self.folder}: config '{config}', split '{split}'"
         if missing:
@@ -130,21 +125,13 @@ def _as_list(value: Any) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
-def _read(path: Path) -> pa.Table:
-    import polars as pl
-
-    # Types by all rows: by the first hundred, a column that begins later is lost and one that begins empty refused.
-    readers: dict[str, Callable[[], Any]] = {
-        ".parquet": lambda: pl.read_parquet(path),
-        ".jsonl": lambda: pl.read_ndjson(path, infer_schema_length=None),
-        ".csv": lambda: pl.read_csv(path, infer_schema_length=None),
-    }
-    if path.suffix not in readers:
-        raise EvaluationError(f"{path}: cannot read '{path.suffix}' (readable: {', '.join(_SUFFIXES)})")
+@contextlib.contextmanager
+def evaluation_files() -> Iterator[None]:
+    """Errors about files that are read inside are errors of the evaluation."""
     try:
-        return readers[path.suffix]().to_arrow()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise EvaluationError(f"{path}: {str(error).splitlines()[0]}") from None
+        yield
+    except SourceError as error:
+        raise EvaluationError(error.message) from None
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -43,7 +43,7 @@ def local_task(folder: Path) -> Any:
             return _task(data, layout, retrieval_split(data), lambda: load_retrieval(data).as_mteb())
         case "STS":
             split = data.split_of("default", "test")
-            return _task(data, layout, split, lambda: _splits(data, [split], _PAIR))
+            return _task(data, layout, split, lambda: _dataset_dict({split: _pairs(data, split)}))
         case "Choices":
             return _choice_task(data, data.split_of("default", "test"))
         case _:
@@ -51,11 +51,7 @@ def local_task(folder: Path) -> Any:
 
 
 def layout_of(data: LocalData) -> str:
-    """The layout that a folder's configs and columns amount to: a task type of mteb, or Choices.
-
-    Raises:
-        EvaluationError: none.
-    """
+    """The layout of a folder's configs and columns: a task type of mteb, or Choices; EvaluationError without one."""
     if {"corpus", "queries"} <= set(data.files):
         return "Retrieval"
     columns = set(data.columns("default")) if "default" in data.files else set()
@@ -78,7 +74,7 @@ class RetrievalData:
 
     Attributes:
         queries: text by id, only those with a judgement.
-        corpus: table of strings `id`, `title`, `text`; title is empty where there is none.
+        corpus: as of `load_corpus`.
         relevant: for each query id, the relevance by passage id.
         top_ranked: for each query id, the passages to rank; None = all of the corpus.
     """
@@ -125,14 +121,14 @@ def load_retrieval(data: LocalData) -> RetrievalData:
     passages = set(corpus["id"].to_pylist())
     _check_known(data, relevant, "queries", queries)
     _check_known(data, (passage for scores in relevant.values() for passage in scores), "corpus", passages)
-    kept = {query: text for query, text in queries.items() if query in relevant}
+    judged = {query: text for query, text in queries.items() if query in relevant}
     top_ranked = _top_ranked(data)
     if top_ranked is not None:
         _check_known(
             data, (passage for names in top_ranked.values() for passage in names), "corpus", passages, "top_ranked"
         )
-        _check_known(data, kept, "top_ranked", top_ranked)
-    return RetrievalData(kept, corpus, relevant, top_ranked)
+        _check_known(data, judged, "top_ranked", top_ranked)
+    return RetrievalData(judged, corpus, relevant, top_ranked)
 
 
 def _judgements_config(data: LocalData) -> str:
@@ -191,8 +187,8 @@ def load_choices(data: LocalData) -> tuple[RetrievalData, list[list[str]]]:
     Raises:
         EvaluationError: a column or row is malformed.
     """
-    columns = choice_columns(data.columns("default")) or ChoiceColumns.expected()
-    table = data.read("default", data.split_of("default", "test"), required=list(columns.names))
+    columns = choice_columns(data.columns("default")) or ChoiceColumns()
+    table = data.read("default", data.split_of("default", "test"), required=columns)
     questions = read_choices(table, columns, where=str(data.folder))
     ids: dict[str, str] = {}
     own = [[ids.setdefault(choice, f"c{len(ids)}") for choice in question.choices] for question in questions]
@@ -217,8 +213,8 @@ def _classification(data: LocalData) -> Any:
     )
 
 
-def _splits(data: LocalData, splits: Sequence[str], columns: Sequence[str]) -> Any:
-    return _dataset_dict({split: data.read("default", split, required=columns).select(columns) for split in splits})
+def _pairs(data: LocalData, split: str) -> pa.Table:
+    return data.read("default", split, required=_PAIR).select(_PAIR)
 
 
 def _dataset_dict(tables: dict[str, pa.Table]) -> Any:

@@ -20,7 +20,7 @@ SUITES_FILE = Path(__file__).with_name("suites.yaml")
 class SuiteParams(Params):
     """Local folders, mteb tasks by name, a benchmark: at least one of them."""
 
-    local: list[str] = Field(default_factory=list, description="folders under evaluate.local_dir")
+    local: list[str] = Field(default_factory=list, description="folders under local_dir")
     tasks: list[str] = Field(default_factory=list, description="mteb task names")
     benchmark: str | None = Field(default=None, description="of mteb, e.g. MTEB(eng, v2), or of suites.yaml: MTEB-Lite")
     languages: list[str] | None = Field(
@@ -61,7 +61,7 @@ def find_tasks(
     """mteb tasks (AbsTask), their data not loaded.
 
     Args:
-        local: folders of local tasks.
+        local: folders.
         names: of mteb tasks.
         benchmark: of mteb, or of suites.yaml.
         languages: subsets of mteb's tasks remain whose languages are all among them; None: all subsets.
@@ -118,18 +118,18 @@ def _in_languages(tasks: list[Any], languages: Sequence[str] | None, of: str) ->
     if languages is None or not tasks:
         return tasks
     _check_languages(languages)
-    kept, left_out = [], []
+    chosen, left_out = [], []
     for task in map(copy.deepcopy, tasks):  # a benchmark's tasks are shared by all who ask for it
         try:
             subsets = set(task.hf_subsets)  # thousands in some
-            kept.append(task.filter_languages(languages, hf_subsets=subsets, exclusive_language_filter=True))
+            chosen.append(task.filter_languages(languages, hf_subsets=subsets, exclusive_language_filter=True))
         except ValueError:  # no subset remains
             left_out.append(task.metadata.name)
-    if not kept:
-        raise EvaluationError(f"languages: no subset of {of} is in {', '.join(languages)} alone")
+    if not chosen:
+        raise EvaluationError(f"no subset of {of} is in {', '.join(languages)} alone", argument="languages")
     if left_out:
         log.info("%s: %d tasks are not in %s: %s", of, len(left_out), ", ".join(languages), ", ".join(left_out))
-    return kept
+    return chosen
 
 
 def _check_languages(languages: Sequence[str]) -> None:
@@ -139,7 +139,9 @@ def _check_languages(languages: Sequence[str]) -> None:
         try:
             check_language_code(language)
         except ValueError:
-            raise EvaluationError(f"languages: '{language}' is no ISO 639-3 code, e.g. eng or eng-Latn") from None
+            raise EvaluationError(
+                f"'{language}' is no ISO 639-3 code, e.g. eng or eng-Latn", argument="languages"
+            ) from None
 
 
 def _check_text_only(tasks: Sequence[Any]) -> None:

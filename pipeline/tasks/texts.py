@@ -9,39 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import EvaluationError
-from pipeline.tasks.local_dataset import LocalData
+from pipeline.core.readers import read_batches
+from pipeline.tasks.local_dataset import LocalData, evaluation_files
 from pipeline.tasks.suites import SuiteParams, find_tasks
 
 BATCH = 2048
 _NO_TEXT = {
     *("id", "_id", "query-id", "query_id", "corpus-id", "corpus_id", "corpus-ids"),
-    *(
-        "answer_class",
-        "answer_index",
-        "answerKey",
-        "label",
-        "labels",
-        "label_text",
-        "score",
-        "scores",
-        "category",
-        "role",
-        "type",
-    ),
-    *("lang", "language", "subset", "split", "url"),
+    *("answer_class", "answer_index", "answerKey", "label", "labels", "label_text", "score", "scores"),
+    *("category", "role", "type", "lang", "language", "subset", "split", "url"),
 }
 _NO_TABLES = ("relevant_docs", "top_ranked")
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """The texts of a task or data set.
-
-    Attributes:
-        name: of the task, folder or hub data set.
-        revision: what pins the texts; None where nothing does.
-        batches: reads them.
-    """
+    """The texts of a task, folder or hub data set; no `revision` where nothing pins them."""
 
     name: str
     revision: str | None
@@ -97,34 +80,13 @@ def _listed(value: str | Sequence[str] | None) -> list[str]:
 
 def _folder(name: str, data: LocalData) -> TextSource:
     def batches() -> Iterator[list[str]]:
-        for path in sorted({path for splits in data.files.values() for paths in splits.values() for path in paths}):
-            yield from _file_batches(path)
+        paths = {path for splits in data.files.values() for paths in splits.values() for path in paths}
+        with evaluation_files():
+            for path in sorted(paths):
+                for columns in read_batches(path, BATCH, without=_NO_TEXT):
+                    yield list(_strings([*columns.values()]))
 
     return TextSource(name, data.revision, batches)
-
-
-def _file_batches(path: Path) -> Iterator[list[str]]:
-    import polars as pl
-
-    try:
-        frame = _scanned(path)
-        columns = [name for name in frame.collect_schema().names() if name not in _NO_TEXT]
-        for batch in frame.select(columns).collect_batches(chunk_size=BATCH) if columns else ():
-            yield [text for name in columns for text in _strings(batch[name].to_list())]
-    except (pl.exceptions.PolarsError, OSError, KeyError) as error:
-        raise EvaluationError(f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
-
-
-def _scanned(path: Path) -> Any:
-    import polars as pl
-
-    # Types by all rows: by the first hundred, a column that begins later is lost and one that begins empty refused.
-    readers: dict[str, Callable[[], Any]] = {
-        ".parquet": lambda: pl.scan_parquet(path),
-        ".jsonl": lambda: pl.scan_ndjson(path, infer_schema_length=None),
-        ".csv": lambda: pl.scan_csv(path, infer_schema_length=None),
-    }
-    return readers[path.suffix]()
 
 
 # --- mteb and the hub -----------------------------------------------------------------------------------------------
@@ -168,7 +130,7 @@ def _loaded(load: Callable[[], Any], name: str) -> Iterator[list[str]]:
         count += len(texts)
         yield texts
     if not count:
-        raise EvaluationError(f"{name}: no text was found in its data, so no query can be held against it")
+        raise EvaluationError(f"{name}: no text was found in its data, so no query can be compared with it")
 
 
 def _tables(data: Any) -> Iterator[list[str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from pipeline.core.artifacts import Artifact, bytes_sha256
-from pipeline.core.errors import TeacherError
+from pipeline.core.errors import TeacherError, nested_in
 from pipeline.core.paths import TRAIN_TABLE
 from pipeline.core.readers import HubSource, LocalSource, read_texts
 from pipeline.core.run import progress
@@ -41,8 +41,9 @@ def corpus_texts(
     Raises ArtifactError or SourceError if a table or a source cannot be read.
     """
     if corpus == "sources":
-        for source in sources:
-            yield from progress(read_texts(source, local_dir), total=None, desc=f"read {source.label}")
+        for number, source in enumerate(sources):
+            with nested_in(f"sources.{number}"):
+                yield from progress(read_texts(source, local_dir), total=None, desc=f"read {source.label}")
     if corpus in ("queries", "both"):
         yield from queries.read(TRAIN_TABLE, ["text"])["text"].to_pylist()
     if corpus in ("responses", "both"):

@@ -66,7 +66,7 @@ def find_quality_tasks(params: QualityParams, local_dir: Path) -> list[Any]:
         load_instructions(None).check({task.metadata.name: task.metadata.type for task in tasks})
         check_data(tasks)
     except EvaluationError as error:
-        error.argument = ".".join(filter(None, ("quality", error.argument)))
+        error.argument = "quality"
         raise
     return tasks
 

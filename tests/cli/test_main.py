@@ -194,8 +194,11 @@ def test_mistakes_with_files_come_before_the_model_is_loaded(workspace: Path) ->
     fails("gone.txt does not exist", *encode("--input", "gone.txt", "--output", "o.npy"))
     fails("empty.txt holds no text", *encode("--input", "empty.txt", "--output", "o.npy"))
     fails("no column 'text' (columns there: a, b)", *encode("--input", "in.csv", "--output", "o.npy"))
-    fails("--column: in.csv: 'a' holds Int64", *encode("--input", "in.csv", "--output", "o.npy", "--column", "a"))
+    fails(
+        "--column: in.csv: column 'a' holds numbers only",
+        *encode("--input", "in.csv", "--output", "o.npy", "--column", "a"),
+    )
     fails("bad.parquet is damaged", *encode("--input", "bad.parquet", "--output", "o.npy"))
-    fails("is null in 1 rows, first in row 1", *encode("--input", "null.jsonl", "--output", "o.npy"))
+    fails("is null in 1 rows, first in line 2", *encode("--input", "null.jsonl", "--output", "o.npy"))
     fails("--dtype: unknown value 'half'", *encode("--input", "in.txt", "--output", "o.npy", "--dtype", "half"))
     fails("none is not an encoder", "decode", "--model", "none", "x")

@@ -15,7 +15,7 @@ import pipeline.cli.search as searching
 from pipeline.__main__ import app
 from pipeline.cli.search import Hit, search, table
 from pipeline.core.errors import SourceError
-from pipeline.core.text_files import open_texts
+from pipeline.core.readers import open_texts
 from pipeline.encoder.encode_file import EMBEDDED_BY, encode_file
 from pipeline.encoder.inference import Embedded
 from tests.encoder.test_encode_file import LengthEncoder, expected, reading

@@ -284,13 +284,13 @@ def test_an_empty_split_names_its_fraction(collect: Collect, fraction: float, em
 
 
 def test_a_missing_file(collect: Collect) -> None:
-    assert failure(collect()).startswith("in/queries.jsonl does not exist")
+    assert failure(collect()).startswith("collect.sources.0.path: in/queries.jsonl does not exist")
 
 
 def test_a_missing_column(collect: Collect) -> None:
     write(questions(3))
     message = failure(collect(sources=[LOCAL | {"column": "prompt"}]))
-    assert message == "in/queries.jsonl, line 1: no column 'prompt' (columns there: text)"
+    assert message == "collect.sources.0.column: in/queries.jsonl, line 1: no column 'prompt' (columns there: text)"
 
 
 def test_a_truncated_parquet_file(collect: Collect) -> None:

@@ -1,4 +1,4 @@
-"""Reading sources: every format, chats, and one clear message for each kind of broken input."""
+"""Files and hub data sets as texts and tables: every format, chats, one clear message for each broken input."""
 
 import json
 import re
@@ -7,13 +7,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.config import Params, validate
 from pipeline.core.errors import ParamsError, SourceError
-from pipeline.core.readers import HubSource, LocalSource, Source, read_texts
+from pipeline.core.readers import (
+    READ_ROWS,
+    HubSource,
+    LocalSource,
+    Source,
+    check_not_read,
+    open_texts,
+    read_batches,
+    read_table,
+    read_texts,
+)
 
 
 def local(folder: Path, name: str, column: str | None = "text", limit: int | None = None) -> list[str]:
@@ -52,7 +63,7 @@ def test_every_format_gives_the_same_texts(files: Path, name: str) -> None:
 def test_a_text_file_has_one_query_a_line(tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_bytes("\ufefffirst\r\n\nthird سؤال\n".encode())
     assert [text.strip() for text in local(tmp_path, "q.txt", None)] == ["first", "", "third سؤال"]
-    assert "set column: null instead of 'text'" in refusal(tmp_path, "q.txt")
+    assert refusal(tmp_path, "q.txt").startswith(f"column: {tmp_path}/q.txt: a .txt file has no columns")
 
 
 def test_absolute_paths_do_not_need_the_folder(files: Path) -> None:
@@ -110,33 +121,33 @@ def test_lone_surrogates_and_nul_in_json_can_be_read(tmp_path: Path) -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    assert refusal(tmp_path, "gone.jsonl") == (
-        f"{tmp_path}/gone.jsonl does not exist (paths of collect.sources start at collect.local_dir)"
-    )
+    assert refusal(tmp_path, "gone.jsonl") == f"path: {tmp_path}/gone.jsonl does not exist"
 
 
 @pytest.mark.parametrize("name", ["q.xlsx", "q", "q.parquet.bak"])
 def test_an_unknown_format(tmp_path: Path, name: str) -> None:
     known = ".parquet, .jsonl, .ndjson, .json, .csv, .tsv, .txt"
-    assert refusal(tmp_path, name) == f"{tmp_path}/{name}: unknown format '{Path(name).suffix}' (known: {known})"
+    assert refusal(tmp_path, name) == f"path: {tmp_path}/{name}: unknown format '{Path(name).suffix}' (known: {known})"
 
 
 @pytest.mark.parametrize("name", ["q.parquet", "q.csv", "q.tsv"])
 def test_a_missing_column_lists_those_there(files: Path, name: str) -> None:
-    assert refusal(files, name, "question") == f"{files}/{name}: no column 'question' (columns there: n, text)"
-    assert refusal(files, name, None) == f"{files}/{name}: collect.sources must name a column (columns there: n, text)"
+    assert refusal(files, name, "question") == f"column: {files}/{name}: no column 'question' (columns there: n, text)"
+    assert local(files, name, None) == TRICKY
 
 
 def test_a_missing_column_in_json_has_its_line(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"text": "a"}\n{"txt": "b", "id": 1}\n')
-    assert refusal(tmp_path, "q.jsonl") == f"{tmp_path}/q.jsonl, line 2: no column 'text' (columns there: txt, id)"
+    assert (
+        refusal(tmp_path, "q.jsonl") == f"column: {tmp_path}/q.jsonl, line 2: no column 'text' (columns there: txt, id)"
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, -1])
 def test_a_truncated_parquet_file(files: Path, keep: int) -> None:
     path = files / "q.parquet"
     path.write_bytes(path.read_bytes()[:keep])
-    assert refusal(files, "q.parquet").startswith(f"{path} is damaged or no Parquet file: ")
+    assert refusal(files, "q.parquet").startswith(f"{path} is damaged or no parquet file: ")
 
 
 def test_a_parquet_file_damaged_inside(files: Path) -> None:
@@ -145,7 +156,7 @@ def test_a_parquet_file_damaged_inside(files: Path) -> None:
     start = content.index(b"plain")
     content[start - 30 : start + 60] = b"\xff" * 90
     path.write_bytes(content)
-    assert refusal(files, "q.parquet").startswith(f"{path} is damaged or no Parquet file: ")
+    assert refusal(files, "q.parquet").startswith(f"{path} is damaged or no parquet file: ")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +192,7 @@ def test_a_file_that_is_not_utf8_names_the_line(tmp_path: Path, name: str) -> No
     first = {"q.csv": b"text\n", "q.jsonl": b'{"text": "a"}\n', "q.txt": b"a\n"}[name]
     (tmp_path / name).write_bytes(first + "caf\u00e9\n".encode("latin-1"))
     column = None if name == "q.txt" else "text"
-    assert refusal(tmp_path, name, column).startswith(f"{tmp_path}/{name}, line 2: not UTF-8 (")
+    assert refusal(tmp_path, name, column).startswith(f"{tmp_path}/{name}, line 2: not UTF-8")
 
 
 @pytest.mark.parametrize(
@@ -190,8 +201,19 @@ def test_a_file_that_is_not_utf8_names_the_line(tmp_path: Path, name: str) -> No
 def test_values_that_are_neither_texts_nor_chats(tmp_path: Path, value: object) -> None:
     (tmp_path / "q.jsonl").write_text(json.dumps({"text": value}))
     message = refusal(tmp_path, "q.jsonl")
-    assert message.startswith(f"{tmp_path}/q.jsonl: ")
+    assert message.startswith(f"column: {tmp_path}/q.jsonl, line 1: ")
     assert "list of messages" in message or "a message must have" in message
+
+
+def test_a_value_that_is_no_text_is_named_by_its_row(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([None, None, 5])}), tmp_path / "q.parquet")
+    assert refusal(tmp_path, "q.parquet").startswith(f"column: {tmp_path}/q.parquet, row 2: found int '5'")
+
+
+def test_a_csv_column_of_numbers_alone_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text("n,text\n1,4\n-2.5,\n3e7,five\n")
+    assert local(tmp_path, "q.csv") == ["4", "", "five"]
+    assert refusal(tmp_path, "q.csv", "n") == f"column: {tmp_path}/q.csv: column 'n' holds numbers only, expected texts"
 
 
 @pytest.mark.parametrize("name", ["q.csv", "q.jsonl", "q.txt", "q.parquet"])
@@ -201,6 +223,97 @@ def test_an_empty_file_yields_nothing_or_says_what_is_missing(tmp_path: Path, na
         assert local(tmp_path, name, None if name == "q.txt" else "text") == []
     else:
         assert refusal(tmp_path, name)
+
+
+# --- files of texts to embed ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["q.parquet", "q.jsonl", "q.json", "q.ndjson", "q.csv", "q.tsv"])
+def test_a_text_file_of_every_format(files: Path, name: str) -> None:
+    file = open_texts(files / name)
+    assert file.rows == len(TRICKY)
+    assert list(file) == TRICKY
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_many_rows_keep_their_order(tmp_path: Path, suffix: str) -> None:
+    count, path = 3 * READ_ROWS + 5, tmp_path / f"t.{suffix}"
+    frame = pl.DataFrame({"text": [f"row {row}" for row in range(count)], "other": ["x"] * count})
+    getattr(frame, {"jsonl": "write_ndjson"}.get(suffix, f"write_{suffix}"))(path)
+    file = open_texts(path)
+    assert file.rows == count
+    assert list(file) == [f"row {row}" for row in range(count)]
+    assert [len(chunk) for chunk in file.chunks(5000)] == [5000, 5000, count - 10000]
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (b"a\nb", ["a", "b"]),
+        (b"a\r\n\r\nb\r\n", ["a", "", "b"]),
+        (b"a\rb\r", ["a", "b"]),
+        (b"\xef\xbb\xbfa  b \n", ["a b"]),
+    ],
+)
+def test_lines_are_normalised(tmp_path: Path, content: bytes, texts: list[str]) -> None:
+    (tmp_path / "t.txt").write_bytes(content)
+    assert list(open_texts(tmp_path / "t.txt")) == texts
+
+
+def test_chats_are_embedded_by_their_first_user_turn(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": chat}) + "\n" for chat, _ in CHATS if chat))
+    assert list(open_texts(tmp_path / "t.jsonl")) == [text for chat, text in CHATS if chat]
+
+
+def test_nulls_and_files_without_a_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "x"}\n\n{"text": null}\n{"text": null}\n')
+    with pytest.raises(SourceError, match=r"column: .*column 'text' is null in 2 rows, first in line 3"):
+        open_texts(tmp_path / "t.jsonl")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(SourceError, match=r"path: .*empty\.jsonl holds no text"):
+        open_texts(tmp_path / "empty.jsonl")
+
+
+def test_an_output_that_is_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in.npy").touch()
+    (tmp_path / "link.npy").symlink_to(tmp_path / "in.npy")
+    check_not_read(tmp_path / "new.npy", tmp_path / "in.npy")
+    with pytest.raises(SourceError, match=r"output: .*link\.npy is read itself"):
+        check_not_read(tmp_path / "link.npy", tmp_path / "in.npy")
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["q.parquet", "q.jsonl", "q.json", "q.ndjson", "q.csv", "q.tsv"])
+def test_a_table_of_every_format(files: Path, name: str) -> None:
+    table = read_table(files / name)
+    assert pa.types.is_integer(table["n"].type)
+    assert [text or "" for text in table["text"].to_pylist()] == TRICKY
+    batches = list(read_batches(files / name, 2, without=["n"]))
+    assert [text or "" for batch in batches for text in batch["text"]] == TRICKY
+    assert all(set(batch) == {"text"} for batch in batches)
+
+
+def test_a_text_file_as_a_table(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("one\n\ntwo")
+    assert read_table(tmp_path / "t.txt").to_pydict() == {"text": ["one", "", "two"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("t.csv", "a,b\n1,2\n3,4,5\n", "line 3: 3 fields"),
+        ("t.jsonl", '{"a": 1}\n{"a"\n', "line 2: not JSON"),
+        ("t.parquet", "PAR1", "is damaged or no parquet file"),
+        ("t.xml", "", "unknown format '.xml'"),
+    ],
+)
+def test_a_broken_table_names_the_file_and_the_line(tmp_path: Path, name: str, content: str, problem: str) -> None:
+    (tmp_path / name).write_text(content)
+    for read in (read_table, lambda path: list(read_batches(path, 2))):
+        with pytest.raises(SourceError, match=rf"{re.escape(name)}.*{re.escape(problem)}"):
+            read(tmp_path / name)
 
 
 # --- hub data sets --------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import SourceError, WorkError
+from pipeline.core.readers import open_texts
 from pipeline.core.row_store import lock_folder
 from pipeline.core.run import work_dir
-from pipeline.core.text_files import open_texts
 from pipeline.encoder.encode_file import EMBEDDED_BY, encode_file, not_made_by
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.encoder.inference import Embedded

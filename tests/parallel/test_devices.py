@@ -6,7 +6,8 @@ import os
 import pytest
 
 from pipeline.core.errors import EngineError
-from pipeline.parallel.devices import Device, own_cores, split_devices, visible_gpus, worker_count
+from pipeline.core.run import own_cores
+from pipeline.parallel.devices import Device, split_devices, visible_gpus, worker_count
 
 
 def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int, named: str | None = None) -> None:

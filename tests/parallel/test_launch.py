@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from pipeline.core.errors import TrainingError
-from pipeline.parallel.devices import own_cores
+from pipeline.core.run import own_cores
 from pipeline.parallel.launch import launch_ranks
 from tests.conftest import ROOT
 

@@ -94,7 +94,7 @@ def test_a_folder_that_is_missing_or_broken(tmp_path: Path) -> None:
     folder = sts_folder(tmp_path / "s")
     (folder / "default" / "test.jsonl").write_text("{not json\n")
     (source,) = find_texts({}, {"probe": {"local": "s"}}, tmp_path)
-    with pytest.raises(EvaluationError, match=r"test\.jsonl: "):
+    with pytest.raises(EvaluationError, match=r"test\.jsonl, line 1: "):
         list(source.batches())
 
 

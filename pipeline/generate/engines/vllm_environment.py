@@ -9,9 +9,10 @@ import psutil
 
 from pipeline.backbone.device import best_device
 from pipeline.core.errors import EngineError
+from pipeline.core.run import own_cores
 from pipeline.generate.engines.checks import describe
 from pipeline.generate.engines.vllm_defaults import Gpu
-from pipeline.parallel.devices import own_cores, visible_gpus
+from pipeline.parallel.devices import visible_gpus
 
 log = logging.getLogger(__name__)
 
