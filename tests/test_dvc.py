@@ -1,5 +1,6 @@
 """dvc.yaml lists all code that a stage imports, and an edit reruns what depends on it and nothing else."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -30,7 +31,12 @@ def modules() -> Iterator[tuple[str, str, list[str]]]:
 
 
 def closure(names: list[str]) -> set[Path]:
-    return {path for path in import_closure(names, ROOT) if (ROOT / path).stat().st_size}
+    """The import closure without files that hold a docstring and nothing else."""
+    return {path for path in import_closure(names, ROOT) if decides(ROOT / path)}
+
+
+def decides(path: Path) -> bool:
+    return any(not isinstance(statement, ast.Expr) for statement in ast.parse(path.read_bytes()).body)
 
 
 def covers(dep: Path, path: Path) -> bool:
