@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,17 @@ def test_one_model_at_a_time_is_in_memory(
     assert alive == [0] * 7
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """This process sums in the order of a stage that `stage_runs` starts."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("point", "resumed"),
@@ -183,8 +194,8 @@ def test_kill_9_resumes_to_the_same_bytes(
     tiny_backbone: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    one_thread: None,
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     write_inputs(tiny_backbone())
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("PIPELINE_WORK_DIR", "elsewhere")
