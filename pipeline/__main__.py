@@ -9,6 +9,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="LLM2Vec-Gen:
 for command in (
     look.audit,
     look.inspect,
+    look.compare,
     setup.params,
     setup.backbone,
     use.encode,

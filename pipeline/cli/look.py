@@ -1,7 +1,8 @@
-"""Commands that look at a run: audit, inspect."""
+"""Commands that look at runs: audit, inspect, compare."""
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -59,3 +60,36 @@ def inspect(
     for table in tables:
         if table is not None:
             Console().print(table)
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folder, git revision or DVC experiment.")],
+    output: Annotated[Path | None, typer.Option("--output", help="Write to a .html, .md or .json file.")] = None,
+    allow_different: Annotated[
+        bool, typer.Option("--allow-different", help="Compare other data, mteb versions or instructions, and say so.")
+    ] = False,
+) -> None:
+    """Compare the students of runs, the first with every other: scores with paired intervals, params, time."""
+    from pipeline.compare.comparison import compare_runs
+    from pipeline.compare.render import render, to_dict
+    from pipeline.compare.runs import open_run
+    from pipeline.core.artifacts import to_json, write_bytes
+    from pipeline.core.bootstrap import BootstrapParams
+    from pipeline.core.errors import ParamsError
+
+    if len(runs) < 2:
+        raise ParamsError(f"{len(runs)} given: give two or more", argument="runs")
+    if len(set(runs)) < len(runs):
+        raise ParamsError(f"{', '.join(runs)}: one is named twice", argument="runs")
+    formats = {".html": "html", ".md": "markdown", ".json": "json"}
+    suffix = ".md" if output is None else output.suffix
+    if suffix not in formats:
+        raise ParamsError(f"'{output}' must end in {', '.join(formats)}", argument="output")
+    settings = BootstrapParams()
+    found = compare_runs([open_run(name) for name in runs], settings, allow_different=allow_different)
+    text = to_json(to_dict(found)) if suffix == ".json" else render(found, formats[suffix], settings)
+    if output is None:
+        print(text)
+    else:
+        write_bytes(output, text.encode())
+        print(output)

@@ -40,16 +40,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ParamsError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ParamsError(f"{path} does not exist: run from the project's root") from None
     except OSError as error:
         raise ParamsError(f"{path} cannot be read: {error.strerror}") from None
+    return parse_yaml(content, str(path))
+
+
+def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
+    """The mapping in the UTF-8 bytes of a YAML 1.2 file; raises ParamsError, which names `where`, if there is none."""
+    try:
+        found = YAML(typ="safe", pure=True).load(content.decode("utf-8"))
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ParamsError(f"{path} must be a mapping of sections, not {type(content).__name__}")
-    return content
+        raise ParamsError(f"{where} is not valid YAML: {error}") from None
+    if not isinstance(found, dict):
+        raise ParamsError(f"{where} must be a mapping of sections, not {type(found).__name__}")
+    return found
 
 
 def load(path: Path, model: type[M], *, whole_file: bool = False) -> M:

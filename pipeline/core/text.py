@@ -15,12 +15,12 @@ def visible(text: str) -> str:
     return "".join(char for char in text if char.isprintable() or char in "\n\t")
 
 
-def templates(folder: Path, *, autoescape: bool = True) -> "Environment":
-    """The templates of a folder, with the filter `visible`; an undefined name is an error."""
+def templates(*folders: Path, autoescape: bool = True) -> "Environment":
+    """The templates of folders, with the filter `visible`; an undefined name is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader(folders),
         autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -6,7 +6,7 @@ interval covers the uncertainty within the tasks, not the choice of the tasks.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,13 +51,12 @@ def task_deltas(
     ours = _resample(tasks, student, settings, metric)
     deltas: list[Delta] = []
     for run in (run for run in runs if run is not student):
-        theirs, samples = _resample(tasks, run, settings, metric), {}
-        for name in types:
-            delta = scores["student"][name] - scores[run.system][name]
-            samples[name] = _difference(name, delta, ours[name], theirs[name])
-        for name, weights in mean_weights(types).items():
-            samples[name] = combine([samples[task] for task in weights], list(weights.values()))
-        deltas += [delta_of(name, run.system, sample, settings) for name, sample in samples.items()]
+        theirs = _resample(tasks, run, settings, metric)
+        samples = {
+            name: task_difference(name, scores["student"][name] - scores[run.system][name], ours[name], theirs[name])
+            for name in types
+        }
+        deltas += [delta_of(name, run.system, sample, settings) for name, sample in with_means(samples, types).items()]
     return [delta for delta in deltas if not math.isnan(delta.delta)]
 
 
@@ -66,39 +65,56 @@ def deltas_table(deltas: Iterable[Delta]) -> pa.Table:
 
 
 @dataclass(frozen=True)
-class _Resampled:
+class Resampled:
     """A system's score on a task: on all units, and on resamples that are the same for every system."""
 
     keys: list[str]
     score: Sampled
 
 
+def resample_task(name: str, parts: Sequence[UnitScores], settings: BootstrapParams) -> Resampled | None:
+    """The score of a task from the unit scores of its splits and subsets; None without any."""
+    if not parts:
+        return None
+    samples = [
+        sample_statistic(f"{name}/{index}" if index else name, _on_resamples(part), part.units, settings)
+        for index, part in enumerate(parts)
+    ]
+    return Resampled([part.key for part in parts], combine(samples, [1 / len(samples)] * len(samples)))
+
+
+def task_difference(task: str, delta: float, first: Resampled | None, other: Resampled | None) -> Sampled:
+    """The difference `delta` of two scores of a task, first minus other, with replicates where both have the units."""
+    if first is None or other is None:
+        return Sampled(delta, None, 0)
+    if first.keys != other.keys:
+        log.warning("%s: no interval: the systems were not measured on the same units", task)
+        return Sampled(delta, None, 0)
+    ours, theirs = first.score.replicates, other.score.replicates
+    return Sampled(delta, None if ours is None or theirs is None else ours - theirs, first.score.units)
+
+
+def with_means(samples: Mapping[str, Sampled], types: Mapping[str, str]) -> dict[str, Sampled]:
+    """Differences by task, and their means by task type and over all; `types` has the type of each task."""
+    means = {
+        name: combine([samples[task] for task in weights], list(weights.values()))
+        for name, weights in mean_weights(types).items()
+    }
+    return {**samples, **means}
+
+
 def _resample(
     tasks: Sequence[Any], run: SystemResults, settings: BootstrapParams, metric: str | None
-) -> dict[str, _Resampled | None]:
+) -> dict[str, Resampled | None]:
     """By task; None where the score in question has no unit scores."""
     by_task = list(zip(tasks, run.unit_scores, strict=True))
-    resampled: dict[str, _Resampled | None] = {}
-    for task, parts in progress(by_task, total=len(by_task), desc=f"resamples of {run.system}", unit="task"):
-        name = task.metadata.name
-        samples = [
-            sample_statistic(f"{name}/{index}" if index else name, _on_resamples(part), part.units, settings)
-            for index, part in enumerate(parts if metric in (None, task.metadata.main_score) else [])
-        ]
-        score = combine(samples, [1 / len(samples)] * len(samples)) if samples else None
-        resampled[name] = _Resampled([part.key for part in parts], score) if score else None
-    return resampled
+    return {
+        task.metadata.name: resample_task(
+            task.metadata.name, parts if metric in (None, task.metadata.main_score) else [], settings
+        )
+        for task, parts in progress(by_task, total=len(by_task), desc=f"resamples of {run.system}", unit="task")
+    }
 
 
 def _on_resamples(part: UnitScores) -> Callable[[NDArray[np.int64]], Floats]:
     return lambda indices: part.scores(as_counts(indices))
-
-
-def _difference(task: str, delta: float, student: _Resampled | None, other: _Resampled | None) -> Sampled:
-    if student is None or other is None:
-        return Sampled(delta, None, 0)
-    if student.keys != other.keys:
-        log.warning("%s: no interval: the systems were not measured on the same units", task)
-        return Sampled(delta, None, 0)
-    ours, theirs = student.score.replicates, other.score.replicates
-    return Sampled(delta, None if ours is None or theirs is None else ours - theirs, student.score.units)

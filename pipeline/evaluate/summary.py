@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from pipeline.core.artifacts import to_json
 from pipeline.evaluate.run import SystemResults
+from pipeline.evaluate.unit_scores import UNIT_SCORES_DIR, save
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,14 @@ def seed_spread(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
         for metric, scores in values.items()
         if len(scores) > 1
     }
+
+
+def write_unit_scores(folder: Path, tasks: Sequence[Any], runs: Sequence[SystemResults]) -> None:
+    """Write `unit_scores/<task>.npz` of the student, from which `python -m pipeline compare` draws its intervals."""
+    for run in (run for run in runs if run.system == "student"):
+        for task, parts in zip(tasks, run.unit_scores, strict=True):
+            if parts:
+                save(folder / UNIT_SCORES_DIR / f"{task.metadata.name}.npz", parts)
 
 
 def write_mteb_format(folder: Path, runs: Sequence[SystemResults]) -> None:

@@ -61,7 +61,16 @@ class UnitScores:
                 return np.mean([_macro_f1(self.gold, row, counts) for row in self.predicted], axis=0)
 
 
+# Of the student, in the artifact of a suite: a file a task.
+UNIT_SCORES_DIR = "unit_scores"
+
+
 def save(path: Path, unit_scores: Sequence[UnitScores]) -> None:
+    write_bytes(path, to_bytes(unit_scores))
+
+
+def to_bytes(unit_scores: Sequence[UnitScores]) -> bytes:
+    """As a NumPy archive; equal unit scores give equal bytes."""
     header, arrays = [], {}
     for index, part in enumerate(unit_scores):
         facts = asdict(part)
@@ -69,16 +78,24 @@ def save(path: Path, unit_scores: Sequence[UnitScores]) -> None:
         header.append(facts)
     content = io.BytesIO()
     np.savez_compressed(content, header=np.array(json.dumps(header)), **arrays)
-    write_bytes(path, content.getvalue())
+    return content.getvalue()
 
 
 def load(path: Path) -> list[UnitScores] | None:
     """A task's unit scores; None if the file is missing or damaged."""
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
-            header = json.loads(str(content["header"]))
+        return from_bytes(path.read_bytes())
+    except OSError:
+        return None
+
+
+def from_bytes(content: bytes) -> list[UnitScores] | None:
+    """The unit scores in an archive of `to_bytes`; None if it is damaged."""
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            header = json.loads(str(arrays["header"]))
             return [
-                UnitScores(**facts, gold=content[f"gold-{index}"], predicted=content[f"found-{index}"])
+                UnitScores(**facts, gold=arrays[f"gold-{index}"], predicted=arrays[f"found-{index}"])
                 for index, facts in enumerate(header)
             ]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):

@@ -10,12 +10,14 @@ student's, the cosine is not (no delta). hyde is an upper bound of the student w
 Queries are read as in training, without an instruction.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.core.bootstrap import BootstrapParams, Delta
 from pipeline.core.config import Params
 from pipeline.core.errors import EvaluationError
 from pipeline.core.vectors import anisotropy, matrix, neighbour_overlap, neighbours, rank_own
@@ -111,6 +113,15 @@ def ranked(
         "overlap": [None] * len(ids) if overlap is None else overlap.astype(np.float32),
     }
     return pa.table(columns, schema=ROWS)
+
+
+def row_deltas(tables: Mapping[str, pa.Table], settings: Any, bootstrap: BootstrapParams) -> list[Delta]:
+    """The student minus every other on the rows of `ROWS`, which are about the same queries in the same order."""
+    units = {
+        name: {metric: column.to_numpy() for metric, column in _per_query(rows).items() if not column.null_count}
+        for name, rows in tables.items()
+    }
+    return unit_deltas(units, bootstrap)
 
 
 def alignment_metrics(rows: pa.Table) -> dict[str, float | None]:

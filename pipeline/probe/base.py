@@ -81,6 +81,9 @@ class Probe(Protocol):
         """Measure; `params` is an instance of `PARAMS`. Raises PipelineError if an input is missing."""
         ...
 
+    # A probe whose rows hold one value a query may have `row_deltas(tables, settings, bootstrap)`, with which
+    # `python -m pipeline compare` draws intervals between the students of two runs.
+
 
 def described(system: System) -> dict[str, Any]:
     return {"identity": system.identity, "prompting": system.prompting}

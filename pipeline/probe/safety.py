@@ -9,13 +9,15 @@ cosine.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, PositiveInt
 
+from pipeline.core.bootstrap import BootstrapParams, Delta
 from pipeline.evaluate.system import System, encode_finite
 from pipeline.probe.base import ProbeContext, ProbeResult, described, unit_deltas
 from pipeline.probe.descriptions import Description
@@ -92,6 +94,12 @@ def run(params: SafetyParams, context: ProbeContext) -> ProbeResult:
     metrics |= reductions(metrics, list(systems))
     deltas = unit_deltas(units, context.bootstrap, lower_is_better=True)
     return ProbeResult(metrics, pa.concat_tables(tables), systems, deltas=deltas)
+
+
+def row_deltas(tables: Mapping[str, pa.Table], settings: Mapping[str, Any], bootstrap: BootstrapParams) -> list[Delta]:
+    """The student minus every other on the rows of `ROWS`, for the same requests; `settings` are `SafetyParams`."""
+    units = {name: _hits(rows, settings["top_k"]) for name, rows in tables.items()}
+    return unit_deltas(units, bootstrap, lower_is_better=True)
 
 
 def _ranked(

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -15,6 +15,9 @@ from pipeline.report.charts import curve_svg, forests
 from pipeline.report.content import Content
 from pipeline.report.cost import total
 from pipeline.report.sections import untrained_spread
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 LOSSES = {"align": "alignment loss", "recon": "reconstruction loss"}
 HELDOUT = {"cosine": "held-out cosine to the target", "recon": "held-out reconstruction loss"}
@@ -32,14 +35,20 @@ def render_markdown(content: Content) -> str:
 
 
 def _render(content: Content, format: str) -> str:
-    environment = templates(Path(__file__).parent)
-    if format == "markdown":
-        environment.finalize = escape_markdown
-    by_name: list[Any] = [number, signed, interval, percent, label, seconds, hours, fence, total, curves]
-    environment.filters.update({function.__name__: function for function in by_name})
-    environment.filters.update(spread=untrained_spread, forests=charts)
     notes = {name: note for name in probe_names() if (note := describe(name).note)}
-    return environment.get_template("report.j2").render(content=content, format=format, notes=notes)
+    template = environment(format).get_template("report.j2")
+    return template.render(content=content, format=format, notes=notes)
+
+
+def environment(format: str, *folders: Path) -> "Environment":
+    """Templates of `folders` and of the report, with the report's macros (`html.j2`, `markdown.j2`) and filters."""
+    found = templates(*folders, Path(__file__).parent)
+    if format == "markdown":
+        found.finalize = escape_markdown
+    by_name: list[Any] = [number, signed, interval, percent, label, seconds, hours, fence, total, curves]
+    found.filters.update({function.__name__: function for function in by_name})
+    found.filters.update(spread=untrained_spread, forests=charts)
+    return found
 
 
 def curves(content: Content) -> list[Markup]:

@@ -1,0 +1,1 @@
+"""The students of several runs side by side: `python -m pipeline compare`."""
