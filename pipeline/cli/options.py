@@ -10,7 +10,7 @@ import typer
 from typer.models import ArgumentInfo
 
 from pipeline.core.errors import ParamsError, nested_in
-from pipeline.core.run import user_errors
+from pipeline.core.run import prepare_threads, user_errors
 
 if TYPE_CHECKING:
     from pipeline.encoder.inference import Encoder
@@ -69,6 +69,7 @@ def one_of(kinds: Any, value: str, argument: str) -> Any:
 
 def load_encoder(model: Path, dtype: str, backbone: str | None, allow_other_backbone: bool) -> "Encoder":
     """An encoder on the best device of this machine; see `read_encoder`."""
+    prepare_threads()
     from pipeline.backbone.device import best_device
     from pipeline.backbone.loading import DType
 

@@ -17,7 +17,7 @@ from pipeline.core.artifacts import create
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import ParamsError, section
 from pipeline.core.paths import QUERIES_DIR
-from pipeline.core.run import RunRecord, record, setup_logging, user_errors, work_dir
+from pipeline.core.run import RunRecord, prepare_process, record, user_errors, work_dir
 from pipeline.tasks.suites import SuiteParams
 from pipeline.tasks.texts import TextSource, find_texts
 
@@ -88,7 +88,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(params: Annotated[Path, typer.Option(help="params file")] = PARAMS_FILE) -> None:
     """Collect the queries of all sources."""
-    setup_logging()
+    prepare_process()
     with user_errors("collect keeps nothing, run it again from the start"), record("collect") as facts:
         inputs = load(params, Inputs)
         with section("collect"):

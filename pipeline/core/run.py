@@ -33,6 +33,11 @@ LINE_SECONDS = 30.0
 DEVICE_VARIABLE = "PIPELINE_DEVICE"
 # torch's settings of its memory allocator; the first is the current name.
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+# How OpenMP's threads wait. A short spin covers the usual gap between two operations.
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+SPIN_COUNT = "5000"
+# The share of all cores that others use, and how long it is looked at.
+BUSY_PERCENT, BUSY_SECONDS = 40.0, 0.2
 # In errors of other classes: of a CUDA call, of cuBLAS, of the CPU's allocator.
 _OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 _RECORDED = (
@@ -44,6 +49,23 @@ _RECORDED = (
 def work_dir(stage: str) -> Path:
     """Where a stage keeps work in progress: `$PIPELINE_WORK_DIR/<stage>` or `.work/<stage>`."""
     return Path(os.environ.get("PIPELINE_WORK_DIR", ".work")) / stage
+
+
+def prepare_process() -> None:
+    """What a stage sets first, before torch is imported."""
+    setup_logging()
+    prepare_threads()
+
+
+def prepare_threads() -> None:
+    """Choose how OpenMP's threads wait for work, before torch is imported; the user's own settings stay.
+
+    By default they spin for milliseconds, and beside another busy process the threads of both starve each other. They
+    spin for microseconds here, and not at all where the machine is busy already (`bench/contention.py`).
+    """
+    if not any(name in os.environ for name in WAIT_VARIABLES):
+        busy = psutil.cpu_percent(interval=BUSY_SECONDS) > BUSY_PERCENT
+        os.environ.update({"OMP_WAIT_POLICY": "PASSIVE"} if busy else {"GOMP_SPINCOUNT": SPIN_COUNT})
 
 
 def setup_logging() -> None:

@@ -20,7 +20,7 @@ from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import TeacherError, section
 from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TEACHER_DIR, TRAIN_TABLE
 from pipeline.core.row_store import ShardStore, locked
-from pipeline.core.run import RunRecord, device_memory, progress, record, setup_logging, user_errors, work_dir
+from pipeline.core.run import RunRecord, device_memory, prepare_process, progress, record, user_errors, work_dir
 from pipeline.core.schemas import check_table, targets_schema
 from pipeline.core.vectors import Anisotropy
 from pipeline.embed.params import EmbedParams
@@ -146,7 +146,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(params: Annotated[Path, typer.Option(help="params file")] = PARAMS_FILE) -> None:
     """Let the teacher embed the responses."""
-    setup_logging()
+    prepare_process()
     with user_errors(), device_memory(*MEMORY_PARAMS), record("embed") as facts, section("embed"):
         run(load(params, Inputs), facts)
 

@@ -10,7 +10,7 @@ from pipeline.core.artifacts import create
 from pipeline.core.config import PARAMS_FILE, load
 from pipeline.core.errors import ParamsError, nested_in, section
 from pipeline.core.paths import DELTAS_TABLE, EVALUATE_DIR, SUMMARY_TABLE
-from pipeline.core.run import RunRecord, device_memory, record, setup_logging, user_errors, work_dir
+from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
 from pipeline.evaluate.build import (
     MEMORY_PARAMS,
     SystemInputs,
@@ -21,7 +21,7 @@ from pipeline.evaluate.build import (
 )
 from pipeline.evaluate.deltas import deltas_table, task_deltas
 from pipeline.evaluate.run import run_systems
-from pipeline.evaluate.summary import flat_metrics, seed_spread, summary_table, write_mteb_format
+from pipeline.evaluate.summary import flat_metrics, seed_spread, summary_table, write_mteb_format, write_unit_scores
 from pipeline.generate.engines.registry import prepare_environment
 from pipeline.tasks.instructions import load_instructions
 from pipeline.tasks.suites import SuiteParams, find_tasks
@@ -70,6 +70,7 @@ def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
     ) as out:
         out.write_table(SUMMARY_TABLE, summary)
         out.write_table(DELTAS_TABLE, deltas_table(deltas))
+        write_unit_scores(out.path, tasks, runs)
         write_mteb_format(out.path, runs)
     metrics = flat_metrics(summary)
     run_record.update(
@@ -96,7 +97,7 @@ def main(
     params: Path = typer.Option(PARAMS_FILE, help="The params file."),
 ) -> None:
     """Run a suite of tasks for every system."""
-    setup_logging()
+    prepare_process()
     with user_errors(), device_memory(*MEMORY_PARAMS):
         inputs = load(params, Inputs)
         with record("evaluate", EVALUATE_DIR / f"{suite}.json") as run_record:

@@ -13,7 +13,7 @@ from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import section
 from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR
 from pipeline.core.row_store import ShardStore
-from pipeline.core.run import RunRecord, device_memory, record, setup_logging, user_errors, work_dir
+from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
 from pipeline.core.schemas import RESPONSES, check_ids, check_table
 from pipeline.generate.engines.registry import ENGINES, prepare_environment
 from pipeline.generate.generator import answer_content, make_generator, rows_per_part
@@ -82,7 +82,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(params: Annotated[Path, typer.Option(help="params file")] = PARAMS_FILE) -> None:
     """Let the backbone answer the queries."""
-    setup_logging()
+    prepare_process()
     with user_errors(), device_memory("generate.options.batch_size", expandable=False), record("generate") as facts:
         run(load(params, Inputs), facts)
 

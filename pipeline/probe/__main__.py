@@ -11,7 +11,7 @@ from pipeline.core.artifacts import create, to_json
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import nested_in, section
 from pipeline.core.paths import DELTAS_TABLE, PROBE_DIR, ROWS_TABLE
-from pipeline.core.run import RunRecord, device_memory, record, setup_logging, user_errors, work_dir
+from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
 from pipeline.evaluate.build import (
     MEMORY_PARAMS,
     SystemInputs,
@@ -70,7 +70,7 @@ def main(
     params: Path = typer.Option(PARAMS_FILE, help="The params file."),
 ) -> None:
     """Run a probe for every system."""
-    setup_logging()
+    prepare_process()
     with user_errors(), device_memory(*MEMORY_PARAMS):
         inputs = load(params, Inputs)
         settings = probe_params(inputs.probes, name, str(params))

@@ -9,7 +9,7 @@ import typer
 from pipeline.core.artifacts import write_bytes
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.paths import REPORT_PAGES
-from pipeline.core.run import setup_logging, user_errors
+from pipeline.core.run import prepare_process, user_errors
 from pipeline.report import ReportParams
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _audit() -> "AuditOutcome":
 
 def main(params: Path = typer.Option(PARAMS_FILE, help="The params file.")) -> None:
     """Write the report."""
-    setup_logging()
+    prepare_process()
     with user_errors():
         run(load(params, Inputs), params)
 

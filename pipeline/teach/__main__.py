@@ -20,7 +20,7 @@ from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import TeacherError, nested_in, section
 from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR, TEACHER_DIR
 from pipeline.core.row_store import locked
-from pipeline.core.run import RunRecord, device_memory, record, setup_logging, user_errors, work_dir
+from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
 from pipeline.embed.params import TeacherSection
 from pipeline.embed.teachers.pooling import check_positions
 from pipeline.embed.teachers.registry import TEACHERS
@@ -169,7 +169,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(params: Annotated[Path, typer.Option(help="params file")] = PARAMS_FILE) -> None:
     """Train the backbone's own teacher, where one is asked for."""
-    setup_logging()
+    prepare_process()
     with user_errors(), device_memory(*MEMORY_PARAMS), record("teach") as run_record:
         run(load(params, Inputs), run_record)
 

@@ -18,7 +18,7 @@ from pipeline.core.code_digest import code_digest
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import TrainingError, nested_in, section
 from pipeline.core.paths import HELDOUT_TABLE, QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TRAIN_TABLE
-from pipeline.core.run import RunRecord, device_memory, record, setup_logging, user_errors, work_dir
+from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
 from pipeline.parallel.launch import launch_ranks
 from pipeline.parallel.ranks import is_first, launched, rank_count, rank_process
 from pipeline.train.params import TrainParams
@@ -106,7 +106,7 @@ def _checkpoint_path(inputs: Inputs, identity: dict[str, str], artifacts: Sequen
 
 def main(params: Path = typer.Option(PARAMS_FILE, help="The params file.")) -> None:
     """Train the compression tokens and the projections."""
-    setup_logging()
+    prepare_process()
     with user_errors(), rank_process(), section("train"), device_memory(*MEMORY_PARAMS):
         inputs = load(params, Inputs)
         count = 1 if launched() else rank_count(inputs.train.processes, inputs.train.batch_size)

@@ -199,3 +199,23 @@ def test_the_foundation_loads_no_heavy_package() -> None:
 def test_a_folder_that_is_no_git_checkout_has_no_revision(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(workspace.parent))
     assert runtime.environment()["git_revision"] is None
+
+
+@pytest.mark.parametrize(
+    ("busy", "users", "expected"),
+    [
+        (10.0, {}, (None, "5000")),
+        (70.0, {}, ("PASSIVE", None)),
+        (70.0, {"GOMP_SPINCOUNT": "7"}, (None, "7")),
+        (10.0, {"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
+    ],
+    ids=["an idle machine", "a busy machine", "the user's spins", "the user's policy"],
+)
+def test_threads_do_not_spin_beside_other_work_unless_the_user_says_how_they_wait(
+    monkeypatch: pytest.MonkeyPatch, busy: float, users: dict[str, str], expected: tuple[str | None, str | None]
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in runtime.WAIT_VARIABLES} | users
+    monkeypatch.setattr(runtime.os, "environ", environment)
+    monkeypatch.setattr(runtime.psutil, "cpu_percent", lambda interval: busy)
+    runtime.prepare_threads()
+    assert (environment.get("OMP_WAIT_POLICY"), environment.get("GOMP_SPINCOUNT")) == expected

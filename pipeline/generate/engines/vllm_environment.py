@@ -9,7 +9,7 @@ import psutil
 
 from pipeline.backbone.device import best_device
 from pipeline.core.errors import EngineError
-from pipeline.core.run import own_cores
+from pipeline.core.run import own_cores, prepare_threads
 from pipeline.generate.engines.checks import describe
 from pipeline.generate.engines.vllm_defaults import Gpu
 from pipeline.parallel.devices import visible_gpus
@@ -27,7 +27,6 @@ THREAD_VARIABLES = (
     "KMP_AFFINITY",
     "VLLM_CPU_OMP_THREADS_BIND",
 )
-SPIN_COUNT = "10000"
 # vLLM's batch-invariant kernels need at least this compute capability.
 BATCH_INVARIANT_CAPABILITY = (8, 0)
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -40,11 +39,7 @@ def set_defaults(variables: Mapping[str, str]) -> None:
 
 def prepare_environment() -> None:
     """Set variables that OpenMP and CUDA read when torch is first imported; the user's stay."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads that spin for ever starve each other as soon as anything else runs; ones that never spin lose a
-        # quarter of the time to waking up (docs/results-log.md). A few microseconds cover the usual wait.
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        set_defaults({"GOMP_SPINCOUNT": SPIN_COUNT})
+    prepare_threads()
     set_defaults(
         {
             # Looking for a GPU must not start CUDA in this process: vLLM's own processes could not start it again.
