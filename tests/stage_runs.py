@@ -59,9 +59,19 @@ def start(stage: str) -> "subprocess.Popen[str]":
 def finish(stage: str) -> str:
     """Run the stage to its end and give its stderr."""
     process = start(stage)
-    _, stderr = process.communicate(timeout=120)
+    stderr = errors_of(process)
     assert process.returncode == 0, stderr
     return stderr
+
+
+def errors_of(process: "subprocess.Popen[str]") -> str:
+    """What a stage wrote to stderr until it ended; one that does not end is killed."""
+    try:
+        return process.communicate(timeout=300)[1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
 
 
 def killed(stage: str, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +79,7 @@ def killed(stage: str, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setenv(VARIABLE, point)
         process = start(stage)
-    process.communicate(timeout=120)
+    errors_of(process)
     assert process.returncode == -signal.SIGKILL, point
 
 
