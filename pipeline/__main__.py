@@ -19,6 +19,7 @@ for command in (
     exchange.export_official,
     exchange.export_st,
     exchange.export_merged,
+    exchange.push,
 ):
     app.command()(printing_errors(command))
 

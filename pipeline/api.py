@@ -47,6 +47,7 @@ class Options(TypedDict, total=False):
 def load(
     path: str | Path,
     *,
+    revision: str | None = None,
     device: str | None = None,
     dtype: DType = "float32",
     backbone: str | Path | None = None,
@@ -56,7 +57,8 @@ def load(
     """Read an encoder folder, as train writes it.
 
     Args:
-        path: the folder.
+        path: the folder, or a model of the hub, `ORG/NAME`.
+        revision: commit, branch or tag of a model of the hub.
         device: of the backbone ("cpu", "cuda", "cuda:1"); None: the best that there is.
         dtype: of the backbone: float32, bfloat16 or float16. Embeddings are float32 always.
         backbone: folder or hub name of the backbone, in place of the recorded one.
@@ -69,8 +71,10 @@ def load(
             came from the hub, a plain folder cannot be checked: it is used with a warning.
         BackboneError: the backbone cannot be loaded.
     """
+    from pipeline.encoder.folder.locate import encoder_folder
+
     return Embedder(
-        Path(path).expanduser(),
+        encoder_folder(path, revision),
         device=device,
         dtype=dtype,
         backbone=None if backbone is None else str(backbone),

@@ -1,4 +1,4 @@
-"""Commands that read and write other formats: import-official, export-official, export-st, export-merged."""
+"""Commands that give artifacts away, and read and write other formats: push, import-official, export-official, ..."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,3 +77,17 @@ def export_merged(
     kind = "its" if chosen == "float32" else f"with weights rounded to {chosen}, its"
     print(f"{out}: {kind} embeddings in float32 are the encoder's up to {merged.difference:.1g} of their length")
     print("\n".join(usage(out, merged.layout)))
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An encoder, or data/queries, responses, targets.")],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="On the hub; it is made if it is not there.")],
+    results: Annotated[Path | None, typer.Option(help="Folder of results: scores for the model card.")] = None,
+    license: Annotated[str | None, typer.Option(help="The hub's name of a licence, for the card.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    branch: Annotated[str | None, typer.Option(help="To push to; main by default.")] = None,
+) -> None:
+    """Upload an encoder or a data set to the hub, with a card. The token is the hub's own (HF_TOKEN, hf auth login)."""
+    from pipeline.export.hub import push
+
+    print(push(folder, repository, results=results, license=license, private=private, branch=branch))

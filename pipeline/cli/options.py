@@ -74,8 +74,13 @@ def load_encoder(model: Path, dtype: str, backbone: str | None, allow_other_back
     from pipeline.backbone.loading import DType
 
     chosen = one_of(DType, dtype, "dtype")
+    from pipeline.encoder.folder.locate import encoder_folder
     from pipeline.encoder.folder.read import read_encoder
 
     return read_encoder(
-        model, device=best_device(), dtype=chosen, backbone=backbone, allow_other_backbone=allow_other_backbone
+        encoder_folder(model),
+        device=best_device(),
+        dtype=chosen,
+        backbone=backbone,
+        allow_other_backbone=allow_other_backbone,
     )
