@@ -34,6 +34,7 @@ from pipeline.encoder.student import new_student
 from pipeline.optim.flops import step_flops
 from pipeline.optim.memory import PassTokens, StepSettings, step_memory
 from pipeline.train.losses import Batch, loss_sums
+from pipeline.train.params import PassParams
 
 TOKENS = 10
 # Dense bfloat16 operations a second of an H100 or H200 (data sheet); of another GPU the utilisation is relative to it.
@@ -152,7 +153,7 @@ def training_step(
     model = machine.model(name)
     sizes = sizes_from_config(model.config.to_dict())
     assert sizes is not None
-    passes = make_passes(model, **options)
+    passes = make_passes(model, **PassParams(**options).model_dump())
     student = new_student(model, model.config.hidden_size, compression_tokens=TOKENS, thought_tokens=0, seed=0)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
     batches = [machine.batch(rows, student.width, length) for _ in range(6)]
@@ -173,7 +174,9 @@ def training_step(
             seconds += clock[-1] - clock[0]
             flops += step_flops(sizes, _lengths(batch), compression_tokens=TOKENS)
     most = PassTokens(rows, max(_sum(b.query_ids) for b in batches), max(_sum(b.response_ids) for b in batches))
-    settings = StepSettings(checkpoint_responses=options.get("checkpoint_responses", False), fused_kernels=True)
+    again = options.get("checkpoint_responses", False)
+    gates = 0.0 if again else PassParams(**options).recompute_gates
+    settings = StepSettings(checkpoint_responses=again, fused_kernels=True, recompute_gates=gates)
     machine.report(
         label,
         {
@@ -309,12 +312,12 @@ def trainer(machine: Machine) -> None:
         for label, stop in (("trainer, 10 steps", 10), ("trainer, resumed to 14", 14)):
             params = validate({**_TRAIN, "stop_after_steps": stop}, TrainParams, where="bench/gpu.py")
             student = new_student(model, width, compression_tokens=TOKENS, thought_tokens=0, seed=0)
-            validation = Validation(heldout, [list(range(len(heldout)))])
+            validation = Validation(heldout)
             accelerator = Accelerator(cpu=machine.tiny)
             run = Trainer(student, passes, train, params, accelerator, validation, {}, Path(folder) / "checkpoint")
             resumed = run.resume()
             if not resumed:
-                warm_start_student(student, passes, train, params, model, [1, 2, 3])
+                warm_start_student(run, model, [1, 2, 3])
             run.run()
             machine.report(label, {"resumed": resumed, "last": run.curve[-1], "held out": validation.curve[-1]})
 

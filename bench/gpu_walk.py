@@ -4,8 +4,8 @@
 
 Needs a C++ compiler, no GPU and no weights. The last line is JSON:
 
-    kernels         launches of a micro-batch, forward, backward and the optimiser step
-    h2d, d2h        copies to the device; copies and reads from it, each of which makes the host wait
+    kernels         launches of a step, forward, backward and optimiser; of one micro-batch unless --micro-batches
+    h2d, d2h        copies to the device; copies and reads from it
     peak_gb         most bytes of tensors alive
     estimate_gb     what the plan computes for it (pipeline/optim/memory.py), the CUDA context left out
     mfu_ceiling_h100  model FLOPs over a roofline of all kernels, at the peak of an H100 (SXM, bfloat16)
@@ -117,7 +117,9 @@ def walk(arguments: argparse.Namespace) -> dict[str, Any]:
     from pipeline.encoder.passes.plain import Passes
     from pipeline.encoder.passes.select import make_passes
     from pipeline.encoder.student import Student
-    from pipeline.train.losses import Batch, loss_sums
+    from pipeline.optim.batching import parts
+    from pipeline.optim.gradients import adamw, update
+    from pipeline.train.losses import Batch, add_gradients
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     config = models.config_of(arguments.model, arguments.layers)
@@ -128,36 +130,47 @@ def walk(arguments: argparse.Namespace) -> dict[str, Any]:
             meter.add(tensor)
         with torch.device(device.DEVICE):
             student = Student(config.hidden_size, config.hidden_size, COMPRESSION_TOKENS)
-        options = {"attention": arguments.attention, "checkpoint_responses": arguments.checkpoint_responses}
+        options = pass_params(arguments).model_dump()
         passes: Any = make_passes(model, **options)
-        trained = dict(student.named_parameters())
+        trained = {f"student.{name}": value for name, value in student.named_parameters()}
         if arguments.lora:
             with in_place():
                 adapted = add_adapter(model, rank=arguments.lora, alpha=16.0, dropout=0.0, targets="all-linear", seed=0)
-            query_pass = make_passes(adapted, **options, frozen_prefix=False).query_pass
+            query_pass = make_passes(adapted, **{**options, "frozen_prefix": False}).query_pass
             passes = Passes(AdaptedQueryPass(query_pass, adapted), passes.response_pass)
             trained |= adapter_parameters(adapted)
-        optimizer = torch.optim.AdamW(list(trained.values()), lr=1e-3)
+        optimizer = adamw(trained, rate=1e-3, weight_decay=0.0)
         queries = [
             [1] * arguments.shared + [2 + row] + [5] * (arguments.query - arguments.shared - 1)
             for row in range(arguments.rows)
         ]
         responses = [[7] * arguments.response for _ in range(arguments.rows)]
+        each = -(-arguments.rows // arguments.micro_batches)
+        sizes = [len(part) for part in parts(range(arguments.rows), each)]
         for _ in range(2):
             meter.reset()
             index_tensors.cache_clear()  # batches of a run differ
-            meter.phase("step")
-            batch = Batch(queries, responses, torch.zeros(arguments.rows, config.hidden_size))
-            sums = loss_sums(student, passes, batch, "mean")
-            loss = sums.align / sums.rows + sums.recon / sums.tokens
-            meter.phase("backward")
-            loss.backward()  # type: ignore[no-untyped-call]
+            meter.phase("losses")
+            losses = torch.zeros(2, dtype=torch.float64, device=device.DEVICE)
+            for start in range(0, arguments.rows, each if arguments.queries_apart else arguments.rows):
+                rows = slice(start, start + each if arguments.queries_apart else None)
+                batch = Batch(queries[rows], responses[rows], torch.zeros(len(queries[rows]), config.hidden_size))
+                shared = [len(queries[rows])] if arguments.queries_apart else sizes
+                losses += add_gradients(student, passes, batch, shared, "mean", align=0.1, recon=0.1)
             meter.phase("optimizer")
-            torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            del sums, loss
+            norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+            values = torch.cat([losses, norm[None].to(losses)])
+            update(optimizer, values)
+            values.to("cpu")  # what a run reads of a step
     return numbers(arguments, meter)
+
+
+def pass_params(arguments: argparse.Namespace) -> Any:
+    """Section `train.passes`: the defaults, but for what the command line sets."""
+    from pipeline.train.params import PassParams
+
+    given = {name: getattr(arguments, name) for name in ("attention", "checkpoint_responses", "recompute_gates")}
+    return PassParams(**{name: value for name, value in given.items() if value is not None})
 
 
 def numbers(arguments: argparse.Namespace, meter: Any) -> dict[str, Any]:
@@ -170,9 +183,11 @@ def numbers(arguments: argparse.Namespace, meter: Any) -> dict[str, Any]:
     if sizes is None:
         raise SystemExit(f"{arguments.model}: the plan knows no sizes of such a model")
     lengths = [(arguments.query, arguments.response)] * arguments.rows
-    tokens = PassTokens(arguments.rows, arguments.rows * arguments.query, arguments.rows * arguments.response)
+    rows = -(-arguments.rows // arguments.micro_batches)
+    tokens = PassTokens(rows, rows * arguments.query, rows * arguments.response)
     settings = StepSettings(
         checkpoint_responses=arguments.checkpoint_responses,
+        recompute_gates=0.0 if arguments.checkpoint_responses else pass_params(arguments).recompute_gates,
         recompute_attention=arguments.attention == "segments",
         fused_kernels=True,
         lora=LoraSizes(arguments.lora) if arguments.lora else None,
@@ -197,12 +212,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-4b", choices=models.NAMES)
     parser.add_argument("--layers", type=int, help="cut the model to this many layers")
-    parser.add_argument("--rows", type=int, default=16, help="of the micro-batch")
+    parser.add_argument("--rows", type=int, default=16, help="of the step")
+    parser.add_argument("--micro-batches", type=int, default=1, help="response passes of the step")
+    parser.add_argument("--queries-apart", action="store_true", help="a query pass for each micro-batch")
     parser.add_argument("--query", type=int, default=512, help="tokens of a query")
     parser.add_argument("--response", type=int, default=512, help="tokens of a response")
     parser.add_argument("--shared", type=int, default=3, help="tokens that all queries begin with")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--checkpoint-responses", action="store_true")
+    parser.add_argument("--recompute-gates", type=float, help="share of the layers")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters on the query pass; 0: none")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

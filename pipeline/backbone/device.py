@@ -84,8 +84,12 @@ def to_device(tensors: "Sequence[torch.Tensor]", device: "torch.device") -> "lis
     """One-dimensional int64 tensors of the host on `device`, in one copy that a GPU does not wait for."""
     import torch
 
-    buffer = torch.cat(list(tensors))
-    if device.type == "cuda":
-        buffer = buffer.pin_memory()
-    moved = buffer.to(device, non_blocking=True)
+    moved = sent(torch.cat(list(tensors)), device)
     return list(torch.split(moved, [len(tensor) for tensor in tensors]))
+
+
+def sent(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
+    """A tensor of the host on `device`, by a copy that the host does not wait for."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -2,7 +2,8 @@
 
     norm        `torch.nn.functional.rms_norm`: one kernel forward and one backward. transformers' own launches six and
                 keeps the input in float32; this keeps it in its own dtype, and one number a token.
-    gate        `act(gate) * up`, compiled: one kernel each way; keeps both factors and not the activation.
+    gate        `act(gate) * up`, compiled: one kernel each way; keeps both factors and not the activation. Where it is
+                computed again in the backward pass it keeps the network's input alone.
     rotation    `apply_rotary_pos_emb`, compiled: a kernel each for queries and keys.
 
 They are set on the modules while a block runs, like the attention; outside it the backbone is unchanged. Each kind is
@@ -11,6 +12,7 @@ compared with its module before it is used, and `make_passes` compares whole pas
 
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,18 @@ class FusedKernels:
 
     forwards: list[tuple[nn.Module, Callable[..., Tensor]]]
     rotations: list[tuple[Any, Callable[..., Any]]]
+
+    def recomputing(self, share: float) -> "FusedKernels":
+        """The same kernels; the gates of this share of the layers are computed again in the backward pass.
+
+        They are those of the first layers: the backward pass comes to them last, when most of the memory is free.
+        """
+        gated = [module for module, forward in self.forwards if _is_gated(forward)]
+        again = set(gated[: math.ceil(share * len(gated))])
+        return FusedKernels(
+            [(module, _recomputed(forward) if module in again else forward) for module, forward in self.forwards],
+            self.rotations,
+        )
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -89,7 +104,25 @@ def _rms_norm(module: Any, eps: float, hidden: Tensor) -> Tensor:
 
 
 def _gated(module: Any, gate: Callable[..., Tensor], hidden: Tensor) -> Tensor:
-    return module.down_proj(gate(module.act_fn, module.gate_proj(hidden), module.up_proj(hidden)))
+    return module.down_proj(_product(module, gate, hidden))
+
+
+def _gated_again(module: Any, gate: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+    # No generator's state is kept: reading it would make the host wait, and nothing here is random.
+    product = checkpoint(_product, module, gate, hidden, use_reentrant=False, preserve_rng_state=False)
+    return module.down_proj(product)
+
+
+def _product(module: Any, gate: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+    return gate(module.act_fn, module.gate_proj(hidden), module.up_proj(hidden))
+
+
+def _is_gated(forward: Callable[..., Tensor]) -> bool:
+    return isinstance(forward, partial) and forward.func is _gated
+
+
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return partial(_gated_again, *forward.args) if isinstance(forward, partial) else forward
 
 
 def _gate(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:

@@ -47,7 +47,6 @@ class Preset(Params):
     backbone: BackboneParams
     teacher: PresetTeacher
     learning_rate: float
-    micro_batch_size: dict[int, int]
     sizes: ModelSizes
 
     @property
@@ -90,8 +89,8 @@ def switch(path: Path, name: str, memory: int) -> list[str]:
     if name not in presets():
         raise ParamsError(f"unknown backbone '{name}' (known: {', '.join(presets())})")
     preset = presets()[name]
-    if memory not in preset.micro_batch_size:
-        known = ", ".join(map(str, preset.micro_batch_size))
+    if memory not in preset.teacher.batch_size:
+        known = ", ".join(map(str, preset.teacher.batch_size))
         raise ParamsError(f"no batch sizes for {memory} GB (known: {known})", argument="memory")
     read_yaml(path)  # says what is wrong with the file, if anything is
     yaml = _round_trip()
@@ -117,7 +116,7 @@ def _values(preset: Preset, memory: int, content: Any) -> dict[str, dict[str, An
     train: dict[str, Any] = {
         "align_reduction": "mean",
         "learning_rate": preset.learning_rate,
-        "micro_batch_size": preset.micro_batch_size[memory],
+        "micro_batch_size": "auto",
     }
     warm_start = (content.get("train") or {}).get("warm_start") or {}
     if warm_start.get("enabled"):

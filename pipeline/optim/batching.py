@@ -3,9 +3,12 @@
 The rows of a step depend on seed and step alone, so a resumed run takes the same ones.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 def epoch_order(rows: int, epoch: int, seed: int) -> np.ndarray:
@@ -75,6 +78,40 @@ def micro_batches(
     return batches
 
 
+def dealt_passes(
+    rows: Sequence[int], lengths: np.ndarray, processes: int, *, most_rows: int, most_tokens: int | None, padded: bool
+) -> list[list[list[int]]]:
+    """The forward passes of each process: `micro_batches` of what `deal` gives it."""
+    return [
+        micro_batches(share, lengths, most_rows=most_rows, most_tokens=most_tokens, padded=padded)
+        for share in deal(rows, lengths, processes)
+    ]
+
+
+def own_passes(shares: Sequence[Sequence[list[int]]], process: int, *, even: bool) -> list[tuple[list[int], float]]:
+    """The passes of one process of `dealt_passes`, each with weight 1.
+
+    `even`: every process runs equally many, as it must where layers are gathered from all of them for each pass; one
+    that has fewer repeats a pass with weight 0.
+    """
+    mine = [(rows, 1.0) for rows in shares[process]]
+    missing = max(map(len, shares)) - len(mine) if even else 0
+    return mine + [(rows, 0.0) for rows in next((share[:1] for share in shares if share), [])] * missing
+
+
+def grouped(passes: Sequence[list[int]], cost: Callable[[Sequence[int]], float], most: float) -> list[list[list[int]]]:
+    """Passes, in their order, in groups that cost at most `most` together; one that costs more is alone."""
+    groups: list[list[list[int]]] = []
+    total = 0.0
+    for rows in passes:
+        if not groups or total + cost(rows) > most:
+            groups.append([])
+            total = 0.0
+        groups[-1].append(rows)
+        total += cost(rows)
+    return groups
+
+
 class Batches:
     """Endless batches of a fixed size; an epoch leaves out the rows that do not fill its last batch.
 
@@ -95,6 +132,6 @@ class Batches:
         return sorted(self._epoch[1][index], key=lambda row: (-self._lengths[row], row))
 
 
-def parts(rows: Sequence[int], size: int) -> list[list[int]]:
+def parts(rows: Sequence[T], size: int) -> list[list[T]]:
     """Rows cut, in their order, into forward passes of at most `size`."""
     return [list(rows[start : start + size]) for start in range(0, len(rows), size)]

@@ -64,9 +64,7 @@ class Checkpoint:
             parameter.data.copy_(self.tensors[f"trained.{name}"])
             state = {slot: self.tensors[f"{slot}.{name}"] for slot in _SLOTS if f"{slot}.{name}" in self.tensors}
             if state:
-                optimizer.state[parameter] = {
-                    slot: value if slot == "step" else value.to(parameter.device) for slot, value in state.items()
-                }
+                optimizer.state[parameter] = {slot: value.to(parameter.device) for slot, value in state.items()}
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:

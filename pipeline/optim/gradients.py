@@ -16,13 +16,13 @@ def adamw(
 ) -> Optimizer:
     """AdamW whose groups hold their peak rate as "peak"; the token rows (`TOKENS`), if any, have no weight decay.
 
-    `token_rate` is theirs; None is `rate`.
+    `token_rate` is theirs; None is `rate`. The fused kernel can leave a step out without asking the host (`update`).
     """
     others = [value for name, value in trained.items() if name != TOKENS]
     groups: list[dict[str, Any]] = [{"params": others, "peak": rate, "weight_decay": weight_decay}]
     if TOKENS in trained:
         groups.append({"params": [trained[TOKENS]], "peak": token_rate or rate, "weight_decay": 0.0})
-    return AdamW(groups, lr=rate)
+    return AdamW(groups, lr=rate, fused=True)
 
 
 def set_rate(optimizer: Optimizer, factor: float) -> None:
@@ -31,18 +31,25 @@ def set_rate(optimizer: Optimizer, factor: float) -> None:
         group["lr"] = factor * group["peak"]
 
 
+def update(optimizer: Optimizer, values: Tensor) -> None:
+    """A step of an optimiser of `adamw` that the device leaves out where one of `values` is not finite."""
+    optimizer.found_inf = (~values.isfinite().all()).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def unscale(parameters: Iterable[Parameter], scale: int) -> None:
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.div_(scale)
 
 
-def sum_and_clip(parameters: Sequence[Parameter], accelerator: Any, max_norm: float) -> float:
-    """Sum gradients over processes and clip them in place; returns their norm before clipping."""
+def sum_and_clip(parameters: Sequence[Parameter], accelerator: Any, max_norm: float) -> Tensor:
+    """Sum gradients over processes and clip them in place; returns their norm before clipping, a scalar."""
     gradients = [_gradient(parameter) for parameter in parameters]
     if accelerator.num_processes > 1:
         _sum_over_processes(gradients, accelerator)
-    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 def _gradient(parameter: Parameter) -> Tensor:

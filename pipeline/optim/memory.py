@@ -11,6 +11,7 @@ vocabulary. What autograd keeps of a token in a layer whose weights are frozen:
                          b (q + 2 k)    where it is computed again, sequence by sequence: neither output nor normaliser
     feed-forward         3 b m          gate, its activation, and the other branch
                          2 b m          as a fused kernel: without the activation
+                         b d            where that is computed again: its input
     frozen linear maps   nothing        the gradient of their input needs their weight only; sums keep nothing either
                          b (2 d + q + m)    as 8-bit maps of bitsandbytes, which keep their inputs all the same
     adapters (LoRA)      4 (i + r)      each: its input of width i in float32, and what it makes of it
@@ -25,6 +26,7 @@ The kept bytes are those that torch reports (tests/optim/test_memory.py); what t
 workspaces and the allocator's fragments take comes on top: `OVERHEAD`.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -101,6 +103,7 @@ class StepSettings:
         quantize: of the frozen linear maps.
         shards: processes that share the backbone's layers.
         fused_kernels: norms and gates as on a GPU (`backbone/fused.py`).
+        recompute_gates: share of the layers whose fused gates are computed again in the response pass.
     """
 
     dtype: DType = "bfloat16"
@@ -117,6 +120,7 @@ class StepSettings:
     lora: LoraSizes | None = None
     shards: int = 1
     fused_kernels: bool = False
+    recompute_gates: float = 0.0
 
     @property
     def number(self) -> int:
@@ -277,7 +281,9 @@ def response_bytes(sizes: ModelSizes, tokens: PassTokens, settings: StepSettings
     if settings.checkpoint_responses:
         return row * (sizes.layers * settings.number * sizes.hidden + once_bytes(sizes, settings))
     mask = mask_bytes(sizes, row // tokens.rows, settings)
-    return row * (sizes.layers * layer_bytes(sizes, settings) + once_bytes(sizes, settings) + mask)
+    again = math.ceil(settings.recompute_gates * sizes.layers) if settings.fused_kernels else 0
+    saved = again * settings.number * (2 * sizes.intermediate - sizes.hidden)
+    return row * (sizes.layers * layer_bytes(sizes, settings) - saved + once_bytes(sizes, settings) + mask)
 
 
 def logit_bytes(sizes: ModelSizes, tokens: PassTokens, settings: StepSettings) -> int:

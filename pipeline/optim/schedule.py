@@ -32,7 +32,7 @@ def rate_factor(step: int, warmup: int, total: int, kind: ScheduleKind = "linear
 
 def take_steps(
     steps: Iterable[T],
-    take: Callable[[T], float],
+    take: Callable[[T], float | None],
     save: Callable[[], None],
     *,
     desc: str,
@@ -43,14 +43,17 @@ def take_steps(
 ) -> None:
     """Take the steps after the first `done` of `total`; save after every `save_every` and after the last.
 
-    On Ctrl-C or SIGTERM (of a spot instance) in any process it finishes the step, saves, and raises KeyboardInterrupt.
-    `take` returns the loss of a step, for the progress bar.
+    On Ctrl-C or SIGTERM (of a spot instance) in any process it finishes the step (several processes: and the next),
+    saves, and raises KeyboardInterrupt.
+    `take` returns the last loss that is known, for the progress bar; None: none yet.
     """
     bar = progress(steps, total=total, desc=desc, unit="step", initial=done)
+    agreed = _Agreement(accelerator)
     with _stop_requested() as stop:
         for count, step in enumerate(bar, done + 1):
-            bar.set_postfix(loss=f"{take(step):.4f}", refresh=False)
-            stopping = _any_process(stop(), accelerator)
+            if (loss := take(step)) is not None:
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            stopping = agreed(stop())
             if stopping or count == total or count % save_every == 0:
                 save()
             if stopping:
@@ -72,10 +75,29 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _any_process(flag: bool, accelerator: Any) -> bool:
+class _Agreement:
+    """Whether to stop, the same in all processes; of several, what one wants is known to all a step later."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self._before: Any = None
+
+    def __call__(self, wanted: bool) -> bool:
+        from pipeline.optim.late import HostCopy
+
+        if self._accelerator is None or self._accelerator.num_processes == 1:
+            return wanted
+        before, self._before = self._before, HostCopy(_votes(wanted, self._accelerator))
+        return before is not None and bool(before.wait() > 0)
+
+
+def any_process(flag: bool, accelerator: Any) -> bool:
     """Whether the flag is set in any process, so that all of them do the same."""
+    return flag if accelerator.num_processes == 1 else bool(_votes(flag, accelerator) > 0)
+
+
+def _votes(flag: bool, accelerator: Any) -> Any:
+    """How many processes have the flag set, a scalar on the device."""
     import torch
 
-    if accelerator is None or accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+    return accelerator.reduce(torch.full((), float(flag), device=accelerator.device), "sum")

@@ -17,14 +17,14 @@ from pipeline.core.errors import nested_in
 from pipeline.encoder.passes.adapted import AdaptedQueryPass
 from pipeline.encoder.passes.plain import Passes
 from pipeline.encoder.passes.select import make_passes
-from pipeline.encoder.student import Student, input_embeddings, new_student
+from pipeline.encoder.student import input_embeddings, new_student
 from pipeline.encoder.token_init import token_init
-from pipeline.optim.batching import deal, epoch_order, micro_batches
+from pipeline.optim.batching import epoch_order
 from pipeline.train.data import TrainingRows, drop_loops, join, tokenize
 from pipeline.train.params import TrainParams
 from pipeline.train.trainer import Trainer
 from pipeline.train.validation import Validation
-from pipeline.train.warm_start import accumulate, frame_rows, warm_start
+from pipeline.train.warm_start import READ_TOKENS, accumulate, frame_rows, warm_start
 
 log = logging.getLogger(__name__)
 
@@ -93,14 +93,13 @@ def assemble(
         rows,
         params,
         accelerator,
-        None if heldout is None else _validation(params, heldout, padded=passes.padded),
+        None if heldout is None else Validation(heldout.head(params.heldout.rows), params.heldout.select),
         {} if adapted is None else adapter_parameters(adapted),
         checkpoint,
         sizes_from_config(backbone.config.to_dict()),
     )
     if not trainer.resume() and params.warm_start.enabled:
-        trainer.facts["warm_start_ridge"] = warm_start_student(student, passes, rows, params, backbone, frame_ids)
-        trainer.agree()
+        warm_start_student(trainer, backbone, frame_ids)
     return trainer
 
 
@@ -115,20 +114,26 @@ def _passes(params: TrainParams, backbone: Any, adapted: Any) -> Passes:
     return Passes(AdaptedQueryPass(query_pass, adapted), passes.response_pass)
 
 
-def _validation(params: TrainParams, heldout: TrainingRows, *, padded: bool) -> Validation:
-    rows = heldout.head(params.heldout.rows)
-    lengths = rows.lengths(params.extra_tokens)
-    [ordered] = deal(range(len(rows)), lengths, 1)
-    return Validation(rows, micro_batches(ordered, lengths, padded=padded, **params.pass_limits), params.heldout.select)
+def warm_start_student(trainer: Trainer, backbone: Any, frame_ids: Sequence[int]) -> None:
+    """Give a trainer's student its closed-form start from at most `warm_start.rows` rows, which all processes share.
 
-
-def warm_start_student(
-    student: Student, passes: Passes, rows: TrainingRows, params: TrainParams, backbone: Any, frame_ids: Sequence[int]
-) -> float:
-    """Give `student` its closed-form start from at most `params.warm_start.rows` rows; returns the ridge strength."""
-    words = input_embeddings(backbone).float().cpu().numpy()
+    The ridge's strength becomes one of the trainer's facts.
+    """
+    student, rows, params, accelerator = trainer.student, trainer.rows, trainer.params, trainer.accelerator
     chosen = np.sort(epoch_order(len(rows), 0, params.seed)[: params.warm_start.rows]).tolist()
-    statistics = accumulate(student, passes.query_pass, rows, chosen, params.micro_batch_size)
-    frame = frame_rows(words, frame_ids, student.compression_tokens)
-    norm = float(np.linalg.norm(words, axis=-1).mean())
-    return warm_start(student, statistics, frame, norm, params.warm_start.ridge)
+    statistics = accumulate(
+        student,
+        trainer.passes.query_pass,
+        rows,
+        chosen,
+        accelerator,
+        most_rows=trainer.limits.most_rows,
+        most_tokens=None if accelerator.device.type == "cpu" else READ_TOKENS,
+        even=params.shard_backbone,
+    )
+    if accelerator.is_main_process:
+        words = input_embeddings(backbone).float().cpu().numpy()
+        frame = frame_rows(words, frame_ids, student.compression_tokens)
+        norm = float(np.linalg.norm(words, axis=-1).mean())
+        trainer.facts["warm_start_ridge"] = warm_start(student, statistics, frame, norm, params.warm_start.ridge)
+    trainer.agree()

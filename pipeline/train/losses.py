@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from pipeline.backbone.device import sent
 from pipeline.encoder.passes.plain import Passes
 from pipeline.encoder.student import Student
 
@@ -53,10 +56,53 @@ def loss_sums(
 
     With `reconstruct` False the response pass is left out, and the reconstruction loss is 0.
     """
-    hidden = passes.query_pass(batch.query_ids, student.tokens, student.compression_tokens)
-    soft_prompts = student.soft_prompts(hidden)
-    align = alignment_sum(student.embedding(soft_prompts), batch.targets, reduction)
+    soft_prompts, align = _query_side(student, passes, batch, reduction)
     if not reconstruct:
         return LossSums(align, align.new_zeros(()), len(batch.query_ids), batch.response_tokens)
     recon, tokens = passes.response_pass(soft_prompts, batch.response_ids)
     return LossSums(align, recon, len(batch.query_ids), tokens)
+
+
+def _query_side(student: Student, passes: Passes, batch: Batch, reduction: Reduction) -> tuple[Tensor, Tensor]:
+    """Soft prompts `[B, n, d]` and the sum of the alignment loss, from one query pass."""
+    hidden = passes.query_pass(batch.query_ids, student.tokens, student.compression_tokens)
+    soft_prompts = student.soft_prompts(hidden)
+    targets = sent(batch.targets, hidden.device)
+    return soft_prompts, alignment_sum(student.embedding(soft_prompts), targets, reduction)
+
+
+def add_gradients(
+    student: Student,
+    passes: Passes,
+    batch: Batch,
+    sizes: Sequence[int],
+    reduction: Reduction,
+    *,
+    align: float,
+    recon: float,
+    reconstruct: bool = True,
+) -> Tensor:
+    """Add the gradients of `align` times the alignment loss and `recon` times the reconstruction loss of a batch.
+
+    One query pass reads the whole batch; its rows are reconstructed `sizes` at a time, each response pass with its own
+    backward pass. The gradients of all soft prompts then go through the query pass at once: a sum's gradient is the sum
+    of the gradients, so this equals any other grouping up to rounding.
+
+    Returns:
+        The sums of both losses over the batch, `[2]` float64, on the device.
+    """
+    soft_prompts, align_sum = _query_side(student, passes, batch, reduction)
+    tensors: list[Tensor] = [align * align_sum]
+    gradients: list[Tensor | None] = [None]
+    recon_sum = align_sum.new_zeros((), dtype=torch.float64)
+    if reconstruct:
+        parts = [part.detach().requires_grad_() for part in torch.split(soft_prompts, list(sizes))]
+        starts = accumulate(sizes, initial=0)
+        for part, start in zip(parts, starts, strict=False):
+            summed, _ = passes.response_pass(part, batch.response_ids[start : start + len(part)])
+            torch.autograd.backward(recon * summed)
+            recon_sum += summed.detach()
+        tensors.append(soft_prompts)
+        gradients.append(torch.cat([part.grad for part in parts]))  # type: ignore[misc]
+    torch.autograd.backward(tensors, gradients)
+    return torch.stack([align_sum.detach().double(), recon_sum])

@@ -33,6 +33,12 @@ class PassParams(Params):
     frozen_prefix: bool = Field(default=True, description="the query runs without autograd, the new tokens against it")
     fused_cross_entropy: bool = Field(default=True, description="logits for a few positions at a time only")
     checkpoint_responses: bool = Field(default=False, description="less memory, slower: recompute in the backward pass")
+    recompute_gates: float = Field(
+        default=0.65,
+        ge=0,
+        le=1,
+        description="on a GPU: share of the layers whose feed-forward network runs again in the backward pass",
+    )
     attention: Literal["auto", "segments", "varlen", "flex"] = "auto"
 
 
@@ -82,7 +88,9 @@ class TrainParams(Params):
     epochs: int = Field(ge=1)
     stop_after_steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(ge=1, description="rows of one optimiser step, over all processes")
-    micro_batch_size: int = Field(ge=1, description="rows of one forward pass")
+    micro_batch_size: Count = Field(
+        default="auto", description="rows of one forward pass, fewer where they do not fit; auto: as many as fit"
+    )
     max_tokens_per_batch: int | None = Field(
         default=None, ge=1, description="tokens of one forward pass, in place of micro_batch_size"
     )
@@ -103,6 +111,15 @@ class TrainParams(Params):
             raise ValueError(f"shard_backbone: true does not go with {' or '.join(other)}: set one of them")
         return self
 
+    @model_validator(mode="after")
+    def _sharded_passes_are_not_tried(self) -> Self:
+        if self.shard_backbone and self.micro_batch_size == "auto" and self.max_tokens_per_batch is None:
+            raise ValueError(
+                "shard_backbone: true needs a number as micro_batch_size: a process that runs out of memory in a trial "
+                "would leave the others waiting"
+            )
+        return self
+
     @property
     def keep(self) -> Keep:
         """The side of a too long text that is kept."""
@@ -113,10 +130,9 @@ class TrainParams(Params):
         """Tokens that a row adds to its query and response: the new tokens and the soft prompts."""
         return self.thought_tokens + 2 * self.compression_tokens
 
-    @property
-    def pass_limits(self) -> dict[str, Any]:
-        """The arguments of `optim.batching.micro_batches` that limit a forward pass."""
-        return {"most_rows": self.micro_batch_size, "most_tokens": self.max_tokens_per_batch}
+    def pass_rows(self, processes: int) -> int:
+        """Rows that a forward pass may have: `micro_batch_size`, where that is auto a process's share of a step."""
+        return -(-self.batch_size // processes) if self.micro_batch_size == "auto" else self.micro_batch_size
 
     def trajectory(self) -> dict[str, Any]:
         """Params that change the training trajectory. A checkpoint is resumed only if these are equal."""

@@ -38,6 +38,7 @@ def step_settings(train: TrainParams, dtype: DType) -> StepSettings:
         shards=_processes(train) if train.shard_backbone else 1,
         # The estimate is one for a GPU, where packed passes have them.
         fused_kernels=train.passes.packed,
+        recompute_gates=0.0 if train.passes.checkpoint_responses else train.passes.recompute_gates,
     )
 
 
@@ -54,43 +55,54 @@ def pass_tokens(train: TrainParams, count: int) -> PassTokens:
     return PassTokens.worst(count, most_rows, train.max_query_tokens, train.max_response_tokens, extra)
 
 
-def train_memory(sizes: ModelSizes, dtype: DType, train: TrainParams) -> StepMemory:
-    """Peak memory of a training step on one device."""
-    count = train.max_tokens_per_batch or train.micro_batch_size
+def train_memory(sizes: ModelSizes, dtype: DType, train: TrainParams, count: int) -> StepMemory:
+    """Peak memory of a training step on one device with `count` rows, or tokens, in a forward pass."""
     return step_memory(sizes, pass_tokens(train, count), step_settings(train, dtype))
 
 
 def memory_line(train: TrainParams, dtype: DType, sizes: ModelSizes) -> str:
-    """Peak memory of a step and its parts, in words."""
-    found = train_memory(sizes, dtype, train)
+    """Peak memory of a step and its parts, in words; of `auto` for as many rows as fit on the smallest visible GPU."""
+    tokens, rows = train.max_tokens_per_batch, train.pass_rows(_processes(train))
+    limit = gpu_bytes() if _is_auto(train) else None
+    if limit is not None:
+        rows = _largest_count(sizes, train, step_settings(train, dtype), limit) or 1
+    found = train_memory(sizes, dtype, train, tokens or rows)
     activations = found.prefix + found.activations + found.workspace
     parts = {"weights": found.weights, "activations": activations, "logits": found.logits, "optimizer": found.optimizer}
     shown = ", ".join(f"{name} {part / GB:.1f}" for name, part in parts.items() if part)
-    tokens = train.max_tokens_per_batch
-    rows = train.micro_batch_size
     batch = f"{tokens:,} tokens" if tokens else f"{rows} row{'s' if rows > 1 else ''} of full length"
-    return f"{batch} at a time: at most {found.total / GB:.1f} GB ({shown})"
+    return f"{'auto, ' if _is_auto(train) else ''}{batch} at a time: at most {found.total / GB:.1f} GB ({shown})"
 
 
 def memory_remarks(train: TrainParams, dtype: DType, sizes: ModelSizes) -> list[str]:
-    """The largest batches that fit on the smallest visible GPU, if these params do not."""
-    limit, needed = gpu_bytes(), train_memory(sizes, dtype, train).total + OVERHEAD
+    """The largest batches that fit on the smallest visible GPU, if these params do not; of `auto`, if one row does not.
+
+    A batch that does not fit is halved when the stage runs.
+    """
+    count = 1 if _is_auto(train) else train.max_tokens_per_batch or train.pass_rows(1)
+    limit, needed = gpu_bytes(), train_memory(sizes, dtype, train, count).total + OVERHEAD
     if limit is None or needed <= limit:
         return []
     budget = f"train.{'max_tokens_per_batch' if train.max_tokens_per_batch else 'micro_batch_size'}"
     settings = step_settings(train, dtype)
     changes = {
-        "with train.passes.checkpoint_responses": replace(settings, checkpoint_responses=True),
+        "with train.passes.checkpoint_responses": replace(settings, checkpoint_responses=True, recompute_gates=0.0),
         "with train.quantize 4bit": replace(settings, quantize="4bit"),
     }
     ways = {budget: settings, **{way: changed for way, changed in changes.items() if changed != settings}}
-    fits = [f"{way}: {_largest_count(sizes, train, changed, limit)}" for way, changed in ways.items()]
+    counts = {way: _largest_count(sizes, train, changed, limit) for way, changed in ways.items()}
+    fits = [f"{way}: {'none' if found is None else f'{found:,}'}" for way, found in counts.items()]
     taken = f"train takes up to {needed / GB:.1f} GB, the GPU has {limit / GB:.1f} GB"
     return [f"{taken}. The largest that fits, {', '.join(fits)}"]
 
 
-def _largest_count(sizes: ModelSizes, train: TrainParams, settings: StepSettings, limit: int) -> str:
+def _is_auto(train: TrainParams) -> bool:
+    return train.micro_batch_size == "auto" and train.max_tokens_per_batch is None
+
+
+def _largest_count(sizes: ModelSizes, train: TrainParams, settings: StepSettings, limit: int) -> int | None:
     row = train.max_query_tokens + train.max_response_tokens + settings.extra_tokens
-    end = train.batch_size * (row if train.max_tokens_per_batch else 1)
-    found = largest(lambda count: step_memory(sizes, pass_tokens(train, count), settings), limit, end)
-    return "none" if found is None else f"{found:,}"
+    end = train.pass_rows(_processes(train)) if _is_auto(train) else train.batch_size
+    if train.max_tokens_per_batch:
+        end = train.batch_size * row
+    return largest(lambda count: step_memory(sizes, pass_tokens(train, count), settings), limit, end)

@@ -1,6 +1,6 @@
 """Ridge regression from running sums: memory depends on the widths, not on the number of rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -56,6 +56,23 @@ class Moments:
             self.target_mean + target_moved * (other.count / count),
             self.scatter + other.scatter + weight * np.outer(moved, moved),
             self.cross + other.cross + weight * np.outer(moved, target_moved),
+        )
+
+    @classmethod
+    def none(cls, features: int, targets: int) -> Self:
+        """Moments of no row, for `summed`."""
+        zeros = np.zeros
+        return cls(0, zeros(features), zeros(targets), zeros((features, features)), zeros((features, targets)))
+
+    def summed(self, total: Callable[[np.ndarray], np.ndarray]) -> "Moments":
+        """Moments of the rows of all processes, over which `total` sums an array."""
+        count = int(total(np.array([float(self.count)]))[0])
+        mean = total(self.count * self.mean) / max(1, count)
+        target_mean = total(self.count * self.target_mean) / max(1, count)
+        moved, target_moved = self.mean - mean, self.target_mean - target_mean
+        scatter = total(self.scatter + self.count * np.outer(moved, moved))
+        return Moments(
+            count, mean, target_mean, scatter, total(self.cross + self.count * np.outer(moved, target_moved))
         )
 
     def mapped(self, by: LinearMap) -> "Moments":

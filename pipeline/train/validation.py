@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
 from pipeline.core.vectors import rank_own
 from pipeline.train.params import Score
 
 log = logging.getLogger(__name__)
+
+# Row indices of forward passes; weight 0: run because another process runs one, and not counted.
+OwnPasses = Sequence[tuple[Sequence[int], float]]
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,20 @@ class Validation:
 
     Attributes:
         rows: `TrainingRows` that training never sees.
-        batches: row indices of each forward pass.
         select: the score that the best student is chosen by; None: the last student stays.
         curve: step and scores of each scoring.
     """
 
     rows: Any
-    batches: Sequence[Sequence[int]]
     select: Score | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
     best: Best | None = None
 
-    def score(self, step: int, student: Any, passes: Any, trained: Mapping[str, Any]) -> None:
-        """Score the student as it is after `step` steps; every process computes all rows."""
-        scores = heldout_scores(self.rows, self.batches, student, passes)
+    def score(
+        self, step: int, own: OwnPasses, student: Any, passes: Any, trained: Mapping[str, Any], accelerator: Any
+    ) -> None:
+        """Score the student as it is after `step` steps, each process its `own` passes."""
+        scores = heldout_scores(self.rows, own, student, passes, accelerator)
         self.curve.append({"step": step, **asdict(scores)})
         message = "held out after %d steps: cosine %.4f, top-1 %.3f, MRR %.3f, reconstruction %.4f"
         log.info(message, step, scores.cosine, scores.top1, scores.mrr, scores.recon)
@@ -85,19 +86,22 @@ class Validation:
             self.best = Best(state["best"]["step"], HeldoutScores(**state["best"]["scores"]), tensors)
 
 
-def heldout_scores(rows: Any, batches: Sequence[Sequence[int]], student: Any, passes: Any) -> HeldoutScores:
-    """Scores of `TrainingRows`, run through the backbone in these batches."""
+def heldout_scores(rows: Any, own: OwnPasses, student: Any, passes: Any, accelerator: Any) -> HeldoutScores:
+    """Scores of `TrainingRows`, of which each process runs its `own` passes through the backbone."""
     import torch
 
-    embeddings = np.empty((len(rows), rows.width), dtype=np.float32)
-    loss, tokens = 0.0, 0
+    embeddings = torch.zeros(len(rows), rows.width, device=student.tokens.device)
+    totals = torch.zeros(2, dtype=torch.float64, device=student.tokens.device)
     with torch.no_grad():
-        for indices in batches:
+        for indices, weight in own:
             batch = rows.batch(indices)
             hidden = passes.query_pass(batch.query_ids, student.tokens, student.compression_tokens)
             soft_prompts = student.soft_prompts(hidden)
-            embeddings[indices] = student.embedding(soft_prompts).float().cpu().numpy()
             summed, count = passes.response_pass(soft_prompts, batch.response_ids)
-            loss, tokens = loss + float(summed), tokens + count
-    ranked = rank_own(embeddings, rows.targets)
+            if weight:
+                embeddings[indices] = student.embedding(soft_prompts).float()
+                totals[0] += summed
+                totals[1] += count
+    embeddings, totals = (accelerator.reduce(tensor, "sum") for tensor in (embeddings, totals))
+    ranked, (loss, tokens) = rank_own(embeddings.cpu().numpy(), rows.targets), totals.tolist()
     return HeldoutScores(ranked.cosine, ranked.top1, ranked.mrr, loss / max(1, tokens))

@@ -5,26 +5,31 @@ The soft prompts start as the embeddings of a frame, the tokens with which the b
 plus the hidden states at half an input embedding's norm: the backbone then begins an answer at once. The paper starts
 both projections at random.
 
-One query pass over the rows suffices: soft prompts are an affine map of hidden states, so the sums are taken of hidden
-states and mapped at the end. Five folds of them choose the strength of the ridge. At d = e = 4096 that is
-5 x (134 + 134) MB of sums, about 1 GB more while the equations are solved, and at most 330 MB of rows.
+One query pass over the rows suffices, which the processes share: soft prompts are an affine map of hidden states, so
+the sums are taken of hidden states and mapped at the end, where one process solves the equations. Five folds of them
+choose the strength of the ridge. At d = e = 4096 that is 5 x (134 + 134) MB of sums, about 1 GB more while the
+equations are solved, and at most 330 MB of rows.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from operator import add
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 
+from pipeline.backbone.device import release_memory
 from pipeline.core.errors import TrainingError
-from pipeline.core.run import progress
+from pipeline.core.run import is_out_of_memory, progress
 from pipeline.core.vectors import rank_own
 from pipeline.encoder.passes.plain import QueryPass
 from pipeline.encoder.student import Student
+from pipeline.optim.batching import dealt_passes, own_passes, parts
+from pipeline.optim.late import HostCopy
 from pipeline.train.data import TrainingRows
 from pipeline.train.ridge import LinearMap, Moments, fit_ridge
 
@@ -38,33 +43,50 @@ SPREAD = 0.5
 """Share of the input embeddings' mean norm by which soft prompts vary around the frame."""
 LEAST_OFFSET = 0.1
 """Share of the spread: directions in which positions differ by less on average stay, or they would swamp the rest."""
+READ_TOKENS = 32_000
+"""Tokens of queries that a GPU reads at a time: nothing is kept of them but keys and values."""
 _BLOCK = 1_000  # rows that wait for one matrix product
 
 
 @dataclass
 class _Fold:
-    """Sums over every fifth row, the first of these rows, and rows that wait for a block."""
+    """Sums over every fifth row, the first of these rows with their numbers, and rows that wait for a block."""
 
     moments: Moments | None = None
-    scored: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-    waiting: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    scored: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+    waiting: list[tuple[np.ndarray, ...]] = field(default_factory=list)
 
-    def add(self, features: np.ndarray, targets: np.ndarray, scored: np.ndarray) -> None:
+    def add(self, numbers: np.ndarray, features: np.ndarray, targets: np.ndarray) -> None:
+        scored = numbers < FOLDS * SCORED_ROWS
         if scored.any():
-            self.scored.append((features[scored], targets[scored]))
+            self.scored.append((numbers[scored], features[scored], targets[scored]))
         self.waiting.append((features, targets))
         if sum(len(rows) for rows, _ in self.waiting) >= _BLOCK:
             self.flush()
 
     def flush(self) -> None:
         if self.waiting:
-            block = Moments.of(*_concatenated(self.waiting))
+            block = Moments.of(*map(np.concatenate, zip(*self.waiting, strict=True)))
             self.moments = block if self.moments is None else self.moments + block
             self.waiting = []
 
+    def combine(self, accelerator: Any, width: tuple[int, int]) -> None:
+        """Make this the fold of all processes' rows; `width` is of features and of targets."""
+        self.flush()
+        moments = (self.moments or Moments.none(*width)).summed(partial(_summed, accelerator))
+        self.moments = moments if moments.count else None
+        self.scored = gather_object(self.scored)
 
-def _concatenated(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    return np.concatenate([first for first, _ in parts]), np.concatenate([second for _, second in parts])
+    def scored_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Features and targets in the order of the rows' numbers, whatever batches they came in."""
+        numbers, features, targets = map(np.concatenate, zip(*self.scored, strict=True))
+        order = np.argsort(numbers)
+        return features[order], targets[order]
+
+
+def _summed(accelerator: Any, array: np.ndarray) -> np.ndarray:
+    """The sum of an array over the processes."""
+    return accelerator.reduce(torch.from_numpy(array).to(accelerator.device), "sum").cpu().numpy()
 
 
 class Statistics:
@@ -96,7 +118,16 @@ class Statistics:
         for number, fold in enumerate(self._folds):
             at = numbers % FOLDS == number
             if at.any():
-                fold.add(features[at], targets[at], numbers[at] < FOLDS * SCORED_ROWS)
+                fold.add(numbers[at], features[at], targets[at])
+
+    def combine(self, accelerator: Any, width: int) -> None:
+        """Make these the statistics of the rows of all processes; targets have `width` dimensions."""
+        if accelerator.num_processes > 1:
+            counts = _summed(accelerator, np.array([float(self._rows), self._squares]))
+            self._rows, self._squares = int(counts[0]), float(counts[1])
+            self._sums = _summed(accelerator, self._sums)
+            for fold in self._folds:
+                fold.combine(accelerator, (self._sums.shape[1], width))
 
     @property
     def position_means(self) -> np.ndarray:
@@ -115,7 +146,7 @@ class Statistics:
         for fold in self._folds:
             fold.flush()
             if fold.moments is not None:
-                result.append((fold.moments, *_concatenated(fold.scored)))
+                result.append((fold.moments, *fold.scored_rows()))
         return result
 
 
@@ -126,20 +157,75 @@ def _check_finite(rows: Sequence[int], hidden: np.ndarray, targets: np.ndarray) 
         raise TrainingError(f"warm start: hidden states or targets of rows {wrong[:5]} are not finite")
 
 
+class _Reader:
+    """Query passes, which are halved from the first one on that does not fit into memory."""
+
+    def __init__(self, student: Student, query_pass: QueryPass, *, may_halve: bool) -> None:
+        self._student, self._query_pass, self._may_halve, self._parts = student, query_pass, may_halve, 1
+
+    def __call__(self, queries: Sequence[Sequence[int]]) -> HostCopy:
+        """Hidden states `[B, n, d]` at the compression tokens."""
+        while (hidden := self._read(queries)) is None:
+            release_memory()
+            self._parts *= 2
+            log.info("warm start: memory is full, batches are read in %d parts", self._parts)
+        return HostCopy(hidden)
+
+    def _read(self, queries: Sequence[Sequence[int]]) -> torch.Tensor | None:
+        size = -(-len(queries) // self._parts)
+        tokens, count = self._student.tokens, self._student.compression_tokens
+        try:
+            return torch.cat([self._query_pass(part, tokens, count) for part in parts(queries, size)])
+        except Exception as error:
+            if size == 1 or not (self._may_halve and is_out_of_memory(error)):
+                raise
+        return None
+
+
 @torch.inference_mode()
 def accumulate(
-    student: Student, query_pass: QueryPass, rows: TrainingRows, chosen: Sequence[int], batch_size: int
+    student: Student,
+    query_pass: QueryPass,
+    rows: TrainingRows,
+    chosen: Sequence[int],
+    accelerator: Any,
+    *,
+    most_rows: int,
+    most_tokens: int | None,
+    even: bool = False,
 ) -> Statistics:
-    """Statistics of one query pass over the chosen rows, sorted by query length, `batch_size` at a time."""
+    """Statistics of one query pass over the chosen rows, longest first, which the processes share.
+
+    A batch has at most `most_tokens` tokens, or `most_rows` rows where that is None. `even`: see `own_passes`.
+    """
     statistics = Statistics(student.compression_tokens, student.hidden)
-    order = sorted(range(len(chosen)), key=lambda number: len(rows.query_ids[chosen[number]]))
-    starts = range(0, len(order), batch_size)
-    for start in progress(starts, total=len(starts), desc="warm start", unit="batch"):
-        numbers = order[start : start + batch_size]
+    lengths = np.array([len(rows.query_ids[row]) + len(student.tokens) for row in chosen])
+    shares = dealt_passes(
+        range(len(chosen)),
+        lengths,
+        accelerator.num_processes,
+        most_rows=most_rows,
+        most_tokens=most_tokens,
+        padded=query_pass.padded,
+    )
+    own = own_passes(shares, accelerator.process_index, even=even)
+    read = _Reader(student, query_pass, may_halve=not even)
+    # While the device reads a batch, the sums of the one before are taken on the host.
+    before: tuple[list[int], list[int], HostCopy] | None = None
+    for numbers, weight in progress(own, total=len(own), desc="warm start", unit="batch"):
         at = [int(chosen[number]) for number in numbers]
-        hidden = query_pass([rows.query_ids[row] for row in at], student.tokens, student.compression_tokens)
-        statistics.add(numbers, hidden.cpu().numpy(), rows.targets[at])
+        hidden = read([rows.query_ids[row] for row in at])
+        _add(statistics, rows, before)
+        before = (numbers, at, hidden) if weight else None
+    _add(statistics, rows, before)
+    statistics.combine(accelerator, rows.width)
     return statistics
+
+
+def _add(statistics: Statistics, rows: TrainingRows, batch: tuple[list[int], list[int], HostCopy] | None) -> None:
+    if batch is not None:
+        numbers, at, hidden = batch
+        statistics.add(numbers, hidden.wait().numpy(), rows.targets[at])
 
 
 def choose_strength(folds: Sequence[tuple[Moments, np.ndarray, np.ndarray]], by: LinearMap) -> float:

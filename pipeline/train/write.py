@@ -82,6 +82,7 @@ def run_facts(trainer: Trainer) -> dict[str, Any]:
         "rows": len(trainer.rows),
         "steps": len(trainer.curve),
         "processes": processes,
+        "forward_pass": vars(trainer.limits),
         "trained_parameters": sum(parameter.numel() for parameter in trainer.trained.values()),
         "first_batch": _losses(trainer.curve[0]),
         "last_batch": _losses(trainer.curve[-1]),

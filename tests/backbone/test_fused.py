@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -55,6 +56,37 @@ def test_a_backbone_computes_the_same_with_them(
     with found():
         torch.testing.assert_close(backbone(input_ids=ids).logits, own, atol=1e-4, rtol=1e-4)
     assert not any("forward" in vars(module) for module in backbone.modules())
+
+
+@pytest.mark.parametrize(("share", "layers"), [(0.0, 0), (0.34, 2), (1.0, 3)])
+def test_gates_that_are_computed_again_give_the_same_gradients_and_keep_less(
+    share: float, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token keeps its input of 32 numbers instead of three of 48 (two where compiled); the first layers do so."""
+    backbone = tiny_model("qwen3").double()
+    plain = kernels(backbone, monkeypatch)
+    again = plain.recomputing(share)
+    embeds = torch.randn(2, 9, 32, dtype=torch.float64)
+    gradients, kept = [], []
+    for found in (plain, again):
+        leaf = embeds.clone().requires_grad_()
+        storages: dict[int, torch.Tensor] = {}
+        with found(), torch.autograd.graph.saved_tensors_hooks(partial(_note, storages), lambda tensor: tensor):
+            loss = backbone(inputs_embeds=leaf).logits.square().sum()
+        # Outside of the block, as in training: the backward pass needs no kernels of it.
+        [gradient] = torch.autograd.grad(loss, leaf)
+        gradients.append(gradient)
+        own = {parameter.untyped_storage().data_ptr() for parameter in backbone.parameters()}
+        kept.append(sum(value.untyped_storage().nbytes() for at, value in storages.items() if at not in own))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-14)
+    assert kept[0] - kept[1] == layers * 2 * 9 * 8 * (3 * 48 - 32)
+    gated = [module for module, forward in again.forwards if forward.func is fused._gated_again]  # type: ignore[attr-defined]
+    assert gated == [layer.mlp for layer in backbone.get_decoder().layers[:layers]]
+
+
+def _note(storages: dict[int, torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    storages[tensor.untyped_storage().data_ptr()] = tensor
+    return tensor
 
 
 def test_the_rotation_is_replaced_inside_the_block_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def test_backbone_lists_and_switches(workspace: Path) -> None:
     Path("params.yaml").write_text((ROOT / "params.yaml").read_text())
     result = call("backbone", "qwen3-8b", "--memory", 24)
     assert "backbone.name: Qwen/Qwen3-4B -> Qwen/Qwen3-8B" in result.stdout
-    assert "train.micro_batch_size: 16 -> 1" in result.stdout
+    assert "teach.mntp.micro_batch_size: 8 -> 1" in result.stdout
     assert "has these params already" in call("backbone", "qwen3-8b", "--memory", 24).stdout
     fails("unknown backbone 'gpt'", "backbone", "gpt")
 

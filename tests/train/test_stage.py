@@ -120,11 +120,12 @@ def test_other_backbone_weights_are_refused_when_loading(trained: Path, tiny_bac
 def test_two_processes_take_the_steps_of_one(
     trained: Path, tiny_backbone: Callable[..., Path], shard_backbone: bool
 ) -> None:
-    alone = np.loadtxt(LOSS_CURVE, delimiter=",", skiprows=1)
+    alone = [np.loadtxt(curve, delimiter=",", skiprows=1) for curve in (LOSS_CURVE, HELDOUT_CURVE)]
     write_params(tiny_backbone("qwen3"), processes=2, shard_backbone=shard_backbone)
     shutil.rmtree(".work")
     run_stage()
-    np.testing.assert_allclose(np.loadtxt(LOSS_CURVE, delimiter=",", skiprows=1), alone, rtol=1e-4)
+    for curve, expected in zip((LOSS_CURVE, HELDOUT_CURVE), alone, strict=True):
+        np.testing.assert_allclose(np.loadtxt(curve, delimiter=",", skiprows=1), expected, rtol=1e-4)
     facts = json.loads(Path("results/train.json").read_text())
     assert (facts["steps"], facts["processes"]) == (9, 2)
 
@@ -224,6 +225,8 @@ def test_a_usable_response_without_a_target(backbone: Path, fails: Callable[...,
     ("train", "parts"),
     [
         ({"shard_backbone": True, "lora": {"rank": 2}}, ["shard_backbone", "lora"]),
+        ({"shard_backbone": True, "micro_batch_size": "auto"}, ["shard_backbone", "micro_batch_size"]),
+        ({"micro_batch_size": 0}, ["train.micro_batch_size"]),
         ({"lora": {"targets": ["nowhere"]}}, ["train.lora.targets", "nowhere"]),
         ({"token_start": {"kind": "words", "words": ""}}, ["train.token_start.words"]),
         ({"passes": {"attention": "varlen"}}, ["train.passes.attention", "varlen"]),

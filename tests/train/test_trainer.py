@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def make_trainer(
     )
     validation = None
     if heldout_rows is not None:
-        validation = Validation(heldout_rows, [[row] for row in range(len(heldout_rows))], params.heldout.select)
+        validation = Validation(heldout_rows, params.heldout.select)
     return Trainer(
         student, plain_passes(backbone), rows, params, Accelerator(cpu=True), validation, checkpoint=checkpoint
     )
@@ -91,6 +92,45 @@ def test_micro_batches_change_nothing(changes: dict[str, int]) -> None:
     for name, value in weights(whole).items():
         torch.testing.assert_close(weights(split)[name], value, atol=1e-5, rtol=1e-4)
     assert [row["loss"] for row in split.curve] == pytest.approx([row["loss"] for row in whole.curve], rel=1e-5)
+
+
+class CountedQueryPass:
+    """A query pass that notes how many rows it read each time."""
+
+    padded = False
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._pass = trainer.passes.query_pass
+        self.rows: list[int] = []
+        trainer.passes.query_pass = self
+
+    def __call__(self, query_ids: Any, tokens: torch.Tensor, read: int) -> torch.Tensor:
+        self.rows.append(len(query_ids))
+        return self._pass(query_ids, tokens, read)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.2, 100.0])
+def test_a_query_pass_for_several_response_passes_changes_nothing(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, so that only rounding of the last digits is left: gradients of one row at a time, and of groups."""
+    monkeypatch.setattr("pipeline.train.trainer._QUERY_SHARE", share)
+    gradients, read = [], []
+    for together in (False, True):
+        trainer = make_trainer(batch_size=12, micro_batch_size=2)
+        trainer.passes = make_passes(tiny_model().double())
+        assert trainer.passes.queries_together
+        trainer.passes.queries_together = together
+        trainer.student.double()
+        counted = CountedQueryPass(trainer)
+        totals = trainer._accumulate(list(range(12)))
+        gradients.append([parameter.grad for parameter in trainer.trained.values()] + [totals])
+        read.append(counted.rows)
+    assert read[0] == [2] * 6
+    assert sum(read[1]) == 12
+    assert (len(read[1]) == 6, len(read[1]) == 1) == (share == 0.0, share == 100.0)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-11, atol=1e-13)
 
 
 def test_the_reconstruction_loss_is_a_mean_over_tokens_of_the_step() -> None:
@@ -259,6 +299,31 @@ def test_an_infinite_loss_names_rows_and_learning_rate_and_keeps_the_checkpoint(
     assert f"the last good checkpoint is {path}" in str(caught.value)
     assert path.read_bytes() == before
     assert all(torch.isfinite(value).all() for value in weights(trainer).values())
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_step_that_is_not_finite_changes_no_weight_though_it_is_read_a_step_later(every: int, tmp_path: Path) -> None:
+    rows = some_rows()
+    order = list(make_trainer(rows)._steps())
+    rows.targets[order[2][0], 0] = np.nan
+    good = make_trainer(rows, stop_after_steps=2, schedule_steps=12)
+    good.run()
+    path = tmp_path / "checkpoint"
+    trainer = make_trainer(rows, path, schedule_steps=12, checkpoint_every=every)
+    with pytest.raises(TrainingError, match="step 3 is not finite"):
+        trainer.run()
+    assert all(torch.equal(value, weights(good)[name]) for name, value in weights(trainer).items())
+    resumed = make_trainer(rows, path, schedule_steps=12, checkpoint_every=every)
+    assert resumed.resume()
+    assert len(resumed.curve) == (2 if every == 1 else 0)
+
+
+def test_the_loss_of_a_step_is_known_a_step_later() -> None:
+    trainer = make_trainer(stop_after_steps=4)
+    shown = [trainer._take(numbered) for numbered in islice(enumerate(trainer._steps()), 3)]
+    trainer.save()
+    assert shown == [None, trainer.curve[0]["loss"], trainer.curve[1]["loss"]]
+    assert [row["step"] for row in trainer.curve] == [1, 2, 3]
 
 
 def test_an_infinite_gradient_of_finite_losses_names_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from pipeline.core.errors import TrainingError
 from pipeline.train.params import HeldoutParams
@@ -12,7 +13,8 @@ from pipeline.train.trainer import Trainer
 from pipeline.train.validation import HeldoutScores, Validation, heldout_scores
 from tests.train.test_trainer import make_trainer, some_rows
 
-ONE_BY_ONE = [[row] for row in range(12)]
+ONE_BY_ONE = [([row], 1.0) for row in range(12)]
+ALONE = Accelerator(cpu=True)
 
 
 def test_scores_by_hand() -> None:
@@ -20,13 +22,14 @@ def test_scores_by_hand() -> None:
     trainer = make_trainer()
     rows, student = trainer.rows, trainer.student
     torch.nn.init.zeros_(student.alignment.weight)
-    scores = heldout_scores(rows, ONE_BY_ONE, student, trainer.passes)
+    scores = heldout_scores(rows, ONE_BY_ONE, student, trainer.passes, ALONE)
     assert scores.top1 in (0.0, 1 / 12)  # all embeddings are alike
     with torch.no_grad():
         hidden = trainer.passes.query_pass(rows.query_ids, student.tokens, student.compression_tokens)
         loss, tokens = trainer.passes.response_pass(student.soft_prompts(hidden), rows.response_ids)
     assert scores.recon == pytest.approx(float(loss) / tokens, rel=1e-5)
-    together = heldout_scores(rows, [list(range(12))], student, trainer.passes)
+    # A pass of weight 0 only keeps other processes company.
+    together = heldout_scores(rows, [(list(range(12)), 1.0), ([3, 4], 0.0)], student, trainer.passes, ALONE)
     assert vars(together) == pytest.approx(vars(scores), rel=1e-4)
 
 
@@ -76,7 +79,7 @@ def test_the_best_student_is_kept_also_over_a_resume(tmp_path: Path) -> None:
     assert best is not None
     assert 0 < best.step <= 5
     assert best.scores.cosine == max(row["cosine"] for row in curve) > curve[-1]["cosine"]
-    scores = heldout_scores(whole.rows, ONE_BY_ONE, whole.student, whole.passes)
+    scores = heldout_scores(whole.rows, ONE_BY_ONE, whole.student, whole.passes, ALONE)
     assert scores.cosine == pytest.approx(best.scores.cosine)
 
     selecting(tmp_path / "cut", steps=7).run()
@@ -95,5 +98,5 @@ def test_selecting_without_heldout_rows() -> None:
 
 def test_validation_without_a_selection_restores_nothing() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
-    Validation(some_rows(2), []).restore_best({"x": parameter})
+    Validation(some_rows(2)).restore_best({"x": parameter})
     assert parameter.tolist() == [1.0, 1.0]

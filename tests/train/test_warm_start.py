@@ -1,14 +1,17 @@
 """The closed-form start solves the problem it says it solves, whatever batches its rows came in."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from pipeline.core.errors import TrainingError
 from pipeline.core.vectors import rank_own
 from pipeline.encoder.student import Student
+from pipeline.parallel.launch import launch_ranks
 from pipeline.train.data import TrainingRows
 from pipeline.train.ridge import LinearMap, Moments, fit_ridge
 from pipeline.train.warm_start import (
@@ -21,6 +24,9 @@ from pipeline.train.warm_start import (
     frame_rows,
     warm_start,
 )
+from tests.conftest import ROOT
+from tests.train.shared_start_run import ROWS
+from tests.train.shared_start_run import run as run_shared_start
 
 IDENTITY = LinearMap(np.eye(6), np.zeros(6))
 
@@ -116,12 +122,66 @@ def test_accumulate_takes_the_chosen_rows_with_their_targets() -> None:
     queries = [[0] * length for length in lengths]
     rows = TrainingRows(list("abcdef"), queries, [[1]] * 6, np.array(lengths, np.float32)[:, None] * 10)
     student = Student(hidden=2, width=1, compression_tokens=1)
-    statistics = accumulate(student, CountingQueryPass(), rows, [0, 2, 3, 5], batch_size=3)
+    statistics = accumulate(
+        student, CountingQueryPass(), rows, [0, 2, 3, 5], Accelerator(cpu=True), most_rows=3, most_tokens=None
+    )
     total = sum(moments.mean * moments.count for moments, _, _ in statistics.folds())
     np.testing.assert_allclose(total, [19.0, 19.0])
     for moments, features, targets in statistics.folds():
         np.testing.assert_allclose(features[:, :1] * 10, targets)
         np.testing.assert_allclose(moments.mean[:1] * 10, moments.target_mean)
+
+
+class FullAbove(CountingQueryPass):
+    """Has room for so many rows."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self.read: list[int] = []
+
+    def __call__(self, query_ids: Sequence[Sequence[int]], tokens: torch.Tensor, read: int) -> torch.Tensor:
+        self.read.append(len(query_ids))
+        if len(query_ids) > self._rows:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().__call__(query_ids, tokens, read)
+
+
+def test_batches_are_of_tokens_longest_first_and_halved_where_memory_is_full() -> None:
+    lengths = [7, 1, 7, 7, 3, 7, 3, 3, 1, 1]
+    rows = TrainingRows(list("abcdefghij"), [[0] * length for length in lengths], [[1]] * 10, np.zeros((10, 1), "f4"))
+    student = Student(hidden=2, width=1, compression_tokens=1)
+
+    def means(query_pass: CountingQueryPass) -> np.ndarray:
+        found = accumulate(student, query_pass, rows, range(10), Accelerator(cpu=True), most_rows=1, most_tokens=32)
+        return found.position_means
+
+    roomy, tight = FullAbove(99), FullAbove(1)
+    expected = means(roomy)
+    np.testing.assert_allclose(expected, [[4.0, 4.0]])
+    assert roomy.read == [4, 6]  # 4 x (7 + 1), 3 x (3 + 1) + 3 x (1 + 1)
+    np.testing.assert_array_equal(means(tight), expected)
+    assert tight.read == [4, 2] + [1] * 4 + [2] + [1] * 6
+    with pytest.raises(torch.OutOfMemoryError):
+        means(FullAbove(0))
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_the_rows_give_the_start_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within rounding of float64: the sums, the rows that strengths are scored on, the choice, the projections."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    launch_ranks("tests.train.shared_start_run", [str(tmp_path / "two.npz")], 2)
+    shared = np.load(tmp_path / "two.npz")
+    alone = {
+        f"{rows} {name}": value
+        for rows in (ROWS, 3)
+        for name, value in run_shared_start(Accelerator(cpu=True), rows).items()
+    }
+    assert set(alone) == set(shared)
+    assert alone[f"{ROWS} fold 4 features"].shape == (80, 6)
+    for name, value in alone.items():
+        np.testing.assert_allclose(shared[name], value, rtol=1e-9, atol=1e-11, err_msg=name)
 
 
 def test_strength_follows_the_noise() -> None:

@@ -48,4 +48,5 @@ def _checkpointed(forward: Callable[..., Any], context: ContextFactory, *args: A
         with context():
             return forward(*args, **kwargs)
 
-    return checkpoint(run, *args, use_reentrant=False, **kwargs)
+    # No generator's state is kept: reading it would make the host wait, and nothing here is random.
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -48,10 +48,15 @@ class ResponsePass(Protocol):
 
 @dataclass
 class Passes:
-    """How a batch runs through the backbone."""
+    """How a batch runs through the backbone.
+
+    Attributes:
+        queries_together: a query pass keeps little of a row for backward, so one may serve several response passes.
+    """
 
     query_pass: QueryPass
     response_pass: ResponsePass
+    queries_together: bool = False
 
     @property
     def padded(self) -> bool:

@@ -4,6 +4,7 @@
     frozen_prefix         queries run without autograd into a cache (else: autograd through the whole query)
     fused_cross_entropy   chunked, at response positions only (else: all logits)
     checkpoint_responses  layers of the response pass keep their inputs only and run again in the backward pass
+    recompute_gates       on a GPU, of this share of its layers the feed-forward networks only do so
 
 With all of them off the passes are the plain ones, and every combination equals those in loss and gradients up to
 rounding. What is built is compared with them on a few tokens before it is used.
@@ -58,6 +59,7 @@ def make_passes(
     frozen_prefix: bool = True,
     fused_cross_entropy: bool = True,
     checkpoint_responses: bool = False,
+    recompute_gates: float = 0.0,
     attention: Attention = "auto",
     chunk: int | None = None,
     share_prefix: bool = True,
@@ -82,8 +84,10 @@ def make_passes(
     loss = _fused_loss(backbone, chunk) if fused_cross_entropy else None
     layers = checkpointable_layers(backbone) if checkpoint_responses else None
     queries = compare_queries.first_equal(_query_passes(backbone, attentions, frozen_prefix, share_prefix))
-    responses = compare_responses.first_equal(_response_passes(backbone, attentions, loss, layers))
-    return Passes(queries or plain.query_pass, responses or plain.response_pass)
+    gates = 0.0 if layers else recompute_gates
+    responses = compare_responses.first_equal(_response_passes(backbone, attentions, loss, layers, gates))
+    together = isinstance(queries, FrozenPackedQueryPass)
+    return Passes(queries or plain.query_pass, responses or plain.response_pass, queries_together=together)
 
 
 class Comparison(Generic[C]):
@@ -218,7 +222,7 @@ def _query_passes(
 
 
 def _response_passes(
-    backbone: Any, attentions: list[Implementation], loss: ResponseLoss | None, layers: list[Any] | None
+    backbone: Any, attentions: list[Implementation], loss: ResponseLoss | None, layers: list[Any] | None, gates: float
 ) -> Iterator[tuple[str, ResponsePass]]:
     chosen = loss or LogitsLoss(backbone)
 
@@ -226,6 +230,7 @@ def _response_passes(
         return context if layers is None else partial(checkpointing, layers, context)
 
     for name, attention, kernels in _packed_ways(backbone, attentions):
+        kernels = kernels.recomputing(gates) if kernels else None
         context = checkpointed(packed_context(backbone, attention, kernels))
         yield f"the packed response pass with {name}", packed_response_pass(backbone, chosen, context)
     if loss or layers:
