@@ -187,8 +187,10 @@ LOADED_LATE = (
     "backbone.sharding",
     "optim.checkpoint",
     "optim.gradients",
+    "optim.late",
     "train.data",
     "train.losses",
+    "train.trainer",
     "train.warm_start",
 )
 

@@ -242,6 +242,16 @@ def test_checkpointed_responses_keep_the_inputs_of_layers() -> None:
     assert lean_peak.total < 0.3 * peak.total
 
 
+def test_gates_that_are_computed_again_keep_their_input() -> None:
+    """Of 4 numbers, in place of two factors of 8; in one of two layers, for 2 soft prompts and 5 tokens of 3 rows."""
+    tokens, kept = PassTokens.full(3, 7, 5), StepSettings(compression_tokens=2, fused_kernels=True)
+    again = replace(kept, recompute_gates=0.5)
+    assert response_bytes(TINY, tokens, kept) - response_bytes(TINY, tokens, again) == 21 * 2 * (2 * 8 - 4)
+    assert query_bytes(TINY, tokens, kept) == query_bytes(TINY, tokens, again)
+    plain = replace(again, fused_kernels=False)
+    assert response_bytes(TINY, tokens, plain) == response_bytes(TINY, tokens, replace(plain, recompute_gates=0.0))
+
+
 def test_quantised_and_shared_weights() -> None:
     layers, embeddings = 2 * TINY.layer_parameters(), TINY.embedding_parameters()
     assert weight_bytes(TINY, StepSettings(quantize="8bit")) == layers + 2 * embeddings
