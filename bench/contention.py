@@ -74,7 +74,7 @@ def embed() -> Callable[[], object]:
     """A teacher embeds 256 texts."""
     from pipeline.embed.teachers.sentence_transformers import SentenceTransformersTeacher
 
-    teacher = SentenceTransformersTeacher(str(TEACHER), revision=None, max_tokens=256, dtype="float32", batch_size=32)
+    teacher = SentenceTransformersTeacher(str(TEACHER), revision=None, max_tokens=256, dtype="float32")
     texts = demo_queries(256)
     return lambda: teacher.embed(texts)
 

@@ -32,13 +32,14 @@ from pipeline.encoder.passes.prompt_reader import prompt_reader
 from pipeline.encoder.passes.select import make_passes
 from pipeline.encoder.student import new_student
 from pipeline.optim.flops import step_flops
+from pipeline.optim.gpus import GPUS
 from pipeline.optim.memory import PassTokens, StepSettings, step_memory
 from pipeline.train.losses import Batch, loss_sums
 from pipeline.train.params import PassParams
 
 TOKENS = 10
-# Dense bfloat16 operations a second of an H100 or H200 (data sheet); of another GPU the utilisation is relative to it.
-PEAK_FLOPS = 989e12
+# Of an H100 or H200; of another GPU the utilisation is relative to it.
+PEAK_FLOPS = GPUS["H100"].flops
 SMALL_CARD = 23.6 * 2**30
 TINY = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,

@@ -29,9 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.common import ROOT
 from bench.fake_gpu import device, models
+from pipeline.optim.gpus import GPUS
 
-# NVIDIA H100 SXM: dense bfloat16 operations and bytes a second (data sheet), and what a launch costs the host.
-H100 = {"flops": 989e12, "bandwidth": 3.35e12, "launch": 4e-6}
+# Operations and bytes a second, and what a launch costs the host.
+H100 = {"flops": GPUS["H100"].flops, "bandwidth": GPUS["H100"].bandwidth, "launch": 4e-6}
 LIBRARY = ROOT / ".bench" / "fake_gpu"
 COMPRESSION_TOKENS = 10
 

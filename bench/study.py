@@ -249,7 +249,7 @@ def backbone_targets(study: Study, name: str, texts: list[str]) -> np.ndarray:
 
     def compute() -> np.ndarray:
         tokenizer = TemplateTokenizer(study.states.tokenizer, max_tokens=256)
-        teacher = PooledTeacher(study.states.backbone.get_decoder(), tokenizer, batch_size=32, identity={})
+        teacher = PooledTeacher(study.states.backbone.get_decoder(), tokenizer, identity={})
         return teacher.embed(texts)
 
     return cached(study.cache, f"targets-backbone-{name}", compute)

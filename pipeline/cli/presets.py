@@ -31,11 +31,11 @@ TEACHER_TOKENS = 512
 class PresetTeacher(Params):
     """The backbone as its own LLM2Vec teacher, by published adapters; without any, the stage teach trains them.
 
-    `batch_size`: texts of a forward pass by GPU memory in GB.
+    `batch_tokens`: tokens of a forward pass by GPU memory in GB.
     """
 
     adapters: list[AdapterParams] = Field(default_factory=list)
-    batch_size: dict[int, int]
+    batch_tokens: dict[int, int]
 
 
 class Preset(Params):
@@ -61,7 +61,7 @@ class Preset(Params):
         common: dict[str, Any] = {
             "max_tokens": TEACHER_TOKENS,
             "dtype": self.backbone.dtype,
-            "batch_size": self.teacher.batch_size[memory],
+            "batch_tokens": self.teacher.batch_tokens[memory],
         }
         if not self.published:
             return TeacherParams(kind=TRAINED, **common)
@@ -89,8 +89,8 @@ def switch(path: Path, name: str, memory: int) -> list[str]:
     if name not in presets():
         raise ParamsError(f"unknown backbone '{name}' (known: {', '.join(presets())})")
     preset = presets()[name]
-    if memory not in preset.teacher.batch_size:
-        known = ", ".join(map(str, preset.teacher.batch_size))
+    if memory not in preset.teacher.batch_tokens:
+        known = ", ".join(map(str, preset.teacher.batch_tokens))
         raise ParamsError(f"no batch sizes for {memory} GB (known: {known})", argument="memory")
     read_yaml(path)  # says what is wrong with the file, if anything is
     yaml = _round_trip()

@@ -6,22 +6,32 @@ import typer
 
 from pipeline.cli.options import ParamsOption
 from pipeline.core.config import PARAMS_FILE
+from pipeline.core.errors import ParamsError
 
 
-def params(path: ParamsOption = PARAMS_FILE) -> None:
-    """Check the whole params file; show what each stage will run, on what, with how much memory."""
+def params(
+    path: ParamsOption = PARAMS_FILE,
+    gpu: Annotated[str | None, typer.Option(help="Estimate times for this GPU, not for the one here.")] = None,
+) -> None:
+    """Check the whole params file; show what each stage will run, on what, with how much memory, time and disk."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from pipeline.cli.cost import cost_lines, make_costs
     from pipeline.cli.plan import load_all, make_plan
+    from pipeline.optim.gpus import GPUS, gpu_at_hand
 
-    plan = make_plan(load_all(path))
+    if gpu is not None and gpu not in GPUS:
+        raise ParamsError(f"no data sheet of {gpu} (there are: {', '.join(GPUS)})", argument="gpu")
+    content, chosen = load_all(path), GPUS[gpu] if gpu else gpu_at_hand()
+    plan, costs = make_plan(content), make_costs(content, chosen)
     table = Table("stage", "what", "on what", show_lines=True)
     for line in plan.lines:
         table.add_row(*map(escape, line))
     Console().print(table)
     print("Estimates are upper bounds for rows of full length; their formulas: pipeline/optim/memory.py.")
+    print("\n".join(cost_lines(costs, chosen)))
     for remark in plan.remarks:
         print(f"note: {remark}")
 

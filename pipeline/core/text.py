@@ -3,6 +3,7 @@
 import hashlib
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,22 @@ def templates(*folders: Path, autoescape: bool = True) -> "Environment":
     )
     environment.filters["visible"] = visible
     return environment
+
+
+def by_length(texts: Sequence[str], most_texts: int, most_characters: int) -> list[list[int]]:
+    """Rows of `texts`, the longest first, in groups of at most so many texts and characters.
+
+    A text of more characters is a group of its own.
+    """
+    groups: list[list[int]] = []
+    characters = 0
+    for row in sorted(range(len(texts)), key=lambda row: -len(texts[row])):
+        if not groups or len(groups[-1]) >= most_texts or characters + len(texts[row]) > most_characters:
+            groups.append([])
+            characters = 0
+        groups[-1].append(row)
+        characters += len(texts[row])
+    return groups
 
 
 # Surrogates are no characters; tabs and line ends are whitespace, all other control characters are noise.

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import BackboneParams
 from pipeline.core import artifacts
 from pipeline.core.artifacts import Artifact
@@ -27,6 +28,7 @@ from pipeline.embed.params import EmbedParams
 from pipeline.embed.statistics import TargetStatistics
 from pipeline.embed.targets import (
     CHUNK_BATCHES,
+    CHUNK_TEXTS,
     COLUMNS,
     Embedder,
     Finish,
@@ -39,12 +41,13 @@ from pipeline.embed.targets import (
 from pipeline.embed.teachers.pool import ParallelTeacher, open_teacher
 from pipeline.embed.teachers.registry import TEACHERS
 from pipeline.embed.transform_fit import Fitted, fit_transform
+from pipeline.optim.batching import CHARACTERS_PER_TOKEN, token_budget
 
 log = logging.getLogger(__name__)
 
 BATCH_ROWS = 4096
 # What to lower where the memory of a device is full.
-MEMORY_PARAMS = ("embed.teacher.batch_size",)
+MEMORY_PARAMS = ("embed.teacher.batch_tokens",)
 
 
 class Inputs(Params):
@@ -82,7 +85,8 @@ def _embed(inputs: Inputs, responses: UsableResponses, read: Mapping[str, Artifa
         startup_seconds = monotonic() - started
         with ShardStore(work_dir("embed"), store_schema(teacher.width), fingerprint(teacher)) as store:
             processes = teacher.processes if isinstance(teacher, ParallelTeacher) else 1
-            embedder = Embedder(store, teacher, params.teacher.batch_size * CHUNK_BATCHES * processes)
+            tokens = CHUNK_BATCHES * token_budget(params.teacher.batch_tokens, best_device()) * processes
+            embedder = Embedder(store, teacher, CHUNK_TEXTS * processes, tokens * CHARACTERS_PER_TOKEN)
             embedder.run(responses)
             fitted = _fit(embedder, responses, read["queries"], params) if "queries" in read else None
             finish = Finish(params.normalize, params.dtype, fitted.transform if fitted else None)

@@ -30,7 +30,9 @@ class TeacherParams(Params):
     adapters: list[AdapterParams] = Field(default_factory=list, description="of llm2vec, merged in order: MNTP, SimCSE")
     max_tokens: int = Field(default=512, ge=1, description="longer texts lose their end")
     dtype: DType = Field(default="float32", description="of the teacher's weights")
-    batch_size: int = Field(default=32, ge=1)
+    batch_tokens: int | None = Field(
+        default=None, ge=1, description="tokens of one forward pass, padding included; null = by the device"
+    )
     template: Annotated[str, BeforeValidator(template_of)] = Field(
         default=SLOT, description="of llm2vec and backbone: pooled from its last {text} on; or text, echo, one-word"
     )

@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 
 VERSION = 3
 ID_BYTES = 72
-# Batches that the teacher gets at once: it sorts them by length, and a kill loses them.
+# What a teacher gets at once: about so many batches, at most so many texts. It sorts them by length, a kill loses them.
 CHUNK_BATCHES = 16
+CHUNK_TEXTS = 4096
 COLUMNS = ("id", "response", "finish_reason")
 MOST_ROWS = 2**18  # of a part; `PART_BYTES` alone would allow millions of narrow targets
 NAMED_IDS = 5
@@ -94,11 +95,18 @@ class UsableResponses:
 
 @dataclass
 class Embedder:
-    """One run: `store` has the finished vectors by `store_key`, the teacher gets `chunk_rows` texts at once."""
+    """One run.
+
+    Attributes:
+        store: the finished vectors by `store_key`.
+        chunk_texts: most texts that the teacher gets at once.
+        chunk_characters: most characters of them, unless one text alone has more.
+    """
 
     store: ShardStore
     teacher: Teacher
-    chunk_rows: int
+    chunk_texts: int
+    chunk_characters: int
     rows: int = 0
     computed_rows: int = 0
     computed_tokens: int = 0
@@ -117,8 +125,7 @@ class Embedder:
         started = monotonic()
         bar: tqdm[Row] = progress([], total=self.rows, desc="embed", unit="text", initial=self.rows - missing)
         with bar:
-            todo = (row for row in responses if row.key not in self.store)
-            while chunk := list(islice(todo, self.chunk_rows)):
+            for chunk in self._chunks(row for row in responses if row.key not in self.store):
                 self._embed(chunk)
                 bar.update(len(chunk))
                 rate = self.computed_tokens / max(monotonic() - started, 1e-9)
@@ -147,6 +154,18 @@ class Embedder:
             "tokens_per_second": round(self.computed_tokens / seconds, 1),
             "gpu_memory_mib": self.gpu_memory_mib,
         }
+
+    def _chunks(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
+        chunk: list[Row] = []
+        characters = 0
+        for row in rows:
+            if chunk and (len(chunk) == self.chunk_texts or characters + len(row.text) > self.chunk_characters):
+                yield chunk
+                chunk, characters = [], 0
+            chunk.append(row)
+            characters += len(row.text)
+        if chunk:
+            yield chunk
 
     def _embed(self, rows: Sequence[Row]) -> None:
         texts = [row.text for row in rows]

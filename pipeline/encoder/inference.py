@@ -17,10 +17,8 @@ from pipeline.core.target_transform import TRANSFORM_FILE, Space, TargetTransfor
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.encoder.passes.prompt_reader import prompt_reader
 from pipeline.encoder.student import Student, new_student
-from pipeline.optim.batching import micro_batches
+from pipeline.optim.batching import token_batches, token_budget
 
-# Tokens of one forward pass by device.
-BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
 # Tokens that reading a shared beginning by itself must save, to be worth a further forward pass.
 WORTH_SHARING = 64
 
@@ -98,7 +96,7 @@ class Encoder:
             texts: any strings.
             instruction: put before each text, e.g. "Generate a passage that best answers this question:".
             batch_tokens: most tokens in one forward pass, new tokens included; texts of similar length share a pass, a
-                longer one has its own. None: `BATCH_TOKENS` of the device.
+                longer one has its own. None: by the device.
             show_progress: show a bar.
             space: "trained", or "teacher": the space of the teacher's vectors before the transform of the targets, of
                 width `width_of("teacher")`. Without a transform the two are one.
@@ -219,16 +217,9 @@ class Encoder:
             )
 
     def _batches(self, lengths: Sequence[int], batch_tokens: int | None) -> list[list[int]]:
-        """Rows of each forward pass, the longest first, so that a batch that is too large fails at once."""
+        """Rows of each forward pass, the longest first."""
         costs = np.array(lengths, dtype=np.int64) + len(self.student.tokens)
-        order = [int(row) for row in np.argsort(-costs, kind="stable")]
-        return micro_batches(
-            order,
-            costs,
-            most_rows=len(order),
-            most_tokens=batch_tokens or BATCH_TOKENS.get(self.model.device.type, BATCH_TOKENS["cuda"]),
-            padded=self._reader.padded,
-        )
+        return token_batches(costs, token_budget(batch_tokens, self.model.device.type), padded=self._reader.padded)
 
 
 def check_texts(texts: Sequence[Any], first: int = 0) -> None:

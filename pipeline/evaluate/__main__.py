@@ -56,7 +56,6 @@ def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
             tasks,
             instructions,
             work=work_dir("evaluate"),
-            batch_size=evaluate.batch_size,
             dtype=evaluate.dtype,
             model_name=evaluate.model_name,
         )

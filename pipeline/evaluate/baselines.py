@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BATCHES_PER_JOB = 8  # enough to fill batches with texts of similar length
 HYDE_VERSION = 1
 MODEL_VERSION = 1
 
@@ -41,23 +40,23 @@ MODEL_VERSION = 1
 _PROMPT_KEYS: dict[Side, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
 
-def pooled(name: str, encoder: "Encoder", batch_size: int) -> BareSystem:
+def pooled(name: str, encoder: "Encoder", batch_tokens: int | None = None) -> BareSystem:
     """Mean pooling of the encoder's own backbone, which stays shared, of the template that the registry has for `name`.
 
     With echo each copy of a text may be as long as the student reads it, as far as the backbone's positions allow.
     """
-    return _bare(name, _pooling_teacher(name, lambda: encoder, batch_size))
+    return _bare(name, _pooling_teacher(name, lambda: encoder, batch_tokens))
 
 
 @contextmanager
 def pooled_in_processes(
-    name: str, load: "Callable[[], Encoder]", batch_size: int, devices: Sequence[Device]
+    name: str, load: "Callable[[], Encoder]", batch_tokens: int | None, devices: Sequence[Device]
 ) -> Iterator[BareSystem]:
     """`pooled` in several processes that share the texts of a call; `load` (picklable) runs in each of them."""
     from pipeline.embed.teachers.pool import ParallelTeacher
 
-    load_teacher = partial(_pooling_teacher, name, load, batch_size)
-    with closing(ParallelTeacher(load_teacher, devices, batch_size * BATCHES_PER_JOB)) as teacher:
+    load_teacher = partial(_pooling_teacher, name, load, batch_tokens)
+    with closing(ParallelTeacher(load_teacher, devices, batch_tokens)) as teacher:
         yield _bare(name, teacher)
 
 
@@ -67,7 +66,7 @@ def _bare(name: str, teacher: "Teacher") -> BareSystem:
     return BareSystem(name, teacher.identity, teacher, prompting)
 
 
-def _pooling_teacher(name: str, load: "Callable[[], Encoder]", batch_size: int) -> "Teacher":
+def _pooling_teacher(name: str, load: "Callable[[], Encoder]", batch_tokens: int | None) -> "Teacher":
     from pipeline.embed.teachers.backbone import VERSION
     from pipeline.embed.teachers.pooling import PooledTeacher
 
@@ -82,7 +81,7 @@ def _pooling_teacher(name: str, load: "Callable[[], Encoder]", batch_size: int) 
     if template != SLOT:
         identity["template"] = template
     tokenizer = TemplateTokenizer(encoder.tokenizer, max_tokens=max_tokens, template=template)
-    return PooledTeacher(encoder.model.get_decoder(), tokenizer, batch_size=batch_size, identity=identity)
+    return PooledTeacher(encoder.model.get_decoder(), tokenizer, batch_tokens=batch_tokens, identity=identity)
 
 
 def _echo_tokens(template: str, encoder: "Encoder") -> int:
@@ -110,6 +109,7 @@ class HydeSystem:
     name: str = "hyde"
     fallbacks: int = 0
     failed: int = 0
+    _unanswered: frozenset[str] = frozenset()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -122,8 +122,20 @@ class HydeSystem:
         """Embeddings float32 [len(texts), d]: of a query's answer, of a document itself."""
         return self.teacher.embed(texts if side == "document" else self._answered(texts, instruction))
 
+    def prepare(self, texts: Sequence[str], instruction: str, side: Side) -> None:
+        """Have all queries of a call answered, so that the engine starts once; the store keeps the answers.
+
+        Those that it failed on are not asked again before the next call: a chunk would start the engine anew for them.
+        """
+        prompts = [] if side == "document" else [join_instruction(instruction, text) for text in texts]
+        answers = zip(prompts, self.answers(prompts) if prompts else [], strict=True)
+        self._unanswered = frozenset(prompt for prompt, answer in answers if answer is None)
+
     def _answered(self, texts: Sequence[str], instruction: str) -> list[str]:
-        answers = self.answers([join_instruction(instruction, text) for text in texts])
+        prompts = [join_instruction(instruction, text) for text in texts]
+        asked = [prompt for prompt in prompts if prompt not in self._unanswered]
+        given = dict(zip(asked, self.answers(asked), strict=True))
+        answers = [given.get(prompt) for prompt in prompts]
         self.failed += answers.count(None)
         embedded = [answer if answer and answer.strip() else None for answer in answers]
         if blank := embedded.count(None):

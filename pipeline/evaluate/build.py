@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # What to lower where the memory of a device is full.
-MEMORY_PARAMS = ("evaluate.batch_tokens", "evaluate.batch_size", "embed.teacher.batch_size")
+MEMORY_PARAMS = ("evaluate.batch_tokens", "embed.teacher.batch_tokens")
 
 # Builds a system; what must be closed after its turn goes onto the stack.
 Builder = Callable[[ExitStack], System]
@@ -74,8 +74,7 @@ class Systems:
         answers: the backbone's own answers, for hyde; closed by `close`.
         device: of the backbone.
         dtype: of the backbone.
-        batch_size: texts in one forward pass of backbone-mean and echo.
-        batch_tokens: tokens in one forward pass of an encoder; None leaves it to the encoder.
+        batch_tokens: tokens in one forward pass of an encoder, backbone-mean and echo; None: by the device.
         teacher_prompt: what the teacher itself puts before a text.
         models: loads further systems by name.
         seeds: of untrained students; each seed is a system.
@@ -89,7 +88,6 @@ class Systems:
     answers: Answers
     device: str
     dtype: DType
-    batch_size: int
     batch_tokens: int | None = None
     teacher_prompt: str = ""
     models: Mapping[SystemName, Callable[[], System]] = field(default_factory=dict)
@@ -173,9 +171,9 @@ class Systems:
 
     def _pooled(self, name: SystemName, stack: ExitStack) -> System:
         if self.processes == 1:
-            return pooled(name, self.encoder(), self.batch_size)
+            return pooled(name, self.encoder(), self.batch_tokens)
         devices = split_devices(self.processes)
-        return stack.enter_context(pooled_in_processes(name, self._encoder_loader(), self.batch_size, devices))
+        return stack.enter_context(pooled_in_processes(name, self._encoder_loader(), self.batch_tokens, devices))
 
     def _model(self, name: SystemName, _: ExitStack) -> System:
         self._drop_encoder()
@@ -217,7 +215,6 @@ def make_systems(inputs: SystemInputs) -> Systems:
         answers=make_answers(inputs),
         device=best_device(),
         dtype=params.dtype,
-        batch_size=params.batch_size,
         batch_tokens=params.batch_tokens,
         teacher_prompt=inputs.embed.teacher.prompt,
         models={name: partial(_load_model, name, model) for name, model in params.models.items()},
@@ -244,9 +241,8 @@ def _load_model(name: SystemName, model: ModelParams) -> System:
 
 
 def _with_cache(params: EvaluateParams, system: System) -> AbstractContextManager[System]:
-    if not params.cache_embeddings:
-        return nullcontext(system)
-    return closing(CachedSystem(system, work_dir("embeddings"), dtype=params.dtype))
+    root = work_dir("embeddings") if params.cache_embeddings else None
+    return closing(CachedSystem(system, root, embeddings_dtype=params.embeddings_dtype, dtype=params.dtype))
 
 
 def make_answers(inputs: SystemInputs) -> Answers:
@@ -259,7 +255,18 @@ def make_answers(inputs: SystemInputs) -> Answers:
         keep = best_device() == "cpu" or ENGINES[generate.engine].runs_on == "endpoint"
         if not keep:
             log.info("answers: the engine stops after each call to free the GPU (evaluate.answers.keep_engine)")
+    elif keep and best_device() == "cuda":
+        generate = _with_memory(generate, overrides.engine_memory)
     return Answers.of(inputs.backbone, generate, work_dir("answers"), keeps_engine=keep)
+
+
+def _with_memory(generate: GenerateParams, share: float) -> GenerateParams:
+    """The engine with this share of each GPU's memory, unless its options set one or it has no such option."""
+    option = "gpu_memory_utilization"
+    if option in generate.options or option not in ENGINES[generate.engine].engine().SPEED_OPTIONS:
+        return generate
+    log.info("answers: the engine stays and takes %.2f of a GPU's memory (evaluate.answers.engine_memory)", share)
+    return generate.model_copy(update={"options": {**generate.options, option: share}})
 
 
 def own_instructions(inputs: SystemInputs) -> Path | None:
@@ -279,6 +286,6 @@ def encoder_artifact() -> Artifact:
 def manifest_params(inputs: SystemInputs, **own: Any) -> dict[str, Any]:
     """The params that decide the result, for its manifest."""
     evaluate = inputs.evaluate.model_dump(
-        exclude={"cache_embeddings": True, "data_parallel": True, "answers": {"keep_engine"}}
+        exclude={"cache_embeddings": True, "data_parallel": True, "answers": {"keep_engine", "engine_memory"}}
     )
     return {"evaluate": evaluate, "teacher": inputs.embed.teacher.model_dump(), **own}

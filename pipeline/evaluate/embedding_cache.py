@@ -1,5 +1,7 @@
 """Embeddings stored on disk, so that a system embeds each text once: within a suite and after a kill.
 
+They are rounded to the store's type before anything is scored, so a score does not depend on what was stored.
+
 A store is keyed by all that decides an embedding besides the text (weights, prompting, precision), a row by a hash of
 the system's cache key. Its id begins with a hash of the instruction and side that came with it first: the texts of a
 task then lie side by side and are read without the rest of the store.
@@ -19,14 +21,15 @@ from pipeline.core.artifacts import bytes_sha256, digest_of
 from pipeline.core.errors import EvaluationError, WorkError
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import progress
+from pipeline.core.schemas import TARGET_TYPES
+from pipeline.core.text import by_length
 from pipeline.core.vectors import matrix
-from pipeline.evaluate.system import VERSION, System, failed_texts
+from pipeline.embed.params import TargetType
+from pipeline.evaluate.system import VERSION, System, failed_texts, prepare
 from pipeline.tasks.instructions import Side
 
 log = logging.getLogger(__name__)
 
-# Without the width, which is unknown before the first embedding.
-SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("embedding", pa.list_(pa.float32()))])
 # A kill loses one chunk at most: so many texts or characters, whichever comes first.
 CHUNK_TEXTS = 4096
 CHUNK_CHARACTERS = 2**20
@@ -40,9 +43,15 @@ class CachedSystem:
     `reused` and `computed` count the distinct cache keys so far that were found on disk, and that `system` embedded.
     """
 
-    def __init__(self, system: System, root: Path, **conditions: Any) -> None:
-        """`conditions` decide embeddings besides identity and prompting, e.g. the dtype; they serialise to JSON."""
+    def __init__(
+        self, system: System, root: Path | None, *, embeddings_dtype: TargetType = "float32", **conditions: Any
+    ) -> None:
+        """Keep embeddings as `embeddings_dtype` below `root`; None stores nothing, and rounds all the same.
+
+        `conditions` decide embeddings besides identity and prompting, e.g. the model's dtype; they serialise to JSON.
+        """
         self.system, self.reused, self.computed = system, 0, 0
+        self.embeddings_dtype = embeddings_dtype
         self.name, self.identity, self.prompting = system.name, system.identity, system.prompting
         self._root = root
         self._fingerprint = {
@@ -78,28 +87,44 @@ class CachedSystem:
         for some, vectors in stored.take([content for content in distinct if content not in missing]):
             rows.put(some, vectors)
         group = digest_of([instruction, side])[:_GROUP]
-        chunks: Collection[list[str]] = list(_chunks(missing))
+        if missing:
+            prepare(self.system, list(missing.values()), instruction, side)
+        chunks: Collection[list[str]] = _chunks(missing)
         if len(chunks) > 1:
             chunks = progress(chunks, total=len(chunks), desc=f"encode {self.name}", unit="chunk")
         for chunk in chunks:
             failed = failed_texts(self.system)
             encoded = self.system.encode([missing[content] for content in chunk], instruction, side)
-            vectors = np.ascontiguousarray(encoded, dtype=np.float32)
-            rows.put(chunk, vectors)
+            vectors = self._rounded(encoded)
+            rows.put(chunk, vectors.astype(np.float32))
             if failed == failed_texts(self.system):
                 stored.add(group, chunk, vectors)
         self.reused += len(distinct) - len(missing)
         self.computed += len(missing)
         return rows.of(contents)
 
+    def _rounded(self, embeddings: np.ndarray) -> np.ndarray:
+        """Raises EvaluationError if a finite value is too large for the type."""
+        vectors = np.ascontiguousarray(embeddings, dtype=np.float32)
+        largest = float(np.abs(vectors, where=np.isfinite(vectors), out=np.zeros_like(vectors)).max(initial=0.0))
+        limit = float(np.finfo(self.embeddings_dtype).max)
+        if largest > limit:
+            raise EvaluationError(
+                f"{self.name} gave {largest:.6g}, {self.embeddings_dtype} holds up to {limit:.6g}: "
+                "set embeddings_dtype to float32"
+            )
+        return vectors.astype(self.embeddings_dtype)
+
     def _open(self) -> "_StoredEmbeddings":
-        """The store; where another process uses it, an empty one that stores nothing."""
+        """The store; without a root, or where another process uses it, an empty one that stores nothing."""
         if self._stored is None:
+            store = None
             try:
-                store = self._stack.enter_context(ShardStore(self._root, SCHEMA, self._fingerprint))
+                if self._root is not None:
+                    schema = _schema(self.embeddings_dtype)
+                    store = self._stack.enter_context(ShardStore(self._root, schema, self._fingerprint))
             except WorkError as error:
                 log.warning("%s embeds without its cache: %s", self.name, error)
-                store = None
             self._stored = _StoredEmbeddings(store)
         return self._stored
 
@@ -132,7 +157,8 @@ class _StoredEmbeddings:
         width = vectors.shape[1]
         offsets = pa.array(np.arange(0, (len(finite) + 1) * width, width), pa.int32())
         column = pa.ListArray.from_arrays(offsets, pa.array(vectors[finite].reshape(-1)))
-        self._store.add_table(pa.Table.from_arrays([pa.array(ids.values(), pa.string()), column], schema=SCHEMA))
+        table = pa.Table.from_arrays([pa.array(ids.values(), pa.string()), column], schema=self._store.schema)
+        self._store.add_table(table)
         self._store.flush()
         self._ids |= ids
 
@@ -162,19 +188,19 @@ class _Rows:
         return self._vectors[[self._rows[content] for content in contents]]
 
 
+def _schema(dtype: TargetType) -> pa.Schema:
+    """Without the width, which is unknown before the first embedding."""
+    return pa.schema(
+        [pa.field("id", pa.string(), nullable=False), pa.field("embedding", pa.list_(TARGET_TYPES[dtype]))]
+    )
+
+
 def _content(key: str) -> str:
     return bytes_sha256(key.encode("utf-8", "surrogatepass"))[:_CONTENT]
 
 
-def _chunks(texts: Mapping[str, str]) -> Iterator[list[str]]:
+def _chunks(texts: Mapping[str, str]) -> list[list[str]]:
     """The keys of texts by falling length, in chunks of limited texts and characters."""
-    chunk: list[str] = []
-    characters = 0
-    for content in sorted(texts, key=lambda content: -len(texts[content])):
-        if chunk and (len(chunk) == CHUNK_TEXTS or characters + len(texts[content]) > CHUNK_CHARACTERS):
-            yield chunk
-            chunk, characters = [], 0
-        chunk.append(content)
-        characters += len(texts[content])
-    if chunk:
-        yield chunk
+    contents = list(texts)
+    groups = by_length(list(texts.values()), CHUNK_TEXTS, CHUNK_CHARACTERS)
+    return [[contents[row] for row in group] for group in groups]

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pipeline.backbone.loading import DType
 from pipeline.core.bootstrap import BootstrapParams
 from pipeline.core.config import Params
+from pipeline.embed.params import TargetType
 from pipeline.evaluate.registry import BUILT_IN
 from pipeline.parallel.devices import Count
 
@@ -37,6 +38,12 @@ class AnswersParams(Params):
     keep_engine: bool | None = Field(
         default=None, description="while the teacher embeds; null = only where the two do not share a GPU"
     )
+    engine_memory: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="share of a GPU that a kept engine takes; the teacher has the rest",
+    )
 
 
 class EvaluateParams(Params):
@@ -45,9 +52,10 @@ class EvaluateParams(Params):
     models: dict[str, ModelParams] = Field(default_factory=dict, description="sentence-transformers models by system")
     systems: list[str] = Field(min_length=1, description="student is compared with the others")
     local_dir: str = Field(description="folder of the local task folders")
-    batch_size: int = Field(default=32, gt=0, description="texts of one forward pass of backbone-mean and echo")
     batch_tokens: int | None = Field(
-        default=None, ge=1, description="tokens of one forward pass of a student; null = by the device"
+        default=None,
+        ge=1,
+        description="tokens of one forward pass of a student, backbone-mean and echo; null = by the device",
     )
     data_parallel: Count = Field(default="auto", description="processes that share the texts; auto: one a GPU")
     dtype: DType = "bfloat16"
@@ -59,6 +67,9 @@ class EvaluateParams(Params):
     )
     instructions: str | None = Field(default=None, description="YAML file of own instructions over the shipped ones")
     cache_embeddings: bool = Field(default=True, description="keep embeddings in the work folder")
+    embeddings_dtype: TargetType = Field(
+        default="float16", description="that embeddings are rounded to before they are scored and kept"
+    )
     answers: AnswersParams = Field(default_factory=AnswersParams)
     bootstrap: BootstrapParams = Field(default_factory=BootstrapParams)
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.evaluate.params import EvaluateParams
+from pipeline.optim.batching import CHARACTERS_PER_TOKEN
 from pipeline.tasks.instructions import Instructions, Side, load_instructions, read_changes
 from pipeline.tasks.suites import SuiteParams, find_tasks
-
-CHARACTERS_PER_TOKEN = 4  # of English; other scripts have fewer
 
 _DOCUMENTS = "documents_text_statistics"
 
@@ -55,6 +54,10 @@ class EvaluationPlan:
             for stage, what in self._described.items()
         ]
 
+    def sizes(self, max_tokens: int) -> "dict[str, SuiteSize]":
+        """What a system that cuts texts at `max_tokens` reads in each suite and probe that has tasks of mteb."""
+        return {stage: size_of(tasks, max_tokens) for stage, tasks in self._tasks.items() if tasks}
+
     def remarks(self) -> list[str]:
         """Entries of evaluate.instructions that no suite or probe uses."""
         if self._changes is None:
@@ -88,14 +91,15 @@ def mteb_tasks(entry: Mapping[str, Any], instructions: Instructions) -> list[Any
 class SuiteSize:
     """Texts of a suite, counted once within each task and side; tasks without documents have queries alone.
 
-    `tokens` assumes four characters each, cut at the limit: an upper bound for English. `unknown` tasks are not
-    counted.
+    `tokens` assumes four characters each, cut at the limit: an upper bound for English; `document_tokens` are those of
+    the documents. `unknown` tasks are not counted.
     """
 
     tasks: int
     queries: int
     documents: int
     tokens: int
+    document_tokens: int
     unknown: tuple[str, ...]
 
     @property
@@ -112,9 +116,10 @@ def size_of(tasks: Iterable[Any], max_tokens: int) -> SuiteSize:
         if not columns:
             unknown.append(part.metadata.name)
         for side, texts, length in columns:
-            counts[side] += texts
-            counts["tokens"] += round(texts * min(length / CHARACTERS_PER_TOKEN, max_tokens))
-    return SuiteSize(len(tasks), counts["query"], counts["document"], counts["tokens"], tuple(unknown))
+            tokens = round(texts * min(length / CHARACTERS_PER_TOKEN, max_tokens))
+            counts += Counter({side: texts, "tokens": tokens, f"{side} tokens": tokens})
+    queries, documents = counts["query"], counts["document"]
+    return SuiteSize(len(tasks), queries, documents, counts["tokens"], counts["document tokens"], tuple(unknown))
 
 
 def _text_columns(task: Any) -> Iterator[tuple[Side, int, float]]:

@@ -31,6 +31,7 @@ from pipeline.tasks.instructions import Instructions
 log = logging.getLogger(__name__)
 
 SEED = 42
+LOADER_TEXTS = 256  # that mteb's loader joins; a system gets the texts of all of them at once
 UNIT_SCORES_VERSION = 1  # raise it when unit scores are computed otherwise: finished tasks are then run again
 
 
@@ -61,15 +62,13 @@ def run_systems(
     instructions: Instructions,
     *,
     work: Path,
-    batch_size: int,
     dtype: str,
     model_name: str | None = None,
 ) -> list[SystemResults]:
     """Run every system on every task; no system is referenced after its turn.
 
     The data of `tasks` is not loaded; each system runs on fresh copies, so all see the same samples. Finished tasks lie
-    in `work`; mteb passes `batch_size` texts at once; `model_name` (`organisation/name`) is the student's in its
-    results.
+    in `work`; `model_name` (`organisation/name`) is the student's in its results.
 
     Raises EvaluationError if data sets or instructions are missing (all in one message), or embeddings are unusable.
     """
@@ -81,13 +80,13 @@ def run_systems(
     runs = []
     for system in systems:
         meta, encoder = published_meta(system, model_name), MtebEncoder(system, instructions, dtype=dtype)
-        runs.append(_run_system(encoder, meta, tasks, work, batch_size, available))
+        runs.append(_run_system(encoder, meta, tasks, work, available))
         del system, encoder  # frees its memory before the next one is loaded
     return _with_unique_names(runs)
 
 
 def _run_system(
-    encoder: MtebEncoder, meta: Any, tasks: Sequence[Any], work: Path, batch_size: int, available: set[str]
+    encoder: MtebEncoder, meta: Any, tasks: Sequence[Any], work: Path, available: set[str]
 ) -> SystemResults:
     started, system = time.monotonic(), encoder.system
     task_runs = [[_TaskRun.find(part, work, encoder) for part in _parts(task)] for task in tasks]
@@ -99,7 +98,7 @@ def _run_system(
     for task, parts in zip(tasks, task_runs, strict=True):
         for part in parts:
             if part.result is None:
-                part.run(encoder, batch_size)
+                part.run(encoder)
         result, scores = _combined(task, parts)
         results.append(result)
         unit_scores.append(scores)
@@ -147,7 +146,7 @@ class _TaskRun:
     def unit_scores_path(self) -> Path:
         return self.path.with_suffix(".findings.npz")
 
-    def run(self, encoder: MtebEncoder, batch_size: int) -> None:
+    def run(self, encoder: MtebEncoder) -> None:
         """Run the task and store its result, unless the system failed on some texts: then the next run repeats it."""
         task = copy.deepcopy(self.task)  # a task's random state moves as it runs
         task.load_data()
@@ -155,7 +154,7 @@ class _TaskRun:
         failed = failed_texts(encoder.system)
         with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".predictions-") as folder:
             observer = Observer(task, Path(folder))
-            result = _evaluate(encoder, task, batch_size, observer.prediction_folder)
+            result = _evaluate(encoder, task, observer.prediction_folder)
             self.unit_scores = observer.unit_scores(result)
         save(self.unit_scores_path, self.unit_scores)
         self.cache.save_to_cache(result, self.meta)
@@ -165,7 +164,7 @@ class _TaskRun:
             self.path.unlink()
 
 
-def _evaluate(encoder: MtebEncoder, task: Any, batch_size: int, prediction_folder: Path | None) -> Any:
+def _evaluate(encoder: MtebEncoder, task: Any, prediction_folder: Path | None) -> Any:
     import mteb
     from scipy.stats import ConstantInputWarning
     from sklearn.exceptions import ConvergenceWarning, UndefinedMetricWarning
@@ -181,7 +180,7 @@ def _evaluate(encoder: MtebEncoder, task: Any, batch_size: int, prediction_folde
             encoder,
             task,
             cache=None,
-            encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
+            encode_kwargs={"batch_size": LOADER_TEXTS, "show_progress_bar": False},
             prediction_folder=prediction_folder,
             show_progress_bar=False,
             co2_tracker=False,

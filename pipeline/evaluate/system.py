@@ -49,9 +49,18 @@ class System(Protocol):
 
 
 def revision_of(system: System, **conditions: Any) -> str:
-    """40 hex digits that change with a system's weights, its prompting or the `conditions` of a score."""
+    """40 hex digits that change with a system's weights, its prompting, its rounding or the `conditions` of a score."""
     content = {"version": VERSION, "identity": system.identity, "prompting": system.prompting, **conditions}
+    rounded = getattr(system, "embeddings_dtype", "float32")
+    if rounded != "float32":
+        content["embeddings_dtype"] = rounded
     return digest_of(content)[:40]
+
+
+def prepare(system: System, texts: Sequence[str], instruction: str, side: Side) -> None:
+    """Let a system do once what the texts of a whole call need, before it gets them in chunks."""
+    if hasattr(system, "prepare"):
+        system.prepare(texts, instruction, side)
 
 
 def failed_texts(system: System) -> int:

@@ -1,4 +1,4 @@
-"""Which rows go through the backbone together: optimiser steps, and the forward passes of a step.
+"""Which rows go through a model together: optimiser steps, the forward passes of a step, and those of inference.
 
 The rows of a step depend on seed and step alone, so a resumed run takes the same ones.
 """
@@ -9,6 +9,10 @@ from typing import TypeVar
 import numpy as np
 
 T = TypeVar("T")
+
+# Tokens of one forward pass without autograd, by device.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
+CHARACTERS_PER_TOKEN = 4  # of English; other scripts have fewer
 
 
 def epoch_order(rows: int, epoch: int, seed: int) -> np.ndarray:
@@ -110,6 +114,21 @@ def grouped(passes: Sequence[list[int]], cost: Callable[[Sequence[int]], float],
         groups[-1].append(rows)
         total += cost(rows)
     return groups
+
+
+def token_budget(wanted: int | None, device: str) -> int:
+    """Tokens of one forward pass without autograd: `wanted`, or what suits the kind of device ("cpu", "cuda")."""
+    return wanted or BATCH_TOKENS.get(device, BATCH_TOKENS["cuda"])
+
+
+def token_batches(lengths: Sequence[int] | np.ndarray, most_tokens: int, *, padded: bool) -> list[list[int]]:
+    """Rows of each forward pass of at most `most_tokens`; a longer row makes a pass of its own.
+
+    The longest come first, so that a pass that is too large for memory fails at once. `padded` as in `micro_batches`.
+    """
+    costs = np.asarray(lengths, dtype=np.int64)
+    order = [int(row) for row in np.argsort(-costs, kind="stable")]
+    return micro_batches(order, costs, most_rows=len(order), most_tokens=most_tokens, padded=padded)
 
 
 class Batches:

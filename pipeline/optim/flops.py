@@ -1,4 +1,4 @@
-"""Floating-point operations that a training step asks for, whatever way it is computed.
+"""Floating-point operations that training and reading ask for, whatever way they are computed.
 
 A multiplication and its addition count as two. The frozen weights need no gradient, so backward costs once what forward
 costs in linear maps, not twice; the prefix of a query runs forward only. Attention is counted as full rectangles, as is
@@ -8,6 +8,11 @@ usual, though half of each is masked. Padding, recomputation, softmax, norms and
 from collections.abc import Iterable
 
 from pipeline.backbone.sizes import ModelSizes
+
+
+def read_flops(sizes: ModelSizes, tokens: float, mean_length: float) -> float:
+    """Operations of forward passes over so many tokens without the output head, in texts of this mean length."""
+    return tokens * sizes.layers * (2 * sizes.layer_parameters() + 4 * sizes.queries * mean_length)
 
 
 def step_flops(

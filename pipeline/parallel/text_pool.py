@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.text import by_length
 from pipeline.parallel.devices import Device
 from pipeline.parallel.worker_pool import Channel, WorkerPool
 
@@ -42,6 +43,7 @@ class TextPool:
         devices: Sequence[Device],
         *,
         job_texts: int,
+        job_characters: int | None = None,
         kind: str,
         error: type[PipelineError],
     ) -> None:
@@ -51,12 +53,13 @@ class TextPool:
             load: loads the object (picklable); runs in each process.
             describe: computes `facts` from it (picklable).
             job_texts: most texts of a job.
+            job_characters: most characters of a job; None: no limit.
             kind: as of `WorkerPool`.
 
         Raises:
             PipelineError: what was raised when an object was loaded, or `error` if its process died.
         """
-        self._job_texts, self._number = job_texts, 0
+        self._job_texts, self._job_characters, self._number = job_texts, job_characters, 0
         self._workers = WorkerPool(partial(serve, load, describe), devices, kind=kind, error=error)
         self.facts = self._workers.wait_until_ready()[0]
 
@@ -65,7 +68,7 @@ class TextPool:
 
     def run(self, method: str, texts: Sequence[str], **arguments: Any) -> Iterator[tuple[list[int], Any]]:
         """The rows and the result of each job, in the order of completion; a worker has one job waiting."""
-        split = split_texts(texts, self._job_texts, len(self._workers))
+        split = split_texts(texts, self._job_texts, len(self._workers), self._job_characters)
         jobs = {self._number + offset: rows for offset, rows in enumerate(split)}
         self._number += len(jobs)
         waiting, open_jobs = iter(jobs.items()), set(jobs)
@@ -89,11 +92,12 @@ class TextPool:
         self._workers.close()
 
 
-def split_texts(texts: Sequence[str], job_texts: int, workers: int) -> list[list[int]]:
-    """Rows of `texts` by falling length, in groups of at most `job_texts` and at least one for each worker."""
-    order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
-    size = max(1, min(job_texts, -(-len(order) // workers)))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+def split_texts(
+    texts: Sequence[str], job_texts: int, workers: int, job_characters: int | None = None
+) -> list[list[int]]:
+    """Rows of `texts` by falling length, in groups within the limits of a job and at least one for each worker."""
+    most = max(1, min(job_texts, -(-len(texts) // workers)))
+    return by_length(texts, most, job_characters or sum(map(len, texts)))
 
 
 def serve(load: Callable[[], Any], describe: Callable[[Any], Any], channel: Channel) -> None:

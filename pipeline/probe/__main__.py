@@ -41,7 +41,6 @@ def run(inputs: Inputs, name: str, params: Params, run_record: RunRecord) -> Non
             names=evaluate.systems,
             local_dir=Path(evaluate.local_dir),
             work=work_dir("probe") / name,
-            batch_size=evaluate.batch_size,
             dtype=evaluate.dtype,
             bootstrap=evaluate.bootstrap,
             instructions=own_instructions(inputs),

@@ -41,7 +41,6 @@ class ProbeContext:
     names: Sequence[SystemName]
     local_dir: Path
     work: Path
-    batch_size: int
     dtype: DType
     bootstrap: BootstrapParams = field(default_factory=BootstrapParams)
     instructions: Path | None = None

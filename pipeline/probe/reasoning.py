@@ -54,7 +54,6 @@ def run(params: ReasoningParams, context: ProbeContext) -> ProbeResult:
             tasks,
             load_instructions(context.instructions),
             work=context.work,
-            batch_size=context.batch_size,
             dtype=context.dtype,
         )
     rows = summary_table(tasks, runs, METRIC)

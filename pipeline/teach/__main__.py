@@ -39,7 +39,7 @@ POOLED_TOKENS = {
     "last": "the last token alone",
 }
 # What to lower where the memory of a device is full.
-MEMORY_PARAMS = ("teach.mntp.micro_batch_size", "teach.simcse.micro_batch_size", "embed.teacher.batch_size")
+MEMORY_PARAMS = ("teach.mntp.micro_batch_size", "teach.simcse.micro_batch_size", "embed.teacher.batch_tokens")
 
 
 class LocalData(Params, extra="ignore"):
@@ -124,7 +124,7 @@ def _measure(inputs: Inputs, adapters: Mapping[str, Path], texts: list[str], tas
     from pipeline.teach.quality import BASELINE, MNTP, SIMCSE, measure
 
     teacher = inputs.embed.teacher
-    shared: dict[str, Any] = teacher.model_dump(include={"max_tokens", "dtype", "batch_size"})
+    shared: dict[str, Any] = teacher.model_dump(include={"max_tokens", "dtype", "batch_tokens"})
     adapted = partial(load_llm2vec, inputs.backbone, template=teacher.template, pooling=teacher.pooling, **shared)
     mntp, simcse = (AdapterParams(name=str(adapters[phase])) for phase in ("mntp", "simcse"))
     return measure(
@@ -137,7 +137,6 @@ def _measure(inputs: Inputs, adapters: Mapping[str, Path], texts: list[str], tas
         tasks,
         inputs.teach.quality,
         work=work / "quality",
-        batch_size=teacher.batch_size,
         dtype=teacher.dtype,
     )
 

@@ -13,6 +13,7 @@ On a CPU masks are numbers of the activations' size.
 from dataclasses import replace
 
 from pipeline.backbone.sizes import ModelSizes
+from pipeline.optim.flops import read_flops
 from pipeline.optim.memory import (
     FUSED_LOGIT,
     TRAINED,
@@ -66,6 +67,18 @@ def _dropped(phase: MntpParams | SimcseParams, sizes: ModelSizes, settings: Step
     if isinstance(phase, SimcseParams) and phase.dropout:
         total += sizes.heads * phase.max_tokens * (2 * settings.number + MASK)
     return total
+
+
+def phase_flops(phase: MntpParams | SimcseParams, sizes: ModelSizes) -> float:
+    """Operations of all steps of a phase, forward and backward through frozen weights; the adapters' are left out."""
+    tokens = phase.steps * phase.batch_size * phase.max_tokens
+    once = read_flops(sizes, tokens, phase.max_tokens)
+    # Attention has no frozen operand: its backward pass costs twice what its forward pass does.
+    both = 2 * once + tokens * 4 * sizes.layers * sizes.queries * phase.max_tokens
+    if isinstance(phase, MntpParams):
+        return both + tokens * phase.mask_fraction * 4 * sizes.hidden * sizes.vocabulary
+    again = once if phase.micro_batch_size < phase.batch_size else 0
+    return 2 * (both + again)  # two views of each text
 
 
 def teach_memory_line(teach: TeachParams, sizes: ModelSizes) -> str:

@@ -78,7 +78,6 @@ def measure(
     params: QualityParams,
     *,
     work: Path,
-    batch_size: int,
     dtype: str,
 ) -> Quality:
     """Load and measure one teacher after another, one in memory at a time; EvaluationError if embeddings are unusable.
@@ -88,7 +87,6 @@ def measure(
         texts: of the corpus.
         tasks: see `find_quality_tasks`.
         work: folder of finished tasks.
-        batch_size: texts of one call.
     """
     halves = text_halves(texts, params.texts)
     intrinsic: dict[str, dict[str, float]] = {}
@@ -107,19 +105,19 @@ def measure(
     if not tasks:
         deque(systems(), maxlen=0)
         return Quality({}, [], intrinsic)
-    metrics, deltas = _on_tasks(systems(), tasks, params, work, batch_size, dtype)
+    metrics, deltas = _on_tasks(systems(), tasks, params, work, dtype)
     return Quality(metrics, deltas, intrinsic)
 
 
 def _on_tasks(
-    systems: Iterator[System], tasks: Sequence[Any], params: QualityParams, work: Path, batch_size: int, dtype: str
+    systems: Iterator[System], tasks: Sequence[Any], params: QualityParams, work: Path, dtype: str
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     from pipeline.evaluate.deltas import task_deltas
     from pipeline.evaluate.run import run_systems
     from pipeline.evaluate.summary import flat_metrics, summary_table
     from pipeline.tasks.instructions import load_instructions
 
-    runs = run_systems(systems, tasks, load_instructions(None), work=work, batch_size=batch_size, dtype=dtype)
+    runs = run_systems(systems, tasks, load_instructions(None), work=work, dtype=dtype)
     by_name = {run.system: run for run in runs}
     deltas = []
     for name in (MNTP, SIMCSE):

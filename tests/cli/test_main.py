@@ -85,6 +85,11 @@ def test_params_prints_the_plan(workspace: Path) -> None:
     assert result.exit_code == 0
     assert "Qwen/Qwen3-4B" in result.stdout
     assert "note: probes.safety.revision" in result.stdout
+    assert "--gpu NAME adds times" in result.stdout
+    on_one = call("params", "--params", ROOT / "params.yaml", "--gpu", "4090").stdout
+    assert "on one 4090, computed and not measured" in on_one
+    assert "of it student" in on_one
+    fails("--gpu: no data sheet of K80", "params", "--params", ROOT / "params.yaml", "--gpu", "K80")
     fails("params.yaml does not exist", "params")
 
 

@@ -74,7 +74,7 @@ def test_revisions_are_commits_or_open() -> None:
 def test_teachers_are_the_papers_own_of_each_backbone() -> None:
     """The names of the paper's table of models; both adapters carry the backbone's name without its dots."""
     for name, preset in presets().items():
-        assert preset.teacher.batch_size.keys() == {24, 80}
+        assert preset.teacher.batch_tokens.keys() == {24, 80}
         if not preset.published:
             continue
         mntp, simcse = preset.teacher.adapters
@@ -84,7 +84,7 @@ def test_teachers_are_the_papers_own_of_each_backbone() -> None:
         assert all(adapter.revision is None or len(adapter.revision) == 40 for adapter in (mntp, simcse))
         teacher = preset.teacher_params(24)
         assert (teacher.name, teacher.revision) == (preset.backbone.name, preset.backbone.revision)
-        assert teacher.batch_size <= preset.teacher_params(80).batch_size
+        assert teacher.batch_tokens <= preset.teacher_params(80).batch_tokens
 
 
 def test_where_none_is_published_the_teacher_is_trained_here(params: Path) -> None:
@@ -131,6 +131,7 @@ def test_switching_sets_the_preset_and_keeps_the_rest(params: Path) -> None:
                 {"name": "McGill-NLP/LLM2Vec-Qwen3-4B-mntp-unsup-simcse", "revision": None},
             ],
             "dtype": "bfloat16",
+            "batch_tokens": 16384,
             "prompt": "",
         },
         "normalize": False,
@@ -144,7 +145,7 @@ def test_switching_sets_the_preset_and_keeps_the_rest(params: Path) -> None:
     assert changes[0] == "backbone.name: models/own -> Qwen/Qwen3-4B"
     adapters = next(line for line in changes if line.startswith("embed.teacher.adapters: None -> "))
     assert adapters.endswith("LLM2Vec-Qwen3-4B-mntp-unsup-simcse (not pinned)")
-    assert len(changes) == 4 + 6 + 2 + 3
+    assert len(changes) == 4 + 7 + 2 + 3
 
 
 def test_comments_stay_with_their_sections(params: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.text import normalize_text, visible
+from pipeline.core.text import by_length, normalize_text, visible
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,10 @@ def test_normalizing_is_idempotent_and_gives_plain_utf8(text: str) -> None:
 @given(st.text(st.characters(categories=["L", "N", "P", "S"])))
 def test_letters_numbers_punctuation_and_symbols_are_never_lost(text: str) -> None:
     assert normalize_text(text) == unicodedata.normalize("NFC", text)
+
+
+def test_groups_are_by_falling_length_and_within_both_limits() -> None:
+    texts = ["aa", "a" * 9, "", "aaa", "aaa", "a"]
+    assert by_length(texts, 9, 6) == [[1], [3, 4], [0, 5, 2]]
+    assert by_length(texts, 2, 100) == [[1, 3], [4, 0], [5, 2]]
+    assert by_length([], 2, 6) == []

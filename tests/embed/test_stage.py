@@ -39,7 +39,7 @@ def configure(workspace: Path, tiny_backbone: Callable[..., Path]) -> Callable[.
     backbone = {"name": str(tiny_backbone("llama")), "dtype": "float32"}
 
     def write(embed: dict[str, Any] | None = None, **teacher: Any) -> None:
-        teacher = {"kind": "hash", "batch_size": 2} | teacher
+        teacher = {"kind": "hash", "batch_tokens": 9} | teacher
         write_params(backbone=backbone, embed={"teacher": teacher, "dtype": "float32"} | (embed or {}))
 
     return write

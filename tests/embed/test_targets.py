@@ -71,7 +71,7 @@ def run(tmp_path: Path) -> Run:
         rows = [Row(row_id, store_key(row_id, text), text) for row_id, text in sorted(texts.items())]
         finish = Finish(normalize, dtype, transform)
         with ShardStore(tmp_path / "work", store_schema(2), {"kept": "as the teacher gave it"}) as store:
-            embedder = Embedder(store, teacher, chunk_rows=4)
+            embedder = Embedder(store, teacher, chunk_texts=4, chunk_characters=1000)
             embedder.run(rows)
             return pa.concat_tables(TargetStatistics().through(map(finish, embedder.tables(rows, 3))))
 
@@ -94,6 +94,25 @@ def test_only_missing_rows_are_computed(run: Run) -> None:
     again = LengthTeacher()
     run(again)
     assert again.asked == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "characters", "chunks"), [(4, 1000, [4, 4, 2]), (9, 12, [4, 2, 1, 1, 1, 1]), (99, 999, [10])]
+)
+def test_the_teacher_gets_chunks_of_limited_texts_and_characters(
+    tmp_path: Path, texts: int, characters: int, chunks: list[int]
+) -> None:
+    calls = []
+
+    class Counting(LengthTeacher):
+        def embed(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
+            calls.append(len(texts))
+            return super().embed(texts)
+
+    rows = [Row(row_id, store_key(row_id, text), text) for row_id, text in TEXTS.items()]
+    with ShardStore(tmp_path, store_schema(2), {}) as store:
+        Embedder(store, Counting(), chunk_texts=texts, chunk_characters=characters).run(rows)
+    assert calls == chunks
 
 
 def test_a_changed_answer_is_embedded_anew_and_an_unchanged_one_is_not(run: Run) -> None:
@@ -185,7 +204,7 @@ def test_a_key_follows_the_query_and_the_text_and_sorts_like_the_id() -> None:
 
 def test_fingerprint_follows_what_changes_a_kept_vector_and_the_manifest_what_changes_a_target() -> None:
     def of(**keys: Any) -> dict[str, Any]:
-        return target_params(EmbedParams(teacher=TeacherParams(kind="hash", batch_size=7), **keys))
+        return target_params(EmbedParams(teacher=TeacherParams(kind="hash", batch_tokens=7), **keys))
 
     other = LengthTeacher()
     other.identity = {"name": "other"}

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,13 @@ import pytest
 from pipeline.backbone.loading import BackboneParams
 from pipeline.core.errors import TeacherError
 from pipeline.embed.teachers.template import TEMPLATES
+from pipeline.evaluate import embedding_cache
 from pipeline.evaluate.baselines import HydeSystem, ModelSystem, pooled
+from pipeline.evaluate.embedding_cache import CachedSystem
 from pipeline.evaluate.system import revision_of
 from pipeline.generate.answer_cache import Answers
+from pipeline.generate.engines.base import EngineSetup
+from pipeline.generate.engines.echo import EchoEngine
 from pipeline.generate.params import GenerateParams
 from tests.conftest import tiny_model, tiny_tokenizer
 
@@ -43,7 +48,7 @@ def mean_of(model: Any, ids: Sequence[int], chosen: slice) -> np.ndarray:
 
 
 def test_echo_pools_the_second_reading(tiny: Any) -> None:
-    system = pooled("echo", tiny, 2)
+    system = pooled("echo", tiny)
     embedded = system.encode(TEXTS, "Generate:")
     for row, text in zip(embedded, TEXTS, strict=True):
         ids = tiny.tokenizer(f"Rewrite the sentence: {text}, rewritten sentence: {text}")["input_ids"]
@@ -52,26 +57,26 @@ def test_echo_pools_the_second_reading(tiny: Any) -> None:
 
 
 def test_backbone_mean_pools_the_only_reading(tiny: Any) -> None:
-    system = pooled("backbone-mean", tiny, 2)
+    system = pooled("backbone-mean", tiny)
     embedded = system.encode(TEXTS, "Generate:")
     for row, text in zip(embedded, TEXTS, strict=True):
         np.testing.assert_allclose(row, mean_of(tiny.model, tiny.tokenizer(text)["input_ids"], slice(None)), atol=1e-5)
     assert system.prompting == "bare text"
-    assert revision_of(system) != revision_of(pooled("echo", tiny, 2))
+    assert revision_of(system) != revision_of(pooled("echo", tiny))
 
 
 def test_echo_reads_as_much_of_a_text_as_the_student_twice(tiny: Any) -> None:
     long = "z" * 40
     np.testing.assert_allclose(
-        pooled("echo", tiny, 1).encode([long], ""), pooled("echo", tiny, 1).encode(["z" * 32], ""), atol=1e-6
+        pooled("echo", tiny).encode([long], ""), pooled("echo", tiny).encode(["z" * 32], ""), atol=1e-6
     )
     frame = len("Rewrite the sentence: , rewritten sentence: ")
-    assert pooled("echo", tiny, 1).identity["max_tokens"] == frame + 64
+    assert pooled("echo", tiny).identity["max_tokens"] == frame + 64
 
 
 def test_echo_keeps_to_the_positions_of_the_backbone(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        system = pooled("echo", encoder_of(tiny.model, tiny.tokenizer, max_tokens=500), 1)
+        system = pooled("echo", encoder_of(tiny.model, tiny.tokenizer, max_tokens=500))
     assert system.identity["max_tokens"] == 512
     assert "echo: 512 tokens for both copies of a text (the backbone's positions), not 1044" in caplog.text
     assert system.encode(["z" * 600], "").shape == (1, 32)
@@ -84,7 +89,7 @@ def test_echo_on_a_real_backbone_pools_the_second_reading_by_hand(small_lm: Path
     params = BackboneParams(name=str(small_lm), dtype="float32")
     model, tokenizer = load_backbone(params), load_tokenizer(params)
     texts = ["The cat sat on the mat.", "Photosynthesis turns light into sugar, in leaves."]
-    embedded = pooled("echo", encoder_of(model, tokenizer, max_tokens=64), 2).encode(texts, "")
+    embedded = pooled("echo", encoder_of(model, tokenizer, max_tokens=64)).encode(texts, "")
     for row, text in zip(embedded, texts, strict=True):
         before = tokenizer(f"Rewrite the sentence: {text}, rewritten sentence:")["input_ids"]
         ids = tokenizer(f"Rewrite the sentence: {text}, rewritten sentence: {text}")["input_ids"]
@@ -140,6 +145,51 @@ def test_hyde_embeds_a_query_itself_where_no_answer_came(caplog: pytest.LogCaptu
     assert teacher.read == ["a", "fine", "c"]
     assert (system.fallbacks, system.failed) == (2, 1)
     assert "hyde: 2 of 3 answers are blank or failed: the text itself is embedded" in caplog.text
+
+
+def test_the_engine_starts_once_for_all_chunks_of_a_call(
+    tmp_path: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[EngineSetup] = []
+    load = EchoEngine.load
+
+    def counted(setup: EngineSetup) -> EchoEngine:
+        starts.append(setup)
+        return load(setup)
+
+    monkeypatch.setattr(EchoEngine, "load", counted)
+    monkeypatch.setattr(embedding_cache, "CHUNK_TEXTS", 2)
+    params = GenerateParams(engine="echo", dtype="float32", max_new_tokens=32, max_prompt_tokens=40)
+    backbone = BackboneParams(name=str(tiny_backbone("llama")), dtype="float32")
+    teacher = Reading()
+    answers = Answers.of(backbone, params, tmp_path / "answers", keeps_engine=False)
+    cached = CachedSystem(hyde(answers, teacher), tmp_path / "embeddings")
+    with closing(cached):
+        found = cached.encode(["a", "bb", "ccc", "dddd", "eeeee"], "Tell:")
+    assert found.tolist() == [[len("stub answer: Tell: ") + length] for length in range(1, 6)]
+    assert len(starts) == 1
+    assert len(teacher.read) == 5
+
+
+def test_a_query_that_the_engine_failed_on_is_asked_once_a_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    class Recorded(Known):
+        def __call__(self, prompts: Sequence[str]) -> list[str | None]:
+            asked.append(list(prompts))
+            return super().__call__(prompts)
+
+    monkeypatch.setattr(embedding_cache, "CHUNK_TEXTS", 2)
+    system = hyde(Recorded({"a": "long answer", "ccc": "short"}), Reading())
+    with closing(CachedSystem(system, tmp_path)) as cached:
+        for _ in range(2):
+            assert cached.encode(["a", "bb", "ccc"], "").tolist() == [[11.0], [2.0], [5.0]]
+        cached.encode(["d"], "", "document")
+    # The whole call, then its chunks; the chunk of the failed query is not kept, so the next call asks again.
+    assert asked == [["a", "bb", "ccc"], ["ccc"], ["a"], ["bb", "ccc"], ["ccc"]]
+    assert system.failed == 2
 
 
 def test_hyde_reads_a_text_differently_on_each_side() -> None:

@@ -112,7 +112,6 @@ def systems(**changes: Any) -> Systems:
         answers=Answers(),
         device="cpu",
         dtype="float32",
-        batch_size=2,
         seeds=[3],
     )
     return Systems(**{**arguments, **changes})
@@ -284,7 +283,6 @@ def test_two_processes_evaluate_every_system_as_one(workspace: Path, tiny_backbo
         evaluate = {
             "systems": names,
             "dtype": "float32",
-            "batch_size": 4,
             "data_parallel": processes,
             "local_dir": "tasks",
         }
@@ -296,7 +294,6 @@ def test_two_processes_evaluate_every_system_as_one(workspace: Path, tiny_backbo
                     find_tasks(folders),
                     load_instructions(),
                     work=Path(f"work-{processes}"),
-                    batch_size=4,
                     dtype="float32",
                 )
             )
@@ -354,7 +351,7 @@ def test_embeddings_are_kept_unless_params_say_not(inputs: Callable[..., SystemI
 def test_teacher_and_hyde_embed_in_the_space_that_the_student_was_trained_in(
     inputs: Callable[..., SystemInputs],
 ) -> None:
-    params = inputs()
+    params = inputs(embeddings_dtype="float32")
     with closing(make_systems(params)) as systems:
         plain = {system.name: (system.identity, system.encode(["why?"], "Tell:")) for system in systems.build(BOTH)}
     width = plain["teacher"][1].shape[1]
@@ -374,7 +371,7 @@ def test_the_teacher_embeds_as_the_targets_were_made(inputs: Callable[..., Syste
     answers = [f"answer number {index}" for index in range(60)]
     write_queries(answers)
     write_responses(answers)
-    params = inputs()
+    params = inputs(embeddings_dtype="float32")
     embed = {"teacher": {"kind": "hash"}, "normalize": normalize, "dtype": "float32", "transform": {"kind": "whiten"}}
     write_params(backbone=params.backbone.model_dump(), embed=embed)
     done = CliRunner().invoke(embed_app, [])
@@ -439,9 +436,39 @@ def test_the_engine_stays_unless_it_shares_a_gpu_or_params_say_so(
     assert make_answers(inputs(engine, answers={"keep_engine": wish})).keeps_engine is kept
 
 
+@pytest.mark.parametrize(
+    ("engine", "device", "wish", "options", "given"),
+    [
+        ("vllm", "cuda", True, {}, {"gpu_memory_utilization": 0.4}),
+        ("vllm", "cuda", True, {"gpu_memory_utilization": 0.3}, {"gpu_memory_utilization": 0.3}),
+        ("vllm", "cuda", None, {}, {}),
+        ("vllm", "cpu", True, {}, {}),
+        ("transformers", "cuda", True, {}, {}),
+    ],
+)
+def test_a_kept_engine_leaves_the_teacher_its_share_of_a_gpu(
+    inputs: Callable[..., SystemInputs],
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    device: str,
+    wish: bool | None,
+    options: dict[str, float],
+    given: dict[str, float],
+) -> None:
+    monkeypatch.setattr(module, "best_device", lambda: device)
+    monkeypatch.setattr(module.Answers, "of", lambda backbone, generate, work, *, keeps_engine: generate)
+    asked = inputs(engine, answers={"keep_engine": wish, "engine_memory": 0.4})
+    asked = asked.model_copy(update={"generate": asked.generate.model_copy(update={"options": options})})
+    assert make_answers(asked).options == given
+
+
 def test_a_manifest_leaves_out_what_changes_no_score(inputs: Callable[..., SystemInputs]) -> None:
     plain = manifest_params(inputs(), suite="s")
-    assert manifest_params(inputs(cache_embeddings=False, answers={"keep_engine": True}), suite="s") == plain
+    assert (
+        manifest_params(inputs(cache_embeddings=False, answers={"keep_engine": True, "engine_memory": 0.1}), suite="s")
+        == plain
+    )
+    assert manifest_params(inputs(embeddings_dtype="float32"), suite="s") != plain
     assert manifest_params(inputs(seeds=[1]), suite="s") != plain
 
 

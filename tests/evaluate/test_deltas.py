@@ -22,7 +22,7 @@ SETTINGS = BootstrapParams()
 
 def run(folders: list[Path], systems: list[Any], work: Path) -> tuple[list[Any], list[SystemResults]]:
     tasks = find_tasks(folders)
-    return tasks, run_systems(systems, tasks, load_instructions(), work=work, batch_size=4, dtype="float32")
+    return tasks, run_systems(systems, tasks, load_instructions(), work=work, dtype="float32")
 
 
 def test_every_task_type_and_mean_is_compared_with_every_system(tmp_path: Path) -> None:

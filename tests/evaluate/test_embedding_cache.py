@@ -20,6 +20,7 @@ from pipeline.core.errors import EvaluationError
 from pipeline.core.row_store import ShardStore
 from pipeline.evaluate import embedding_cache
 from pipeline.evaluate.embedding_cache import CachedSystem
+from pipeline.evaluate.system import revision_of
 from pipeline.tasks.instructions import Side
 from tests.conftest import ROOT
 
@@ -154,6 +155,42 @@ def test_a_store_in_use_is_done_without(tmp_path: Path, caplog: pytest.LogCaptur
     [warning] = caplog.messages
     assert warning.startswith("student embeds without its cache: ")
     assert f"in use by another process (pid {os.getpid()})" in warning
+
+
+def test_a_score_is_made_of_what_is_kept(tmp_path: Path) -> None:
+    """Thirds are no float16: computed now or read from disk, they come rounded."""
+    exact = LengthSystem().encode(TEXTS, "")
+    rounded = exact.astype(np.float16).astype(np.float32)
+    assert (rounded != exact).any()
+    system = LengthSystem()
+    for computed in (3, 0):
+        with closing(CachedSystem(system, tmp_path, embeddings_dtype="float16")) as cached:
+            np.testing.assert_array_equal(cached.encode(TEXTS, ""), rounded)
+            assert cached.computed == computed
+            assert revision_of(cached) != revision_of(system)
+    assert len(encode(tmp_path, LengthSystem(), TEXTS)) == 3  # of float32 nothing is kept yet
+    with closing(CachedSystem(LengthSystem(), tmp_path)) as cached:
+        assert revision_of(cached) == revision_of(system)
+
+
+def test_without_a_folder_nothing_is_kept_and_all_is_rounded(tmp_path: Path) -> None:
+    system = LengthSystem()
+    for _ in range(2):
+        with closing(CachedSystem(system, None, embeddings_dtype="float16")) as cached:
+            found = cached.encode(TEXTS, "")
+    np.testing.assert_array_equal(found, system.encode(TEXTS, "").astype(np.float16).astype(np.float32))
+    assert len(system.asked) == 3
+
+
+def test_a_value_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    large = LengthSystem(scale=65536.0)
+    message = r"student gave 65536, float16 holds up to 65504: set embeddings_dtype to float32"
+    with closing(CachedSystem(large, tmp_path, embeddings_dtype="float16")) as cached:
+        with pytest.raises(EvaluationError, match=message):
+            cached.encode(TEXTS, "")
+        with pytest.raises(EvaluationError, match=message):
+            cached.encode(["!"], "")  # beside a value that is no number
+    assert len(encode(tmp_path, large, TEXTS)) == 3
 
 
 class BrokenSystem(LengthSystem):

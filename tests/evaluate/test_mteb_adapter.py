@@ -27,9 +27,7 @@ def test_systems_are_published_under_real_names_and_never_over_one_another(tmp_p
         Named("bge", {"name": "BAAI/bge-small-en-v1.5", "revision": "5c38ec7c405ec4b44b94cc5a9bb96e735b38267a"}),
     ]
     tasks = find_tasks(folders[:1])
-    runs = run_systems(
-        systems, tasks, INSTRUCTIONS, work=tmp_path / "work", batch_size=4, dtype="float32", model_name="me/mine"
-    )
+    runs = run_systems(systems, tasks, INSTRUCTIONS, work=tmp_path / "work", dtype="float32", model_name="me/mine")
     write_mteb_format(tmp_path / "out", runs)
     found = mteb.ResultCache(tmp_path / "out").load_results().model_results
     assert {model.model_name: model.model_revision[:6] for model in found} == {

@@ -62,7 +62,7 @@ def task(base: str, kind: str, main: str, content: Any, **attributes: Any) -> An
 
 def run(toy: Any, work: Path, *systems: HashSystem) -> list[SystemResults]:
     chosen = systems or (HashSystem(),)
-    return run_systems(chosen, [toy], load_instructions(), work=work, batch_size=32, dtype="float32")
+    return run_systems(chosen, [toy], load_instructions(), work=work, dtype="float32")
 
 
 def rows(**columns: Any) -> Callable[[], DatasetDict]:

@@ -34,8 +34,18 @@ def test_sides_are_told_apart_and_long_texts_cut() -> None:
         "documents_image_statistics": None,
     }
     size = size_of([fake_task({"test": split, "train": split})], max_tokens=50)
-    assert size == SuiteSize(tasks=1, queries=10, documents=100, tokens=10 * 10 + 100 * 50, unknown=())
+    assert size == SuiteSize(
+        tasks=1, queries=10, documents=100, tokens=10 * 10 + 100 * 50, document_tokens=5000, unknown=()
+    )
     assert size.texts == 110
+
+
+def test_sizes_are_of_stages_with_tasks_of_mteb() -> None:
+    plan = EvaluationPlan(EVALUATE, {"s": SuiteParams(tasks=["SciFact"])}, {"safety": {"local": "c", "top_k": [1]}})
+    sizes = plan.sizes(512)
+    assert list(sizes) == ["evaluate@s"]
+    assert (sizes["evaluate@s"].queries, sizes["evaluate@s"].documents) == (300, 5183)
+    assert plan.sizes(10)["evaluate@s"].document_tokens == 51830
 
 
 def test_only_the_subsets_that_run_count() -> None:

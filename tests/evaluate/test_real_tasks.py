@@ -39,7 +39,7 @@ names, folders, work = json.loads(sys.argv[1])
 teacher = Words()
 tasks = find_tasks([Path(folder) for folder in folders], names)
 system = BareSystem("teacher", teacher.identity, teacher)
-runs = run_systems([system], tasks, load_instructions(), work=Path(work), batch_size=32, dtype="float32")
+runs = run_systems([system], tasks, load_instructions(), work=Path(work), dtype="float32")
 print(json.dumps(task_scores(summary_table(tasks, runs))["teacher"]))
 """
 

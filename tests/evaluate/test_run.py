@@ -32,7 +32,7 @@ INSTRUCTIONS = load_instructions()
 
 def run(systems: list[Any], folders: list[Path], work: Path) -> tuple[list[SystemResults], dict[str, dict[str, float]]]:
     tasks = find_tasks(folders)
-    runs = run_systems(systems, tasks, INSTRUCTIONS, work=work, batch_size=4, dtype="float32")
+    runs = run_systems(systems, tasks, INSTRUCTIONS, work=work, dtype="float32")
     return runs, task_scores(summary_table(tasks, runs))
 
 
@@ -188,7 +188,7 @@ def test_missing_data_is_listed_at_once_and_before_any_work(tmp_path: Path, fold
     tasks = find_tasks(folders[:1], ["STS12", "ArguAna"])
     system = WordSystem()
     with pytest.raises(EvaluationError, match=r"data of 2 of 3 tasks cannot be loaded(.|\n)*STS12: (.|\n)*ArguAna: "):
-        run_systems([system], tasks, INSTRUCTIONS, work=tmp_path / "work", batch_size=4, dtype="float32")
+        run_systems([system], tasks, INSTRUCTIONS, work=tmp_path / "work", dtype="float32")
     assert not system.calls
 
 

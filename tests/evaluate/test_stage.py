@@ -22,7 +22,6 @@ PARAMS: dict[str, Any] = {
     "evaluate": {
         "systems": ["student", "teacher"],
         "local_dir": "tasks",
-        "batch_size": 4,
         "dtype": "float32",
     },
     "suites": {"small": {"local": ["find", "pairs"], "tasks": [], "benchmark": None}},

@@ -18,7 +18,7 @@ def test_metrics_are_flat_with_deltas_and_both_means(tmp_path: Path, folders: li
     second = retrieval_folder(tmp_path / "find2", extra=["apple"])
     tasks = find_tasks([*folders, second])
     systems = [WordSystem(), WordSystem("teacher", shift=1)]
-    runs = run_systems(systems, tasks, INSTRUCTIONS, work=tmp_path / "work", batch_size=4, dtype="float32")
+    runs = run_systems(systems, tasks, INSTRUCTIONS, work=tmp_path / "work", dtype="float32")
     summary = summary_table(tasks, runs)
     metrics = flat_metrics(summary)
     scores = task_scores(summary)["teacher"]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.optim.batching import deal, epoch_order, micro_batches, steps
+from pipeline.optim.batching import BATCH_TOKENS, deal, epoch_order, micro_batches, steps, token_batches, token_budget
 
 LENGTHS = np.array([5, 40, 7, 12, 33, 8, 21, 6, 30, 11])
 
@@ -78,3 +78,13 @@ def test_processes_get_like_shares() -> None:
     assert sorted(flat(shares)) == list(range(64))
     tokens = [lengths[share].sum() for share in shares]
     assert max(tokens) < 1.1 * min(tokens)
+
+
+def test_batches_of_inference_begin_with_the_longest_and_keep_to_the_budget() -> None:
+    assert [LENGTHS[batch].tolist() for batch in token_batches(LENGTHS, 60, padded=True)] == [
+        [40], [33], [30, 21], [12, 11, 8, 7, 6], [5],
+    ]  # fmt: skip
+    assert token_batches([7, 7, 90], 21, padded=True) == [[2], [0, 1]]
+    assert token_batches([], 21, padded=False) == []
+    assert (token_budget(5, "cuda"), token_budget(None, "cpu")) == (5, BATCH_TOKENS["cpu"])
+    assert token_budget(None, "xpu") == BATCH_TOKENS["cuda"]

@@ -52,4 +52,4 @@ def context(folder: Path, *systems: Any, answers: Mapping[str, str] | None = Non
     """A context with these systems, in their order, and the local data sets in `folder`."""
     made: Any = FakeSystems(systems, answers or {})
     names = [system.name for system in systems]
-    return ProbeContext(made, names, folder, folder / "work", batch_size=4, dtype="float32")
+    return ProbeContext(made, names, folder, folder / "work", dtype="float32")

@@ -66,11 +66,10 @@ def test_one_model_is_in_memory_at_a_time(
         answers=answers,
         device="cpu",
         dtype="float32",
-        batch_size=4,
         wrap=count.turn,
     )
     context = ProbeContext(
-        systems, ["student", "teacher", "untrained"], Path(), Path("work"), 4, "float32", BootstrapParams(resamples=0)
+        systems, ["student", "teacher", "untrained"], Path(), Path("work"), "float32", BootstrapParams(resamples=0)
     )
     find_probe(name).run(probe_params({name: entry}, name, "params.yaml"), context)
     assert {"student", "teacher"} <= set(count.models) and set(count.models.values()) == {1}

@@ -43,7 +43,7 @@ class OneEncoder:
 
 def read(**params: Any) -> Any:
     context = ProbeContext(
-        OneEncoder(), ["student"], Path(), Path(), 4, "float32", BootstrapParams(resamples=200)  # type: ignore[arg-type]
+        OneEncoder(), ["student"], Path(), Path(), "float32", BootstrapParams(resamples=200)  # type: ignore[arg-type]
     )  # fmt: skip
     return run(InterpretParams(max_new_tokens=3, vocabulary=4, **params), context)
 

@@ -26,7 +26,7 @@ def contents(finished: Any) -> list[dict[str, bytes]]:
 
 def teacher_of(base: BackboneParams, adapters: list[str]) -> Any:
     named = [AdapterParams(name=adapter) for adapter in adapters]
-    return load_llm2vec(base, named, max_tokens=64, dtype=base.dtype, batch_size=4)
+    return load_llm2vec(base, named, max_tokens=64, dtype=base.dtype)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3", "olmo2"])

@@ -50,7 +50,7 @@ def test_dropout_differs_between_views_and_is_off_at_inference(architecture: str
 def test_it_pools_as_the_teacher_does() -> None:
     made, _ = objective(TEXTS, micro=4)
     tokenizer = TemplateTokenizer(tiny_tokenizer(), max_tokens=64)
-    expected = PooledTeacher(made.body, tokenizer, batch_size=2, identity={}).embed(TEXTS)
+    expected = PooledTeacher(made.body, tokenizer, identity={}).embed(TEXTS)
     np.testing.assert_allclose(made.vectors(range(4)).detach().numpy(), expected, atol=1e-5)
 
 

@@ -32,7 +32,7 @@ from tests.stage_runs import folder_bytes, start, write_params, write_queries, w
 from tests.teach.helpers import FAST, two_clusters
 
 TEXTS = two_clusters(40)
-TEACHER = {"kind": "llm2vec-trained", "max_tokens": 64, "batch_size": 8}
+TEACHER = {"kind": "llm2vec-trained", "max_tokens": 64, "batch_tokens": 512}
 
 
 def write_inputs(backbone: Path, teacher: dict[str, Any] = TEACHER, **teach: Any) -> None:

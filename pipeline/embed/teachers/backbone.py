@@ -17,7 +17,7 @@ def load_backbone_teacher(
     *,
     max_tokens: int,
     dtype: DType,
-    batch_size: int,
+    batch_tokens: int | None = None,
     template: str = SLOT,
     pooling: Pooling = "mean",
 ) -> PooledTeacher:
@@ -42,4 +42,4 @@ def load_backbone_teacher(
         **tokenizer.identity,
         "dtype": dtype,
     }
-    return PooledTeacher(body, tokenizer, batch_size=batch_size, identity=identity)
+    return PooledTeacher(body, tokenizer, batch_tokens=batch_tokens, identity=identity)

@@ -34,7 +34,7 @@ def load_llm2vec(
     *,
     max_tokens: int,
     dtype: DType,
-    batch_size: int,
+    batch_tokens: int | None = None,
     name: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -85,4 +85,4 @@ def load_llm2vec(
         **templated.identity,
         "dtype": dtype,
     }
-    return PooledTeacher(body, templated, batch_size=batch_size, identity=identity)
+    return PooledTeacher(body, templated, batch_tokens=batch_tokens, identity=identity)

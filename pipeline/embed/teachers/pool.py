@@ -8,26 +8,42 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import BackboneParams
 from pipeline.core.errors import TeacherError, nested_in
 from pipeline.embed.params import TeacherParams
 from pipeline.embed.teachers.base import Teacher
 from pipeline.embed.teachers.load import load_teacher
 from pipeline.embed.teachers.registry import TEACHERS
+from pipeline.optim.batching import CHARACTERS_PER_TOKEN, token_budget
 from pipeline.parallel.devices import Count, Device, split_devices, worker_count
 from pipeline.parallel.text_pool import TextPool
+
+# Enough to fill a worker's batches with texts of like lengths, little enough that the workers end together.
+JOB_BATCHES = 2
+JOB_TEXTS = 1024
 
 
 class ParallelTeacher:
     """A `Teacher` on each device; `TextPool` divides the texts of a call among them."""
 
-    def __init__(self, load: Callable[[], Teacher], devices: Sequence[Device], job_texts: int) -> None:
+    def __init__(self, load: Callable[[], Teacher], devices: Sequence[Device], batch_tokens: int | None = None) -> None:
         """Start a process for each device, which calls `load` (picklable), and wait until all teachers are loaded.
+
+        A job is about `JOB_BATCHES` forward passes of `batch_tokens` (None: by the device).
 
         Raises what `load` raised, or TeacherError if a process died.
         """
         describe = attrgetter("width", "max_tokens", "identity")
-        self._pool = TextPool(load, describe, devices, job_texts=job_texts, kind="teacher process", error=TeacherError)
+        self._pool = TextPool(
+            load,
+            describe,
+            devices,
+            job_texts=JOB_TEXTS,
+            job_characters=JOB_BATCHES * CHARACTERS_PER_TOKEN * token_budget(batch_tokens, best_device()),
+            kind="teacher process",
+            error=TeacherError,
+        )
         self.width, self.max_tokens, self.identity = self._pool.facts
 
     @property
@@ -70,4 +86,4 @@ def open_teacher(
     load = partial(load_teacher, params, backbone)
     if count == 1:
         return nullcontext(load())
-    return closing(ParallelTeacher(load, split_devices(count), params.batch_size))
+    return closing(ParallelTeacher(load, split_devices(count), params.batch_tokens))

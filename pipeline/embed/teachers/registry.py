@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 TRAINED: Final = "llm2vec-trained"
-COMMON_KEYS = ("max_tokens", "dtype", "batch_size")  # every kind accepts them
+COMMON_KEYS = ("max_tokens", "dtype", "batch_tokens")  # every kind accepts them
 
 
 @dataclass(frozen=True)

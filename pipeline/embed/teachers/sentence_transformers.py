@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,9 @@ import numpy as np
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import DType, hub_reason, identify, placement
 from pipeline.core.errors import BackboneError, TeacherError
+from pipeline.embed.teachers.pooling import windows
+from pipeline.optim.batching import token_batches, token_budget
+from pipeline.parallel.prefetch import ahead
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +20,10 @@ VERSION = 1
 
 
 class SentenceTransformersTeacher:
-    """Embeds with `SentenceTransformer.encode`, which sorts by length; normalised only if the model's modules do so."""
+    """Embeds as `SentenceTransformer.encode`, in batches of tokens; normalised only if the model's modules do so.
+
+    While a batch is read, a thread tokenises the next.
+    """
 
     def __init__(
         self,
@@ -26,7 +32,7 @@ class SentenceTransformersTeacher:
         revision: str | None,
         max_tokens: int,
         dtype: DType,
-        batch_size: int,
+        batch_tokens: int | None = None,
         prompt: str = "",
         trust_remote_code: bool = False,
     ) -> None:
@@ -35,13 +41,14 @@ class SentenceTransformersTeacher:
         Args:
             name: hub name or local folder.
             max_tokens: longer texts lose their end; never more than the model itself takes.
+            batch_tokens: most tokens of a forward pass, unless one text alone has more; None: by the device.
             prompt: put before each text; "" also switches off a default prompt of the model.
         """
         device = best_device()
         log.info("teacher %s: device %s (the best present), %s", name, device, dtype)
-        self._model = load_model(name, revision, dtype, device, trust_remote_code)
+        self._model = load_model(name, revision, dtype, device, trust_remote_code).eval()
         self.max_tokens = limit_tokens(self._model, name, max_tokens)
-        self._batch_size, self._prompt = batch_size, prompt
+        self._batch_tokens, self._prompt = token_budget(batch_tokens, self._model.device.type), prompt
         self.width = int(self._model.get_embedding_dimension())
         self.identity = {
             **identify(name, revision),
@@ -53,17 +60,24 @@ class SentenceTransformersTeacher:
         }
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
+        import torch
+        from sentence_transformers.util import batch_to_device, truncate_embeddings
 
-        if not texts:
-            return np.zeros((0, self.width), np.float32)
-        vectors = self._model.encode(
-            list(texts),
-            batch_size=self._batch_size,
-            prompt=self._prompt,
-            show_progress_bar=False,
-            convert_to_numpy=True,
-        )
-        return np.asarray(vectors, dtype=np.float32)
+        vectors = np.empty((len(texts), self.width), np.float32)
+        with torch.inference_mode():
+            for rows, features in ahead(self._batches(texts)):
+                out = self._model(batch_to_device(features, self._model.device))["sentence_embedding"]
+                vectors[rows] = truncate_embeddings(out, self._model.truncate_dim).float().cpu().numpy()
+        return vectors
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Rows and what the model reads of them."""
+        for window in windows(texts, self._batch_tokens):
+            whole = np.array(self.token_lengths([texts[row] for row in window]))
+            read = whole if self.max_tokens is None else np.minimum(whole, self.max_tokens)
+            for batch in token_batches(read, self._batch_tokens, padded=True):
+                rows = [window[at] for at in batch]
+                yield rows, self._model.preprocess([texts[row] for row in rows], prompt=self._prompt)
 
     def token_lengths(self, texts: Sequence[str]) -> list[int]:
         """See `Teacher.token_lengths`; the prompt and the special tokens count."""

@@ -21,10 +21,12 @@ ARCHITECTURES = ["llama", "qwen3", "gemma3"]
 TEXTS = ["short", "a text that is longer than the sliding window", "héllo 😀", "x", "another one of middle size"]
 
 
-def teacher(architecture: str = "llama", batch_size: int = 2, max_tokens: int = 64, tokenizer: Any = None) -> Any:
+def teacher(
+    architecture: str = "llama", batch_tokens: int | None = 64, max_tokens: int = 64, tokenizer: Any = None
+) -> Any:
     rules = TemplateTokenizer(tokenizer or tiny_tokenizer(), max_tokens=max_tokens)
     body = tiny_model(architecture).get_decoder()
-    return PooledTeacher(body, rules, batch_size=batch_size, identity={"name": "tiny"})
+    return PooledTeacher(body, rules, batch_tokens=batch_tokens, identity={"name": "tiny"})
 
 
 def pooled(model: Any, ids: list[int], first: int = 0) -> Any:
@@ -36,11 +38,34 @@ def pooled(model: Any, ids: list[int], first: int = 0) -> Any:
 def test_a_batch_equals_each_text_alone(architecture: str) -> None:
     model, tokenizer = tiny_model(architecture), tiny_tokenizer()
     expected = np.stack([pooled(model, tokenizer(text)["input_ids"]) for text in TEXTS])
-    for batch_size in (1, 2, 5):
-        found = teacher(architecture, batch_size).embed(TEXTS)
+    for batch_tokens in (1, 64, None):
+        found = teacher(architecture, batch_tokens).embed(TEXTS)
         np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
     assert found.dtype == np.float32
     assert np.linalg.norm(expected[0] - expected[1]) > 0.1
+
+
+def passes_of(body: Any) -> list[tuple[int, int]]:
+    """The shapes of all passes that `body` will read, rows and padded tokens of a row."""
+    shapes: list[tuple[int, int]] = []
+    body.register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
+
+
+def test_a_pass_holds_no_more_tokens_than_the_budget() -> None:
+    made = teacher(batch_tokens=24)
+    shapes = passes_of(made.body)
+    made.embed(["x" * length for length in (3, 40, 8, 8, 12, 3, 8, 1)])
+    assert shapes == [(1, 40), (2, 12), (3, 8), (2, 3)]  # the longest text goes alone
+
+
+def test_windows_of_texts_change_no_vector_and_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{'many ' * (row % 5)}words {row}" for row in range(23)]
+    whole = teacher().embed(texts)
+    monkeypatch.setattr("pipeline.embed.teachers.pooling.WINDOW_TEXTS", 4)
+    np.testing.assert_allclose(teacher().embed(texts), whole, atol=2e-5, rtol=1e-4)
 
 
 def test_special_tokens_are_read_but_not_pooled() -> None:
@@ -75,7 +100,7 @@ def test_token_lengths_are_of_whole_texts() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_last_token_pooling_is_the_texts_own_last(architecture: str, tiny_backbone: Callable[..., Path]) -> None:
-    params = TeacherParams(kind="backbone", max_tokens=16, pooling="last", batch_size=5)
+    params = TeacherParams(kind="backbone", max_tokens=16, pooling="last")
     built = load_teacher(params, BackboneParams(name=str(tiny_backbone(architecture))))
     ids = tiny_tokenizer()("hello")["input_ids"]
     found = built.embed(["x", "hello", "a longer one than that"])
@@ -85,7 +110,7 @@ def test_last_token_pooling_is_the_texts_own_last(architecture: str, tiny_backbo
 
 def test_an_echo_pools_its_second_reading(tiny_backbone: Callable[..., Path]) -> None:
     template = "Rewrite: {text}, rewritten: {text}"
-    params = TeacherParams(kind="backbone", max_tokens=64, template=template, batch_size=5)
+    params = TeacherParams(kind="backbone", max_tokens=64, template=template)
     built = load_teacher(params, BackboneParams(name=str(tiny_backbone("qwen3"))))
     ids = tiny_tokenizer()("Rewrite: hello, rewritten: hello")["input_ids"]
     found = built.embed(["x", "hello", "a longer one than that"])
@@ -94,7 +119,7 @@ def test_an_echo_pools_its_second_reading(tiny_backbone: Callable[..., Path]) ->
 
 
 def test_one_word_pools_the_state_that_would_name_the_word(tiny_backbone: Callable[..., Path]) -> None:
-    params = TeacherParams(kind="backbone", max_tokens=64, template="one-word", pooling="last", batch_size=5)
+    params = TeacherParams(kind="backbone", max_tokens=64, template="one-word", pooling="last")
     built = load_teacher(params, BackboneParams(name=str(tiny_backbone("llama"))))
     ids = tiny_tokenizer()('This sentence : "hello" means in one word:"')["input_ids"]
     found = built.embed(["x", "hello", "a longer one than that"])

@@ -44,7 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Folders
 def build(folders: Folders, backbone: BackboneParams = OTHER, **keys: Any) -> Any:
     base, *adapters = folders
     named = {"name": str(base), "adapters": [{"name": str(folder)} for folder in adapters], "max_tokens": 64}
-    return load_teacher(TeacherParams(kind="llm2vec", **({"batch_size": 2} | named | keys)), backbone)
+    return load_teacher(TeacherParams(kind="llm2vec", **({"batch_tokens": 32} | named | keys)), backbone)
 
 
 def expected(architecture: str, folders: Folders, texts: list[str]) -> Any:
@@ -71,7 +71,7 @@ def test_it_is_the_mean_of_the_merged_bidirectional_model(architecture: str, fol
 
 
 def test_left_padding_does_not_change_a_row(folders: Callable[[str], Folders]) -> None:
-    teacher = build(folders("qwen3"), batch_size=6)
+    teacher = build(folders("qwen3"), batch_tokens=1024)
     alone = np.concatenate([teacher.embed([text]) for text in TEXTS])
     np.testing.assert_allclose(teacher.embed(TEXTS), alone, atol=2e-5, rtol=1e-4)
 

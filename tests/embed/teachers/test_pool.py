@@ -19,8 +19,8 @@ TEXTS = [f"{'long ' * (index % 7)}text {index}" for index in range(50)]
 BACKBONE = BackboneParams(name="none/such")
 
 
-def hash_params(batch_size: int = 4, **options: Any) -> TeacherParams:
-    return TeacherParams(kind="hash", batch_size=batch_size, options={"width": 8, **options})
+def hash_params(batch_tokens: int = 8, **options: Any) -> TeacherParams:
+    return TeacherParams(kind="hash", batch_tokens=batch_tokens, options={"width": 8, **options})
 
 
 def children() -> set[int]:
@@ -81,7 +81,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.models
 @pytest.mark.slow
 def test_a_real_teacher_in_two_processes(small_teacher: Path) -> None:
-    params = TeacherParams(kind="sentence-transformers", name=str(small_teacher), max_tokens=64, batch_size=8)
+    params = TeacherParams(kind="sentence-transformers", name=str(small_teacher), max_tokens=64, batch_tokens=128)
     with open_teacher(params, BACKBONE, 1) as one:
         expected, lengths = one.embed(TEXTS), one.token_lengths([*TEXTS, "word " * 100])
         identity = one.identity

@@ -47,12 +47,22 @@ def build(folder: Path | str, **keys: Any) -> Any:
 
 
 def test_a_batch_equals_each_text_alone(tiny_teacher: Path) -> None:
-    teacher = build(tiny_teacher, batch_size=2)
+    teacher = build(tiny_teacher, batch_tokens=40)
     together = teacher.embed(TEXTS)
     assert teacher.width == 16
     assert together.dtype == np.float32
     np.testing.assert_allclose(together, np.concatenate([teacher.embed([text]) for text in TEXTS]), atol=1e-5)
     assert teacher.embed([]).shape == (0, 16)
+
+
+def test_a_pass_holds_no_more_tokens_than_the_budget(tiny_teacher: Path) -> None:
+    teacher = build(tiny_teacher, batch_tokens=24, max_tokens=32)
+    shapes: list[tuple[int, ...]] = []
+    teacher._model[0].register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0]["input_ids"].shape)))
+    texts = ["a" * length for length in (1, 50, 6, 6, 10, 1, 6)]  # and [CLS], [SEP]; 50 letters are cut at 32 tokens
+    vectors = teacher.embed(texts)
+    assert shapes == [(1, 32), (2, 12), (3, 8), (1, 3)]
+    np.testing.assert_allclose(vectors, np.concatenate([teacher.embed([text]) for text in texts]), atol=1e-5)
 
 
 def test_prompt_and_token_limit_reach_the_model(tiny_teacher: Path) -> None:
@@ -117,7 +127,7 @@ def test_real_teacher_equals_sentence_transformers(small_teacher: Path) -> None:
 
     texts = ["Paris is the capital of France.", "Boil the egg for ten minutes.", "Sorry, I cannot help. " * 40]
     expected = SentenceTransformer(str(small_teacher), device="cpu").encode(texts)
-    found = build(small_teacher, max_tokens=256, batch_size=1).embed(texts)
+    found = build(small_teacher, max_tokens=256, batch_tokens=8).embed(texts)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
