@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 DTYPES = "bfloat16, float16 or float32."
 _MODEL = "An encoder folder, as train writes it."
-_TEXTS = "Texts: .txt (one a line), .jsonl, .csv or .parquet."
+_TEXTS = "Texts: .txt (one a line), .jsonl, .csv or .parquet, also .gz or .zst; a folder or a pattern of such files."
 
 ModelOption = Annotated[Path, typer.Option("--model", help=_MODEL)]
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help=_MODEL)]
-InputOption = Annotated[Path, typer.Option("--input", help=_TEXTS)]
+InputOption = Annotated[Path, typer.Option("--input", help=f"{_TEXTS} - is standard input.")]
 OptionalInputOption = Annotated[Path | None, typer.Option("--input", help=_TEXTS)]
 ColumnOption = Annotated[str | None, typer.Option(help="Column of the texts.  [default: text]")]
+TidyOption = Annotated[
+    bool, typer.Option("--tidy", help="Normalise texts as collect does: NFC, tidy spaces.  [default: as they stand]")
+]
 PromptOption = Annotated[str, typer.Option(help="Instruction put before each text.")]
 DTypeOption = Annotated[str, typer.Option(help=DTYPES)]
 BackboneOption = Annotated[
@@ -56,7 +59,9 @@ def _written(parameter: inspect.Parameter) -> str:
     [info] = parameter.annotation.__metadata__
     if isinstance(info, ArgumentInfo):
         return info.metavar or parameter.name.upper()
-    long = [name for name in info.param_decls or () if name.startswith("--")]
+    # The first name of an option stands where a default would, until typer reads the command.
+    names = (info.default, *(info.param_decls or ()))
+    long = [name for name in names if isinstance(name, str) and name.startswith("--")]
     return long[0] if long else f"--{parameter.name.replace('_', '-')}"
 
 

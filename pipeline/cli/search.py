@@ -7,11 +7,9 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.core.errors import SourceError
 from pipeline.core.readers import TextFile
+from pipeline.core.readers.rows import parquet_batches
 from pipeline.core.run import progress
 from pipeline.core.text import visible
 from pipeline.core.vectors import matrix, top_k
@@ -88,21 +86,20 @@ def _embedded(encoder: "Encoder", corpus: TextFile, instruction: str) -> "Iterat
 
 
 def _is_embedded(encoder: "Encoder", corpus: TextFile, instruction: str) -> bool:
-    if corpus.path.suffix != ".parquet" or corpus.column != "text":
+    if corpus.files[0].format != ".parquet" or corpus.column != "text":
         return False
-    reason = not_made_by(encoder, corpus.path, instruction)
-    if reason is not None:
-        log.info("%s %s: its texts are embedded now", corpus.path, reason)
-    return reason is None
+    for file in corpus.files:
+        reason = not_made_by(encoder, file.path, instruction)
+        if reason is not None:
+            log.info("%s %s: its texts are embedded now", file, reason)
+            return False
+    return True
 
 
 def _stored(corpus: TextFile) -> "Iterator[np.ndarray[Any, Any]]":
-    try:
-        with pq.ParquetFile(corpus.path) as file:
-            for batch in file.iter_batches(CHUNK_ROWS, columns=["embedding"]):
-                yield matrix(batch.column("embedding"))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise SourceError(f"{corpus.path} is damaged: {error}", argument="corpus") from None
+    for file in corpus.files:
+        for batch in parquet_batches(file, CHUNK_ROWS, ["embedding"]):
+            yield matrix(batch.column("embedding"))
 
 
 def table(hits: Sequence[Hit]) -> "Table":

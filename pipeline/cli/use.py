@@ -1,5 +1,6 @@
 """Commands that use an encoder: encode, search, decode."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipeline.cli.options import (
     OtherBackboneOption,
     ParamsOption,
     PromptOption,
+    TidyOption,
     load_encoder,
     one_of,
 )
@@ -24,6 +26,7 @@ from pipeline.core.config import PARAMS_FILE
 from pipeline.core.errors import ParamsError, nested_in
 
 if TYPE_CHECKING:
+    from pipeline.core.readers import File
     from pipeline.embed.teachers.base import Teacher
     from pipeline.lens.sources import Source
 
@@ -34,6 +37,19 @@ def encode(
     output: Annotated[Path, typer.Option("--output", help="Embeddings: .npy or .parquet.")],
     prompt: PromptOption = "",
     column: ColumnOption = None,
+    tidy: TidyOption = False,
+    keep: Annotated[
+        str | None, typer.Option(help="Columns of the input to keep in .parquet: id,url or all.  [default: the text]")
+    ] = None,
+    truncate_dim: Annotated[
+        int | None, typer.Option(min=1, help="Keep the first dimensions, scaled to length 1.")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 (256 steps over the texts' range) or binary (signs, eight in a byte).")
+    ] = None,
+    input_format: Annotated[
+        str, typer.Option("--format", help="Of standard input: txt, jsonl, csv, parquet, jsonl.gz, ...")
+    ] = "txt",
     batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens in one forward pass; by default chosen by the device.")
     ] = None,
@@ -47,25 +63,48 @@ def encode(
     """Embed the texts of a file, of any size. A killed run continues where it was."""
     from pipeline.core.readers import open_texts
     from pipeline.core.target_transform import Space
-    from pipeline.encoder.encode_file import check_output, encode_file
+    from pipeline.encoder.encode_file import Precision, Storage, check_output, encode_file, kept_columns
 
-    check_output(output, source)
+    piped = source == Path("-")
+    check_output(output, None if piped else source, keeps=keep is not None)
     chosen = one_of(Space, space, "space")
-    with nested_in(names={"path": "source"}):
-        texts = open_texts(source, column)
+    storage = Storage(truncate_dim, one_of(Precision, quantize, "quantize") if quantize else None)
+    with nested_in(names={"path": "source", "format": "input_format"}), ExitStack() as stack:
+        found, identity = _standard_input(stack, input_format) if piped else (source, None)
+        texts = open_texts(found, column, tidy=tidy, identity=identity)
+        kept = None if keep is None else kept_columns(texts, keep)
         encoder = load_encoder(model, dtype, backbone, allow_other_backbone)
-        done = encode_file(encoder, texts, output, instruction=prompt, batch_tokens=batch_tokens, space=chosen)
-    kept = f" ({done.kept} of them from the run before)" if done.kept else ""
-    print(f"{done.rows} embeddings of {done.width} dimensions -> {output}{kept}")
+        done = encode_file(
+            encoder,
+            texts,
+            output,
+            instruction=prompt,
+            batch_tokens=batch_tokens,
+            space=chosen,
+            kept=kept,
+            storage=storage,
+        )
+    reused = f" ({done.kept} of them from the run before)" if done.kept else ""
+    values = "bytes (eight dimensions each)" if quantize == "binary" else "dimensions"
+    print(f"{done.rows} embeddings of {done.width} {values} -> {output}{reused}")
     if done.truncated:
         print(f"note: {encoder.config.truncation_note(done.truncated, done.rows - done.kept)}")
+
+
+def _standard_input(stack: ExitStack, ending: str) -> "tuple[File, str]":
+    """Standard input as a file until `stack` closes, and what names it in unfinished work."""
+    from pipeline.core.readers import spooled
+    from pipeline.core.run import work_dir
+
+    file, digest = stack.enter_context(spooled(sys.stdin.buffer, ending, work_dir("encode")))
+    return file, f"standard input {digest}"
 
 
 def search(
     model: ModelOption,
     corpus: Annotated[
         Path,
-        typer.Option(help="Passages: .txt, .jsonl, .csv or .parquet; what encode wrote is not embedded again."),
+        typer.Option(help="Passages, in files as encode reads them; what encode wrote is not embedded again."),
     ],
     query: Annotated[str, typer.Argument(help="What to look for.")],
     count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many passages.")] = 5,
@@ -76,6 +115,7 @@ def search(
         str | None, typer.Option(help="Instruction put before each passage.  [default: as in the evaluation]")
     ] = None,
     column: Annotated[str | None, typer.Option(help="Column of the passages.  [default: text]")] = None,
+    tidy: TidyOption = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer decoded.")] = 64,
     dtype: DTypeOption = "float32",
     backbone: BackboneOption = None,
@@ -90,11 +130,11 @@ def search(
     from pipeline.core.text import normalize_text, visible
     from pipeline.tasks.instructions import load_instructions
 
-    text, known = normalize_text(query), load_instructions()
+    text, known = normalize_text(query) if tidy else query, load_instructions()
     instruction = known.choose("", "Retrieval", "query") if prompt is None else prompt
     document = known.choose("", "Retrieval", "document") if document_prompt is None else document_prompt
     with nested_in(names={"path": "corpus"}):
-        passages = open_texts(corpus, column)
+        passages = open_texts(corpus, column, tidy=tidy)
         encoder = load_encoder(model, dtype, backbone, allow_other_backbone)
         hits = run_search(encoder, passages, text, count=count, instruction=instruction, document_instruction=document)
     Console().print(table(hits))
@@ -117,6 +157,7 @@ def decode(
     html: Annotated[Path | None, typer.Option(help="Page of the first rows of --output.")] = None,
     prompt: PromptOption = "",
     column: ColumnOption = None,
+    tidy: TidyOption = False,
     response_column: Annotated[str | None, typer.Option(help="Column of the real responses, to compare with.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     engine: Annotated[str, typer.Option(help="That decodes: transformers, or vllm for many texts.")] = "transformers",
@@ -147,12 +188,12 @@ def decode(
     for argument, value in (("html", html), ("corpus", corpus), ("faithfulness", faithfulness)):
         if value and output is None:
             raise ParamsError("needs --output too, into whose rows it goes", argument=argument)
-    if response_column is not None and (source is None or source.suffix == ".txt"):
+    if response_column is not None and source is None:
         raise ParamsError("needs an --input with columns (.jsonl, .csv or .parquet)", argument="response_column")
     chosen = one_of(EngineName, engine, "engine")
     prepare_environment(chosen)
     with nested_in(names={"path": "source", "teacher": "embed.teacher"}), ExitStack() as stack:
-        rows = _source(model, texts or [], source, soft_prompts, column, response_column)
+        rows = _source(model, texts or [], source, soft_prompts, column, response_column, tidy)
         teacher = _open_teacher(stack, params, model) if faithfulness else None
         encoder = load_encoder(model, dtype, backbone, allow_other_backbone)
         from pipeline.lens.batch import Request, print_answers, read_to_files
@@ -186,6 +227,7 @@ def _source(
     soft_prompts: Path | None,
     column: str | None,
     response_column: str | None,
+    tidy: bool,
 ) -> "Source":
     """The rows that decode reads."""
     from pipeline.core.readers import open_texts
@@ -195,10 +237,10 @@ def _source(
     if soft_prompts is not None:
         return from_soft_prompts(open_soft_prompts(soft_prompts, read_config(model).hidden))
     if source is None:
-        return from_texts(texts)
-    file = open_texts(source, column)
+        return from_texts(texts, tidy=tidy)
+    file = open_texts(source, column, tidy=tidy)
     with nested_in(names={"column": "response_column", "responses": "response_column"}):
-        return from_file(file, open_texts(source, response_column) if response_column else None)
+        return from_file(file, open_texts(source, response_column, tidy=tidy) if response_column else None)
 
 
 def _open_teacher(stack: ExitStack, params: Path, model: Path) -> "Teacher":

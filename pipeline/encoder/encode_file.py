@@ -1,25 +1,29 @@
-"""A file of texts in, a file of embeddings out, of any size: `python -m pipeline encode`.
+"""Files of texts in, a file of embeddings out, of any size: `python -m pipeline encode`.
 
 The texts are embedded in chunks of a fixed number of rows, each stored before the next begins: a killed run continues
-after the last stored chunk, and the file has the same bytes.
+after the last stored chunk, and the file has the same bytes. Truncation and quantisation happen when the file is
+written: other ones of the same embeddings compute nothing twice after a kill.
 """
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from io import BytesIO
+from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.artifacts import ArtifactWriter
-from pipeline.core.errors import SourceError
+from pipeline.core.artifacts import ArtifactWriter, write_bytes
+from pipeline.core.errors import SourceError, nested_in
 from pipeline.core.part_store import Parts, open_parts, whole_file
-from pipeline.core.readers import TextFile, check_not_read
+from pipeline.core.readers import Columns, TextFile, check_not_read, open_columns
 from pipeline.core.run import progress
 from pipeline.core.target_transform import Space
+from pipeline.core.vectors import unit_rows
 from pipeline.encoder.folder.config import fingerprint
 
 if TYPE_CHECKING:
@@ -36,8 +40,37 @@ CHUNK_ROWS = {"cpu": 256, "cuda": 8192}
 EMBEDDED_BY = b"embedded_by"
 
 
+Precision = Literal["int8", "binary"]
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How embeddings are stored: the leading dimensions at length 1, quantised; None: as they are, float32.
+
+    int8 divides the range of each dimension over all texts into 256 steps, binary keeps the sign of each (eight in a
+    byte): sentence-transformers' quantize_embeddings.
+    """
+
+    truncate_dim: int | None = None
+    quantize: Precision | None = None
+
+    def check(self, width: int) -> None:
+        """Raises SourceError if embeddings of `width` cannot be stored so."""
+        if self.truncate_dim is not None and not 1 <= self.truncate_dim <= width:
+            message = f"{self.truncate_dim} of {width} dimensions: must be between 1 and {width}"
+            raise SourceError(message, argument="truncate_dim")
+
+    def truncated(self, vectors: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+        """`[N, width]` as float32 `[N, truncate_dim]`."""
+        return vectors if self.truncate_dim is None else unit_rows(vectors[:, : self.truncate_dim])
+
+
+AS_THEY_ARE = Storage()
+
+
 class Encoded(NamedTuple):
-    """Embeddings written, their dimensions, those that an earlier run had made, truncated texts among the others."""
+    """Embeddings written, the values of each, those that an earlier run had made, truncated texts among the others."""
 
     rows: int
     width: int
@@ -45,11 +78,35 @@ class Encoded(NamedTuple):
     truncated: int
 
 
-def check_output(path: Path, source: Path) -> None:
-    """Raises SourceError unless `path` has a format that `encode_file` knows, and is not the input."""
+def check_output(path: Path, source: Path | None, *, keeps: bool = False) -> None:
+    """Raises SourceError unless `path` has a format that `encode_file` knows, and is not (in) the input.
+
+    `keeps`: it will hold columns of the input too.
+    """
     if path.suffix not in OUTPUTS:
         raise SourceError(f"unknown format '{path.suffix}' (known: {', '.join(OUTPUTS)})", argument="output")
+    if keeps and path.suffix != ".parquet":
+        raise SourceError(f"{path} holds no columns: must end in .parquet", argument="output")
     check_not_read(path, source)
+
+
+def kept_columns(texts: TextFile, keep: str) -> Columns:
+    """The columns of the input that `--keep` names, with commas between them; "all": all but the texts.
+
+    Raises SourceError if one is missing, or is called as one that is written anyway.
+    """
+    if texts.column is None:
+        raise SourceError(f"{texts.files[0]}: a .txt file has no columns to keep", argument="keep")
+    with nested_in(names={"column": "keep"}):
+        if keep == ALL:
+            found = open_columns(texts.files, without=[texts.column])
+        else:
+            names = dict.fromkeys(name.strip() for name in keep.split(",") if name.strip())
+            found = open_columns(texts.files, [name for name in names if (name, texts.column) != ("text", "text")])
+    taken = [name for name in ("text", "embedding") if name in found.schema.names]
+    if taken:
+        raise SourceError(f"'{taken[0]}' is a column that encode writes: name the others to keep", argument="keep")
+    return found
 
 
 def made_by(encoder: "Encoder", instruction: str, space: Space = "trained") -> dict[str, Any]:
@@ -73,12 +130,15 @@ def not_made_by(encoder: "Encoder", path: Path, instruction: str | None = None) 
         another = theirs["encoder"] != made_by(encoder, "")["encoder"]
         otherwise = instruction is not None and theirs["instruction"] != instruction
         changed = theirs.get("transform") is not None
+        stored = theirs.get("storage")
     except (ValueError, TypeError, KeyError):
         return "does not say what made its embeddings: its metadata is damaged"
     if another:
         return "holds embeddings by another encoder (other weights, or texts are read in another way)"
     if changed:
         return "holds embeddings in the teacher's space (encode --space teacher)"
+    if stored is not None:
+        return "holds embeddings that were truncated or quantised"
     return "holds embeddings with another instruction" if otherwise else None
 
 
@@ -91,19 +151,23 @@ def encode_file(
     batch_tokens: int | None = None,
     chunk_rows: int | None = None,
     space: Space = "trained",
+    kept: Columns | None = None,
+    storage: Storage = AS_THEY_ARE,
 ) -> Encoded:
     """Embed all texts of a file; float32 [rows, width] as .npy, or .parquet with the columns `text` and `embedding`.
 
     `output` appears when it is complete and replaces a file there; `chunk_rows` None is `CHUNK_ROWS` of the device; see
-    `Encoder.encode` for the other options.
+    `Encoder.encode` for the other options. `kept` columns of the input stand before the text in Parquet.
 
     Raises:
-        SourceError: an unknown output format, the output is the input, or the input is damaged or changes meanwhile.
+        SourceError: an unknown output format, the output is the input, the input is damaged or changes meanwhile, or
+            `storage` has more dimensions than the embeddings.
         TrainingError: see `Encoder.encode`.
         WorkError: the disk is full, or another process does the same work.
     """
-    check_output(output, texts.path)
+    check_output(output, texts.path, keeps=kept is not None)
     width = encoder.width_of(space)
+    storage.check(width)
     device = encoder.model.device.type
     rows = chunk_rows or CHUNK_ROWS.get(device, CHUNK_ROWS["cuda"])
     conditions = {
@@ -113,19 +177,22 @@ def encode_file(
         "device": device,
         "batch_tokens": batch_tokens,
         "chunk_rows": rows,
-        "input": str(texts.path.resolve()),
+        "input": texts.identity,
         "column": texts.column,
     }
     with open_parts("encode", conditions, ".npy") as opened:
         parts = _Embeddings(opened, width)
         embed = partial(encoder.embed, instruction=instruction, batch_tokens=batch_tokens, space=space)
-        kept, truncated = _embed(embed, texts, parts, rows)
+        reused, truncated = _embed(embed, texts, parts, rows)
+        stored = _Stored(texts, parts, rows, storage)
         with whole_file(output) as unfinished:
             if output.suffix == ".npy":
-                _write_npy(unfinished, texts, parts, rows)
+                _write_npy(unfinished, stored)
+                _write_ranges(output, stored.ranges)
             else:
-                _write_parquet(unfinished, texts, parts, rows, made_by(encoder, instruction, space))
-    return Encoded(texts.rows, width, kept, truncated)
+                origin = made_by(encoder, instruction, space) | stored.facts()
+                _write_parquet(unfinished, stored, origin, kept)
+    return Encoded(texts.rows, stored.width, reused, truncated)
 
 
 def _embed(
@@ -179,35 +246,95 @@ class _Embeddings:
         for place, chunk in enumerate(texts.chunks(rows)):
             embeddings = self.find(place, chunk)
             if embeddings is None or embeddings.shape != (len(chunk), self.width):
-                raise SourceError(f"{texts.path} changed while it was embedded: run again", argument="path")
+                raise _changed(texts)
             yield chunk, embeddings
 
 
-def _write_npy(path: Path, texts: TextFile, parts: _Embeddings, rows: int) -> None:
+def _changed(texts: TextFile) -> SourceError:
+    return SourceError(f"{texts.path} changed while it was embedded: run again", argument="path")
+
+
+class _Stored:
+    """All embeddings as the file will hold them, in chunks."""
+
+    def __init__(self, texts: TextFile, parts: _Embeddings, rows: int, storage: Storage) -> None:
+        """Read through the embeddings once if their ranges are needed."""
+        import numpy as np
+
+        self.texts, self.rows, self._parts, self._storage = texts, rows, parts, storage
+        self.ranges: np.ndarray[Any, Any] | None = None
+        dimensions = storage.truncate_dim or parts.width
+        self.width = dimensions
+        self.dtype: np.dtype[Any] = np.dtype("<f4")
+        if storage.quantize is not None:
+            self.dtype = np.dtype("i1")
+            self.width = -(-dimensions // 8) if storage.quantize == "binary" else dimensions
+        if storage.quantize == "int8":
+            extremes = [(found.min(axis=0), found.max(axis=0)) for _, found in self._floats()]
+            lowest, highest = zip(*extremes, strict=True)
+            self.ranges = np.stack([np.min(lowest, axis=0), np.max(highest, axis=0)])
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the file must know of its storage, if it is not the usual one (serialises to JSON)."""
+        if self._storage == AS_THEY_ARE:
+            return {}
+        ranges = {} if self.ranges is None else {"ranges": self.ranges.tolist()}
+        return {"storage": asdict(self._storage) | ranges}
+
+    def chunks(self) -> "Iterator[tuple[list[str], np.ndarray[Any, Any]]]":
+        """Texts, and their embeddings `[B, width]`; raises SourceError if the input has changed."""
+        for chunk, found in self._floats():
+            if self._storage.quantize is not None:
+                from sentence_transformers.util import quantize_embeddings
+
+                found = quantize_embeddings(found, self._storage.quantize, ranges=self.ranges)
+            yield chunk, found.astype(self.dtype, copy=False)
+
+    def _floats(self) -> "Iterator[tuple[list[str], np.ndarray[Any, Any]]]":
+        count = 0
+        for chunk, found in self._parts.read(self.texts, self.rows):
+            yield chunk, self._storage.truncated(found)
+            count += len(chunk)
+        if count != self.texts.rows:
+            raise _changed(self.texts)
+
+
+def _write_npy(path: Path, stored: _Stored) -> None:
     import numpy as np
 
     with path.open("wb") as file:
-        written = 0
-        for _, embeddings in parts.read(texts, rows):
-            if not written:
-                shape = (texts.rows, embeddings.shape[1])
-                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
-            file.write(embeddings.astype("<f4", copy=False).tobytes())
-            written += len(embeddings)
-    if written != texts.rows:
-        raise SourceError(f"{texts.path} changed while it was embedded: run again", argument="path")
+        shape = (stored.texts.rows, stored.width)
+        header = {"descr": stored.dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+        for _, embeddings in stored.chunks():
+            file.write(embeddings.tobytes())
 
 
-def _write_parquet(path: Path, texts: TextFile, parts: _Embeddings, rows: int, origin: dict[str, Any]) -> None:
-    width = parts.width
-    fields = [pa.field("text", pa.string()), pa.field("embedding", pa.list_(pa.float32(), width))]
-    schema = pa.schema(fields, {EMBEDDED_BY: json.dumps(origin, sort_keys=True).encode()})
-    tables = (
-        pa.Table.from_arrays(
-            [pa.array(chunk, pa.string()), pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), width)],
-            schema=schema,
-        )
-        for chunk, embeddings in parts.read(texts, rows)
-    )
-    ArtifactWriter(path.parent).write_stream(path.name, tables, schema)
+def _write_ranges(output: Path, ranges: "np.ndarray[Any, Any] | None") -> None:
+    """Beside a .npy of int8 its ranges, smallest and largest value of each dimension `[2, width]`."""
+    if ranges is not None:
+        import numpy as np
+
+        sink = BytesIO()
+        np.save(sink, ranges)
+        write_bytes(output.with_suffix(".ranges.npy"), sink.getvalue())
+
+
+def _write_parquet(path: Path, stored: _Stored, origin: dict[str, Any], kept: Columns | None) -> None:
+    value = pa.from_numpy_dtype(stored.dtype)
+    fields = [pa.field("text", pa.string()), pa.field("embedding", pa.list_(value, stored.width))]
+    kept = kept if kept is not None and kept.schema.names else None
+    others = [] if kept is None else list(kept.schema)
+    schema = pa.schema([*others, *fields], {EMBEDDED_BY: json.dumps(origin, sort_keys=True).encode()})
+
+    def tables() -> Iterator[pa.Table]:
+        beside: Iterator[pa.Table | None] = repeat(None) if kept is None else kept.chunks(stored.rows)
+        for chunk, embeddings in stored.chunks():
+            columns = next(beside, None)
+            if kept is not None and (columns is None or columns.num_rows != len(chunk)):
+                raise _changed(stored.texts)
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), stored.width)
+            rest = [] if columns is None else columns.columns
+            yield pa.Table.from_arrays([*rest, pa.array(chunk, pa.string()), vectors], schema=schema)
+
+    ArtifactWriter(path.parent).write_stream(path.name, tables(), schema)

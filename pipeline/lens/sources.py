@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core.artifacts import bytes_sha256
 from pipeline.core.errors import SourceError
-from pipeline.core.readers import TextFile
+from pipeline.core.readers import TextFile, check_encodable
 from pipeline.core.text import normalize_text, query_id
 from pipeline.lens.reading import Entries
 
@@ -148,13 +148,16 @@ class Source:
     tokens: int | None = None
 
 
-def from_texts(texts: Sequence[str]) -> Source:
-    tidy = [normalize_text(text) for text in texts]
+def from_texts(texts: Sequence[str], *, tidy: bool = False) -> Source:
+    """Texts as they stand, or normalised; raises SourceError of one that cannot be written as UTF-8."""
+    given = [normalize_text(text) if tidy else text for text in texts]
+    for number, text in enumerate(given, start=1):
+        check_encodable(text, f"text {number}")
 
     def chunks(rows: int) -> Iterator[Chunk]:
-        return (_entries(tidy[start : start + rows]) for start in range(0, len(tidy), rows))
+        return (_entries(given[start : start + rows]) for start in range(0, len(given), rows))
 
-    return Source("texts", len(tidy), chunks)
+    return Source("texts", len(given), chunks)
 
 
 def from_file(texts: TextFile, responses: TextFile | None = None) -> Source:

@@ -16,7 +16,7 @@ from pydantic import model_validator
 from pipeline.core.config import Params
 from pipeline.core.errors import EvaluationError
 from pipeline.tasks.local_dataset import LocalData
-from pipeline.tasks.local_tasks import RetrievalData, load_corpus, load_retrieval
+from pipeline.tasks.local_tasks import RetrievalData, load_corpus, load_retrieval, only_judged
 
 _ID = ("_id", "id", "ID")
 _DOCUMENT = ("document",)
@@ -46,6 +46,7 @@ def load_judged(source: SourceParams, local_dir: Path) -> RetrievalData:
     elif "corpus" in (loader := _hub_loader(str(source.dataset), source.revision)).dataset_configs:
         content = _loading(loader.load, str(source.dataset))
         queries = dict(zip(content["queries"]["id"], content["queries"]["text"], strict=True))
+        queries = only_judged(queries, content["relevant_docs"], str(source.dataset))
         return RetrievalData(queries, _hub_corpus(content["corpus"]), content["relevant_docs"], content["top_ranked"])
     return judged_rows(load_rows(source, local_dir, ("query", "document")))
 

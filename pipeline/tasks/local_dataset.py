@@ -1,4 +1,4 @@
-"""A data set in a local folder, laid out as on a hub: README.md with `configs:`, and files.
+"""A data set in a local folder, laid out as on a hub (README.md with `configs:`, and files), or as BEIR is downloaded.
 
     ---
     configs:
@@ -7,7 +7,8 @@
       - {split: corpus, path: corpus.jsonl}
     ---
 
-Files are read by `core/readers.py`: no hub, no cache of another library, and equal files mean an equal revision.
+BEIR's folders have no README.md, but corpus.jsonl, queries.jsonl and judgements of each split, qrels/test.tsv. Files
+are read by `core/readers`: no hub, no cache of another library, and equal files mean an equal revision.
 """
 
 import contextlib
@@ -32,7 +33,9 @@ class LocalData:
         self.folder = folder
         if not folder.is_dir():
             raise EvaluationError(f"{folder}: no such folder of a local data set{_neighbours(folder)}")
-        self.files = {str(c["config_name"]): self._splits(c) for c in _configs(folder / README)}
+        self.files = _beir_files(folder) or {
+            str(config["config_name"]): self._splits(config) for config in _configs(folder / README)
+        }
 
     @property
     def name(self) -> str:
@@ -43,7 +46,8 @@ class LocalData:
     def revision(self) -> str:
         """20 hex digits that change with any byte of its files."""
         paths = {path for splits in self.files.values() for files in splits.values() for path in files}
-        names = sorted(path.relative_to(self.folder).as_posix() for path in {*paths, self.folder / README})
+        readme = {self.folder / README} if (self.folder / README).exists() else set[Path]()
+        names = sorted(path.relative_to(self.folder).as_posix() for path in paths | readme)
         return digest_of({name: file_sha256(self.folder / name) for name in names})[:20]
 
     def split_of(self, config: str, wanted: str) -> str:
@@ -57,16 +61,31 @@ class LocalData:
             )
         return next(iter(splits))
 
-    def read(self, config: str, split: str, *, required: Sequence[str]) -> pa.Table:
-        """One split as a table with at least the columns `required`.
+    def read(
+        self,
+        config: str,
+        split: str,
+        *,
+        required: Sequence[str] = (),
+        texts: Sequence[str] = (),
+        numbers: Sequence[str] = (),
+        optional: Sequence[str] = (),
+    ) -> pa.Table:
+        """One split as a table.
+
+        Args:
+            required: columns that must be there, of any type.
+            texts: columns that must be there, as strings; a chat is its first user turn.
+            numbers: columns that must be there, as float64; CSV has only texts.
+            optional: as `texts`, but they may be missing or null.
 
         Raises:
-            EvaluationError: a file is unreadable, empty, lacks one of the columns or has nulls in it.
+            EvaluationError: a file is unreadable or empty, or a column is missing, has nulls or other values.
         """
         with evaluation_files():
-            tables = [read_table(path) for path in self.files[config][split]]
-        table = pa.concat_tables(tables, promote_options="default")
-        missing = [column for column in required if column not in table.column_names]
+            table = read_table(*self.files[config][split], texts=(*texts, *optional))
+        wanted = list(dict.fromkeys((*required, *texts, *numbers)))
+        missing = [column for column in wanted if column not in table.column_names]
         where = f"{self.folder}: config '{config}', split '{split}'"
         if missing:
             raise EvaluationError(
@@ -75,14 +94,17 @@ class LocalData:
             )
         if not table.num_rows:
             raise EvaluationError(f"{where}: no rows")
-        for column in required:
+        for column in wanted:
             if table[column].null_count:
                 raise EvaluationError(f"{where}: column '{column}' has {table[column].null_count} empty rows")
+        for column in numbers:
+            found = _numbers(table[column].to_pylist(), f"{where}: column '{column}'")
+            table = table.set_column(table.column_names.index(column), column, pa.array(found, pa.float64()))
         return table
 
     def columns(self, config: str) -> list[str]:
         """The columns of a config's first split."""
-        return self.read(config, next(iter(self.files[config])), required=()).column_names
+        return self.read(config, next(iter(self.files[config]))).column_names
 
     def _splits(self, config: dict[str, Any]) -> dict[str, list[Path]]:
         splits: dict[str, list[Path]] = {}
@@ -93,6 +115,25 @@ class LocalData:
                     raise EvaluationError(f"{self.folder / pattern}: no such file, though {README} lists it")
                 splits.setdefault(str(entry["split"]), []).extend(paths)
         return splits
+
+
+def _numbers(values: Iterable[Any], where: str) -> list[float]:
+    found = []
+    for row, value in enumerate(values):
+        try:
+            found.append(float(value))
+        except (ValueError, TypeError):
+            raise EvaluationError(f"{where}, row {row}: {value!r:.40} is no number") from None
+    return found
+
+
+def _beir_files(folder: Path) -> dict[str, dict[str, list[Path]]] | None:
+    """The configs of a folder as BEIR is downloaded, None of another one."""
+    judgements = {path.name.split(".")[0]: [path] for path in sorted((folder / "qrels").glob("*.tsv*"))}
+    tables = {name: sorted(folder.glob(f"{name}.jsonl*")) for name in ("corpus", "queries")}
+    if not judgements or not all(tables.values()):
+        return None
+    return {**{name: {name: paths} for name, paths in tables.items()}, "default": judgements}
 
 
 def _configs(readme: Path) -> list[dict[str, Any]]:
@@ -141,5 +182,5 @@ def _quoted(names: Iterable[str]) -> str:
 def _neighbours(folder: Path) -> str:
     if not folder.parent.is_dir():
         return f" ({folder.parent} does not exist)"
-    found = sorted(path.parent.name for path in folder.parent.glob(f"*/{README}"))
+    found = sorted({path.parent.name for name in (README, "corpus.jsonl*") for path in folder.parent.glob(f"*/{name}")})
     return f" (there are: {', '.join(found)})" if found else f" ({folder.parent} holds none)"

@@ -3,7 +3,7 @@
 | layout         | configs                                    | columns                                              |
 |----------------|--------------------------------------------|------------------------------------------------------|
 | Retrieval      | corpus, queries, default (or qrels);       | `_id`, `text` (corpus also `title`); `query-id`,     |
-|                | optionally top_ranked                      | `corpus-id`, `score`; `query-id`, `corpus-ids`       |
+|                | optionally top_ranked; BEIR's own folders  | `corpus-id`, `score`; `query-id`, `corpus-ids`       |
 | STS            | default                                    | `sentence1`, `sentence2`, `score`                    |
 | Classification | default, splits train and test             | `text`, `label`                                      |
 | Choices        | default                                    | `question`, `choices`, `answer`, see choices.py      |
@@ -12,7 +12,8 @@ Choices become retrieval, scored by nDCG@10: all choices of all questions are th
 only split there is. The task is named like the folder; its data revision is a hash of the files.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ import pyarrow.compute as pc
 from pipeline.core.errors import EvaluationError
 from pipeline.tasks.choices import CHOICE_ACCURACY, ChoiceColumns, choice_accuracy, choice_columns, read_choices
 from pipeline.tasks.local_dataset import LocalData
+
+log = logging.getLogger(__name__)
 
 _PAIR = ("sentence1", "sentence2", "score")
 _LABELLED = ("text", "label")
@@ -110,18 +113,14 @@ def load_retrieval(data: LocalData) -> RetrievalData:
     """
     if layout_of(data) != "Retrieval":
         raise EvaluationError(f"{data.folder}: must have the retrieval layout (configs corpus, queries, default)")
-    config = _judgements_config(data)
-    judgements = data.read(config, retrieval_split(data), required=_JUDGEMENT)
-    relevant: dict[str, dict[str, int]] = {}
-    for query, passage, score in zip(*(judgements[column].to_pylist() for column in _JUDGEMENT), strict=True):
-        relevant.setdefault(str(query), {})[str(passage)] = int(score)
+    relevant = _judgements(data)
     corpus = load_corpus(data)
     texts = _identified(data, "queries", ("text",))
     queries = dict(zip(texts["id"].to_pylist(), texts["text"].to_pylist(), strict=True))
     passages = set(corpus["id"].to_pylist())
     _check_known(data, relevant, "queries", queries)
     _check_known(data, (passage for scores in relevant.values() for passage in scores), "corpus", passages)
-    judged = {query: text for query, text in queries.items() if query in relevant}
+    judged = only_judged(queries, relevant, str(data.folder))
     top_ranked = _top_ranked(data)
     if top_ranked is not None:
         _check_known(
@@ -129,6 +128,37 @@ def load_retrieval(data: LocalData) -> RetrievalData:
         )
         _check_known(data, judged, "top_ranked", top_ranked)
     return RetrievalData(judged, corpus, relevant, top_ranked)
+
+
+def only_judged(queries: Mapping[str, str], relevant: Mapping[str, Any], name: str) -> dict[str, str]:
+    """The queries with a judgement; a warning counts the others, which no score can count."""
+    judged = {query: text for query, text in queries.items() if relevant.get(query)}
+    if len(judged) < len(queries):
+        first = next(query for query in queries if query not in judged)
+        left_out = len(queries) - len(judged)
+        log.info(
+            "%s: %d of %d queries have no judgement and are left out, first '%s'", name, left_out, len(queries), first
+        )
+    if not judged:
+        raise EvaluationError(f"{name}: none of its {len(queries)} queries has a judgement")
+    return judged
+
+
+def _judgements(data: LocalData) -> dict[str, dict[str, int]]:
+    """Relevance by query and passage: whole numbers, one for each pair."""
+    config, split = _judgements_config(data), retrieval_split(data)
+    table = data.read(config, split, required=_JUDGEMENT[:2], numbers=_JUDGEMENT[2:])
+    where = f"{data.folder}: config '{config}', split '{split}'"
+    relevant: dict[str, dict[str, int]] = {}
+    for row, (query, passage, score) in enumerate(zip(*(table[name].to_pylist() for name in _JUDGEMENT), strict=True)):
+        if not score.is_integer():
+            limit = "relevance must be a whole number, as nDCG and the other scores need it: scale or round it"
+            raise EvaluationError(f"{where}, row {row}: the score {score} of '{query}' and '{passage}': {limit}")
+        scores = relevant.setdefault(str(query), {})
+        if str(passage) in scores:
+            raise EvaluationError(f"{where}, row {row}: '{query}' and '{passage}' are judged a second time")
+        scores[str(passage)] = int(score)
+    return relevant
 
 
 def _judgements_config(data: LocalData) -> str:
@@ -150,13 +180,13 @@ def load_corpus(data: LocalData) -> pa.Table:
 def _identified(data: LocalData, config: str, columns: Sequence[str]) -> pa.Table:
     if config not in data.files:
         raise EvaluationError(f"{data.folder}: config '{config}' missing (it has {sorted(data.files)})")
-    table = data.read(config, data.split_of(config, "test"), required=["text"])
+    table = data.read(config, data.split_of(config, "test"), texts=["text"], optional=["title"])
     key = next((name for name in ("_id", "id") if name in table.column_names), None)
     if key is None:
         raise EvaluationError(f"{data.folder}: config '{config}': column '_id' missing (it has {table.column_names})")
     texts = {"id": table[key].cast(pa.string())}
     for column in columns:
-        found = table[column] if column in table.column_names else pa.nulls(table.num_rows, pa.string())
+        found = table[column] if column in table.column_names else pa.nulls(table.num_rows)
         texts[column] = pc.fill_null(found.cast(pa.string()), "")
     if pc.count_distinct(texts["id"]).as_py() != table.num_rows:
         raise EvaluationError(f"{data.folder}: config '{config}': an id occurs twice")
@@ -202,8 +232,9 @@ def _classification(data: LocalData) -> Any:
     splits = data.files["default"]
     if not {"train", "test"} <= set(splits):
         raise EvaluationError(f"{data.folder}: classification needs the splits train and test, it has {sorted(splits)}")
-    tables = {split: data.read("default", split, required=_LABELLED) for split in ("train", "test")}
-    names = sorted({label for table in tables.values() for label in table["label"].to_pylist()})
+    tables = {split: data.read("default", split, texts=["text"], required=["label"]) for split in ("train", "test")}
+    labels = {label for table in tables.values() for label in table["label"].to_pylist()}
+    names = sorted(labels, key=lambda label: (isinstance(label, str), label))
     codes = {name: code for code, name in enumerate(names)}
     return _dataset_dict(
         {
@@ -214,7 +245,7 @@ def _classification(data: LocalData) -> Any:
 
 
 def _pairs(data: LocalData, split: str) -> pa.Table:
-    return data.read("default", split, required=_PAIR).select(_PAIR)
+    return data.read("default", split, texts=_PAIR[:2], numbers=_PAIR[2:]).select(_PAIR)
 
 
 def _dataset_dict(tables: dict[str, pa.Table]) -> Any:

@@ -124,7 +124,7 @@ def model(workspace: Path, tiny_backbone: Callable[..., Path]) -> Path:
 def test_encode_every_format_to_the_same_embeddings(model: Path) -> None:
     texts = ["one", "a second text"]
     frame = pl.DataFrame({"text": texts, "other": ["x", "y"]})
-    Path("in.txt").write_text("one\na second  text\n")
+    Path("in.txt").write_text("one\na second text\n")
     frame.write_ndjson("in.jsonl")
     frame.write_csv("in.csv")
     frame.write_parquet("in.parquet")
@@ -196,14 +196,44 @@ def test_mistakes_with_files_come_before_the_model_is_loaded(workspace: Path) ->
     Path("null.jsonl").write_text('{"text": "x"}\n{"text": null}\n')
     fails("none is not an encoder", *encode("--input", "in.txt", "--output", "o.npy"))
     fails("unknown format '.csv' (known: .npy, .parquet)", *encode("--input", "in.txt", "--output", "o.csv"))
-    fails("gone.txt does not exist", *encode("--input", "gone.txt", "--output", "o.npy"))
+    fails("--input: gone.txt does not exist", *encode("--input", "gone.txt", "--output", "o.npy"))
     fails("empty.txt holds no text", *encode("--input", "empty.txt", "--output", "o.npy"))
     fails("no column 'text' (columns there: a, b)", *encode("--input", "in.csv", "--output", "o.npy"))
+    fails("--format: stdin.pdf: unknown format", *encode("--input", "-", "--output", "o.npy", "--format", "pdf"))
     fails(
-        "--column: in.csv: column 'a' holds numbers only",
-        *encode("--input", "in.csv", "--output", "o.npy", "--column", "a"),
+        "--keep: in.csv: no column 'z'",
+        *encode("--input", "in.csv", "--output", "o.parquet", "--column", "a", "--keep", "z"),
     )
-    fails("bad.parquet is damaged", *encode("--input", "bad.parquet", "--output", "o.npy"))
-    fails("is null in 1 rows, first in line 2", *encode("--input", "null.jsonl", "--output", "o.npy"))
-    fails("--dtype: unknown value 'half'", *encode("--input", "in.txt", "--output", "o.npy", "--dtype", "half"))
-    fails("none is not an encoder", "decode", "--model", "none", "x")
+    fails("--output: o.npy holds no columns", *encode("--input", "in.csv", "--output", "o.npy", "--keep", "all"))
+    fails("--quantize: unknown value 'int4'", *encode("--input", "in.txt", "--output", "o.npy", "--quantize", "int4"))
+
+
+def test_encode_reads_standard_input_and_keeps_columns(model: Path) -> None:
+    Path("in.jsonl").write_text('{"id": 7, "text": " one "}\n{"id": 8, "text": "two"}\n')
+    common = ["encode", "--model", str(model), "--output", "o.parquet", "--keep", "id"]
+    assert call(*common, "--input", "in.jsonl").exit_code == 0
+    first = pl.read_parquet("o.parquet")
+    assert first.select("id", "text").rows() == [(7, " one "), (8, "two")]
+    piped = CliRunner().invoke(app, [*common, "--input", "-", "--format", "jsonl"], input=Path("in.jsonl").read_bytes())
+    assert piped.exit_code == 0, piped.output
+    assert pl.read_parquet("o.parquet").equals(first)
+    assert call(*common, "--input", "in.jsonl", "--tidy").exit_code == 0
+    tidy = pl.read_parquet("o.parquet")
+    assert tidy["text"].to_list() == ["one", "two"]
+    assert np.abs((tidy["embedding"].to_numpy() - first["embedding"].to_numpy())[0]).max() > 1e-4
+    small = call("encode", "--model", model, "--input", "in.jsonl", "--output", "o.npy", "--truncate-dim", 3)
+    assert "2 embeddings of 3 dimensions" in small.stdout
+    np.testing.assert_allclose(np.linalg.norm(np.load("o.npy"), axis=1), 1, rtol=1e-6)
+    wide = call("encode", "--model", model, "--input", "in.jsonl", "--output", "o.npy", "--truncate-dim", 6)
+    assert wide.exit_code == 1
+    assert wide.stderr.splitlines()[-1] == "error: --truncate-dim: 6 of 5 dimensions: must be between 1 and 5"
+
+
+def test_the_command_embeds_what_the_api_embeds(model: Path) -> None:
+    """A space at the end of a text belongs to it."""
+    from pipeline import load
+
+    texts = ["one ", "e\u0301t\u00e9", "two  spaces"]
+    Path("in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert call("encode", "--model", model, "--input", "in.jsonl", "--output", "o.npy").exit_code == 0
+    np.testing.assert_allclose(np.load("o.npy"), load(model, device="cpu").encode(texts), atol=1e-6)

@@ -20,7 +20,7 @@ from pipeline.core.errors import SourceError, WorkError
 from pipeline.core.readers import open_texts
 from pipeline.core.row_store import lock_folder
 from pipeline.core.run import work_dir
-from pipeline.encoder.encode_file import EMBEDDED_BY, encode_file, not_made_by
+from pipeline.encoder.encode_file import EMBEDDED_BY, Storage, encode_file, kept_columns, not_made_by
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.encoder.inference import Embedded
 from tests.conftest import ROOT
@@ -75,7 +75,7 @@ def encode(output: str, encoder: Any = None, source: str = "in.txt", **options: 
 def write(count: int = 10) -> list[str]:
     texts = [f"{row} is a text"[: 5 + row % 7] for row in range(count)]
     Path("in.txt").write_text("".join(text + "\n" for text in texts))
-    return [text.strip() for text in texts]
+    return texts
 
 
 def parts() -> list[Path]:
@@ -111,6 +111,114 @@ def test_parquet_holds_the_texts_too_and_says_who_made_it(workspace: Path) -> No
     made_by = json.loads(pq.read_schema("out.parquet").metadata[EMBEDDED_BY])
     config = CONFIG.model_dump(exclude={"teacher", "origin", "transform"})
     assert made_by == {"encoder": {"sha256": "abc", "config": config}, "instruction": "I"}
+
+
+# --- columns that are kept ------------------------------------------------------------------------------------------
+
+
+def keeping(keep: str, source: str, column: str | None = None) -> pl.DataFrame:
+    texts = open_texts(Path(source), column)
+    encode_file(LengthEncoder(), texts, Path("out.parquet"), chunk_rows=4, kept=kept_columns(texts, keep))  # type: ignore[arg-type]
+    return pl.read_parquet("out.parquet")
+
+
+def rows_with_columns(count: int = 10) -> list[dict[str, Any]]:
+    return [
+        {"id": row, "text": f"text {row}", "url": f"http://{row}", "tags": ["a"] * (row % 3)} for row in range(count)
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_columns_are_kept_with_their_types(workspace: Path, suffix: str) -> None:
+    rows = rows_with_columns()
+    frame = pl.DataFrame(rows)
+    getattr(frame, {"jsonl": "write_ndjson"}.get(suffix, "write_parquet"))(f"in.{suffix}")
+    table = keeping("url, id", f"in.{suffix}")
+    assert table.columns == ["url", "id", "text", "embedding"]
+    assert table.select("id", "text", "url").rows() == frame.select("id", "text", "url").rows()
+    np.testing.assert_array_equal(table["embedding"].to_numpy(), expected(frame["text"].to_list()))
+    table = keeping("all", f"in.{suffix}")
+    assert table.columns == ["id", "url", "tags", "text", "embedding"]
+    assert table["tags"].to_list() == [row["tags"] for row in rows]
+    assert keeping("text,id", f"in.{suffix}").columns == ["id", "text", "embedding"]
+
+
+def test_columns_of_shards_and_of_rows_that_lack_them(workspace: Path) -> None:
+    """Texts of another column, chunks over the ends of files, numbers and texts under one name."""
+    Path("in").mkdir()
+    for shard in range(3):
+        rows = [{"body": f"text {shard}{row}", "n": row if shard else str(row)} for row in range(3)]
+        Path(f"in/{shard}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"body": "x"}]))
+    table = keeping("all", "in", "body")
+    assert table.columns == ["n", "text", "embedding"]
+    assert table["n"].to_list() == ["0", "1", "2", None] * 3
+    assert table["text"].to_list() == list(open_texts(Path("in"), "body"))
+
+
+def test_columns_that_cannot_be_kept(workspace: Path) -> None:
+    write()
+    pl.DataFrame({"body": ["a"], "text": ["b"], "embedding": [1.0]}).write_parquet("in.parquet")
+    pl.DataFrame({"text": ["b"], "n": [1]}).write_csv("in.csv")
+    for arguments, problem in [
+        (("id", "in.txt"), "keep: in.txt: a .txt file has no columns"),
+        (("id", "in.parquet"), r"keep: in.parquet: no column 'id' \(columns there: body, text, embedding\)"),
+        (("id,n", "in.csv"), r"keep: in.csv: no column 'id' \(columns there: text, n\)"),
+        (("all", "in.parquet"), "keep: 'embedding' is a column that encode writes"),
+        (("text", "in.parquet", "body"), "keep: 'text' is a column that encode writes"),
+    ]:
+        with pytest.raises(SourceError, match=problem):
+            keeping(*arguments)
+    with pytest.raises(SourceError, match=r"output: out\.npy holds no columns"):
+        encode("out.npy", source="in.csv", kept=kept_columns(open_texts(Path("in.csv")), "n"))
+
+
+# --- truncated and quantised ----------------------------------------------------------------------------------------
+
+
+def test_the_first_dimensions_at_length_one(workspace: Path) -> None:
+    texts = write()
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy", LengthEncoder(fail_at=2))
+    assert encode("out.npy", storage=Storage(truncate_dim=2)) == (10, 2, 8, 0)  # what was embedded before serves
+    first = expected(texts)[:, :2]
+    np.testing.assert_allclose(np.load("out.npy"), first / np.linalg.norm(first, axis=1, keepdims=True), rtol=1e-6)
+    encode("out.parquet", storage=Storage(truncate_dim=2))
+    assert pl.read_parquet("out.parquet")["embedding"].dtype == pl.Array(pl.Float32, 2)
+    assert "truncated or quantised" in str(not_made_by(LengthEncoder(), Path("out.parquet")))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("truncate_dim", [0, WIDTH + 1])
+def test_dimensions_that_are_not_there(workspace: Path, truncate_dim: int) -> None:
+    write()
+    with pytest.raises(SourceError, match=f"truncate_dim: {truncate_dim} of 3 dimensions: must be between 1 and 3"):
+        encode("out.npy", storage=Storage(truncate_dim=truncate_dim))
+
+
+def test_int8_over_the_range_of_all_texts(workspace: Path) -> None:
+    # Lengths 1, 64, 256; characters 97, 197, 352: ranges of 255, so one step is one. The third dimension is constant.
+    Path("in.txt").write_text("a\n" * 6 + f"{chr(197) * 64}\n{chr(352) * 256}\n")
+    encode("out.npy", storage=Storage(quantize="int8"))
+    found = np.load("out.npy")
+    assert found.dtype == np.int8
+    np.testing.assert_array_equal(found[5:], [[-128] * 3, [63 - 128, 100 - 128, -128], [127, 127, -128]])
+    ranges = [[1, 97, 1], [256, 352, 1]]
+    np.testing.assert_array_equal(np.load("out.ranges.npy"), ranges)
+    encode("out.parquet", storage=Storage(quantize="int8"))
+    assert pl.read_parquet("out.parquet")["embedding"].to_list() == found.tolist()
+    said = json.loads(pq.read_schema("out.parquet").metadata[EMBEDDED_BY])["storage"]
+    assert said == {"quantize": "int8", "truncate_dim": None, "ranges": ranges}
+
+
+def test_binary_keeps_the_signs(workspace: Path) -> None:
+    Path("in.txt").write_text("a\nbb\n")
+
+    class Signs(LengthEncoder):
+        def embed(self, texts: Sequence[str], **options: Any) -> Embedded:
+            return Embedded(np.array([[1, -1, 1], [-1, 1, -1]], np.float32), 0)
+
+    assert encode("out.npy", Signs(), storage=Storage(quantize="binary")) == (2, 1, 0, 0)
+    np.testing.assert_array_equal(np.load("out.npy"), [[0b10100000 - 128], [0b01000000 - 128]])
+    assert not Path("out.ranges.npy").exists()
 
 
 @pytest.mark.parametrize("output", ["out.npy", "out.parquet"])

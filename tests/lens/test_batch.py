@@ -289,7 +289,7 @@ def test_mistakes_come_before_the_model_is_loaded(workspace: Path) -> None:
     fails("--html: p.txt must end in .html", "x", "--output", "o.parquet", "--html", "p.txt")
     fails("--html: needs --output too", "x", "--html", "p.html")
     fails("--engine: unknown value 'llama'", "x", "--engine", "llama")
-    fails("--response-column: needs an --input with columns", "--input", "in.txt", "--response-column", "r")
+    fails("--response-column: in.txt: a .txt file has no columns", "--input", "in.txt", "--response-column", "r")
     fails("no column 'gone' (columns there: text, r)", "--input", "in.csv", "--response-column", "gone")
     fails("enc is not an encoder", "x")
     fails("enc is not an encoder", "--soft-prompts", "in.txt")

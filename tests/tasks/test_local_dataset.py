@@ -22,11 +22,12 @@ def test_other_formats_read_alike(tmp_path: Path, suffix: str) -> None:
 
     folder = sts_folder(tmp_path / "sts")
     frame = pl.read_ndjson(folder / "default" / "test.jsonl")
-    expected = LocalData(folder).read("default", "test", required=["score"])
+    read = {"texts": ["sentence1", "sentence2"], "numbers": ["score"]}
+    expected = LocalData(folder).read("default", "test", **read)
     getattr(frame, f"write_{suffix}")(folder / "default" / f"test.{suffix}")
     readme = folder / "README.md"
     readme.write_text(readme.read_text().replace(".jsonl", f".{suffix}"))
-    assert LocalData(folder).read("default", "test", required=["score"]).equals(expected)
+    assert LocalData(folder).read("default", "test", **read).equals(expected)
 
 
 def test_a_column_that_begins_after_many_rows_is_read(tmp_path: Path) -> None:
@@ -109,6 +110,71 @@ def test_judgements_of_unknown_ids_are_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("d-apple", "d-pear"))
     with pytest.raises(EvaluationError, match="1 ids that config 'corpus' lacks, first: 'd-pear'"):
         load_retrieval(LocalData(folder))
+
+
+def judged(folder: Path, *rows: str) -> LocalData:
+    """A BEIR folder with three queries and two passages, and these judgements."""
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text(
+        '{"_id": "d1", "title": "A title", "text": "one", "metadata": {}}\n'
+        '{"_id": "d2", "title": "", "text": "two", "metadata": {"url": "x"}}\n'
+    )
+    (folder / "queries.jsonl").write_text(
+        "".join(f'{{"_id": "q{n}", "text": "{n}?", "metadata": {{}}}}\n' for n in (1, 2, 3))
+    )
+    for split in ("dev", "test"):
+        lines = "\n".join(["query-id\tcorpus-id\tscore", *(rows if split == "test" else ("q1\td1\t1",))])
+        (folder / "qrels" / f"{split}.tsv").write_text(f"{lines}\n")
+    return LocalData(folder)
+
+
+def test_a_folder_as_beir_is_downloaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = judged(tmp_path / "beir", "q1\td1\t1", "q1\td2\t0", "q3\td2\t2.0")
+    with caplog.at_level("INFO"):
+        found = load_retrieval(data)
+    assert found.queries == {"q1": "1?", "q3": "3?"}
+    assert found.relevant == {"q1": {"d1": 1, "d2": 0}, "q3": {"d2": 2}}
+    assert found.corpus.to_pydict() == {"id": ["d1", "d2"], "title": ["A title", ""], "text": ["one", "two"]}
+    assert "beir: 1 of 3 queries have no judgement and are left out, first 'q2'" in caplog.text
+    assert layout_of(data) == "Retrieval"
+    first = data.revision
+    (tmp_path / "beir" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t0\n")
+    assert data.revision != first
+    task = local_task(tmp_path / "beir")
+    assert task.metadata.eval_splits == ["test"]
+    task.load_data()
+    assert task.dataset["default"]["test"]["relevant_docs"] == {"q1": {"d1": 0}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        (["q1\td1\t1", "q2\td2\t0.9"], r"row 1: the score 0\.9 of 'q2' and 'd2': relevance must be a whole number"),
+        (["q1\td1\tnan"], "row 0: the score nan"),
+        (["q1\td1\tyes"], "column 'score', row 0: 'yes' is no number"),
+        (["q1\td1\t1", "q1\td1\t1"], "row 1: 'q1' and 'd1' are judged a second time"),
+        (["q1\td1\t1", "q1\td1\t0"], "row 1: 'q1' and 'd1' are judged a second time"),
+        (["q1\td9\t1"], "judgements name 1 ids that config 'corpus' lacks, first: 'd9'"),
+        (["q9\td1\t1"], "judgements name 1 ids that config 'queries' lacks, first: 'q9'"),
+        (["q1\td1"], "line 2: 2 fields, but the header has 3"),
+    ],
+)
+def test_judgements_that_mean_nothing_are_refused(tmp_path: Path, rows: list[str], problem: str) -> None:
+    with pytest.raises(EvaluationError, match=problem):
+        load_retrieval(judged(tmp_path / "beir", *rows))
+
+
+def test_a_text_of_a_task_is_a_text(tmp_path: Path) -> None:
+    """In CSV "007" is no number, and "NA" no null."""
+    folder = retrieval_folder(tmp_path / "r")
+    (folder / "corpus" / "corpus.csv").write_text("_id,text\n007,NA\n7,1\n")
+    (folder / "queries" / "queries.csv").write_text("_id,text\n1,true\n")
+    (folder / "default" / "test.csv").write_text("query-id,corpus-id,score\n1,007,1\n1,7,0\n")
+    readme = folder / "README.md"
+    readme.write_text(readme.read_text().replace(".jsonl", ".csv"))
+    data = load_retrieval(LocalData(folder))
+    assert data.corpus.to_pydict() == {"id": ["007", "7"], "title": ["", ""], "text": ["NA", "1"]}
+    assert (data.queries, data.relevant) == ({"1": "true"}, {"1": {"007": 1, "7": 0}})
 
 
 def test_an_id_that_occurs_twice_is_refused(tmp_path: Path) -> None:
