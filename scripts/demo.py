@@ -7,6 +7,7 @@ stays for the next call, which then has nothing to do.
 """
 
 import filecmp
+import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKSPACE = ROOT / ".demo"
@@ -41,6 +44,8 @@ def lay_out() -> None:
     """The workspace: code, data, params, links to the models, a DVC repository of its own."""
     for source, target in COPIED.items():
         sync(ROOT / source, WORKSPACE / target)
+    if importlib.util.find_spec("vllm") is None:
+        answer_with_transformers(WORKSPACE / "params.yaml")
     (WORKSPACE / "models").mkdir(exist_ok=True)
     for name in MODELS:
         link = WORKSPACE / "models" / name
@@ -50,6 +55,14 @@ def lay_out() -> None:
         dvc("init", "--quiet", "--no-scm")
         for setting in ("core.analytics", "core.check_update"):
             dvc("config", setting, "false")
+
+
+def answer_with_transformers(params: Path) -> None:
+    """Change the engine, for machines that vLLM's CPU build does not exist for (macOS)."""
+    yaml = YAML()
+    found = yaml.load(params)
+    found["generate"] |= {"engine": "transformers", "options": {}}
+    yaml.dump(found, params)
 
 
 def dvc(*arguments: str) -> None:

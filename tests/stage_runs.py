@@ -1,6 +1,7 @@
 """Stages as subprocesses in a scratch workspace: inputs, params, kills and what is left on the disk."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +73,11 @@ def errors_of(process: "subprocess.Popen[str]") -> str:
         process.kill()
         process.communicate()
         raise
+
+
+def foreign_lines(log: str) -> list[str]:
+    """Lines of a stage's log that are neither events nor progress."""
+    return [line for line in log.splitlines() if not re.match(r"(INFO|WARNING) |[\w .-]+: +\d+(%\||\w+ \[)", line)]
 
 
 def killed(stage: str, point: str, monkeypatch: pytest.MonkeyPatch) -> None:

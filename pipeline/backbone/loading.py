@@ -1,8 +1,10 @@
 """The frozen language model and its tokenizer: identity, loading, and copies that share its weights."""
 
+import contextlib
 import copy
 import itertools
 import json
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,17 +93,33 @@ def load_backbone(
     # bitsandbytes packs the weights on their final device: a quantised model is not moved afterwards.
     options = placement(device) if quantize is None else _quantized(quantize, params, device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            params.name,
-            revision=params.revision,
-            dtype=getattr(torch, params.dtype),
-            trust_remote_code=params.trust_remote_code,
-            **options,
-        )
+        with without_weight_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                params.name,
+                revision=params.revision,
+                dtype=getattr(torch, params.dtype),
+                trust_remote_code=params.trust_remote_code,
+                **options,
+            )
     except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
         raise _cannot_load(params, error) from None
     model = model.to(device) if quantize is None else _differentiable(model)
     return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def without_weight_bars() -> Iterator[None]:
+    """In the block transformers shows no bar over the weights of a model; downloads keep theirs."""
+    from transformers.utils import logging
+
+    def hidden(make: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return make(*arguments, **options | {"disable": True})
+
+    before = logging.set_tqdm_hook(hidden)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def placement(device: "torch.device | str") -> dict[str, Any]:

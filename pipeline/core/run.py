@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,10 +70,19 @@ def prepare_threads() -> None:
 
 
 def setup_logging() -> None:
-    """One line an event on stderr; libraries only from warnings up."""
+    """One line an event on stderr; libraries only from warnings up, see `quiet_libraries`."""
+    quiet_libraries()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
     for ours in ("pipeline", "__main__"):  # a stage run with `python -m` is called __main__
         logging.getLogger(ours).setLevel(logging.INFO)
+
+
+def quiet_libraries() -> None:
+    """Hide what libraries say to programmers: notes of torch's C++ code, which reads the variable when it is imported,
+    and what will change in later versions. Python's option -W and the user's variable come first."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for note in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=note, append=True)
 
 
 class _PlainLines(tqdm):  # type: ignore[type-arg]  # generic in its stubs only

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.run import device_memory_error, is_out_of_memory
+from pipeline.core.run import device_memory_error, is_out_of_memory, quiet_libraries
 from pipeline.parallel.devices import Device
 
 log = logging.getLogger(__name__)
@@ -259,6 +259,7 @@ def _run(index: int, cores: Sequence[int], connection: "Connection[Any, Any]", s
 
 def _log_as(index: int) -> None:
     """All workers log the same at the start: only the first logs below warnings."""
+    quiet_libraries()
     logging.basicConfig(
         format=f"%(levelname)s worker {index}: %(message)s", level=logging.WARNING, stream=sys.stderr, force=True
     )

@@ -9,6 +9,7 @@ from unittest.mock import MagicMock
 
 import pytest
 from huggingface_hub.errors import GatedRepoError
+from transformers.utils import logging
 
 from pipeline.backbone.loading import (
     BackboneParams,
@@ -28,6 +29,27 @@ from tests.conftest import tiny_tokenizer
 def gated_repo_error() -> GatedRepoError:
     response: Any = SimpleNamespace(headers={}, request=None)
     return GatedRepoError("403 Client Error.", response=response)
+
+
+def test_weights_are_read_without_a_bar(tiny_backbone: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
+    params = BackboneParams(name=str(tiny_backbone()), dtype="float32")
+    capfd.readouterr()
+    load_backbone(params)
+    assert capfd.readouterr().err == ""
+    bars: list[dict[str, Any]] = []
+
+    def user_hook(_make: Any, _arguments: Any, options: dict[str, Any]) -> Any:
+        bars.append(options)
+        return SimpleNamespace()
+
+    logging.set_tqdm_hook(user_hook)
+    try:
+        load_backbone(params)
+        assert bars == []
+        logging.tqdm([], desc="the user's")
+        assert bars == [{"desc": "the user's"}]
+    finally:
+        logging.set_tqdm_hook(None)
 
 
 def test_chat_prompt_is_the_template_of_the_tokenizer() -> None:

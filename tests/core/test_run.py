@@ -187,6 +187,28 @@ def test_logging_shows_our_events_and_the_warnings_of_libraries() -> None:
     assert (done.stdout, done.stderr) == ("", "INFO ours\nINFO the stage itself\nWARNING theirs\n")
 
 
+NOTES = (
+    "import os, warnings; from pipeline.core.run import setup_logging; setup_logging();"
+    "warnings.warn('later', FutureWarning); warnings.warn('yours', UserWarning);"
+    "print(os.environ['TORCH_CPP_LOG_LEVEL'])"
+)
+
+
+def test_notes_to_programmers_are_hidden_and_warnings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+    done = subprocess.run([sys.executable, "-c", NOTES], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "ERROR\n"
+    assert "yours" in done.stderr and "later" not in done.stderr
+
+
+def test_the_users_options_show_notes_to_programmers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
+    command = [sys.executable, "-W", "default", "-c", NOTES]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "INFO\n"
+    assert "later" in done.stderr
+
+
 def test_the_foundation_loads_no_heavy_package() -> None:
     code = (
         "import sys, pipeline.core.run, pipeline.core.config, pipeline.core.schemas, pipeline.core.row_store;"

@@ -16,7 +16,9 @@ from pipeline.core.paths import RESPONSES_DIR
 from pipeline.core.schemas import RESPONSES, check_table
 from pipeline.generate.__main__ import app
 from tests.stage_runs import (
+    finish,
     folder_bytes,
+    foreign_lines,
     kept_rows,
     killed,
     row_id,
@@ -170,6 +172,17 @@ KILLS = [
     "row_store.commit:1", "row_store.committed:1", "file.rename:2", "row_store.commit:2", "row_store.committed:2",
     "artifact.commit:1", "artifact.swap:1",
 ]  # fmt: skip
+
+
+@pytest.mark.models
+@pytest.mark.slow
+def test_vllm_adds_nothing_to_the_log(configure: Configure, small_lm: Path) -> None:
+    pytest.importorskip("vllm")
+    configure(small_lm, engine="vllm", options={"max_num_seqs": 4, "kv_cache_memory_bytes": 2**26})
+    write_queries(TEXTS[:5])
+    log = finish("generate")
+    assert "engine vllm: ready" in log
+    assert foreign_lines(log) == []
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.backbone.device import best_device
-from pipeline.backbone.loading import DType, hub_reason, identify, placement
+from pipeline.backbone.loading import DType, hub_reason, identify, placement, without_weight_bars
 from pipeline.core.errors import BackboneError, TeacherError
 from pipeline.embed.teachers.pooling import windows
 from pipeline.optim.batching import token_batches, token_budget
@@ -106,13 +106,14 @@ def load_model(name: str, revision: str | None, dtype: DType, device: str, trust
 
     try:
         identify(name, revision)  # refuses a missing folder, which would be taken for a name on the hub
-        return SentenceTransformer(
-            name,
-            revision=revision,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            model_kwargs={"dtype": getattr(torch, dtype), **placement(device)},
-        )
+        with without_weight_bars():
+            return SentenceTransformer(
+                name,
+                revision=revision,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                model_kwargs={"dtype": getattr(torch, dtype), **placement(device)},
+            )
     except BackboneError as error:
         raise TeacherError(error.message, argument="name") from None
     except (OSError, ValueError, KeyError, ImportError) as error:

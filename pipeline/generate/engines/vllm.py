@@ -76,8 +76,7 @@ class VllmEngine:
         arguments = fixed_arguments(setup.backbone, setup.max_model_len) | {
             "model": setup.backbone.name,
             "tensor_parallel_size": setup.tensor_parallel,
-            # vLLM overrules the variable that switches progress bars off.
-            "use_tqdm_on_load": not os.environ.get("TQDM_DISABLE"),
+            "use_tqdm_on_load": False,
         }
         arguments |= _automatic(choices, setup.max_model_len, options) | options
         reaper = Reaper()

@@ -54,6 +54,8 @@ def set_environment(on_gpu: bool, batch_invariant: bool) -> None:
     """Set variables that vLLM reads when it is imported; the user's stay."""
     prepare_environment()
     set_defaults(QUIET)
+    # vLLM logs before it has read that variable.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     if on_gpu:
         # A forked engine process would inherit the lock of the store, and hold it when this one is killed.
         set_defaults({"VLLM_WORKER_MULTIPROC_METHOD": "spawn"})
