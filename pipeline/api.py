@@ -141,7 +141,7 @@ class Embedder:
         self.encoder.width_of(space)  # checks before the work
         check_texts(several)
         bar = sys.stderr.isatty() and len(several) >= LONG_WORK if show_progress is None else show_progress
-        count = _process_count(processes)
+        count = self._process_count(processes)
         found = self._embed(count, several, instruction=prompt, batch_tokens=batch_tokens, show_progress=bar)
         self.encoder.config.warn_of_truncated(found.truncated, len(several))
         vectors = self.encoder.in_space(space, found.vectors)
@@ -183,7 +183,7 @@ class Embedder:
     ) -> "Iterator[np.ndarray[Any, Any]]":
         from pipeline.encoder.inference import check_texts
 
-        count, total, truncated = _process_count(processes), 0, 0
+        count, total, truncated = self._process_count(processes), 0, 0
         try:
             while some := list(islice(texts, size)):
                 check_texts(some, first=total)
@@ -248,21 +248,24 @@ class Embedder:
         if self._workers is None or self._workers[0] != count:
             self.close()
             # Each process sees its own GPU only, whatever number it has here.
-            device = "cpu" if self.encoder.model.device.type == "cpu" else None
+            device = "cpu" if self._on_cpu else None
             loader = encoder_loader(self._path, **{**self._options, "device": device})
-            self._workers = count, ParallelEncoder(loader, split_devices(count))
+            self._workers = count, ParallelEncoder(loader, split_devices(count, on_cpu=self._on_cpu))
         return self._workers[1]
 
+    def _process_count(self, processes: Count) -> int:
+        from pipeline.core.errors import EvaluationError
+        from pipeline.parallel.devices import worker_count
 
-def _process_count(processes: Count) -> int:
-    from pipeline.core.errors import EvaluationError
-    from pipeline.parallel.devices import worker_count
+        if processes == 1:
+            return 1
+        if processes != "auto" and (not isinstance(processes, int) or processes < 1):
+            raise SourceError(f"processes is {processes!r}: it must be a number from 1, or 'auto'")
+        return worker_count(processes, gpus_each=1, error=EvaluationError, on_cpu=self._on_cpu)
 
-    if processes == 1:
-        return 1
-    if processes != "auto" and (not isinstance(processes, int) or processes < 1):
-        raise SourceError(f"processes is {processes!r}: it must be a number from 1, or 'auto'")
-    return worker_count(processes, gpus_each=1, error=EvaluationError)
+    @property
+    def _on_cpu(self) -> bool:
+        return self.encoder.model.device.type == "cpu"
 
 
 def similarity(a: "np.ndarray[Any, Any]", b: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":

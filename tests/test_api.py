@@ -215,6 +215,16 @@ def test_auto_is_this_process_where_there_is_no_gpu(embedder: Embedder, monkeypa
     assert embedder._workers is None
 
 
+def test_an_embedder_on_the_cpu_starts_no_worker_on_a_gpu(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("pipeline.parallel.devices.visible_gpus", lambda: ["0"])
+    monkeypatch.setattr("pipeline.encoder.pool.ParallelEncoder", lambda _, devices: started.extend(devices))
+    with pytest.raises(AttributeError):  # nothing embeds
+        embedder.encode(TEXTS, processes=2)
+    assert [device.name.split()[0] for device in started] == ["cores", "cores"]
+    assert all("CUDA_VISIBLE_DEVICES" not in device.environment for device in started)
+
+
 # --- similarity -----------------------------------------------------------------------------------------------------
 
 

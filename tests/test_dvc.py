@@ -170,5 +170,10 @@ def test_an_edit_reruns_only_the_stages_that_use_it(committed: Path, file: str, 
         path.write_bytes(before)
 
 
+def test_a_name_from_params_reaches_the_shell_in_quotes() -> None:
+    commands = [STAGES[stage]["do"]["cmd"] for stage in ("evaluate", "probe")]
+    assert commands == ["python -m pipeline.evaluate '${key}'", "python -m pipeline.probe '${key}'"]
+
+
 def test_no_stage_persists_its_outs() -> None:
     assert "persist" not in (ROOT / "dvc.yaml").read_text()

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core.artifacts import MANIFEST, bytes_sha256, create, file_sha256, read_manifest, write_parquet
+from pipeline.core.artifacts import (
+    MANIFEST,
+    Manifest,
+    bytes_sha256,
+    create,
+    file_sha256,
+    read_manifest,
+    write_parquet,
+)
 from pipeline.core.schemas import QUERIES, RESPONSES, targets_schema
 from pipeline.core.text import query_id
 
@@ -125,7 +133,7 @@ def edit_manifest(root: Path, name: str, **changes: Any) -> None:
     content = json.loads(path.read_text())
     for key, value in changes.items():
         content[key] = {**content[key], **value} if isinstance(value, dict) else value
-    path.write_text(json.dumps(content))
+    write_manifest(path, content)
     for later in (
         "data/responses",
         "data/targets",
@@ -141,7 +149,12 @@ def restamp(root: Path, name: str) -> None:
     path = root / name / MANIFEST
     content = json.loads(path.read_text())
     content["inputs"] = {key: bytes_sha256((Path(key) / MANIFEST).read_bytes()) for key in content["inputs"]}
-    path.write_text(json.dumps(content))
+    write_manifest(path, content)
+
+
+def write_manifest(path: Path, content: dict[str, Any]) -> None:
+    """Write a manifest whose own sha256 agrees with it."""
+    path.write_bytes(Manifest(**{key: value for key, value in content.items() if key != "sha256"}).to_bytes())
 
 
 def flip_byte(path: Path, at: int) -> None:

@@ -1,7 +1,8 @@
 """Verify every artifact of a workspace: `python -m pipeline audit`.
 
 Checks file hashes, schemas, row counts, ids one-to-one along queries -> responses -> targets, finite numbers, the
-digests and model identities that link the artifacts, and dvc.lock. The content of a damaged file is not checked.
+digests and model identities that link the artifacts and their sources, and dvc.lock. The content of a damaged file is
+not checked. A model or a source that is not in this workspace cannot be verified, which is said and is no finding.
 """
 
 from collections.abc import Collection
@@ -39,6 +40,7 @@ def audit(root: Path = Path(), *, being_written: Collection[Path] = ()) -> Audit
     tables.check_rows(intact, findings)
     tables.check_tensors(intact, findings)
     chain.check_inputs(root, opened, findings)
+    chain.check_sources(root, opened, findings)
     chain.check_models(root, opened, findings)
     chain.check_trained_teacher(root, opened, findings)
     chain.check_width(intact, findings)

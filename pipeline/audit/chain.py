@@ -11,6 +11,7 @@ from pipeline.audit.findings import ENCODER, STALE, TARGETS, TEACHER, Findings
 from pipeline.backbone.loading import identify
 from pipeline.core.artifacts import Artifact, read_manifest
 from pipeline.core.errors import ArtifactError, BackboneError
+from pipeline.core.sources import changed
 from pipeline.core.target_transform import TRANSFORM_FILE, load_transform
 
 ROLES = ("backbone", "teacher")
@@ -25,6 +26,18 @@ def check_inputs(root: Path, artifacts: Mapping[str, Artifact], findings: Findin
             findings.add(
                 name, "", f"{STALE}: made from {path} with manifest {digest[:12]}..., now it is {current[:12]}..."
             )
+
+
+def check_sources(root: Path, artifacts: Mapping[str, Artifact], findings: Findings) -> None:
+    """Each artifact was made from the sources as they are now, where they can be read."""
+    for name, artifact in artifacts.items():
+        recorded = artifact.manifest.sources
+        differing, absent = changed(recorded, root)
+        for path, found in differing.items():
+            digests = f"with sha256 {recorded[path][:12]}..., now it is {found[:12]}..."
+            findings.add(name, path, f"{STALE}: made from this source {digests}")
+        for path in absent:
+            findings.cannot_verify(name, path, "this source is not here")
 
 
 def stale_inputs(root: Path, artifact: Artifact) -> dict[str, str]:
@@ -119,7 +132,7 @@ def _check_local(root: Path, name: str, role: str, identity: Any, findings: Find
         return
     folder = root / str(identity["name"])
     if not folder.is_dir():
-        findings.add(name, "", f"{role} folder {identity['name']} is not here, its identity cannot be verified")
+        findings.cannot_verify(name, "", f"{role} folder {identity['name']} is not here")
         return
     try:
         found = identify(str(folder), None).get("sha256", "")

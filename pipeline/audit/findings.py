@@ -31,16 +31,26 @@ class Finding:
         """Whether the artifact is whole, but made from inputs that were made anew since."""
         return self.what.startswith(STALE)
 
+    @property
+    def of_source(self) -> bool:
+        """Whether it is stale since a source has changed, which `where` names."""
+        return self.stale and bool(self.where)
+
 
 class Findings:
     """Collects findings in the order of the checks."""
 
     def __init__(self) -> None:
         self.items: list[Finding] = []
+        self.unverifiable: list[Finding] = []
 
     def add(self, artifact: str, where: str, what: str) -> None:
         """Add one finding."""
         self.items.append(Finding(artifact, where, what))
+
+    def cannot_verify(self, artifact: str, where: str, what: str) -> None:
+        """Add what this workspace has no means to check: no finding, and no confirmation."""
+        self.unverifiable.append(Finding(artifact, where, what))
 
     def add_rows(self, artifact: str, ids: Iterable[str], what: str) -> None:
         """Add a finding for each row; beyond the first few their number only."""
@@ -68,9 +78,16 @@ class Verified:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """The outcome of an audit: stages `not_made` yet, and how many outs of dvc.lock were compared (None without it)."""
+    """The outcome of an audit.
+
+    Attributes:
+        unverifiable: what cannot be checked here, since a model or a source is elsewhere.
+        not_made: artifacts that no stage has made yet.
+        locked: outs of dvc.lock that were compared; None without a dvc.lock.
+    """
 
     findings: list[Finding]
+    unverifiable: list[Finding]
     verified: list[Verified]
     not_made: list[str]
     locked: int | None
@@ -79,7 +96,8 @@ class AuditReport:
     def of(cls, findings: Findings, verified: Mapping[str, Artifact], missing: list[str], locked: int | None) -> Self:
         """The report on artifacts by name."""
         not_made = [name for name in missing if name not in findings.artifacts()]
-        return cls(findings.items, [_verified(name, artifact) for name, artifact in verified.items()], not_made, locked)
+        summed = [_verified(name, artifact) for name, artifact in verified.items()]
+        return cls(findings.items, findings.unverifiable, summed, not_made, locked)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""

@@ -46,6 +46,7 @@ def identify(name: str, revision: str | None) -> dict[str, str]:
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or (name.count("/") != 1 and "/" in name):
             raise BackboneError(f"model folder {name} does not exist")
+        check_not_missing(name, revision)
         return {"name": name, "revision": revision or "main"}
     files = sorted({path for pattern in _IDENTITY_FILES for path in folder.rglob(pattern)})
     if not files:
@@ -54,10 +55,30 @@ def identify(name: str, revision: str | None) -> dict[str, str]:
     return {"name": name, "sha256": digest_of(hashes)}
 
 
+def check_not_missing(name: str, revision: str | None) -> None:
+    """Raises BackboneError if `name`, of the form `a/b`, is a folder that is not here and no name on the hub.
+
+    It is a folder where `a` is one, unless a revision is named or the hub's cache has the model.
+    """
+    parent = Path(name).parent
+    local = name.startswith((".", "/", "~")) or Path(name).is_dir()
+    if local or revision is not None or name.count("/") != 1 or not parent.is_dir():
+        return
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    if not (Path(HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")).is_dir():
+        raise BackboneError(
+            f"model folder {name} does not exist, though the folder {parent} does (models are not in git: a clone or a "
+            "DVC experiment in a folder of its own lacks them). If a model of the hub is meant, name its revision"
+        )
+
+
 def load_tokenizer(params: BackboneParams) -> "PreTrainedTokenizerBase":
     """The backbone's tokenizer; BackboneError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
+    check_not_missing(params.name, params.revision)
     try:
         return AutoTokenizer.from_pretrained(
             params.name, revision=params.revision, trust_remote_code=params.trust_remote_code
@@ -70,6 +91,7 @@ def load_config(params: BackboneParams) -> Any:
     """The backbone's text config; BackboneError if it cannot be read."""
     from transformers import AutoConfig
 
+    check_not_missing(params.name, params.revision)
     try:
         config = AutoConfig.from_pretrained(
             params.name, revision=params.revision, trust_remote_code=params.trust_remote_code
@@ -90,6 +112,7 @@ def load_backbone(
     import torch
     from transformers import AutoModelForCausalLM
 
+    check_not_missing(params.name, params.revision)
     # bitsandbytes packs the weights on their final device: a quantised model is not moved afterwards.
     options = placement(device) if quantize is None else _quantized(quantize, params, device)
     try:

@@ -26,6 +26,8 @@ def audit(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inste
 def _print_audit(report: "AuditReport") -> None:
     for finding in report.findings:
         print(finding.line())
+    for absent in report.unverifiable:
+        print(f"not verifiable here: {absent.line()}", file=sys.stderr)
     for name in report.not_made:
         print(f"{name}: not made yet", file=sys.stderr)
     if report.findings:

@@ -6,7 +6,7 @@ kernels and the allocator take 1 to 2 GB more.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,11 @@ from pipeline.backbone.sizes import ModelSizes, sizes_from_config
 from pipeline.cli.presets import preset_of
 from pipeline.collect.params import CollectParams
 from pipeline.core.artifacts import read_manifest
-from pipeline.core.config import Params, read_yaml, validate
+from pipeline.core.config import EntryName, Params, read_yaml, validate
 from pipeline.core.errors import ArtifactError, EvaluationError, ParamsError
 from pipeline.core.paths import QUERIES_DIR, REPORT_PAGES
+from pipeline.core.readers import HubSource, LocalSource
+from pipeline.core.sources import is_within
 from pipeline.embed.params import EmbedParams
 from pipeline.embed.teachers.registry import TEACHERS
 from pipeline.evaluate.params import EvaluateParams
@@ -53,8 +55,8 @@ class AllParams(Params):
     embed: EmbedParams
     train: TrainParams
     evaluate: EvaluateParams
-    suites: dict[str, SuiteParams] = Field(min_length=1)
-    probes: dict[str, dict[str, Any]] = Field(min_length=1)
+    suites: dict[EntryName, SuiteParams] = Field(min_length=1)
+    probes: dict[EntryName, dict[str, Any]] = Field(min_length=1)
     report: ReportParams
 
 
@@ -234,6 +236,7 @@ def _remarks(params: AllParams, sizes: ModelSizes | None, root: Path) -> list[st
     for key, folder in {"collect": params.collect.local_dir, "evaluate": params.evaluate.local_dir}.items():
         if not (root / folder).is_dir():
             found.append(f"{key}.local_dir: {folder} does not exist, `dvc repro` needs it")
+    found += _unwatched(params, root)
     written, learnt = params.generate.max_new_tokens, params.train.max_response_tokens
     if written > learnt:
         found.append(f"train.max_response_tokens: {written} tokens are written, {learnt} are learnt from")
@@ -242,6 +245,35 @@ def _remarks(params: AllParams, sizes: ModelSizes | None, root: Path) -> list[st
     else:
         found += memory_remarks(params.train, params.backbone.dtype, sizes)
     return found
+
+
+def _unwatched(params: AllParams, root: Path) -> Iterator[str]:
+    """A remark for each local source and task whose changes DVC does not see: it watches the two local_dir alone."""
+    collect, evaluate = params.collect.local_dir, params.evaluate.local_dir
+    places = {
+        **_local_sources("collect", params.collect.sources, collect),
+        **_local_sources("teach", params.teach.sources, collect),
+        **{
+            f"suites.{suite}.local.{number}": (evaluate, name)
+            for suite, entry in params.suites.items()
+            for number, name in enumerate(entry.local)
+        },
+    }
+    for key, (folder, name) in places.items():
+        if not is_within(root / folder / name, root / folder):
+            stage = key.split(".")[0].replace("suites", "evaluate@" + key.split(".")[1])
+            yield (
+                f"{key}: {name} is outside {folder}, or behind a link, and DVC does not watch it: after it changed, "
+                f"run `dvc repro --single-item --force {stage}`, then `dvc repro`"
+            )
+
+
+def _local_sources(section: str, sources: Sequence[LocalSource | HubSource], folder: str) -> dict[str, tuple[str, str]]:
+    return {
+        f"{section}.sources.{number}.path": (folder, source.path)
+        for number, source in enumerate(sources)
+        if isinstance(source, LocalSource)
+    }
 
 
 def _scale_remark(params: AllParams) -> list[str]:

@@ -14,7 +14,7 @@ from pipeline.collect.params import CollectParams
 from pipeline.collect.selection import check_counts, identities, readable_evaluation, select
 from pipeline.collect.spill import scratch_folder
 from pipeline.core.artifacts import create
-from pipeline.core.config import PARAMS_FILE, Params, load
+from pipeline.core.config import PARAMS_FILE, EntryName, Params, load
 from pipeline.core.errors import ParamsError, section
 from pipeline.core.paths import QUERIES_DIR
 from pipeline.core.run import RunRecord, prepare_process, record, user_errors, work_dir
@@ -37,8 +37,8 @@ class Inputs(Params):
     collect: CollectParams
     evaluate: EvaluateFolder | None = None
     # Without a suite or a probe the report would fail hours later.
-    suites: dict[str, SuiteParams] = Field(default_factory=dict, min_length=1)
-    probes: dict[str, dict[str, Any]] = Field(default_factory=dict, min_length=1)
+    suites: dict[EntryName, SuiteParams] = Field(default_factory=dict, min_length=1)
+    probes: dict[EntryName, dict[str, Any]] = Field(default_factory=dict, min_length=1)
 
 
 def evaluation_texts(inputs: Inputs) -> list[TextSource]:
@@ -76,7 +76,8 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
         log.info("queries: %s", ", ".join(f"{name} {rows}" for name, rows in counts["all"].items() if rows))
         check_counts(counts["all"], params)
         models = identities(params, backbone, evaluation)
-        with create(QUERIES_DIR, kind="queries", params=params.model_dump(), models=models) as out:
+        content, digests = params.model_dump(), corpus.source_digests
+        with create(QUERIES_DIR, kind="queries", params=content, models=models, sources=digests) as out:
             corpus.write(out)
     rate = round(counts["all"]["read"] / max(sum(corpus.seconds.values()), 0.01), 1)
     facts.update(counts=counts, phase_seconds=corpus.seconds, rows_per_s=rate)

@@ -30,9 +30,10 @@ from pipeline.collect.spill import Mask, Rows, Spill
 from pipeline.collect.write import REMOVED, Removals, split_tables
 from pipeline.core.artifacts import ArtifactWriter
 from pipeline.core.errors import nested_in
-from pipeline.core.readers import HubSource, LocalSource, read_texts
+from pipeline.core.readers import HubSource, LocalSource
 from pipeline.core.run import progress
 from pipeline.core.schemas import QUERIES
+from pipeline.core.sources import SourceDigests
 
 # Texts that are read together: at most so many rows, and about so many characters.
 BATCH_ROWS = 4096
@@ -43,11 +44,17 @@ Check = Callable[[list[str]], Mask]
 
 
 class Corpus:
-    """The steps of the stage in their order; `seconds` has the time of each."""
+    """The steps of the stage in their order.
+
+    Attributes:
+        seconds: the time of each step.
+        source_digests: of the sources that were read, see `Manifest.sources`.
+    """
 
     def __init__(self, scratch: Path, sources: Sequence[LocalSource | HubSource], *, compared: bool) -> None:
         """Start with an empty folder `scratch`; `compared` says whether rows will be compared by their words."""
         self.seconds: dict[str, float] = {}
+        self.source_digests: dict[str, str] = {}
         self._sources = sources
         self._labels = [source.label for source in sources]
         self._spill = Spill(scratch)
@@ -65,10 +72,10 @@ class Corpus:
         Raises SourceError if a source cannot be read. Relative paths start at `local_dir`.
         """
         with self._timed("read"):
-            frames, first = [to_frame(0, []).drop("text")], 0
+            frames, first, digests = [to_frame(0, []).drop("text")], 0, SourceDigests(local_dir)
             for number, source in enumerate(self._sources):
                 with nested_in(f"sources.{number}"):
-                    rows = progress(read_texts(source, local_dir), total=None, desc=f"read {source.label}")
+                    rows = progress(digests.read(source), total=None, desc=f"read {source.label}")
                     for texts in _batched(rows):
                         frame = drop_lengths(to_frame(number, texts), min_chars=min_chars, max_chars=max_chars)
                         left = np.flatnonzero(undecided(frame))
@@ -76,6 +83,7 @@ class Corpus:
                         frames.append(frame.drop("text"))
                         first += len(texts)
             self._spill.finish()
+            self.source_digests = digests.found
             self._frame = drop_duplicates(pl.concat(frames))
 
     def check(self, checks: Mapping[str, Check]) -> None:

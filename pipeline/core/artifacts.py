@@ -1,14 +1,17 @@
 """Artifact folders: written whole or not at all, described by a deterministic manifest, verified when read.
 
 An artifact appears in one rename, after its files and its manifest reached the disk. The manifest holds what determines
-the content (params, model identities, digests of the inputs) and the content's hashes: equal work gives equal bytes.
+the content (params, model identities, digests of inputs and sources) and the content's hashes, and its own: equal work
+gives equal bytes.
 """
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,11 +21,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from pipeline.core.errors import ArtifactError, WorkError
 from pipeline.core.fault_points import fault_point
 
-FORMAT_VERSION = 1
+# 2: `sources`, and the manifest's own sha256. Format 1 has neither and is still read.
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 PART_BYTES = 128 * 2**20
 _PARQUET_OPTIONS: dict[str, Any] = {
@@ -35,7 +41,12 @@ _PARQUET_OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is, what it was made from, and the sha256 of each of its files."""
+    """What an artifact is, what it was made from, and the sha256 of each of its files.
+
+    Attributes:
+        inputs: digest of the manifest of each artifact that was read, by its path.
+        sources: sha256 of each file, folder or data set that is no artifact, by its path or name.
+    """
 
     kind: str
     rows: int
@@ -44,8 +55,14 @@ class Manifest:
     params: dict[str, Any] = field(default_factory=dict)
     models: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     counts: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    def to_bytes(self) -> bytes:
+        """The file `manifest.json`: canonical JSON with the digest of all other keys as `sha256`."""
+        content = json.loads(to_json(asdict(self)))  # as it will be read: keys that are numbers become strings
+        return to_json({**content, "sha256": digest_of(content)}).encode()
 
 
 def to_json(value: Any) -> str:
@@ -78,18 +95,57 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_REFUSED = (errno.EACCES, errno.EPERM)
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
+_QUOTED = re.compile("'(/?[^']+)'")  # pyarrow names the file in its message alone
+
+
 @contextlib.contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into a WorkError that names the place."""
+    """Turn a full disk, a missing permission or a file in place of a folder into a WorkError that names the place.
+
+    A missing permission of a file that is no part of `where` is about that file: the block may also read.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        place = _place(error)
+        if error.errno in _NO_FOLDER and (blocking := _file_above(place or where)):
+            raise WorkError(f"{blocking} is a file, where a folder is needed: move it away, and run again") from error
+        if error.errno in _REFUSED and place is not None and not _belongs(place, where):
+            raise WorkError(f"cannot open {place}: {os.strerror(error.errno)}") from error
+        if error.errno not in (*_FULL, *_REFUSED):
             raise
         raise WorkError(
             f"cannot write {where}: {os.strerror(error.errno)}. Finished work is kept; free space or choose another "
             "place (PIPELINE_WORK_DIR moves work in progress) and run again"
         ) from error
+
+
+def _place(error: OSError) -> Path | None:
+    """The file that an error is about, if it says so."""
+    if isinstance(error.filename, str | os.PathLike):
+        return Path(error.filename)
+    quoted = _QUOTED.search(str(error))
+    return Path(quoted[1]) if quoted else None
+
+
+def _file_above(path: Path) -> Path | None:
+    """The first of `path` and the folders that it needs that is a file."""
+    return next((part for part in reversed([path, *path.parents]) if part.is_file()), None)
+
+
+def _belongs(place: Path, where: Path) -> bool:
+    """Whether `place` is `where`, a part of it, a scratch name of it, or a folder that it needs."""
+    place, where = place.absolute(), where.absolute()
+    if place in (where, *where.parents):
+        return True
+    above = where.parent
+    if above not in place.parents:
+        return False
+    name = place.relative_to(above).parts[0]
+    return name == where.name or name.startswith(f".{where.name}.")
 
 
 def write_bytes(path: Path, content: bytes | pa.Buffer) -> None:
@@ -172,7 +228,7 @@ class ArtifactWriter:
             counts=self.counts,
             **description,
         )
-        write_json(self.path / MANIFEST, asdict(manifest))
+        write_bytes(self.path / MANIFEST, manifest.to_bytes())
 
 
 @contextlib.contextmanager
@@ -183,22 +239,27 @@ def create(
     params: Mapping[str, Any],
     models: Mapping[str, Any] | None = None,
     inputs: Iterable["Artifact"] = (),
+    sources: Mapping[str, str] | None = None,
 ) -> Iterator[ArtifactWriter]:
     """Write the artifact folder `target`: it exists complete after the block, or stays as it was.
 
     Args:
         params: resolved, all that determine its content.
         models: identities of the models that made it, by role.
+        sources: see `Manifest`.
 
     Raises:
         WorkError: the disk is full or not writable.
     """
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_leftovers(target)
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.tmp-"))
-        try:
-            writer = ArtifactWriter(scratch)
+        if target.is_file():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
+        _recover(target)
+        with _scratch_folder(target) as scratch:
+            new = scratch / "new"
+            new.mkdir()
+            writer = ArtifactWriter(new)
             yield writer
             writer.finish(
                 {
@@ -206,29 +267,86 @@ def create(
                     "params": dict(params),
                     "models": dict(models or {}),
                     "inputs": {artifact.path.as_posix(): artifact.digest for artifact in inputs},
+                    "sources": dict(sources or {}),
                 }
             )
-            scratch.chmod(0o755)
-            _replace_folder(target, scratch)
+            new.chmod(0o755)
+            _replace_folder(target, new)
+
+
+_LOCK = "lock"
+_OLD = "old"
+
+
+@contextlib.contextmanager
+def _scratch_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that is this process's alone while it lives: its lock dies with its holder."""
+    scratch, lock = _locked_folder(target)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        lock.release()
+
+
+def _locked_folder(target: Path) -> tuple[Path, FileLock]:
+    while True:
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.tmp-"))
+        lock = FileLock(scratch / _LOCK)
+        with contextlib.suppress(Timeout, FileNotFoundError):
+            lock.acquire(blocking=False)
+            if (scratch / _LOCK).exists():
+                return scratch, lock
+            lock.release()  # another writer took the folder, not locked yet, for a leftover
+
+
+def _recover(target: Path) -> None:
+    """Remove what killed writers of `target` left; what a live one writes stays.
+
+    One that was killed between the two renames of `_replace_folder` moved the old artifact away: it comes back.
+    """
+    for leftover in sorted(target.parent.glob(f".{target.name}.tmp-*")):
+        lock = FileLock(leftover / _LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except (Timeout, OSError):  # its writer lives, or has just ended
+            continue
+        try:
+            if (leftover / _OLD).exists() and not target.exists():
+                (leftover / _OLD).rename(target)
+            shutil.rmtree(leftover, ignore_errors=True)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            lock.release()
 
 
 def _replace_folder(target: Path, new: Path) -> None:
-    # Two renames, not a removal and a rename: deleting a large artifact takes long enough to be killed in.
-    replaced = Path(f"{new}.old")
     fault_point("artifact.commit")
-    if target.exists():
-        target.rename(replaced)
-    fault_point("artifact.swap")
-    new.rename(target)
+    if not target.exists():
+        new.rename(target)
+    elif not _exchange(new, target):
+        # Two renames, not a removal and a rename: deleting a large artifact takes long enough to be killed in.
+        target.rename(new.with_name(_OLD))
+        fault_point("artifact.swap")
+        new.rename(target)
     fsync_path(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _sweep_leftovers(target: Path) -> None:
-    for leftover in target.parent.glob(f".{target.name}.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2  # <linux/fs.h>
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap what two paths name, in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 @dataclass(frozen=True)
@@ -267,20 +385,28 @@ def read_manifest(path: Path) -> Artifact:
     """The artifact in `path`, its files unverified.
 
     Raises:
-        ArtifactError: there is none, its manifest is damaged, or it has another format version.
+        ArtifactError: there is none, its manifest is damaged, or it has a format version that is not read.
     """
     manifest_path = path / MANIFEST
     try:
         raw = manifest_path.read_bytes()
         content = json.loads(raw)
         found = content.get("format_version")
-        if found != FORMAT_VERSION:
+        if found not in READ_VERSIONS:
             raise ArtifactError(f"{manifest_path}: format version {found}, this code reads {FORMAT_VERSION}: rerun it")
-        return Artifact(path, Manifest(**content), bytes_sha256(raw))
+        content.pop("sha256", None)
+        manifest = Manifest(**content)
     except FileNotFoundError:
         raise ArtifactError(f"{path} is not a finished artifact (no {MANIFEST}): run the stage that makes it") from None
+    except NotADirectoryError:
+        raise ArtifactError(f"{path} is not a folder, as an artifact is: run the stage that makes it") from None
+    except OSError as error:
+        raise ArtifactError(f"{manifest_path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{manifest_path} is damaged ({error}): run the stage again") from None
+    if found == FORMAT_VERSION and raw != manifest.to_bytes():
+        raise ArtifactError(f"{manifest_path} is damaged (its sha256 is another): run the stage again")
+    return Artifact(path, manifest, bytes_sha256(raw))
 
 
 def open_artifact(path: Path, kind: str) -> Artifact:
@@ -303,10 +429,15 @@ def damaged_files(artifact: Artifact) -> list[str]:
     problems = []
     for name, expected in sorted(artifact.manifest.files.items()):
         file = artifact.path / name
-        if not file.is_file():
+        try:
+            found = file_sha256(file)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             problems.append(f"{file}: missing, though the manifest lists it")
-        elif (found := file_sha256(file)) != expected:
-            problems.append(f"{file}: sha256 is {found[:12]}..., the manifest says {expected[:12]}...")
+        except OSError as error:
+            problems.append(f"{file}: cannot be read: {error.strerror}")
+        else:
+            if found != expected:
+                problems.append(f"{file}: sha256 is {found[:12]}..., the manifest says {expected[:12]}...")
     present = {file.relative_to(artifact.path).as_posix() for file in artifact.path.rglob("*") if file.is_file()}
     strangers = present - {MANIFEST} - set(artifact.manifest.files)
     return problems + [f"{artifact.path / name}: not in the manifest" for name in sorted(strangers)]

@@ -4,11 +4,12 @@ A stage asks for the sections it uses and nothing else, so that DVC's narrow par
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -23,6 +24,18 @@ class Params(BaseModel):
     """A section of params.yaml: unknown keys are errors, types are exact, values do not change."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def _shell_safe(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"{name!r} is no name of an entry: only letters, digits, '.', '_' and '-', not '.' or '-' first"
+        )
+    return name
+
+
+# The key of an entry that is a DVC stage: it becomes a word of a command line and the name of a folder.
+EntryName = Annotated[str, AfterValidator(_shell_safe)]
 
 
 def check_unread_keys(params: Params, unread: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ passes. Without the variable a pass costs one comparison of strings.
 | part_store.commit      | a part is in memory, nothing of it is written                                       |
 | part_store.committed   | the part is on the disk                                                             |
 | artifact.commit        | all files and the manifest are on the disk; the target is still the old artifact    |
-| artifact.swap          | the old artifact has been moved away, the new one is not yet in its place           |
+| artifact.swap          | (only where two paths cannot be exchanged) the old one is moved away, no new one    |
 | checkpoint.commit      | a training checkpoint is in memory; the file is still the previous one              |
 | checkpoint.committed   | the checkpoint is on the disk                                                       |
 """

@@ -118,9 +118,12 @@ def progress(
 
 @contextlib.contextmanager
 def user_errors(after_interrupt: str = "finished work is kept, run the same command again to go on") -> Iterator[None]:
-    """Print a PipelineError as one message and exit with 1; exit with 130 on SIGINT and SIGTERM."""
+    """Print a PipelineError as one message and exit with 1; exit with 130 on SIGINT and SIGTERM.
+
+    The first of them lets pending rows reach the disk and stops child processes; a second Ctrl-C ends at once.
+    """
     try:
-        with _sigterm_interrupts():
+        with _signals_interrupt():
             yield
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -184,13 +187,31 @@ def _memory_in_use() -> str:
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends like Ctrl-C: pending rows reach the disk and child processes are stopped."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM interrupts like Ctrl-C. A shell that started this process in the background has it ignore Ctrl-C."""
+
+    def interrupt(_number: int, _frame: Any) -> None:
+        let_next_interrupt_kill()
+        raise KeyboardInterrupt
+
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    numbers = (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def let_next_interrupt_kill() -> None:
+    """From a first interrupt on: the next Ctrl-C ends this process at once, also inside a library's long call.
+
+    A rank is ended by its launcher instead, which may hand on one Ctrl-C twice.
+    """
+    if "RANK" in os.environ or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class RunRecord:

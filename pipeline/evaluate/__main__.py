@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from pipeline.core.artifacts import create
-from pipeline.core.config import PARAMS_FILE, load
+from pipeline.core.config import PARAMS_FILE, EntryName, load
 from pipeline.core.errors import ParamsError, nested_in, section
 from pipeline.core.paths import DELTAS_TABLE, EVALUATE_DIR, SUMMARY_TABLE
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
@@ -30,7 +30,7 @@ from pipeline.tasks.suites import SuiteParams, find_tasks
 class Inputs(SystemInputs):
     """The sections that this stage reads."""
 
-    suites: dict[str, SuiteParams]
+    suites: dict[EntryName, SuiteParams]
 
 
 def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:

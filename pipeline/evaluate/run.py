@@ -1,11 +1,12 @@
 """Runs systems on mteb tasks and reuses every finished task.
 
 Finished tasks lie in a result cache of mteb, one for each version of a task's data and of mteb; the model's revision
-stands for weights, instructions and precision. A task's unit scores lie beside its result and are written first: a
-result without them, or a damaged one, is computed again.
+stands for weights, instructions and precision. A task's unit scores and the digests of both lie beside its result and
+are written first: a result without them, or a damaged one, is computed again.
 """
 
 import copy
+import json
 import logging
 import math
 import random
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core.artifacts import digest_of
+from pipeline.core.artifacts import bytes_sha256, digest_of, disk_errors, file_sha256, write_bytes, write_json
 from pipeline.core.errors import EvaluationError
 from pipeline.evaluate.mteb_adapter import MtebEncoder, published_meta
 from pipeline.evaluate.mteb_observer import Observer
@@ -123,6 +124,9 @@ class _TaskRun:
     def find(cls, task: Any, work: Path, encoder: MtebEncoder) -> "_TaskRun":
         """The finished work on a task; a damaged result is deleted with a warning."""
         found, name = cls(task, _cache(work, task), encoder.mteb_model_meta), task.metadata.name
+        if (damaged := found._damaged()) is not None:
+            log.warning("%s is damaged: running %s again", damaged, name)
+            return found
         try:
             result = found.cache.load_task_result(name, found.meta)
         except ValueError:
@@ -150,18 +154,42 @@ class _TaskRun:
         """Run the task and store its result, unless the system failed on some texts: then the next run repeats it."""
         task = copy.deepcopy(self.task)  # a task's random state moves as it runs
         task.load_data()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        failed = failed_texts(encoder.system)
-        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".predictions-") as folder:
-            observer = Observer(task, Path(folder))
-            result = _evaluate(encoder, task, observer.prediction_folder)
-            self.unit_scores = observer.unit_scores(result)
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            failed = failed_texts(encoder.system)
+            with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".predictions-") as folder:
+                observer = Observer(task, Path(folder))
+                result = _evaluate(encoder, task, observer.prediction_folder)
+                self.unit_scores = observer.unit_scores(result)
+                written = Path(folder) / self.path.name
+                result.to_disk(written)
+                # As the next run will read it: mteb rounds scores when it writes them.
+                self.result, content = type(result).from_disk(written), written.read_bytes()
+        if failed == failed_texts(encoder.system):
+            self._store(content)
+
+    def _store(self, content: bytes) -> None:
+        """Write the unit scores, the digests, and last the result in mteb's format."""
         save(self.unit_scores_path, self.unit_scores)
-        self.cache.save_to_cache(result, self.meta)
-        # As the next run will read it: mteb rounds scores when it writes them.
-        self.result = self.cache.load_task_result(task.metadata.name, self.meta)
-        if failed != failed_texts(encoder.system):
-            self.path.unlink()
+        digests = {"result": bytes_sha256(content), "unit_scores": file_sha256(self.unit_scores_path)}
+        write_json(self._digests_path, digests)
+        write_bytes(self.path, content)
+
+    @property
+    def _digests_path(self) -> Path:
+        return self.path.with_suffix(".digests.json")
+
+    def _damaged(self) -> Path | None:
+        """The file of a finished task that has not its recorded digest; those of earlier versions have none."""
+        files = {"result": self.path, "unit_scores": self.unit_scores_path}
+        if not all(file.is_file() for file in (*files.values(), self._digests_path)):
+            return None
+        try:
+            recorded = json.loads(self._digests_path.read_bytes())
+            differing = [file for name, file in files.items() if file_sha256(file) != recorded[name]]
+        except (ValueError, KeyError, TypeError):
+            return self._digests_path
+        return differing[0] if differing else None
 
 
 def _evaluate(encoder: MtebEncoder, task: Any, prediction_folder: Path | None) -> Any:

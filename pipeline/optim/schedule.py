@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
-from pipeline.core.run import progress
+from pipeline.core.run import let_next_interrupt_kill, progress
 
 T = TypeVar("T")
 
@@ -62,12 +62,17 @@ def take_steps(
 
 @contextlib.contextmanager
 def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """While the block runs, SIGINT and SIGTERM only set a flag, so that no update is cut in half."""
+    """While the block runs, SIGINT and SIGTERM only set a flag, so that no update is cut in half.
+
+    A second Ctrl-C ends the process at once; the last checkpoint stays.
+    """
     received: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda got, _frame: received.append(got))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def note(number: int, _frame: Any) -> None:
+        received.append(number)
+        let_next_interrupt_kill()
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(received)
     finally:

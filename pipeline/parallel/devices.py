@@ -39,13 +39,15 @@ def visible_gpus() -> list[str]:
     return [name.strip() for name in named.split(",")][:count] if named.strip() else list(map(str, range(count)))
 
 
-def worker_count(processes: Count, *, gpus_each: int, error: type[PipelineError]) -> int:
+def worker_count(processes: Count, *, gpus_each: int, error: type[PipelineError], on_cpu: bool = False) -> int:
     """How many workers to start; "auto" is one for each group of `gpus_each` visible GPUs, and one on a CPU.
+
+    `on_cpu`: they use no GPU, whether there is one or not.
 
     Raises:
         PipelineError: `error`, about the argument `processes`, if there are too few GPUs.
     """
-    gpus = len(visible_gpus())
+    gpus = 0 if on_cpu else len(visible_gpus())
     if processes == "auto":
         count = max(1, gpus // gpus_each)
         why = f"{gpus} visible GPUs, {gpus_each} each" if gpus else "no GPU found: one process uses all cores"
@@ -60,12 +62,12 @@ def worker_count(processes: Count, *, gpus_each: int, error: type[PipelineError]
     return processes
 
 
-def split_devices(count: int, gpus_each: int = 1) -> list[Device]:
-    """Disjoint groups of the visible GPUs for `count` workers, or of the cores where there is no GPU.
+def split_devices(count: int, gpus_each: int = 1, *, on_cpu: bool = False) -> list[Device]:
+    """Disjoint groups of the visible GPUs for `count` workers, or of the cores where there is no GPU or `on_cpu`.
 
     More workers than cores share cores.
     """
-    gpus, cores = visible_gpus(), own_cores()
+    gpus, cores = [] if on_cpu else visible_gpus(), own_cores()
     threads = max(1, min(len(cores) // count, int(os.environ.get("OMP_NUM_THREADS") or len(cores))))
     devices = []
     for index in range(count):

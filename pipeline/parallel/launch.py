@@ -1,9 +1,9 @@
 """Start one command as several ranks on this machine, and report once why they ended.
 
 Ranks run the command in the environment that torch.distributed and accelerate read; their side is `ranks.rank_process`.
-The launcher forwards SIGINT and SIGTERM to them, once each. A rank that fails writes a report: the others then fail
-too, and their errors only say that it is gone. torchrun has one time limit for a rank that saves and one that hangs,
-and exits with 1 whatever the ranks exited with.
+The launcher forwards SIGINT and SIGTERM to them; a second Ctrl-C kills them. A rank that fails writes a report: the
+others then fail too, and their errors only say that it is gone. torchrun has one time limit for a rank that saves and
+one that hangs, and exits with 1 whatever the ranks exited with.
 """
 
 import contextlib
@@ -51,10 +51,14 @@ class _Rank:
 
     def kill(self) -> None:
         if self.poll() is None:
-            self.killed = True
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            self.kill_at_once()
             self.process.wait()
+
+    def kill_at_once(self) -> None:
+        """Kill it without waiting for its end; safe in a signal handler."""
+        self.killed = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def failure(self) -> Failure | None:
         """Why it failed; None if it did not, or was killed by the launcher."""
@@ -158,12 +162,16 @@ def _wait(ranks: Sequence[_Rank]) -> None:
 
 @contextlib.contextmanager
 def _forwarded(ranks: Sequence[_Rank]) -> Iterator[list[int]]:
-    """In the block SIGINT and SIGTERM go to the ranks; yields the list of those received."""
+    """In the block SIGINT and SIGTERM go to the ranks, which a second SIGINT kills; yields those received."""
     received: list[int] = []
 
     def forward(number: int, _frame: Any) -> None:
         received.append(number)
-        _send(ranks, number)
+        if received.count(signal.SIGINT) > 1:
+            for rank in ranks:
+                rank.kill_at_once()
+        else:
+            _send(ranks, number)
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:

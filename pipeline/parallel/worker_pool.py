@@ -88,6 +88,11 @@ class Channel:
             os._exit(1)
         self._stopping.set()
         self._arrived.put(None)
+        # It closes the pipe now. Killed while it waits for this worker's last job, it needs that job no more.
+        owner = multiprocessing.parent_process()
+        if owner is not None:
+            owner.join()
+            os._exit(1)
 
 
 Serve = Callable[[Channel], None]

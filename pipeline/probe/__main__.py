@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from pipeline.core.artifacts import create, to_json
-from pipeline.core.config import PARAMS_FILE, Params, load
+from pipeline.core.config import PARAMS_FILE, EntryName, Params, load
 from pipeline.core.errors import nested_in, section
 from pipeline.core.paths import DELTAS_TABLE, PROBE_DIR, ROWS_TABLE
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
@@ -28,7 +28,7 @@ from pipeline.probe.base import ProbeContext, find_probe, probe_params
 class Inputs(SystemInputs):
     """The sections that this stage reads; each probe validates its own entry of `probes`."""
 
-    probes: dict[str, Any]
+    probes: dict[EntryName, Any]
 
 
 def run(inputs: Inputs, name: str, params: Params, run_record: RunRecord) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from pipeline.core.artifacts import write_bytes
-from pipeline.core.config import PARAMS_FILE, Params, load
+from pipeline.core.config import PARAMS_FILE, EntryName, Params, load
 from pipeline.core.paths import REPORT_PAGES
 from pipeline.core.run import prepare_process, user_errors
 from pipeline.report import ReportParams
@@ -22,8 +22,8 @@ class Inputs(Params):
     """The sections that this stage reads; other stages validate the suites and probes."""
 
     report: ReportParams
-    suites: dict[str, Any]
-    probes: dict[str, Any]
+    suites: dict[EntryName, Any]
+    probes: dict[EntryName, Any]
 
 
 def run(inputs: Inputs, params: Path = PARAMS_FILE) -> None:

@@ -85,6 +85,7 @@ def _node(
         return Node(stage, name, State.MISSING if gone else State.FAILED, reasons=reasons)
     changed = stale_inputs(root, artifact)
     outdated = [f"{path} was made anew since" for path in changed]
+    outdated += [_short(finding) for finding in findings or () if _about(finding, name) and finding.of_source]
     upstream = (path for path in artifact.manifest.inputs if path in known and path not in changed)
     outdated += [f"{path} is out of date" for path in upstream if known[path].state == State.OUT_OF_DATE]
     states: dict[State, Any] = {State.FAILED: wrong, State.OUT_OF_DATE: outdated, State.STUB: stub}

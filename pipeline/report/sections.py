@@ -64,6 +64,7 @@ class AuditOutcome:
     """The findings of an audit, its seconds, and how many outs of dvc.lock it compared (None without a dvc.lock)."""
 
     findings: Sequence[Finding]
+    unverifiable: Sequence[Finding]
     verified: Sequence[Verified]
     not_made: Sequence[str]
     locked: int | None
@@ -81,14 +82,17 @@ class AuditOutcome:
             return "nothing to verify yet"
         read = sum(item.bytes for item in self.verified)
         compared = "there is no dvc.lock" if self.locked is None else f"{self.locked} outs agree with dvc.lock"
-        return f"no findings in {len(self.verified)} artifacts ({read:,} bytes read), {compared}"
+        absent = f"; not verifiable here: {', '.join(item.line() for item in self.unverifiable)}"
+        sound = f"no findings in {len(self.verified)} artifacts ({read:,} bytes read), {compared}"
+        return sound + (absent if self.unverifiable else "")
 
 
 def audit_workspace(root: Path, being_written: Sequence[Path]) -> AuditOutcome:
     """Audit the workspace without the files `being_written`, which dvc.lock cannot know yet."""
     started = monotonic()
     found = audit(root, being_written=being_written)
-    return AuditOutcome(found.findings, found.verified, found.not_made, found.locked, monotonic() - started)
+    seconds = monotonic() - started
+    return AuditOutcome(found.findings, found.unverifiable, found.verified, found.not_made, found.locked, seconds)
 
 
 @dataclass(frozen=True)

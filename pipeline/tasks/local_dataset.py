@@ -12,6 +12,7 @@ are read by `core/readers`: no hub, no cache of another library, and equal files
 """
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from pipeline.core.errors import EvaluationError, SourceError
 from pipeline.core.readers import read_table
 
 README = "README.md"
+# The lines between two lines of three hyphens; hyphens within a line are text.
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
 class LocalData:
@@ -141,13 +144,13 @@ def _configs(readme: Path) -> list[dict[str, Any]]:
     from ruamel.yaml.error import YAMLError
 
     try:
-        parts = readme.read_text(encoding="utf-8").split("---")
-        configs = YAML(typ="safe", pure=True).load(parts[1])["configs"]
+        found = _FRONT_MATTER.match(readme.read_text(encoding="utf-8-sig"))
+        configs = YAML(typ="safe", pure=True).load(found[1])["configs"] if found else []
         if configs and all({"config_name", "data_files"} <= set(config) for config in configs):
             return list(configs)
     except FileNotFoundError:
         raise EvaluationError(f"{readme} does not exist: it must list the folder's `configs:`") from None
-    except (IndexError, KeyError, TypeError, UnicodeDecodeError, YAMLError):
+    except (KeyError, TypeError, UnicodeDecodeError, YAMLError):
         pass
     raise EvaluationError(
         f"{readme}: must start with '---' and a YAML list `configs:` whose entries have `config_name` and `data_files`"

@@ -21,6 +21,7 @@ from pipeline.core.errors import TeacherError, nested_in, section
 from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR, TEACHER_DIR
 from pipeline.core.row_store import locked
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
+from pipeline.core.sources import SourceDigests
 from pipeline.embed.params import TeacherSection
 from pipeline.embed.teachers.pooling import check_positions
 from pipeline.embed.teachers.registry import TEACHERS
@@ -92,8 +93,8 @@ def _teach(inputs: Inputs, run_record: RunRecord, work: Path) -> None:
     config = load_config(inputs.backbone)
     with section("embed"), nested_in("teacher"):
         check_positions(config, teacher.max_tokens)
-    local_dir = Path(inputs.collect.local_dir)
-    texts = hash_ordered(corpus_texts(params.corpus, queries, responses, params.sources, local_dir))
+    digests = SourceDigests(Path(inputs.collect.local_dir))
+    texts = hash_ordered(corpus_texts(params.corpus, queries, responses, params.sources, digests))
     log.info("corpus %s: %d distinct texts", params.corpus, len(texts))
     recipe = Recipe(params, inputs.backbone, texts, template=teacher.template, pooling=teacher.pooling, work=work)
     phases = recipe.run()
@@ -114,7 +115,7 @@ def _teach(inputs: Inputs, run_record: RunRecord, work: Path) -> None:
         raise TeacherError(f"{worse}. Set warn to use it all the same, without further training", argument="on_worse")
     if worse:
         log.warning("%s", worse)
-    _write(inputs, phases, [queries, responses])
+    _write(inputs, phases, [queries, responses], digests.found)
 
 
 def _measure(inputs: Inputs, adapters: Mapping[str, Path], texts: list[str], tasks: list[Any], work: Path) -> "Quality":
@@ -141,14 +142,23 @@ def _measure(inputs: Inputs, adapters: Mapping[str, Path], texts: list[str], tas
     )
 
 
-def _write(inputs: Inputs, phases: "Mapping[str, TrainedPhase]", artifacts: list[Artifact]) -> None:
+def _write(
+    inputs: Inputs, phases: "Mapping[str, TrainedPhase]", artifacts: list[Artifact], sources: Mapping[str, str]
+) -> None:
     """Write the adapters; their quality stays in the record, so that measuring again changes no byte here."""
     from pipeline.teach.card import model_card
 
     teacher, backbone = inputs.embed.teacher, identify(inputs.backbone.name, inputs.backbone.revision)
     params = inputs.teach.model_dump(mode="json", exclude={"checkpoint_every", "on_worse", "quality"})
     recorded = {"asked": True, "teach": params, "template": teacher.template, "pooling": teacher.pooling}
-    with create(TEACHER_DIR, kind="teacher", params=recorded, models={"backbone": backbone}, inputs=artifacts) as out:
+    with create(
+        TEACHER_DIR,
+        kind="teacher",
+        params=recorded,
+        models={"backbone": backbone},
+        inputs=artifacts,
+        sources=sources,
+    ) as out:
         for name, phase in phases.items():
             shutil.copytree(phase.adapter, out.path / name)
         card = model_card(

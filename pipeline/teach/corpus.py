@@ -6,15 +6,15 @@ They are ordered by a hash: a corpus that is larger than the steps need gives an
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow.compute as pc
 
 from pipeline.core.artifacts import Artifact, bytes_sha256
 from pipeline.core.errors import TeacherError, nested_in
 from pipeline.core.paths import TRAIN_TABLE
-from pipeline.core.readers import HubSource, LocalSource, read_texts
+from pipeline.core.readers import HubSource, LocalSource
 from pipeline.core.run import progress
+from pipeline.core.sources import SourceDigests
 from pipeline.embed.teachers.template import TemplateTokenizer, Tokens
 from pipeline.teach.params import Corpus
 
@@ -34,16 +34,20 @@ class TokenizedCorpus:
 
 
 def corpus_texts(
-    corpus: Corpus, queries: Artifact, responses: Artifact, sources: Sequence[LocalSource | HubSource], local_dir: Path
+    corpus: Corpus,
+    queries: Artifact,
+    responses: Artifact,
+    sources: Sequence[LocalSource | HubSource],
+    digests: SourceDigests,
 ) -> Iterator[str]:
     """The texts of the corpus; of this run's queries and responses only the training split.
 
-    Raises ArtifactError or SourceError if a table or a source cannot be read.
+    `digests` reads the sources. Raises ArtifactError or SourceError if a table or a source cannot be read.
     """
     if corpus == "sources":
         for number, source in enumerate(sources):
             with nested_in(f"sources.{number}"):
-                yield from progress(read_texts(source, local_dir), total=None, desc=f"read {source.label}")
+                yield from progress(digests.read(source), total=None, desc=f"read {source.label}")
     if corpus in ("queries", "both"):
         yield from queries.read(TRAIN_TABLE, ["text"])["text"].to_pylist()
     if corpus in ("responses", "both"):

@@ -317,7 +317,25 @@ def test_a_local_model_that_changed_or_vanished(workspace: Path) -> None:
     (line,) = lines()
     assert line.startswith("data/responses: backbone folder models/lm has changed: sha256 is")
     shutil.rmtree(folder)
-    assert lines() == ["data/responses: backbone folder models/lm is not here, its identity cannot be verified"]
+    report = audit(Path())
+    assert report.findings == []
+    assert [item.line() for item in report.unverifiable] == ["data/responses: backbone folder models/lm is not here"]
+    assert report.to_dict()["unverifiable"][0]["artifact"] == "data/responses"
+
+
+def test_a_source_that_changed_is_a_finding_and_an_absent_one_is_not(made: Path) -> None:
+    Path("source.txt").write_text("new")
+    sources = {"source.txt": "0" * 64, "/nowhere/source.txt": "1" * 64, "hub:org/data/default/train/text": "2" * 64}
+    edit_manifest(made, "data/queries", sources=sources)
+    now = file_sha256(Path("source.txt"))
+    report = audit(made)
+    assert [finding.line() for finding in report.findings] == [
+        f"data/queries source.txt: is stale: made from this source with sha256 {'0' * 12}..., now it is {now[:12]}..."
+    ]
+    assert report.findings[0].stale and report.findings[0].of_source
+    assert [item.line() for item in report.unverifiable] == [
+        "data/queries /nowhere/source.txt: this source is not here"
+    ]
 
 
 def test_many_rows_are_cut_to_a_number() -> None:

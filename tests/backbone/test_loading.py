@@ -130,6 +130,30 @@ def test_missing_folder(name: str) -> None:
         identify(name, None)
 
 
+def test_a_folder_that_is_missing_beside_others_is_no_name_on_the_hub(workspace: Path) -> None:
+    """As in a clone, or in a DVC experiment in a folder of its own: `models/` is there, its models are not in git."""
+    Path("models").mkdir()
+    for use in (
+        lambda: identify("models/gone", None),
+        lambda: load_tokenizer(BackboneParams(name="models/gone")),
+        lambda: load_config(BackboneParams(name="models/gone")),
+        lambda: load_backbone(BackboneParams(name="models/gone")),
+    ):
+        with pytest.raises(BackboneError, match=r"^model folder models/gone does not exist, though the folder models"):
+            use()
+    assert identify("models/gone", "a" * 40) == {"name": "models/gone", "revision": "a" * 40}
+    assert identify("org/gone", None) == {"name": "org/gone", "revision": "main"}
+
+
+def test_a_hub_model_in_the_cache_beside_a_folder_of_the_same_name(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("org").mkdir()
+    Path("cache/models--org--model").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "cache")
+    assert identify("org/model", None) == {"name": "org/model", "revision": "main"}
+
+
 def test_missing_model_is_one_line() -> None:
     with pytest.raises(BackboneError, match="cannot load backbone './nowhere'") as caught:
         load_backbone(BackboneParams(name="./nowhere"))

@@ -100,6 +100,37 @@ def test_the_real_plan(workspace: Path) -> None:
     ]
 
 
+def test_sources_and_tasks_that_dvc_does_not_watch_are_remarked(workspace: Path) -> None:
+    for folder in ("data/sources/own", "data/tasks/find", "elsewhere"):
+        Path(folder).mkdir(parents=True)
+    Path("data/sources/linked").symlink_to(workspace / "elsewhere")
+    Path("data/tasks/linked").symlink_to(workspace / "elsewhere")
+
+    def change(content: dict[str, Any]) -> None:
+        paths = ["own/a.txt", str(workspace / "b.txt"), "linked/c.txt", "../d.txt"]
+        content["collect"]["sources"] = [{"kind": "local", "path": path} for path in paths]
+        content["suites"] = {"own": {"local": ["find", "linked"]}}
+
+    remarks = make_plan(load_all(written(workspace, change)), workspace).remarks
+    found = [remark for remark in remarks if "DVC does not watch it" in remark]
+    assert [remark.partition(":")[0] for remark in found] == [
+        "collect.sources.1.path", "collect.sources.2.path", "collect.sources.3.path", "suites.own.local.1",
+    ]  # fmt: skip
+    assert "`dvc repro --single-item --force collect`" in found[0]
+    assert "`dvc repro --single-item --force evaluate@own`" in found[3]
+
+
+@pytest.mark.parametrize("name", ["MTEB(eng, v2)", "a b", "x;touch y", "$(id)", "a/b", "..", "-x", "", "é", "a\n"])
+@pytest.mark.parametrize("section", ["suites", "probes"])
+def test_a_name_that_a_shell_could_misread_is_refused(workspace: Path, section: str, name: str) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content[section] = {name: {"local": ["find"]}}
+
+    with pytest.raises(ParamsError) as caught:
+        load_all(written(workspace, change))
+    assert f"{section}.{name}" in str(caught.value) and "is no name of an entry" in str(caught.value)
+
+
 def test_rows_that_are_there_count_instead_of_the_sample(workspace: Path) -> None:
     assert expected_rows(real(), workspace) == (160_000, False)
     with create(Path("data/queries"), kind="queries", params=real().collect.model_dump()):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -109,19 +110,52 @@ def test_leftovers_of_a_killed_run_go(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize(("point", "left"), [("artifact.commit", [1]), ("artifact.swap", None)])
-def test_a_killed_write_leaves_the_old_artifact_or_none_and_the_next_one_is_clean(
-    tmp_path: Path, point: str, left: list[int] | None
-) -> None:
+NO_EXCHANGE = "artifacts._exchange = lambda *_: False\n"
+
+
+def run_killed(target: Path, point: str, before: str = "") -> None:
+    """Write 2 into the artifact in a process that dies at the point."""
+    code = f"import pathlib; from pipeline.core import artifacts\n{before}"
+    code += f"from tests.core.test_artifacts import make; make(pathlib.Path({str(target)!r}), 2)"
+    environment = os.environ | {fault_points.VARIABLE: f"{point}:1"}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment).returncode == -signal.SIGKILL
+
+
+def test_a_killed_write_leaves_the_old_artifact_and_the_next_one_is_clean(tmp_path: Path) -> None:
     make(tmp_path / "out", 1)
-    code = "import sys, pathlib; from tests.core.test_artifacts import make; make(pathlib.Path(sys.argv[1]), 2)"
-    command, environment = [sys.executable, "-c", code, str(tmp_path / "out")], {fault_points.VARIABLE: f"{point}:1"}
-    assert subprocess.run(command, cwd=ROOT, env=os.environ | environment).returncode == -signal.SIGKILL
-    if left is None:
-        assert not (tmp_path / "out").exists()
-    else:
-        assert open_artifact(tmp_path / "out", "numbers").read()["value"].to_pylist() == left
+    run_killed(tmp_path / "out", "artifact.commit")
+    assert open_artifact(tmp_path / "out", "numbers").read()["value"].to_pylist() == [1]
     assert make(tmp_path / "out", 2).read()["value"].to_pylist() == [2]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_without_an_exchange_an_artifact_that_was_moved_away_comes_back(tmp_path: Path) -> None:
+    make(tmp_path / "out", 1)
+    run_killed(tmp_path / "out", "artifact.swap", before=NO_EXCHANGE)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RuntimeError, match="boom"), create(tmp_path / "out", kind="numbers", params={}):
+        raise RuntimeError("boom")
+    assert open_artifact(tmp_path / "out", "numbers").read()["value"].to_pylist() == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_paths_are_exchanged_in_one_step(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.txt").write_text(name)
+    if artifacts._exchange(tmp_path / "one", tmp_path / "other"):  # else this file system cannot
+        assert snapshot(tmp_path) == {"one/other.txt": b"other", "other/one.txt": b"one"}
+    else:
+        assert snapshot(tmp_path) == {"one/one.txt": b"one", "other/other.txt": b"other"}
+
+
+def test_a_writer_leaves_alone_what_another_one_is_writing(tmp_path: Path) -> None:
+    with create(tmp_path / "out", kind="numbers", params={}) as slow:
+        slow.write_table("a.parquet", table(1))
+        code = "import sys, pathlib; from tests.core.test_artifacts import make; make(pathlib.Path(sys.argv[1]), 2)"
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], cwd=ROOT, check=True)
+        assert open_artifact(tmp_path / "out", "numbers").read()["value"].to_pylist() == [2]
+    assert open_artifact(tmp_path / "out", "numbers").read()["value"].to_pylist() == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -177,8 +211,34 @@ def test_another_format_version_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "out", 1)
     path = tmp_path / "out" / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
-    with pytest.raises(ArtifactError, match="format version 99, this code reads 1"):
+    with pytest.raises(ArtifactError, match="format version 99, this code reads 2"):
         read_manifest(tmp_path / "out")
+
+
+def test_every_flipped_byte_of_a_manifest_is_found(tmp_path: Path) -> None:
+    make(tmp_path / "out", 1, sources={"data/a.txt": "0" * 64})
+    path = tmp_path / "out" / MANIFEST
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        with pytest.raises(ArtifactError):
+            read_manifest(tmp_path / "out")
+    path.write_bytes(whole)
+    assert read_manifest(tmp_path / "out").manifest.sources == {"data/a.txt": "0" * 64}
+
+
+def test_a_manifest_of_format_1_is_read(tmp_path: Path) -> None:
+    make(tmp_path / "out", 1)
+    path = tmp_path / "out" / MANIFEST
+    content = json.loads(path.read_text()) | {"format_version": 1}
+    path.write_text(json.dumps({key: value for key, value in content.items() if key not in ("sources", "sha256")}))
+    assert open_artifact(tmp_path / "out", "numbers").manifest.sources == {}
+
+
+def test_keys_that_are_numbers_keep_the_manifest_s_own_digest(tmp_path: Path) -> None:
+    with create(tmp_path / "out", kind="numbers", params={"by_length": {9: 1, 10: 2}}):
+        pass
+    assert read_manifest(tmp_path / "out").manifest.params == {"by_length": {"9": 1, "10": 2}}
 
 
 def test_a_written_file_replaces_the_old_one_and_is_readable_by_all(tmp_path: Path) -> None:
@@ -213,6 +273,48 @@ def test_a_full_disk_under_a_single_file(small_disk: Path) -> None:
         artifacts.write_json(path, {"a": "x" * 3 * 2**20})
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(small_disk.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied", "data/input.txt"), "cannot open data/input.txt: Permission denied"),
+        (
+            PermissionError(13, "Failed to open local file 'data/input.parquet'. Detail: [errno 13] Permission denied"),
+            "cannot open data/input.parquet: Permission denied",
+        ),
+        (PermissionError(13, "Permission denied", "data/out/a.parquet"), "cannot write data/out: Permission denied"),
+        (PermissionError(13, "Permission denied", "data/.out.tmp-1/new"), "cannot write data/out: Permission denied"),
+        (PermissionError(13, "Permission denied", "data"), "cannot write data/out: Permission denied"),
+        (OSError(30, "Read-only file system", "data/out"), "cannot write data/out: Read-only file system"),
+    ],
+)
+def test_an_error_names_the_file_that_it_is_about(error: OSError, message: str) -> None:
+    with pytest.raises(WorkError, match=f"^{re.escape(message)}"), artifacts.disk_errors(Path("data/out")):
+        raise error
+
+
+@pytest.mark.parametrize("blocking", ["data", "data/out"])
+def test_a_file_where_a_folder_is_needed(workspace: Path, blocking: str) -> None:
+    Path(blocking).parent.mkdir(exist_ok=True)
+    Path(blocking).write_text("mine")
+    message = f"^{blocking} is a file, where a folder is needed"
+    with pytest.raises(WorkError, match=message), create(Path("data/out"), kind="numbers", params={}):
+        pass
+    assert Path(blocking).read_text() == "mine"
+    with pytest.raises(ArtifactError, match=r"data/out"):
+        open_artifact(Path("data/out"), "numbers")
+
+
+def test_an_input_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "out", 1)
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(artifacts, "file_sha256", refuse)
+    with pytest.raises(ArtifactError, match=r"out/a\.parquet: cannot be read: Permission denied"):
+        open_artifact(tmp_path / "out", "numbers")
 
 
 def test_other_errors_of_the_operating_system_are_not_disguised(tmp_path: Path) -> None:

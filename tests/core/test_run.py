@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,6 +34,23 @@ def test_an_interrupt_says_what_is_kept_and_exits_with_130(capsys: pytest.Captur
         raise KeyboardInterrupt
     assert caught.value.code == 130
     assert "finished work is kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_ends_a_process_at_once_that_is_still_cleaning_up(first: signal.Signals) -> None:
+    code = (
+        "import time\nfrom pipeline.core.run import user_errors\n"
+        "with user_errors():\n"
+        "    try:\n        print('working', flush=True); time.sleep(100)\n"
+        "    finally:\n        print('cleaning up', flush=True); time.sleep(100)\n"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for number, said in ((first, "working\n"), (signal.SIGINT, "cleaning up\n")):
+            assert process.stdout.readline() == said
+            process.send_signal(number)
+        assert process.wait(timeout=20) == -signal.SIGINT
 
 
 def test_a_mistake_of_the_code_is_not_hidden() -> None:

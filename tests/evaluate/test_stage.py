@@ -108,6 +108,7 @@ def test_a_killed_run_keeps_its_finished_tasks(systems: FakeSystems, monkeypatch
     [
         (["large"], {}, "suites.large: missing (there are: small)"),
         (["small"], {"suites": {"small": {"local": []}}}, "names no task"),
+        (["x;touch y"], {"suites": {"x;touch y": {"local": ["find"]}}}, "suites.x;touch y"),
         (["small"], {"suites": {"small": {"local": ["fnd"]}}}, "tasks/fnd: no such folder of a local data set"),
         (["small"], {"suites": {"small": {"tasks": ["STS12"]}}}, "the data of 1 of 1 tasks cannot be loaded"),
     ],

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +52,30 @@ def load(folder: Path, **model_kwargs: Any) -> Any:
 
     device = None if "device_map" in model_kwargs else "cpu"
     return SentenceTransformer(str(folder), trust_remote_code=True, device=device, model_kwargs=model_kwargs)
+
+
+def test_a_folder_says_which_versions_it_needs_and_the_library_checks_them(
+    workspace: Path, tiny_backbone: Callable[..., Path]
+) -> None:
+    folder = write(Path("encoder"), tiny_backbone("llama"))
+    file = folder / "config_sentence_transformers.json"
+    config = json.loads(file.read_text())
+    assert set(config["requirements"]) == {"sentence-transformers", "transformers"}
+    assert config["__version__"]["transformers"] == version("transformers")
+    config["requirements"]["transformers"]["specifier"] = ">=99"
+    file.write_text(json.dumps(config))
+    with pytest.raises(ImportError, match=r"transformers>=99, but transformers==.* is installed"):
+        load(folder)
+
+
+def test_a_folder_that_the_library_saved_again_has_a_portable_tokenizer(
+    workspace: Path, tiny_backbone: Callable[..., Path]
+) -> None:
+    load(write(Path("encoder"), tiny_backbone("llama"))).save("again")
+    for folder in ("encoder", "again"):
+        settings = json.loads((Path(folder) / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert "local_files_only" not in settings
 
 
 # --- the same embeddings --------------------------------------------------------------------------------------------

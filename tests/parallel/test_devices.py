@@ -56,6 +56,17 @@ def test_more_than_there_are_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         count(3, gpus_each=2)
 
 
+def test_workers_of_a_model_on_the_cpu_leave_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    see_gpus(monkeypatch, 1)
+    monkeypatch.setattr("pipeline.parallel.devices.own_cores", lambda: list(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert worker_count(4, gpus_each=1, error=EngineError, on_cpu=True) == 4
+    assert worker_count("auto", gpus_each=1, error=EngineError, on_cpu=True) == 1
+    first, second = split_devices(2, on_cpu=True)
+    assert (first.cores, second.cores) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert first.environment == {"OMP_NUM_THREADS": "4"}
+
+
 def test_on_a_cpu_any_number_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpus(monkeypatch, 0)
     assert count(5) == 5

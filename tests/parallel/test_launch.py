@@ -110,6 +110,19 @@ def test_a_signal_reaches_every_rank_once_and_the_first_has_time_to_save(
     assert gone(tmp_path)
 
 
+def test_a_second_interrupt_ends_all_at_once(owner: Owner, tmp_path: Path) -> None:
+    """Rank 0 is in the middle of saving, which takes it 1.5 seconds."""
+    process = owner()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert not (tmp_path / "saved").exists()
+    assert gone(tmp_path)
+
+
 def test_kill_9_of_the_launcher_leaves_nobody(owner: Owner, tmp_path: Path) -> None:
     process = owner()
     process.kill()

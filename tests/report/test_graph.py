@@ -12,7 +12,7 @@ from pipeline.report.graph import Node, State, pipeline_graph
 from pipeline.report.render import render_html, render_markdown
 from pipeline.report.sections import audit_workspace
 from tests.report.toy_results import content_of
-from tests.toy_workspace import flip_byte, make_workspace
+from tests.toy_workspace import flip_byte, make_workspace, write_manifest
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def change(name: str) -> None:
     """Another manifest with the same content, as a rerun with other params would write it."""
     path = Path(name) / "manifest.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "params": {"changed": True}}))
+    write_manifest(path, {**content, "params": {"changed": True}})
 
 
 def test_stages_stand_in_the_order_of_the_pipeline(toy: Path) -> None:

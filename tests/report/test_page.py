@@ -1,5 +1,6 @@
 """The page in a real browser: no complaints, nothing fetched, nothing too wide, readable in every scheme."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pipeline.report.render import render_html
 from pipeline.report.sections import audit_workspace
 from tests.report.browser import Browser
 from tests.report.toy_results import RECORD, SUITE, SYSTEMS, content_of
+from tests.toy_workspace import write_manifest
 
 WIDTHS = [390, 1280]
 PRINTED = 718  # A4 between a browser's margins
@@ -57,8 +59,8 @@ def page(judged: Path) -> Path:
     systems = SYSTEMS | {f"baseline-{number}": {"prompting": "bare text"} for number in range(6)}
     metrics |= {f"baseline-{number}/Facts": 0.1 for number in range(6)}
     write_json(Path("results/evaluate/demo.json"), {"metrics": metrics, "systems": systems, "deltas": [wide], **RECORD})
-    with Path("data/responses/manifest.json").open("a") as manifest:
-        manifest.write("\n")
+    edited = Path("data/responses/manifest.json")
+    write_manifest(edited, {**json.loads(edited.read_text()), "params": {"changed": True}})
     params = f"report:\n  title: Toy  # {'long ' * 80}\n"
     file = Path("report.html")
     file.write_text(render_html(content_of(audit=audit_workspace(Path(), []), params=params)), encoding="utf-8")

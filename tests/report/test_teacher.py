@@ -10,6 +10,7 @@ from pipeline.core.artifacts import create, write_json
 from pipeline.report.render import render_html, render_markdown
 from pipeline.report.sections import teacher_facts
 from tests.report.toy_results import RECORD, content_of
+from tests.toy_workspace import write_manifest
 
 ADAPTERS = [{"name": f"models/teacher/{phase}", "sha256": "0" * 64} for phase in ("mntp", "simcse")]
 QUALITY = {
@@ -22,7 +23,7 @@ def of_targets(identity: dict[str, Any], **params: Any) -> None:
     """Change what the manifest of the targets says."""
     path = Path("data/targets/manifest.json")
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "models": {"teacher": identity}, "params": params}))
+    write_manifest(path, {**content, "models": {"teacher": identity}, "params": params})
 
 
 def train_a_teacher(worse: str | None) -> None:

@@ -44,6 +44,18 @@ def test_a_column_that_begins_after_many_rows_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "readme",
+    ["---\npretty_name: a --- b\n{}\n---\ntext\n---\n", "\n---  \n# -----\n{}\n---", "\ufeff---\r\n{}\r\n---\r\n"],
+)
+def test_hyphens_inside_the_front_matter_do_not_end_it(tmp_path: Path, readme: str) -> None:
+    folder = sts_folder(tmp_path / "sts")
+    configs = (folder / "README.md").read_text().split("---\n")[1].strip()
+    with (folder / "README.md").open("w", newline="") as file:
+        file.write(readme.format(configs))
+    assert LocalData(folder).read("default", "test", required=["score"]).num_rows > 0
+
+
+@pytest.mark.parametrize(
     ("readme", "message"),
     [
         (None, "README.md does not exist"),

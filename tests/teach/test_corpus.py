@@ -9,6 +9,7 @@ from pipeline.core.artifacts import create, open_artifact
 from pipeline.core.errors import SourceError
 from pipeline.core.readers import LocalSource
 from pipeline.core.schemas import QUERIES, RESPONSES
+from pipeline.core.sources import SourceDigests
 from pipeline.embed.teachers.template import TemplateTokenizer
 from pipeline.teach.corpus import corpus_texts, hash_ordered, tokenize_corpus
 from pipeline.teach.mntp import maskable
@@ -42,14 +43,14 @@ def test_held_out_and_failed_rows_are_not_read(corpus: Corpus, expected: set[str
     Path("lines.txt").write_text("one\ntwo\n")
     artifacts = (open_artifact(Path("data/queries"), "queries"), open_artifact(Path("data/responses"), "responses"))
     sources = [LocalSource(kind="local", path="lines.txt")]
-    assert {text.strip() for text in corpus_texts(corpus, *artifacts, sources, workspace)} == expected
+    assert {text.strip() for text in corpus_texts(corpus, *artifacts, sources, SourceDigests(workspace))} == expected
 
 
 def test_a_source_that_is_missing(workspace: Path) -> None:
     write_artifacts()
     artifacts = (open_artifact(Path("data/queries"), "queries"), open_artifact(Path("data/responses"), "responses"))
     with pytest.raises(SourceError, match=r"no\.txt does not exist"):
-        list(corpus_texts("sources", *artifacts, [LocalSource(kind="local", path="no.txt")], workspace))
+        list(corpus_texts("sources", *artifacts, [LocalSource(kind="local", path="no.txt")], SourceDigests(workspace)))
 
 
 def test_the_order_is_the_texts_own() -> None:

@@ -24,6 +24,7 @@ from pipeline.encoder.folder.read import read_encoder
 from pipeline.encoder.inference import Encoder
 from pipeline.train.__main__ import main
 from pipeline.train.trainer import Trainer
+from tests.toy_workspace import write_manifest
 from tests.train.conftest import ENVIRONMENT, run_stage, write_inputs, write_params, write_targets
 
 
@@ -72,7 +73,7 @@ def test_an_encoder_behind_a_transform_embeds_in_both_spaces(backbone: Path) -> 
 def add_to_manifest(folder: Path, name: str) -> None:
     content = json.loads((folder / "manifest.json").read_text())
     content["files"][name] = file_sha256(folder / name)
-    (folder / "manifest.json").write_text(json.dumps(content))
+    write_manifest(folder / "manifest.json", content)
 
 
 def test_queries_that_are_too_long_lose_the_side_that_params_say(

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipeline.backbone.loading import hub_reason
+from pipeline.backbone.loading import check_not_missing, hub_reason
 from pipeline.core.config import Params
-from pipeline.core.errors import TeacherError
+from pipeline.core.errors import BackboneError, TeacherError
 from pipeline.core.run import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -61,7 +61,10 @@ def _download(name: str, revision: str | None) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise _error(f"folder {name} does not exist")
     try:
+        check_not_missing(name, revision)
         return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS, *_TOKENIZER_FILES]))
+    except BackboneError as error:
+        raise _error(error.message) from None
     except (OSError, ValueError) as error:
         at = f" at revision {revision}" if revision else ""
         raise _error(f"cannot load '{name}'{at}: {hub_reason(error, name)}") from None

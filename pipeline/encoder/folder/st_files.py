@@ -1,6 +1,7 @@
 """What makes an encoder folder one of sentence-transformers: its own module file, modules.json, prompts."""
 
 import shutil
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,12 @@ from pipeline.tasks.instructions import Instructions, load_instructions
 
 MODULE = "pipeline.encoder.folder.st_module"
 MODULE_CLASS = "LLM2VecGenEncoder"
-# What peft must be able to read; sentence-transformers asks for it by name before it loads anything.
+# sentence-transformers checks these before it loads anything. The lowest versions that the module file was run with.
+_REQUIREMENTS = {
+    "sentence-transformers": {"specifier": ">=6.2", "reason": "its module classes have moved"},
+    "transformers": {"specifier": ">=5.19", "reason": "earlier ones may tokenise or load a backbone otherwise"},
+}
+# What peft must be able to read.
 _PEFT = {"specifier": ">=0.17", "reason": "this encoder has LoRA adapters"}
 
 
@@ -37,8 +43,15 @@ def _config(lora: bool) -> dict[str, Any]:
         "prompts": st_prompts(load_instructions()),
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
+        "requirements": {**_REQUIREMENTS, **({"peft": _PEFT} if lora else {})},
+        # Under the names that sentence-transformers writes itself: it warns where an older one reads a newer folder.
+        "__version__": {
+            "sentence_transformers": version("sentence-transformers"),
+            "transformers": version("transformers"),
+            "pytorch": version("torch"),
+        },
     }
-    return {**config, "requirements": {"peft": _PEFT}} if lora else config
+    return config
 
 
 def st_prompts(instructions: Instructions) -> dict[str, str]:

@@ -221,6 +221,7 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         _write_json(folder / CONFIG_FILE, self.get_config_dict())
         _write_tensors(folder / WEIGHTS_FILE, self.head.state_dict())
         self.save_tokenizer(output_path)
+        _make_portable(folder / "tokenizer_config.json")
         if self._transform is not None:
             (folder / TRANSFORM_FILE).write_bytes(self._transform)
         if self.adapter_config is not None:
@@ -486,6 +487,15 @@ def _adapter_tensors(backbone: Any) -> dict[str, Tensor]:
         for name, parameter in backbone.named_parameters()
         if ".lora_A." in name or ".lora_B." in name
     }
+
+
+def _make_portable(tokenizer_config: Path) -> None:
+    """Name the generic tokenizer class of transformers 5 as version 4 does, and drop where it was loaded from."""
+    settings = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    origin = ("is_local", "local_files_only")
+    _write_json(tokenizer_config, {name: value for name, value in settings.items() if name not in origin})
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

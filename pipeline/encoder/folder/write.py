@@ -12,6 +12,7 @@ from pipeline.core.errors import TrainingError
 from pipeline.encoder.folder.card import CARD_FILE, TrainingFacts, model_card
 from pipeline.encoder.folder.config import ADAPTER, CONFIG_FILE, WEIGHTS_FILE, EncoderConfig
 from pipeline.encoder.folder.st_files import write_st_files
+from pipeline.encoder.folder.tokenizer import save_tokenizer
 from pipeline.encoder.student import Student
 
 
@@ -41,7 +42,7 @@ def write_encoder(
     tensors = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
     save_file(tensors, out.path / WEIGHTS_FILE, {"format": "pt"})
     write_json(out.path / CONFIG_FILE, config.model_dump())
-    tokenizer.save_pretrained(out.path)
+    save_tokenizer(tokenizer, out.path)
     if config.lora is not None and adapter is not None:
         save_adapter(adapter, out.path / ADAPTER, config.lora, config.backbone["name"])
     write_st_files(out.path, lora=config.lora is not None)

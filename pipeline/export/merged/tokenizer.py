@@ -13,6 +13,7 @@ from pipeline.backbone.loading import Template
 from pipeline.backbone.prompting import PromptFormatter
 from pipeline.core.artifacts import write_json
 from pipeline.core.errors import TrainingError
+from pipeline.encoder.folder.tokenizer import save_tokenizer
 from pipeline.export.merged.folder import MergedLayout
 
 # A frame is correct if it is the same around all of these.
@@ -78,7 +79,7 @@ def fitting_probes(tokenizer: Any, frame: Frame, max_tokens: int) -> list[str]:
 
 def write_tokenizer(folder: Path, tokenizer: Any, frame: Frame, layout: MergedLayout) -> None:
     """Write the files of a tokenizer that adds the frame and the new tokens."""
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     content = _read(folder / "tokenizer.json")
     content |= {"truncation": None, "padding": None, "post_processor": _post_processor(tokenizer, frame, layout)}
     write_json(folder / "tokenizer.json", content)

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -93,13 +93,26 @@ def fullest_gpu(count: int) -> Gpu | None:
     try:
         pynvml.nvmlInit()
         try:
-            infos = [_nvml_memory(pynvml, name) for name in visible_gpus()[:count]]
+            infos = [_nvml_memory(pynvml, name) for name in nvml_names(pynvml, visible_gpus()[:count])]
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
         log.warning("engine vllm: the GPU's memory is not known (%s)", describe(error))
         return None
     return min((Gpu(int(info.total), int(info.free)) for info in infos), key=lambda gpu: gpu.free)
+
+
+def nvml_names(pynvml: Any, names: Sequence[str]) -> Sequence[str]:
+    """The GPUs that NVML can be asked for by these names.
+
+    CUDA numbers the fastest GPU first, NVML by slot. Where a machine has GPUs of several kinds, and CUDA_DEVICE_ORDER
+    does not say PCI_BUS_ID, a number means another GPU to each: all are looked at, for the least free memory.
+    """
+    if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or not all(name.isdigit() for name in names):
+        return names
+    everyone = [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    kinds = {pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(int(index))) for index in everyone}
+    return names if len(kinds) == 1 else everyone
 
 
 def _nvml_memory(pynvml: Any, name: str) -> Any:

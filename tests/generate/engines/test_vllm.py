@@ -15,7 +15,7 @@ from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Samp
 from pipeline.generate.engines.registry import build_engine
 from pipeline.generate.engines.vllm import CPU_KV_CACHE_VARIABLE, VllmEngine, _automatic, check_arguments
 from pipeline.generate.engines.vllm_defaults import Choice
-from pipeline.generate.engines.vllm_environment import check_batch_invariance, set_environment
+from pipeline.generate.engines.vllm_environment import check_batch_invariance, nvml_names, set_environment
 from tests.conftest import ROOT
 from tests.generate.engines.conftest import GREEDY, SIZES, agree
 
@@ -56,6 +56,41 @@ def test_the_stage_sets_openmp_before_torch_is_imported() -> None:
     environment |= {"OMP_NUM_THREADS": "7"}
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
     assert output.stdout.split() == [b"False", b"5000", b"7", b"1"]
+
+
+class TwoKinds:
+    """NVML on a machine whose first slot has a small GPU and whose second has the fast one, CUDA's number 0."""
+
+    kinds = ("small", "fast")
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.kinds)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return self.kinds[handle]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "order", "names", "expected"),
+    [
+        (("small", "fast"), None, ["0"], ["0", "1"]),  # which of them CUDA calls 0 is not known here
+        (("small", "fast"), "PCI_BUS_ID", ["1"], ["1"]),
+        (("fast", "fast"), None, ["1"], ["1"]),
+        (("small", "fast"), None, ["GPU-ab"], ["GPU-ab"]),
+    ],
+)
+def test_a_number_of_cuda_is_no_number_of_nvml_among_gpus_of_several_kinds(
+    kinds: tuple[str, ...], order: str | None, names: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    if order:
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    nvml = TwoKinds()
+    monkeypatch.setattr(nvml, "kinds", kinds, raising=False)
+    assert nvml_names(nvml, names) == expected
 
 
 def test_each_automatic_choice_is_logged_unless_an_option_makes_it(
