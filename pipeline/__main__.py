@@ -4,6 +4,7 @@ import typer
 
 from pipeline.cli import exchange, look, setup, use
 from pipeline.cli.options import printing_errors
+from pipeline.cli.readings import readings
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="LLM2Vec-Gen: look at a run, and use what it made.")
 for command in (
@@ -12,6 +13,7 @@ for command in (
     look.compare,
     setup.params,
     setup.backbone,
+    readings,
     use.encode,
     use.search,
     use.decode,

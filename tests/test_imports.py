@@ -29,6 +29,7 @@ ORDERED = (
     "train",
     "evaluate",
     "teach",
+    "readings",
     "lens",
     "probe",
     "audit",
@@ -191,7 +192,9 @@ LOADED_LATE = (
     "train.data",
     "train.losses",
     "train.trainer",
+    "train.refine",
     "train.warm_start",
+    "readings.states",
 )
 
 

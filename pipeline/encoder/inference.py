@@ -15,12 +15,9 @@ from pipeline.core.errors import SourceError, TrainingError
 from pipeline.core.run import progress
 from pipeline.core.target_transform import TRANSFORM_FILE, Space, TargetTransform, load_transform
 from pipeline.encoder.folder.config import EncoderConfig
-from pipeline.encoder.passes.prompt_reader import prompt_reader
+from pipeline.encoder.passes.prompt_reader import WORTH_SHARING, prompt_reader
 from pipeline.encoder.student import Student, new_student
 from pipeline.optim.batching import token_batches, token_budget
-
-# Tokens that reading a shared beginning by itself must save, to be worth a further forward pass.
-WORTH_SHARING = 64
 
 
 class Embedded(NamedTuple):

@@ -7,7 +7,7 @@ interval covers the uncertainty within the tasks, not the choice of the tasks.
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,14 @@ def task_deltas(
         }
         deltas += [delta_of(name, run.system, sample, settings) for name, sample in with_means(samples, types).items()]
     return [delta for delta in deltas if not math.isnan(delta.delta)]
+
+
+def sampled_mean(tasks: Sequence[Any], run: SystemResults, settings: BootstrapParams) -> Sampled:
+    """A system's `mean/tasks`; equal settings draw the same units for every system, so replicates can be compared."""
+    scores, parts = task_scores(summary_table(tasks, [run]))[run.system], _resample(tasks, run, settings, None)
+    weights = mean_weights({task.metadata.name: task.metadata.type for task in tasks})["mean/tasks"]
+    found = {name: part.score if (part := parts[name]) else Sampled(scores[name], None, 0) for name in weights}
+    return combine([replace(found[name], value=scores[name]) for name in weights], list(weights.values()))
 
 
 def deltas_table(deltas: Iterable[Delta]) -> pa.Table:

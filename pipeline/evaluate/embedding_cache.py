@@ -44,14 +44,21 @@ class CachedSystem:
     """
 
     def __init__(
-        self, system: System, root: Path | None, *, embeddings_dtype: TargetType = "float32", **conditions: Any
+        self,
+        system: System,
+        root: Path | None,
+        *,
+        embeddings_dtype: TargetType = "float32",
+        chunk_characters: int | None = None,
+        **conditions: Any,
     ) -> None:
         """Keep embeddings as `embeddings_dtype` below `root`; None stores nothing, and rounds all the same.
 
+        A kill loses `chunk_characters` of texts at most (None: `CHUNK_CHARACTERS`).
         `conditions` decide embeddings besides identity and prompting, e.g. the model's dtype; they serialise to JSON.
         """
         self.system, self.reused, self.computed = system, 0, 0
-        self.embeddings_dtype = embeddings_dtype
+        self.embeddings_dtype, self._chunk_characters = embeddings_dtype, chunk_characters
         self.name, self.identity, self.prompting = system.name, system.identity, system.prompting
         self._root = root
         self._fingerprint = {
@@ -89,7 +96,7 @@ class CachedSystem:
         group = digest_of([instruction, side])[:_GROUP]
         if missing:
             prepare(self.system, list(missing.values()), instruction, side)
-        chunks: Collection[list[str]] = _chunks(missing)
+        chunks: Collection[list[str]] = _chunks(missing, self._chunk_characters or CHUNK_CHARACTERS)
         if len(chunks) > 1:
             chunks = progress(chunks, total=len(chunks), desc=f"encode {self.name}", unit="chunk")
         for chunk in chunks:
@@ -199,8 +206,8 @@ def _content(key: str) -> str:
     return bytes_sha256(key.encode("utf-8", "surrogatepass"))[:_CONTENT]
 
 
-def _chunks(texts: Mapping[str, str]) -> list[list[str]]:
+def _chunks(texts: Mapping[str, str], most_characters: int) -> list[list[str]]:
     """The keys of texts by falling length, in chunks of limited texts and characters."""
     contents = list(texts)
-    groups = by_length(list(texts.values()), CHUNK_TEXTS, CHUNK_CHARACTERS)
+    groups = by_length(list(texts.values()), CHUNK_TEXTS, most_characters)
     return [[contents[row] for row in group] for group in groups]

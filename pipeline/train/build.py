@@ -22,6 +22,7 @@ from pipeline.encoder.token_init import token_init
 from pipeline.optim.batching import epoch_order
 from pipeline.train.data import TrainingRows, drop_loops, join, tokenize
 from pipeline.train.params import TrainParams
+from pipeline.train.refine import refine_alignment
 from pipeline.train.trainer import Trainer
 from pipeline.train.validation import Validation
 from pipeline.train.warm_start import READ_TOKENS, accumulate, frame_rows, warm_start
@@ -136,4 +137,6 @@ def warm_start_student(trainer: Trainer, backbone: Any, frame_ids: Sequence[int]
         frame = frame_rows(words, frame_ids, student.compression_tokens)
         norm = float(np.linalg.norm(words, axis=-1).mean())
         trainer.facts["warm_start_ridge"] = warm_start(student, statistics, frame, norm, params.warm_start.ridge)
+        if params.refine:
+            refine_alignment(student, statistics.scored_rows(), params.refine, seed=params.seed)
     trainer.agree()

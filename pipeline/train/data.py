@@ -68,7 +68,7 @@ def join(queries: pa.Table, responses: pa.Table, targets: pa.Table) -> pa.Table:
     joined = queries.filter(has_target)
     if not joined.num_rows:
         raise TrainingError(f"none of {queries.num_rows} queries has a target: run generate and embed again")
-    usable = pc.is_in(queries["id"], _usable(responses))
+    usable = pc.is_in(queries["id"], usable_ids(responses))
     without = queries.filter(pc.and_not(usable, has_target))
     _check_none(without["id"], "have a usable response but no target: run embed again")
     for table, columns in ((responses, ("response", "finish_reason")), (targets, ("embedding",))):
@@ -78,7 +78,7 @@ def join(queries: pa.Table, responses: pa.Table, targets: pa.Table) -> pa.Table:
     return joined
 
 
-def _usable(responses: pa.Table) -> pa.Array:
+def usable_ids(responses: pa.Table) -> pa.Array:
     """Ids of the responses that embed takes: not failed, not blank."""
     blank = pc.equal(pc.utf8_trim_whitespace(responses["response"]), "")
     failed = pc.equal(responses["finish_reason"], "error")

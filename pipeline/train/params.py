@@ -50,6 +50,17 @@ class WarmStartParams(Params):
     rows: int | None = Field(default=20_000, ge=2, description="at most this many training rows; null = all")
 
 
+class RefineParams(Params):
+    """Contrastive refinement of the closed form, see `pipeline.train.refine`."""
+
+    steps: int = Field(default=300, ge=1)
+    batch_size: int = Field(default=1024, ge=2, description="rows whose targets are each other's negatives")
+    temperature: float = Field(default=0.07, gt=0)
+    learning_rate: float = Field(default=0.03, gt=0, description="of AdamW, in units of the weights' root mean square")
+    pull: float = Field(default=1.0, ge=0, description="towards the closed form")
+    duplicate: float = Field(default=0.9, gt=0, le=1, description="cosine of targets from which rows are no negatives")
+
+
 class HeldoutParams(Params):
     """Scores of held-out rows during training."""
 
@@ -79,6 +90,7 @@ class TrainParams(Params):
     recon_weight: float = Field(ge=0)
     align_reduction: Literal["mean", "sum"]
     warm_start: WarmStartParams
+    refine: RefineParams | None = Field(default=None, description="of the closed form, by contrast; null = none")
     learning_rate: float = Field(gt=0)
     token_learning_rate: float | None = Field(default=None, gt=0, description="of the token rows; null = learning_rate")
     weight_decay: float = Field(ge=0)
@@ -118,6 +130,12 @@ class TrainParams(Params):
                 "shard_backbone: true needs a number as micro_batch_size: a process that runs out of memory in a trial "
                 "would leave the others waiting"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _refinement_has_a_start(self) -> Self:
+        if self.refine and not self.warm_start.enabled:
+            raise ValueError("refine needs the closed form: set warm_start.enabled to true, or refine to null")
         return self
 
     @property

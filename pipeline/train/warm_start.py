@@ -149,6 +149,11 @@ class Statistics:
                 result.append((fold.moments, *fold.scored_rows()))
         return result
 
+    def scored_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Features `[N, d]` and targets `[N, e]` of the rows that are kept whole, at most `FOLDS * SCORED_ROWS`."""
+        _, features, targets = zip(*self.folds(), strict=True)
+        return np.concatenate(features), np.concatenate(targets)
+
 
 def _check_finite(rows: Sequence[int], hidden: np.ndarray, targets: np.ndarray) -> None:
     finite = np.isfinite(hidden).all((1, 2)) & np.isfinite(targets).all(1)

@@ -70,6 +70,23 @@ def test_an_encoder_behind_a_transform_embeds_in_both_spaces(backbone: Path) -> 
     assert (encoder.width_of("trained"), encoder.width_of("teacher")) == (6, 4)
 
 
+def test_a_refined_start_is_another_alignment_projection(backbone: Path) -> None:
+    found = []
+    for refine in (None, {"steps": 5, "batch_size": 16}):
+        write_params(backbone, learning_rate=1e-12, token_learning_rate=1e-12, refine=refine)
+        run()
+        student = read_encoder(ENCODER_DIR).student
+        found.append([layer.weight.detach() for layer in (student.reconstruction, student.alignment)])
+    (reconstruction, alignment), (same, refined) = found
+    torch.testing.assert_close(same, reconstruction)
+    assert (refined - alignment).norm() > 0.01 * alignment.norm()
+
+
+def test_a_refinement_without_a_closed_form_is_refused(backbone: Path, fails: Callable[..., None]) -> None:
+    write_params(backbone, refine={}, warm_start={"enabled": False})
+    fails("refine", "warm_start.enabled")
+
+
 def add_to_manifest(folder: Path, name: str) -> None:
     content = json.loads((folder / "manifest.json").read_text())
     content["files"][name] = file_sha256(folder / name)

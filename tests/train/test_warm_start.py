@@ -184,6 +184,15 @@ def test_two_processes_that_share_the_rows_give_the_start_of_one(
         np.testing.assert_allclose(shared[name], value, rtol=1e-9, atol=1e-11, err_msg=name)
 
 
+def test_the_rows_that_are_kept_whole_are_pairs() -> None:
+    hidden, targets = linear_problem(23)
+    features, found = statistics_of(hidden, targets).scored_rows()
+    order = np.lexsort(found.T)
+    expected = np.lexsort(targets.T)
+    np.testing.assert_allclose(found[order], targets[expected])
+    np.testing.assert_allclose(features[order], hidden.mean(1)[expected])
+
+
 def test_strength_follows_the_noise() -> None:
     _, clean = linear_problem()
     hidden, noisy = linear_problem(noise=12.0)

@@ -52,6 +52,7 @@ class TemplateTokenizer:
         template: str = SLOT,
         pooling: Pooling = "mean",
         strip: bool = False,
+        special_tokens: bool = True,
     ) -> None:
         """Raises TeacherError if the template has no slot, leaves no room for a text, or needs a fast tokenizer.
 
@@ -61,18 +62,20 @@ class TemplateTokenizer:
             template: see the module.
             pooling: `mean`: tokens from the last slot on; `mean-all`: all tokens; `last`: the last token of `mean`.
             strip: remove white space at both ends of a text.
+            special_tokens: let the tokenizer add its own; False where the template holds them, as a chat template does.
         """
         self._tokenizer, self.max_tokens = tokenizer, max_tokens
         self.identity = {"template": template, "pooling": pooling, "max_tokens": max_tokens}
         tokenizer.truncation_side = "right"
         self._parts, self._pooling, self._strip = template.split(SLOT), pooling, strip
+        self._special_tokens = special_tokens
         self._slots = len(self._parts) - 1
         self._bare = self._parts == ["", ""]
         if self._slots < 1:
             raise TeacherError(f"template {template!r} holds no {SLOT}")
         if not self._bare and not tokenizer.is_fast:
             raise TeacherError(f"template {template!r}: the tokenizer of '{tokenizer.name_or_path}' gives no offsets")
-        self._overhead = len(tokenizer("".join(self._parts))["input_ids"])
+        self._overhead = self._lengths(["".join(self._parts)])[0]
         if self._overhead + self._slots > max_tokens:
             raise TeacherError(
                 f"{max_tokens} leaves no room for a text: template and special tokens take {self._overhead}",
@@ -92,8 +95,11 @@ class TemplateTokenizer:
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each whole text, with special tokens and template."""
-        rendered = [self._render(text) for text in self._prepared(texts)]
-        return [len(ids) for ids in self._tokenizer(rendered, verbose=False)["input_ids"]] if texts else []
+        return self._lengths([self._render(text) for text in self._prepared(texts)]) if texts else []
+
+    def _lengths(self, rendered: Sequence[str]) -> list[int]:
+        encoded = self._tokenizer(list(rendered), add_special_tokens=self._special_tokens, verbose=False)
+        return [len(ids) for ids in encoded["input_ids"]]
 
     def _prepared(self, texts: Sequence[str]) -> list[str]:
         return [text.strip() for text in texts] if self._strip else list(texts)
@@ -107,7 +113,7 @@ class TemplateTokenizer:
         count = min((self.max_tokens - self._overhead) // self._slots, len(ends))
         while count > 0:
             beginning = text[: ends[count - 1]]
-            excess = len(self._tokenizer(self._render(beginning))["input_ids"]) - self.max_tokens
+            excess = self._lengths([self._render(beginning)])[0] - self.max_tokens
             if excess <= 0:
                 return beginning
             count -= math.ceil(excess / self._slots)
@@ -118,6 +124,7 @@ class TemplateTokenizer:
             return []
         encoded = self._tokenizer(
             list(rendered),
+            add_special_tokens=self._special_tokens,
             truncation=True,
             max_length=self.max_tokens,
             return_special_tokens_mask=True,

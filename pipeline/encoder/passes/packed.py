@@ -69,12 +69,25 @@ class PackedBackbone:
 
         `cache` holds `shared` tokens that all rows continue.
         """
+        hidden, lengths = self._run(rows, tokens, shared, cache)
+        ends = torch.tensor(list(accumulate(lengths)), device=hidden.device)[:, None]
+        return at_least_float32(hidden[ends + torch.arange(-count, 0, device=hidden.device)])
+
+    def read_all(
+        self, rows: Sequence[Sequence[int]], tokens: Tensor, shared: int = 0, cache: DynamicCache | None = None
+    ) -> Sequence[Tensor]:
+        """Hidden states `[length + N, d]` of each row of ids and of the new `tokens` `[N, d]` after it; see `read`."""
+        hidden, lengths = self._run(rows, tokens, shared, cache)
+        return torch.split(at_least_float32(hidden), lengths)
+
+    def _run(
+        self, rows: Sequence[Sequence[int]], tokens: Tensor, shared: int, cache: DynamicCache | None
+    ) -> tuple[Tensor, list[int]]:
+        """Hidden states `[T, d]` of all rows side by side, and the length of each with its new tokens."""
         words = self.embedded(rows)
         row = interleave(torch.split(words, [len(ids) for ids in rows]), [tokens.to(words.dtype)] * len(rows))
         lengths = [len(ids) + len(tokens) for ids in rows]
-        hidden = self.hidden(row, Segments.of(lengths, shared=shared), cache)
-        ends = torch.tensor(list(accumulate(lengths)), device=row.device)[:, None]
-        return at_least_float32(hidden[ends + torch.arange(-count, 0, device=row.device)])
+        return self.hidden(row, Segments.of(lengths, shared=shared), cache), lengths
 
 
 class _PackedCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types

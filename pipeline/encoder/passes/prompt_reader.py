@@ -19,6 +19,9 @@ from pipeline.encoder.passes.packed import PackedBackbone, packed_cache
 from pipeline.encoder.passes.plain import PlainQueryPass, QueryPass
 from pipeline.encoder.passes.select import Comparison, packed_attentions, probe_ids
 
+# Tokens that reading a shared beginning by itself must save, to be worth a further forward pass.
+WORTH_SHARING = 64
+
 
 @dataclass(frozen=True)
 class Beginning:
@@ -50,6 +53,10 @@ class PromptReader(Protocol):
         """
         ...
 
+    def read_all(self, beginning: Beginning, rests: Sequence[Sequence[int]], tokens: Tensor) -> Sequence[Tensor]:
+        """Final-normed hidden states `[len(rest) + N, d]` of each rest and the new tokens after it; see `read`."""
+        ...
+
 
 class PackedReader:
     """`PromptReader` without padding: a batch is one row."""
@@ -69,6 +76,9 @@ class PackedReader:
     def read(self, beginning: Beginning, rests: Sequence[Sequence[int]], tokens: Tensor, count: int) -> Tensor:
         return self._backbone.read(rests, tokens, count, len(beginning.ids), beginning.cache)
 
+    def read_all(self, beginning: Beginning, rests: Sequence[Sequence[int]], tokens: Tensor) -> Sequence[Tensor]:
+        return self._backbone.read_all(rests, tokens, len(beginning.ids), beginning.cache)
+
 
 class PaddedReader:
     """`PromptReader` through a query pass: each prompt is read whole."""
@@ -81,6 +91,11 @@ class PaddedReader:
 
     def read(self, beginning: Beginning, rests: Sequence[Sequence[int]], tokens: Tensor, count: int) -> Tensor:
         return self._query_pass([[*beginning.ids, *ids] for ids in rests], tokens, count)
+
+    def read_all(self, beginning: Beginning, rests: Sequence[Sequence[int]], tokens: Tensor) -> Sequence[Tensor]:
+        lengths = [len(ids) + len(tokens) for ids in rests]
+        hidden = self.read(beginning, rests, tokens, max(lengths))
+        return [row[-length:] for row, length in zip(hidden, lengths, strict=True)]
 
 
 class _Unchanged(DynamicCache):  # type: ignore[misc]  # transformers has no types

@@ -1,0 +1,105 @@
+"""The command readings: what each reading of the backbone is worth, before anything is trained."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.options import ParamsOption, one_of
+from pipeline.core.config import PARAMS_FILE
+
+if TYPE_CHECKING:
+    from pipeline.readings.build import Found
+    from pipeline.readings.measure import Interval, Line
+
+
+def readings(
+    params: ParamsOption = PARAMS_FILE,
+    suite: Annotated[
+        str | None, typer.Option(help="Whose tasks are scored.  [default: the local tasks of all suites]")
+    ] = None,
+    reading: Annotated[list[str] | None, typer.Option(help="A reading to measure; repeatable.  [default: all]")] = None,
+    share: Annotated[
+        list[float] | None,
+        typer.Option(help="A share of the predicted response; repeatable.  [default: 0.3, 0.5, 1]"),
+    ] = None,
+    targets: Annotated[
+        str,
+        typer.Option(help="Of the closed form: echo (reading of the answers) or stored (those in data/targets)."),
+    ] = "echo",
+    refine: Annotated[bool, typer.Option("--refine", help="Refine the closed form by contrast as well.")] = False,
+    rows: Annotated[int, typer.Option(min=20, help="Most training queries that are read.")] = 4000,
+    heldout: Annotated[int, typer.Option(min=2, help="Most held-out queries.")] = 500,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Compare what can be read of the backbone: raw, standardised, and in closed form to its answers."""
+    from pipeline.core.config import load
+    from pipeline.core.run import device_memory, setup_logging
+
+    setup_logging()
+    with device_memory("evaluate.batch_tokens"):
+        from pipeline.readings.build import Inputs, Request, Targets, run
+
+        defaults, chosen = Request(), one_of(Targets, targets, "targets")
+        found = run(
+            load(params, Inputs),
+            Request(suite, reading or (), share or defaults.shares, chosen, refine, rows, heldout),
+        )
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        _print(found)
+
+
+def _print(found: "Found") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("reading", "kind", "share", "query to answer", "mean of tasks", "gain over the bar", *found.tasks)
+    for line in found.lines:
+        share = "" if line.share is None else f"{line.share:g}"
+        scores = (f"{line.scores[task]:.3f}" for task in found.tasks)
+        intervals = (_shown(line.top1), _shown(line.mean), _shown(line.gain, sign="+"))
+        table.add_row(line.reading, line.kind, share, *intervals, *scores)
+    Console().print(table)
+    print("\n".join(_notes(found)))
+
+
+def _notes(found: "Found") -> Iterator[str]:
+    yield f"{found.rows} training queries, {found.heldout} held out, backbone {found.backbone['name']}."
+    if found.answered:
+        kind = "standardised echo reading" if found.targets == "echo" else "target in data/targets"
+        yield (
+            "query to answer: share of held-out queries whose own answer is the nearest. The closed form predicts the "
+            f"{kind} of the answer; a share below 1 has the standardised reading beside it."
+        )
+    if not found.tasks:
+        return
+    yield "gain over the bar: mean less that of the best reading without closed form, on the same resamples."
+    bar = _best([line for line in found.lines if line.share is None])
+    yield f"Without training the best mean is {_named(bar)}."
+    if predicted := [line for line in found.lines if line.share is not None]:
+        yield f"With the closed form it is {_named(_best(predicted))}. Chosen on these tasks, so a little too good."
+
+
+def _best(lines: Sequence["Line"]) -> "Line":
+    return max(lines, key=lambda line: line.mean.value if line.mean else 0.0)
+
+
+def _named(line: "Line") -> str:
+    share = "" if line.share is None else f" at share {line.share:g}"
+    return f"{_shown(line.mean)}: {line.reading}, {line.kind}{share}"
+
+
+def _shown(interval: "Interval | None", sign: str = "") -> str:
+    """A value with its interval: `0.723 [0.701, 0.744]`."""
+    if interval is None:
+        return "-"
+    ends = (
+        ""
+        if interval.low is None or interval.high is None
+        else f" [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
+    )
+    return f"{interval.value:{sign}.3f}{ends}"

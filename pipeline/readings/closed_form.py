@@ -1,0 +1,88 @@
+"""From a reading to the embedding: standardised, in closed form to the answers' targets, or both side by side.
+
+A share a of the embedding is the predicted response, 1 - a the standardised reading of the text itself:
+
+    embedding = [a p / |p|,  (1 - a) r / |r|]
+
+p is the ridge regression of the target on the standardised reading r; |p| and |r| are mean lengths over the training
+rows, so the map from the hidden states to the embedding stays affine. a = 1 is the paper's, a = 0 the reading alone.
+"""
+
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+
+import numpy as np
+
+from pipeline.core.artifacts import bytes_sha256, digest_of
+from pipeline.core.target_transform import TargetTransform, TransformParams
+from pipeline.embed.transform_fit import fit_transform
+from pipeline.train.params import RefineParams
+from pipeline.train.refine import refine
+from pipeline.train.ridge import LinearMap, fit_ridge
+from pipeline.train.warm_start import Statistics, choose_strength
+
+
+def fit_standardization(vectors: np.ndarray) -> TargetTransform:
+    """Each dimension of `[N, d]` less its mean, over its standard deviation; TeacherError if all rows are equal."""
+    return fit_transform(TransformParams(kind="standardize"), [vectors], unit_length=False).transform
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The closed form from a standardised reading to the targets.
+
+    Attributes:
+        map: from `[N, d]` to `[N, e]`.
+        ridge: its strength, chosen by how well left-out rows find their targets.
+        length: mean length of its predictions over the training rows; `reading_length` and `target_length` likewise.
+        refined: by contrast, see `pipeline.train.refine`.
+    """
+
+    map: LinearMap
+    ridge: float
+    length: float
+    reading_length: float
+    target_length: float
+    refined: bool = False
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) over its numbers."""
+        numbers = [bytes_sha256(np.ascontiguousarray(part).data) for part in (self.map.weight, self.map.bias)]
+        return digest_of([*numbers, self.length, self.reading_length])
+
+    def embed(self, readings: np.ndarray, share: float) -> np.ndarray:
+        """Embeddings float32 of standardised readings `[N, d]`: `[N, e + d]`, or `[N, e]` at share 1."""
+        return self._beside(self.map(readings) / self.length, readings, share)
+
+    def answers(self, targets: np.ndarray, readings: np.ndarray, share: float) -> np.ndarray:
+        """Where the embeddings of queries should lie: targets `[N, e]` beside the readings `[N, d]` of the answers."""
+        return self._beside(targets / self.target_length, readings, share)
+
+    def _beside(self, predicted: np.ndarray, readings: np.ndarray, share: float) -> np.ndarray:
+        if share == 1:
+            return predicted.astype(np.float32)
+        return np.hstack([share * predicted, (1 - share) / self.reading_length * readings]).astype(np.float32)
+
+
+def fit_prediction(readings: np.ndarray, targets: np.ndarray) -> Prediction:
+    """The closed form on the training rows: standardised readings `[N, d]` and targets `[N, e]`."""
+    statistics = Statistics(1, readings.shape[1])
+    statistics.add(range(len(readings)), readings[:, None], targets)
+    folds = statistics.folds()
+    ridge = choose_strength(folds, LinearMap(np.eye(readings.shape[1]), np.zeros(readings.shape[1])))
+    [fitted] = fit_ridge(reduce(add, (moments for moments, _, _ in folds)), [ridge])
+    return Prediction(fitted, ridge, _mean_length(fitted(readings)), _mean_length(readings), _mean_length(targets))
+
+
+def refine_prediction(
+    prediction: Prediction, readings: np.ndarray, targets: np.ndarray, params: RefineParams, seed: int, device: str
+) -> Prediction:
+    """The prediction refined on the rows that it was fitted on."""
+    refined = refine(prediction.map, readings, targets, params, seed=seed, device=device)
+    return replace(prediction, map=refined, length=_mean_length(refined(readings)), refined=True)
+
+
+def _mean_length(vectors: np.ndarray) -> float:
+    return float(np.linalg.norm(vectors, axis=1).mean())

@@ -1,0 +1,164 @@
+"""The command on a workspace with a tiny backbone: what is measured, and what a second run reads."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.__main__ import app
+from pipeline.core.config import load
+from pipeline.core.errors import PipelineError
+from pipeline.core.schemas import targets_schema
+from pipeline.readings.build import Found, Inputs, Request, run
+from pipeline.readings.states import TemplateStates
+from tests.evaluate.fakes import classification_folder, retrieval_folder, sts_folder
+from tests.stage_runs import row_id, write_params, write_queries, write_responses
+from tests.train.conftest import TRAIN, write_targets
+
+TEXTS = [f"question number {number}: what is {word}?" for number in range(10) for word in ("apple", "bread", "cloud")]
+
+
+@pytest.fixture
+def inputs(workspace: Path, tiny_backbone: Callable[..., Path]) -> Inputs:
+    """A workspace whose answers are its queries and whose tasks are three small folders."""
+    write_queries(TEXTS)
+    write_responses(TEXTS)
+    for make in (retrieval_folder, sts_folder, classification_folder):
+        make(workspace / "tasks" / make.__name__)
+    write_params(
+        backbone={"name": str(tiny_backbone("llama")), "dtype": "float32"},
+        train=TRAIN,
+        evaluate={
+            "systems": ["student"], "local_dir": "tasks", "dtype": "float32", "bootstrap": {"resamples": 100}
+        },
+        suites={"all": {"local": ["retrieval_folder", "sts_folder"]}, "more": {"local": ["classification_folder"]}},
+    )  # fmt: skip
+    return load(Path("params.yaml"), Inputs)
+
+
+CHOSEN = Request(readings=["echo", "tokens"], shares=[0.5, 1.0])
+
+
+def by_setting(found: Found) -> dict[tuple[str, str, float | None], Any]:
+    return {(line.reading, line.kind, line.share): line for line in found.lines}
+
+
+def test_every_setting_is_scored_on_every_task(inputs: Inputs) -> None:
+    found = run(inputs, CHOSEN)
+    assert found.tasks == ["retrieval_folder", "sts_folder", "classification_folder"]
+    assert (found.rows, found.heldout, found.answered) == (27, 3, True)
+    lines = by_setting(found)
+    kinds = [("raw", None), ("standardized", None), ("closed form", 0.5), ("closed form", 1.0)]
+    assert list(lines) == [(reading, *kind) for reading in ("echo", "tokens") for kind in kinds]
+    for line in found.lines:
+        assert set(line.scores) == set(found.tasks)
+        assert line.mean.value == pytest.approx(np.mean(list(line.scores.values())), abs=1e-5)
+        assert line.mean.low <= line.mean.value <= line.mean.high
+    untrained = [line for line in found.lines if line.share is None]
+    best = max(untrained, key=lambda line: line.mean.value)
+    assert (best.gain.value, best.gain.low, best.gain.high) == (0, 0, 0)
+    for line in found.lines:
+        assert line.gain.value == pytest.approx(line.mean.value - best.mean.value, abs=2e-6)
+    # The answers are the queries: a reading finds each at itself.
+    assert all(line.top1.value == 1.0 for line in untrained)
+
+
+def test_a_second_run_passes_nothing_through_the_backbone(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(inputs, CHOSEN)
+
+    def never(self: TemplateStates, texts: Any, instruction: str, side: str = "query") -> np.ndarray:
+        raise AssertionError(f"{len(texts)} texts are read again")
+
+    monkeypatch.setattr(TemplateStates, "encode", never)
+    again = run(inputs, CHOSEN)
+    assert again == first
+    # Another share needs no state that is not kept.
+    assert len(run(inputs, Request(readings=["echo"], shares=[0.2, 0.8])).lines) == 4
+
+
+def test_the_closed_form_is_fitted_on_the_training_rows_alone(inputs: Inputs) -> None:
+    """Held-out answers, of which each is another query's, change top-1 and nothing else."""
+    before = run(inputs, CHOSEN)
+    heldout = TEXTS[::10]
+    swapped = dict(zip(heldout, heldout[1:] + heldout[:1], strict=True))
+    shutil.rmtree("data/responses")
+    write_responses(TEXTS, **{text: {"response": other} for text, other in swapped.items()})
+    after = run(inputs, CHOSEN)
+    for old, new in zip(before.lines, after.lines, strict=True):
+        assert (old.scores, old.mean, old.ridge) == (new.scores, new.mean, new.ridge)
+    assert all(line.top1.value == 0 for line in after.lines if line.share is None)
+
+
+def test_stored_targets_and_a_refinement(inputs: Inputs) -> None:
+    ids = sorted(map(row_id, TEXTS))
+    vectors = [{"id": name, "embedding": [float(int(name[:2], 16)), 1.0, 2.0]} for name in ids]
+    write_targets(pa.Table.from_pylist(vectors, targets_schema(3, "float32")))
+    found = run(inputs, Request(readings=["echo"], shares=[0.5, 1.0], targets="stored", refine=True))
+    kinds = [("raw", None), ("standardized", None), *((k, a) for k in ("closed form", "refined") for a in (0.5, 1.0))]
+    assert list(by_setting(found)) == [("echo", *kind) for kind in kinds]
+    echo = by_setting(run(inputs, Request(readings=["echo"], shares=[1.0])))
+    assert by_setting(found)["echo", "closed form", 1.0].scores != echo["echo", "closed form", 1.0].scores
+    assert by_setting(found)["echo", "raw", None] == echo["echo", "raw", None]
+    shutil.rmtree("data/responses")
+    with pytest.raises(PipelineError, match="data/responses"):
+        run(inputs, Request(targets="stored"))
+
+
+def test_without_answers_or_tasks(inputs: Inputs) -> None:
+    shutil.rmtree("data/responses")
+    bare = inputs.model_copy(update={"suites": {"none": inputs.suites["all"].model_copy(update={"local": []})}})
+    found = run(bare, CHOSEN)
+    assert (found.answered, found.tasks) == (False, [])
+    assert [(line.kind, line.mean, line.top1, line.gain) for line in found.lines] == [
+        (kind, None, None, None) for _ in range(2) for kind in ("raw", "standardized")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (Request(readings=["ecco"]), "ecco"),
+        (Request(shares=[0.5, 1.5]), "1.5"),
+        (Request(suite="most"), "most"),
+        (Request(rows=5), "5 training queries"),
+    ],
+)
+def test_what_does_not_exist_is_named(inputs: Inputs, request_: Request, says: str) -> None:
+    with pytest.raises(PipelineError, match=says):
+        run(inputs, request_)
+
+
+def test_a_suite_has_its_own_tasks(inputs: Inputs) -> None:
+    assert run(inputs, Request(suite="more", readings=["echo"], shares=[1.0])).tasks == ["classification_folder"]
+
+
+def test_the_command_prints_a_table_or_json(inputs: Inputs) -> None:
+    options = ["readings", "--reading", "echo", "--share", "0.5", "--suite", "all"]
+    shown = CliRunner().invoke(app, options, env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.output
+    assert "echo" in shown.output and "standardized" in shown.output and "27 training queries" in shown.output
+    printed = CliRunner().invoke(app, [*options, "--json"])
+    content = json.loads(printed.stdout)
+    assert [line["kind"] for line in content["lines"]] == ["raw", "standardized", "closed form"]
+    assert set(content["lines"][0]["scores"]) == {"retrieval_folder", "sts_folder"}
+    wrong = CliRunner().invoke(app, ["readings", "--reading", "ecco"])
+    assert wrong.exit_code == 1
+    assert "--reading" in wrong.output and "ecco" in wrong.output
+
+
+@pytest.mark.slow
+@pytest.mark.models
+def test_a_real_backbone_gains_by_standardising(inputs: Inputs, small_lm: Path) -> None:
+    """On pairs whose gold says whether the first words are equal, and on query to answer of the demo's own words."""
+    real = inputs.model_copy(update={"backbone": inputs.backbone.model_copy(update={"name": str(small_lm)})})
+    lines = by_setting(run(real, Request(readings=["echo", "tokens"], shares=[0.5])))
+    for name in ("echo", "tokens"):
+        raw, standard = lines[name, "raw", None], lines[name, "standardized", None]
+        assert standard.mean.value > raw.mean.value
+    assert lines["tokens", "closed form", 0.5].top1.value == 1.0
