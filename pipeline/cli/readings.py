@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from pipeline.readings.build import Found
     from pipeline.readings.measure import Interval, Line
 
+# Columns of the table where the output is no terminal.
+_WIDTH = 200
+
 
 def readings(
     params: ParamsOption = PARAMS_FILE,
@@ -60,10 +63,13 @@ def _print(found: "Found") -> None:
     table = Table("reading", "kind", "share", "query to answer", "mean of tasks", "gain over the bar", *found.tasks)
     for line in found.lines:
         share = "" if line.share is None else f"{line.share:g}"
-        scores = (f"{line.scores[task]:.3f}" for task in found.tasks)
+        scores = (_number(line.scores[task]) for task in found.tasks)
         intervals = (_shown(line.top1), _shown(line.mean), _shown(line.gain, sign="+"))
         table.add_row(line.reading, line.kind, share, *intervals, *scores)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = _WIDTH
+    console.print(table)
     print("\n".join(_notes(found)))
 
 
@@ -94,12 +100,14 @@ def _named(line: "Line") -> str:
 
 
 def _shown(interval: "Interval | None", sign: str = "") -> str:
-    """A value with its interval: `0.723 [0.701, 0.744]`."""
+    """A value with its interval: `.723 (.701 to .744)`."""
     if interval is None:
         return "-"
-    ends = (
-        ""
-        if interval.low is None or interval.high is None
-        else f" [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
-    )
-    return f"{interval.value:{sign}.3f}{ends}"
+    value = _number(interval.value, sign)
+    if interval.low is None or interval.high is None:
+        return value
+    return f"{value} ({_number(interval.low, sign)} to {_number(interval.high, sign)})"
+
+
+def _number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f}".replace("0.", ".", 1)

@@ -63,9 +63,11 @@ def task_deltas(
 def sampled_mean(tasks: Sequence[Any], run: SystemResults, settings: BootstrapParams) -> Sampled:
     """A system's `mean/tasks`; equal settings draw the same units for every system, so replicates can be compared."""
     scores, parts = task_scores(summary_table(tasks, [run]))[run.system], _resample(tasks, run, settings, None)
-    weights = mean_weights({task.metadata.name: task.metadata.type for task in tasks})["mean/tasks"]
-    found = {name: part.score if (part := parts[name]) else Sampled(scores[name], None, 0) for name in weights}
-    return combine([replace(found[name], value=scores[name]) for name in weights], list(weights.values()))
+    samples = {
+        name: replace(part.score, value=scores[name]) if part else Sampled(scores[name], None, 0)
+        for name, part in parts.items()
+    }
+    return with_means(samples, {task.metadata.name: task.metadata.type for task in tasks})["mean/tasks"]
 
 
 def deltas_table(deltas: Iterable[Delta]) -> pa.Table:
