@@ -31,15 +31,15 @@ def test_a_linear_map_is_found_again() -> None:
 KNOWN = Prediction(LinearMap(np.array([[2.0, 0.0]]), np.zeros(1)), 10.0, 4.0, 2.0, 8.0)
 
 
-def test_prediction_and_reading_stand_side_by_side_at_unit_mean_length() -> None:
+def test_prediction_and_reading_stand_side_by_side_at_the_mean_length_of_readings() -> None:
     readings = np.array([[2.0, 0.0], [0.0, 2.0]])
-    np.testing.assert_allclose(KNOWN.embed(readings, 0.25), [[0.25 * 4 / 4, 0.75, 0], [0, 0, 0.75]])
-    np.testing.assert_allclose(KNOWN.answers(np.array([[8.0]]), readings[1:], 0.25), [[0.25, 0, 0.75]])
+    np.testing.assert_allclose(KNOWN.embed(readings, 0.25), [[0.25 * 2, 0.75 * 2, 0], [0, 0, 0.75 * 2]])
+    np.testing.assert_allclose(KNOWN.answers(np.array([[8.0]]), readings[1:], 0.25), [[0.25 * 2, 0, 0.75 * 2]])
 
 
 def test_share_1_is_the_prediction_alone_and_a_small_share_nearly_the_reading() -> None:
     readings = np.array([[2.0, 1.0], [-1.0, 2.0]])
-    np.testing.assert_allclose(KNOWN.embed(readings, 1.0), [[1.0], [-0.5]])
+    np.testing.assert_allclose(KNOWN.embed(readings, 1.0), [[2.0], [-1.0]])
     assert KNOWN.answers(np.array([[8.0]]), readings[:1], 1.0).shape == (1, 1)
     nearly = unit_rows(KNOWN.embed(readings, 1e-6))
     np.testing.assert_allclose(nearly[:, 1:], unit_rows(readings), atol=1e-5)
