@@ -17,6 +17,7 @@ for command in (
     use.encode,
     use.search,
     use.decode,
+    exchange.mix,
     exchange.import_official,
     exchange.export_official,
     exchange.export_st,

@@ -74,22 +74,24 @@ def dvc(*arguments: str) -> None:
 
 
 def main_numbers() -> str:
-    """Two tables: what held-out queries find, and the scores of the tasks; a row a system."""
-    return "\n\n".join(
+    """Two tables, a row a system: what held-out queries find, and the scores of the tasks; and what training added."""
+    tables = [
         table(title, read(name)["metrics"], columns)
         for title, name, columns in (
             ("held-out queries", "probe/alignment.json", ("cosine", "top1", "mrr")),
             ("tasks", "evaluate/demo.json", ("retrieval", "sts", "classification")),
         )
-    )
+    ]
+    gains = [gain["sentence"] for gain in read("evaluate/demo.json")["gains"] if gain["metric"] == "mean/tasks"]
+    return "\n\n".join([*tables, *gains])
 
 
 def table(title: str, metrics: dict[str, float], columns: tuple[str, ...]) -> str:
     """Metrics `<system>/<column>` as text."""
     systems = list(dict.fromkeys(key.split("/")[0] for key in metrics if key.endswith(f"/{columns[0]}")))
-    lines = [f"{title:<18}" + "".join(f"{column:>16}" for column in columns)]
+    lines = [f"{title:<28}" + "".join(f"{column:>16}" for column in columns)]
     lines += [
-        f"{system:<18}" + "".join(f"{metrics[f'{system}/{column}']:>16.3f}" for column in columns)
+        f"{system:<28}" + "".join(f"{metrics[f'{system}/{column}']:>16.3f}" for column in columns)
         for system in systems
         if system != "delta"
     ]

@@ -44,6 +44,7 @@ def audit(root: Path = Path(), *, being_written: Collection[Path] = ()) -> Audit
     chain.check_models(root, opened, findings)
     chain.check_trained_teacher(root, opened, findings)
     chain.check_width(intact, findings)
+    chain.check_share(intact, findings)
     chain.check_transform(intact, findings)
     # A damaged artifact differs from the lock too: once is enough.
     locked = lock.check_lock(root, {*opened, *map(Path.as_posix, being_written)} - set(intact), bool(present), findings)

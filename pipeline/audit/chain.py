@@ -15,7 +15,7 @@ from pipeline.core.sources import changed
 from pipeline.core.target_transform import TRANSFORM_FILE, load_transform
 
 ROLES = ("backbone", "teacher")
-ENCODER_CONFIG = "encoder_config.json"
+ENCODER_CONFIG, READING_FILE = "encoder_config.json", "reading.safetensors"
 
 
 def check_inputs(root: Path, artifacts: Mapping[str, Artifact], findings: Findings) -> None:
@@ -94,6 +94,20 @@ def check_width(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
     kind = pq.read_schema(targets.tables()[0]).field("embedding").type
     if stated != kind.list_size:
         findings.add(ENCODER, ENCODER_CONFIG, f"width is {stated}, the targets have {kind.list_size}")
+
+
+def check_share(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
+    """The encoder's config has the response share of its params, and below 1 a reading."""
+    encoder = artifacts.get(ENCODER)
+    config = encoder.path / ENCODER_CONFIG if encoder else None
+    if encoder is None or config is None or not config.is_file():
+        return
+    stated = json.loads(config.read_text(encoding="utf-8")).get("response_share", 1.0)
+    wanted = (encoder.manifest.params.get("train") or {}).get("response_share", 1.0)
+    if stated != wanted:
+        findings.add(ENCODER, ENCODER_CONFIG, f"response_share is {stated}, the params of the manifest say {wanted}")
+    if stated < 1 and READING_FILE not in encoder.manifest.files:
+        findings.add(ENCODER, READING_FILE, f"is missing, which response_share {stated} needs")
 
 
 def check_transform(artifacts: Mapping[str, Artifact], findings: Findings) -> None:

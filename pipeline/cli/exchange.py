@@ -1,4 +1,4 @@
-"""Commands that give artifacts away, and read and write other formats: push, import-official, export-official, ..."""
+"""Commands that make another folder of one, and give it away: mix, push, import-official, export-official, ..."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +25,21 @@ def import_official(
     from pipeline.export.official.import_ import import_official
 
     _print(source, out, import_official(source, out, backbone=backbone, revision=revision, max_length=max_length))
+
+
+def mix(
+    model: ModelArgument,
+    response_share: Annotated[float, typer.Option(help="Of the predicted response, above 0; 1 is the paper's.")],
+    output: Annotated[Path | None, typer.Option(help="The folder to write.  [default: MODEL itself]")] = None,
+) -> None:
+    """Change how much of an embedding is the predicted response; the rest is the encoder's own reading of the text."""
+    from pipeline.encoder.folder.mix import mix as mix_encoder
+
+    out = output or model
+    config = mix_encoder(model, response_share, out)
+    print(f"{model} -> {out}: response share {response_share}, embeddings of {config.embedding_width} dimensions")
+    if output is None:
+        print(f"note: set train.response_share to {response_share} too, or `dvc repro` makes the former encoder again")
 
 
 def export_official(

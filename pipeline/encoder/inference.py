@@ -11,10 +11,13 @@ from torch import Tensor
 
 from pipeline.backbone.attention.segments import shared_prefix
 from pipeline.backbone.prompting import PromptFormatter, eos_token_id, join_instruction
+from pipeline.core.artifacts import file_sha256
 from pipeline.core.errors import SourceError, TrainingError
 from pipeline.core.run import progress
 from pipeline.core.target_transform import TRANSFORM_FILE, Space, TargetTransform, load_transform
-from pipeline.encoder.folder.config import EncoderConfig
+from pipeline.encoder.folder.config import START_FILE, EncoderConfig
+from pipeline.encoder.folder.tensors import read_start
+from pipeline.encoder.head import EmbeddingHead, Reading
 from pipeline.encoder.passes.prompt_reader import WORTH_SHARING, prompt_reader
 from pipeline.encoder.student import Student, new_student
 from pipeline.optim.batching import token_batches, token_budget
@@ -45,15 +48,18 @@ class Encoder:
         identity: dict[str, Any],
         adapted: Any = None,
         folder: Path | None = None,
+        reading: Reading | None = None,
     ) -> None:
         """From loaded parts; `read_encoder` loads them from a folder.
 
         `adapted` is the backbone with adapters, which embeds; None: `model` does. `folder` holds the transform of the
-        targets, if there is one.
+        targets, if there is one, and the student before its first step. `reading` is needed at a response share below
+        1.
         """
         self._folder = folder
         self.model, self.tokenizer, self.student, self.config = model, tokenizer, student.eval(), config
-        self.width, self.max_tokens, self.identity = config.width, config.max_query_tokens, identity
+        self.head = EmbeddingHead(student, config.response_share, reading)
+        self.width, self.max_tokens, self.identity = self.head.width, config.max_query_tokens, identity
         self._reader = prompt_reader(model if adapted is None else adapted)
         self._format = PromptFormatter(
             tokenizer, config.template, config.max_query_tokens, config.chat_template_kwargs, config.keep
@@ -65,16 +71,39 @@ class Encoder:
 
     def untrained(self, seed: int) -> "Encoder":
         """The backbone without adapters, with an untrained student: random projections."""
-        student = new_student(
+        return self._without_adapters(self._new_student(seed), {"name": "untrained", "seed": seed}, 1.0)
+
+    def untrained_reading(self, seed: int) -> "Encoder":
+        """As `untrained`, but it embeds as the mean hidden state over its compression tokens, `[d]`."""
+        identity = {"name": "untrained", "seed": seed, "read": "mean hidden state"}
+        return self._without_adapters(self._new_student(seed), identity, 0.0)
+
+    def at_start(self) -> "Encoder":
+        """The student after its closed-form start, or whatever its start was, and before the first step.
+
+        Raises TrainingError if the encoder's folder does not hold it.
+        """
+        student, reading = read_start(self._folder, self.config)
+        identity = {"name": "start", "sha256": file_sha256(self._folder / START_FILE)} if self._folder else {}
+        share = self.config.response_share
+        return self._without_adapters(student.to(self.model.device), identity, share, reading)
+
+    def _new_student(self, seed: int) -> Student:
+        return new_student(
             self.model,
-            self.width,
+            self.config.width,
             compression_tokens=self.config.compression_tokens,
             thought_tokens=self.config.thought_tokens,
             seed=seed,
         )
-        backbone = self.identity.get("other_backbone", self.config.backbone)
-        identity = {"name": "untrained", "seed": seed, "backbone": backbone}
-        return Encoder(self.model, self.tokenizer, student, self.config, identity, folder=self._folder)
+
+    def _without_adapters(
+        self, student: Student, identity: dict[str, Any], share: float, reading: Reading | None = None
+    ) -> "Encoder":
+        """The backbone without adapters behind another student."""
+        identity = {**identity, "backbone": self.identity.get("other_backbone", self.config.backbone)}
+        config = self.config.model_copy(update={"response_share": share})
+        return Encoder(self.model, self.tokenizer, student, config, identity, folder=self._folder, reading=reading)
 
     def encode(
         self,
@@ -96,7 +125,8 @@ class Encoder:
                 longer one has its own. None: by the device.
             show_progress: show a bar.
             space: "trained", or "teacher": the space of the teacher's vectors before the transform of the targets, of
-                width `width_of("teacher")`. Without a transform the two are one.
+                width `width_of("teacher")`. Without a transform the two are one. At a response share below 1 it is the
+                space of the predicted response alone.
 
         Raises:
             SourceError: an item is not a text, or the space is unknown.
@@ -120,17 +150,21 @@ class Encoder:
         """As `encode`, but returns the number of truncated texts in place of the warning."""
         self.width_of(space)  # checks before the work
         prompts, truncated = self._prompts(texts, instruction)
-        vectors = self._batched(prompts, batch_tokens, self.student.embedding, (self.width,), show_progress)
+        vectors = self._batched(prompts, batch_tokens, self.head, (self.width,), show_progress)
         return Embedded(self.in_space(space, vectors), truncated)
 
     def in_space(self, space: Space, embeddings: np.ndarray) -> np.ndarray:
         """Embeddings of the trained space `[N, width]` in another, `[N, width_of(space)]`."""
         transform = self._transform_to(space)
+        if space == "teacher" and self.config.response_share < 1:
+            embeddings = embeddings[:, : self.config.width] / self.head.prediction_scale
         return embeddings if transform is None else transform.invert(embeddings)
 
     def width_of(self, space: Space) -> int:
         transform = self._transform_to(space)
-        return self.width if transform is None else transform.teacher_width
+        if transform is not None:
+            return transform.teacher_width
+        return self.width if space == "trained" else self.config.width
 
     def _transform_to(self, space: Space) -> TargetTransform | None:
         if space not in get_args(Space):
@@ -154,20 +188,20 @@ class Encoder:
         self, texts: Sequence[str], *, instruction: str = "", batch_tokens: int | None = None
     ) -> np.ndarray:
         """Soft prompts float32 `[len(texts), n, d]`, which the backbone decodes into answers. See `encode`."""
-        return self._at_tokens(texts, instruction, batch_tokens, lambda soft: soft)
+        return self._at_tokens(texts, instruction, batch_tokens, self.student.soft_prompts)
 
     def hidden_states(
         self, texts: Sequence[str], *, instruction: str = "", batch_tokens: int | None = None
     ) -> np.ndarray:
         """Final-normed hidden states float32 `[len(texts), n, d]` at the compression tokens. See `encode`."""
-        return self._at_tokens(texts, instruction, batch_tokens, None)
+        return self._at_tokens(texts, instruction, batch_tokens, lambda hidden: hidden)
 
     def _at_tokens(
         self,
         texts: Sequence[str],
         instruction: str,
         batch_tokens: int | None,
-        head: Callable[[Tensor], Tensor] | None,
+        head: Callable[[Tensor], Tensor],
     ) -> np.ndarray:
         prompts, truncated = self._prompts(texts, instruction)
         self.config.warn_of_truncated(truncated, len(texts))
@@ -185,7 +219,7 @@ class Encoder:
         self,
         prompts: Sequence[list[int]],
         batch_tokens: int | None,
-        head: Callable[[Tensor], Tensor] | None,
+        head: Callable[[Tensor], Tensor],
         shape: tuple[int, ...],
         show_progress: bool = False,
     ) -> np.ndarray:
@@ -200,8 +234,7 @@ class Encoder:
             hidden = self._reader.read(
                 beginning, [rests[row] for row in rows], self.student.tokens, self.student.compression_tokens
             )
-            values = hidden if head is None else head(self.student.soft_prompts(hidden))
-            result[rows] = values.float().cpu().numpy()
+            result[rows] = head(hidden).float().cpu().numpy()
         self._check_finite(result)
         return result
 

@@ -79,18 +79,26 @@ class ParallelEncoder:
         self._pool.close()
 
 
+Variant = Callable[[Any], Any]  # makes of an encoder one of the same backbone; picklable
+
+
+def trained(encoder: "Encoder") -> "Encoder":
+    """The `Variant` that is the encoder itself."""
+    return encoder
+
+
 def encoder_loader(
-    path: Path, *, untrained_seed: int | None = None, device: str | None = None, **options: Any
+    path: Path, *, variant: Variant = trained, device: str | None = None, **options: Any
 ) -> "Callable[[], Encoder]":
-    """Loads the encoder of a folder, or with a seed its `untrained` one; picklable.
+    """Loads the encoder of a folder, or a variant of it; picklable.
 
     `device` None is the best of the process that loads it; options are those of `read_encoder`.
     """
-    return partial(_load, path, untrained_seed, device, options)
+    return partial(_load, path, variant, device, options)
 
 
-def _load(path: Path, untrained_seed: int | None, device: str | None, options: dict[str, Any]) -> "Encoder":
+def _load(path: Path, variant: Variant, device: str | None, options: dict[str, Any]) -> "Encoder":
     from pipeline.encoder.folder.read import read_encoder
 
-    encoder = read_encoder(path, device=device or best_device(), **options)
-    return encoder if untrained_seed is None else encoder.untrained(untrained_seed)
+    encoder: Encoder = variant(read_encoder(path, device=device or best_device(), **options))
+    return encoder

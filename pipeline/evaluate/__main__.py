@@ -1,12 +1,13 @@
 """Stage evaluate: a suite of tasks for every system -> results/evaluate/. `python -m pipeline.evaluate SUITE`."""
 
+import logging
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 import typer
 
-from pipeline.core.artifacts import create
+from pipeline.core.artifacts import create, write_bytes
 from pipeline.core.config import PARAMS_FILE, EntryName, load
 from pipeline.core.errors import ParamsError, nested_in, section
 from pipeline.core.paths import DELTAS_TABLE, EVALUATE_DIR, SUMMARY_TABLE
@@ -18,13 +19,18 @@ from pipeline.evaluate.build import (
     make_systems,
     manifest_params,
     own_instructions,
+    queries_artifact,
 )
+from pipeline.evaluate.comparison import compare
 from pipeline.evaluate.deltas import deltas_table, task_deltas
 from pipeline.evaluate.run import run_systems
+from pipeline.evaluate.standardized import STANDARDIZATION_FILE, standardization_bytes
 from pipeline.evaluate.summary import flat_metrics, seed_spread, summary_table, write_mteb_format, write_unit_scores
 from pipeline.generate.engines.registry import prepare_environment
 from pipeline.tasks.instructions import load_instructions
 from pipeline.tasks.suites import SuiteParams, find_tasks
+
+log = logging.getLogger(__name__)
 
 
 class Inputs(SystemInputs):
@@ -65,12 +71,14 @@ def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
         kind="evaluation",
         params=manifest_params(inputs, suite=params.model_dump(), instructions=instructions.digest),
         models={run.system: run.identity for run in runs},
-        inputs=[encoder],
+        inputs=[encoder, *([queries_artifact()] if systems.standardizations else [])],
     ) as out:
         out.write_table(SUMMARY_TABLE, summary)
         out.write_table(DELTAS_TABLE, deltas_table(deltas))
         write_unit_scores(out.path, tasks, runs)
         write_mteb_format(out.path, runs)
+        if systems.standardizations:
+            write_bytes(out.path / STANDARDIZATION_FILE, standardization_bytes(systems.standardizations))
     metrics = flat_metrics(summary)
     run_record.update(
         suite=suite,
@@ -89,6 +97,10 @@ def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
             for run in runs
         },
     )
+    gains = compare(suite, run_record.facts).gains
+    run_record.update(gains=[{**asdict(gain), "sentence": gain.sentence} for gain in gains])
+    for gain in gains:
+        log.info("%s, %s", suite, gain.sentence)
 
 
 def main(

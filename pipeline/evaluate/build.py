@@ -9,7 +9,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +19,20 @@ from pipeline.backbone.loading import BackboneParams, DType
 from pipeline.core.artifacts import Artifact, open_artifact
 from pipeline.core.config import Params
 from pipeline.core.errors import EvaluationError, nested_in, section
-from pipeline.core.paths import ENCODER_DIR
+from pipeline.core.paths import ENCODER_DIR, QUERIES_DIR
 from pipeline.core.run import work_dir
+from pipeline.core.target_transform import TargetTransform
 from pipeline.embed.params import TeacherSection
 from pipeline.embed.teachers.base import Teacher
 from pipeline.embed.teachers.pool import open_teacher
 from pipeline.embed.teachers.transformed import in_trained_space
 from pipeline.encoder.folder.config import fingerprint
+from pipeline.encoder.pool import Variant, trained
 from pipeline.evaluate.baselines import HydeSystem, ModelSystem, pooled, pooled_in_processes
 from pipeline.evaluate.embedding_cache import CachedSystem
 from pipeline.evaluate.params import EvaluateParams, ModelParams
-from pipeline.evaluate.registry import BUILT_IN
+from pipeline.evaluate.registry import BUILT_IN, SystemEntry, entry_of
+from pipeline.evaluate.standardized import StandardizedSystem, training_texts
 from pipeline.evaluate.system import BARE, BareSystem, InstructedSystem, System, SystemName
 from pipeline.generate.answer_cache import Answers
 from pipeline.generate.engines.registry import ENGINES
@@ -81,6 +85,8 @@ class Systems:
         processes: each with the whole backbone and a GPU; more than one share the texts of a call.
         trust_remote_code: let the backbone run code that comes with it.
         wrap: put around each system that is built, and closed after its turn.
+        training_texts: gives the texts that standardised systems are fitted on.
+        standardizations: what they have been fitted to so far, by system.
     """
 
     encoder_dir: Path
@@ -95,6 +101,8 @@ class Systems:
     processes: int = 1
     trust_remote_code: bool = False
     wrap: Callable[[System], AbstractContextManager[System]] = nullcontext
+    training_texts: Callable[[], Sequence[str]] = tuple
+    standardizations: dict[SystemName, TargetTransform] = field(default_factory=dict, init=False)
     _encoder: "Encoder | None" = field(default=None, init=False)
 
     def encoder(self) -> "Encoder":
@@ -123,7 +131,17 @@ class Systems:
             for build in self._builders(name):
                 release_memory()
                 with ExitStack() as stack:
-                    yield stack.enter_context(self.wrap(build(stack)))
+                    # Wrapped first: a reading and its standardised form share the embeddings of a cache.
+                    yield self._standardized(stack.enter_context(self.wrap(build(stack))))
+
+    def _standardized(self, system: System) -> System:
+        """The system in its standardised form, if its entry says so."""
+        entry = entry_of(system.name)
+        if entry is None or not entry.standardized:
+            return system
+        fitted = StandardizedSystem.fitted(system.name, system, self.training_texts())
+        self.standardizations[system.name] = fitted.transform
+        return fitted
 
     def close(self) -> None:
         """Stop the engine behind the answers, if one runs."""
@@ -136,9 +154,12 @@ class Systems:
         match BUILT_IN[name].kind:
             case "encoder" if BUILT_IN[name].per_seed:
                 for seed in self.seeds:
-                    yield partial(self._instructed, name if seed == self.seeds[0] else f"{name}-{seed}", seed)
+                    called = name if seed == self.seeds[0] else f"{name}-{seed}"
+                    yield partial(self._instructed, called, _untrained(BUILT_IN[name], seed))
             case "encoder":
-                yield partial(self._instructed, name, None)
+                yield partial(self._instructed, name, trained)
+            case "start":
+                yield partial(self._instructed, name, methodcaller("at_start"))
             case "teacher":
                 yield self._teacher
             case "pooling":
@@ -146,26 +167,27 @@ class Systems:
             case "hyde":
                 yield self._hyde
 
-    def _instructed(self, name: SystemName, untrained_seed: int | None, stack: ExitStack) -> System:
-        encoder = self._encoder_of(untrained_seed, stack)
+    def _instructed(self, name: SystemName, variant: Variant, stack: ExitStack) -> System:
+        encoder = self._encoder_of(variant, stack)
         return InstructedSystem(name, fingerprint(encoder.identity, encoder.config), encoder, self.batch_tokens)
 
-    def _encoder_of(self, untrained_seed: int | None, stack: ExitStack) -> "Encoder | ParallelEncoder":
+    def _encoder_of(self, variant: Variant, stack: ExitStack) -> "Encoder | ParallelEncoder":
         if self.processes == 1:
-            return self.encoder() if untrained_seed is None else self.encoder().untrained(untrained_seed)
+            found: Encoder = variant(self.encoder())
+            return found
         from pipeline.encoder.pool import ParallelEncoder
 
-        load = self._encoder_loader(untrained_seed)
+        load = self._encoder_loader(variant)
         return stack.enter_context(closing(ParallelEncoder(load, split_devices(self.processes))))
 
-    def _encoder_loader(self, untrained_seed: int | None = None) -> "Callable[[], Encoder]":
+    def _encoder_loader(self, variant: Variant = trained) -> "Callable[[], Encoder]":
         from pipeline.encoder.pool import encoder_loader
 
         self._drop_encoder()  # the first of the processes needs its memory
         return encoder_loader(
             self.encoder_dir,
             dtype=self.dtype,
-            untrained_seed=untrained_seed,
+            variant=variant,
             trust_remote_code=self.trust_remote_code,
         )
 
@@ -200,6 +222,10 @@ class Systems:
         return f"own prompt {self.teacher_prompt!r}" if self.teacher_prompt else BARE
 
 
+def _untrained(entry: SystemEntry, seed: int) -> Variant:
+    return methodcaller("untrained_reading" if entry.standardized else "untrained", seed)
+
+
 def make_systems(inputs: SystemInputs) -> Systems:
     """The systems of the params, on the best device; `contextlib.closing` releases them.
 
@@ -222,6 +248,7 @@ def make_systems(inputs: SystemInputs) -> Systems:
         processes=processes,
         trust_remote_code=inputs.backbone.trust_remote_code,
         wrap=partial(_with_cache, params),
+        training_texts=cache(lambda: training_texts(queries_artifact())),
     )
 
 
@@ -281,6 +308,11 @@ def encoder_artifact() -> Artifact:
         ArtifactError: it is missing or damaged.
     """
     return open_artifact(ENCODER_DIR, "encoder")
+
+
+def queries_artifact() -> Artifact:
+    """The queries, verified; raises as `encoder_artifact`."""
+    return open_artifact(QUERIES_DIR, "queries")
 
 
 def manifest_params(inputs: SystemInputs, **own: Any) -> dict[str, Any]:

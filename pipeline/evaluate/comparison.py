@@ -4,9 +4,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.evaluate.registry import system_order
+from pipeline.evaluate.registry import is_reading, system_order
 
-BASIS = "student"
+BASIS, START = "student", "start"
 _SUMMARIES = ("mean/", "type/")
 
 
@@ -35,6 +35,30 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """A mean of the student beside the best untrained reading, by name, and the student's own start."""
+
+    metric: str
+    student: float | int
+    reading: str
+    over_reading: Cell
+    over_start: Cell | None
+
+    @property
+    def sentence(self) -> str:
+        """In words, for one line."""
+        text = (
+            f"{self.metric}: the student has {self.student:.3f}, the best untrained reading ({self.reading}) "
+            f"{self.over_reading.score:.3f}"
+        )
+        if self.over_reading.delta is not None:
+            text += f": training added {_difference(self.over_reading)}"
+        if self.over_start is not None and self.over_start.delta is not None:
+            text += f"; over its own start {_difference(self.over_start)}"
+        return text
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Scores of several systems, and the facts that belong to none of them."""
 
@@ -50,9 +74,28 @@ class Comparison:
         """Metrics without the means over them."""
         return {row.metric for row in self.rows if not row.summary}
 
+    @property
+    def gains(self) -> "list[Gain]":
+        """What training added to each mean: the student against the untrained reading that scores best there."""
+        return [gain for row in self.rows if row.summary and (gain := self._gain(row)) is not None]
+
+    def _gain(self, row: Row) -> "Gain | None":
+        cells = dict(zip(self.systems, row.cells, strict=True))
+        readings = {name: cell for name, cell in cells.items() if is_reading(name) and cell.score is not None}
+        student = cells.get(BASIS)
+        if student is None or student.score is None or not readings:
+            return None
+        best = max(readings, key=lambda name: float(readings[name].score or 0))
+        return Gain(row.metric, student.score, best, readings[best], cells.get(START))
+
     def score(self, system: str, metric: str) -> float | int | None:
         cells = next((row.cells for row in self.rows if row.metric == metric), [])
         return next((cell.score for name, cell in zip(self.systems, cells, strict=False) if name == system), None)
+
+
+def _difference(cell: Cell) -> str:
+    between = "" if cell.low is None or cell.high is None else f" [{cell.low:+.3f}, {cell.high:+.3f}]"
+    return f"{cell.delta:+.3f}{between}{f', {cell.verdict}' if cell.verdict else ''}"
 
 
 def compare(name: str, record: Mapping[str, Any], lower_is_better: Sequence[str] = ()) -> Comparison:

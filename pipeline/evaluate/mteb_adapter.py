@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.core.artifacts import digest_of
-from pipeline.evaluate.system import BARE, System, encode_finite, revision_of
+from pipeline.evaluate.system import BARE, System, encode_finite, innermost, revision_of
 from pipeline.tasks.instructions import Instructions, Side
 
 if TYPE_CHECKING:
@@ -78,13 +78,13 @@ def published_meta(system: System, model_name: str | None = None) -> Any:
     identity = system.identity
     backbone = _backbone(identity)
     config = identity.get("config", {})
-    inner = getattr(system, "system", system)  # an embedding cache wraps the system
-    width = config.get("width") or getattr(getattr(inner, "teacher", None), "width", None)
+    inner = innermost(system)
+    embedder = getattr(inner, "encoder", None) or getattr(inner, "teacher", None)
     return _meta(
         name=_published_name(system, model_name),
         revision=_published_revision(identity),
         n_parameters=getattr(getattr(inner, "encoder", None), "parameter_count", None),
-        embed_dim=width,
+        embed_dim=getattr(embedder, "width", None) or config.get("width"),
         max_tokens=config.get("max_query_tokens") or identity.get("max_tokens"),
         framework=_FRAMEWORKS.get(str(identity.get("kind")), ["PyTorch", "Transformers"] if backbone else []),
         use_instructions=system.prompting != BARE,

@@ -59,7 +59,7 @@ class EvaluateParams(Params):
     )
     data_parallel: Count = Field(default="auto", description="processes that share the texts; auto: one a GPU")
     dtype: DType = "bfloat16"
-    seeds: list[int] = Field(default=[0], min_length=1, description="of the untrained student's random starts")
+    seeds: list[int] = Field(default=[0], min_length=1, description="of the untrained students' random starts")
     model_name: str | None = Field(
         default=None,
         pattern=r"^[^/\s]+/[^/\s]+$",

@@ -13,21 +13,29 @@ class SystemEntry:
         teacher_space: its embeddings lie in the teacher's space; a system of another space embeds references itself.
         per_seed: one system for each of `seeds`: the name alone for the first, `<name>-<seed>` for each other.
         template: of pooling, a key of `TEMPLATES`; the mean is over the tokens from its last text on.
+        reading: it reads the backbone, and nothing of it is trained.
+        standardized: each dimension over mean and standard deviation of training queries that it has read.
     """
 
-    kind: Literal["encoder", "teacher", "pooling", "hyde"]
+    kind: Literal["encoder", "start", "teacher", "pooling", "hyde"]
     teacher_space: bool = False
     per_seed: bool = False
     template: str = "text"
+    reading: bool = False
+    standardized: bool = False
 
 
 # In the order of tables. What the systems are: build.py and baselines.py.
 BUILT_IN = {
     "student": SystemEntry("encoder", teacher_space=True),
+    "start": SystemEntry("start", teacher_space=True),
     "teacher": SystemEntry("teacher", teacher_space=True),
-    "untrained": SystemEntry("encoder", teacher_space=True, per_seed=True),
-    "backbone-mean": SystemEntry("pooling"),
-    "echo": SystemEntry("pooling", template="echo"),
+    "untrained": SystemEntry("encoder", teacher_space=True, per_seed=True, reading=True),
+    "untrained-standardized": SystemEntry("encoder", per_seed=True, reading=True, standardized=True),
+    "backbone-mean": SystemEntry("pooling", reading=True),
+    "backbone-mean-standardized": SystemEntry("pooling", reading=True, standardized=True),
+    "echo": SystemEntry("pooling", template="echo", reading=True),
+    "echo-standardized": SystemEntry("pooling", template="echo", reading=True, standardized=True),
     "hyde": SystemEntry("hyde", teacher_space=True),
 }
 
@@ -40,10 +48,15 @@ def split_seed(name: str) -> tuple[str, int | None]:
     return name, None
 
 
-def in_teacher_space(name: str) -> bool:
-    """Whether the embeddings of the system `name` lie in the teacher's space."""
-    entry = BUILT_IN.get(split_seed(name)[0])
-    return entry is not None and entry.teacher_space
+def entry_of(name: str) -> SystemEntry | None:
+    """The entry of the system `name`, whatever its seed; None for a model of `evaluate.models`."""
+    return BUILT_IN.get(split_seed(name)[0])
+
+
+def is_reading(name: str) -> bool:
+    """Whether the system `name` reads the backbone without any training."""
+    entry = entry_of(name)
+    return entry is not None and entry.reading
 
 
 def system_order(name: str) -> tuple[int, int, str]:

@@ -9,6 +9,7 @@ import numpy as np
 from pipeline.backbone.prompting import join_instruction
 from pipeline.core.artifacts import digest_of
 from pipeline.core.errors import EvaluationError
+from pipeline.evaluate.registry import entry_of
 from pipeline.tasks.instructions import Side
 
 if TYPE_CHECKING:
@@ -63,9 +64,22 @@ def prepare(system: System, texts: Sequence[str], instruction: str, side: Side) 
         system.prepare(texts, instruction, side)
 
 
+def innermost(system: System) -> System:
+    """The system that embeds: an embedding cache or a standardisation wraps it."""
+    while (inner := getattr(system, "system", None)) is not None:
+        system = inner
+    return system
+
+
+def in_teacher_space(system: System) -> bool:
+    """Whether embeddings lie in the teacher's space: not those of an encoder that keeps its reading in them."""
+    entry = entry_of(system.name)
+    return entry is not None and entry.teacher_space and "response_share" not in system.identity.get("config", {})
+
+
 def failed_texts(system: System) -> int:
     """Texts so far that a system embedded as a fallback after an error that another run may not have."""
-    return int(getattr(getattr(system, "system", system), "failed", 0))  # an embedding cache wraps the system
+    return int(getattr(innermost(system), "failed", 0))
 
 
 def encode_finite(

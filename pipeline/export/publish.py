@@ -13,6 +13,7 @@ from pathlib import Path
 from pipeline.core.artifacts import Artifact, check_new, disk_errors, open_artifact, read_manifest
 from pipeline.core.errors import ArtifactError
 from pipeline.encoder.folder.card import CARD_FILE, with_results
+from pipeline.encoder.folder.config import START_FILE
 from pipeline.encoder.folder.st_files import write_st_files
 from pipeline.evaluate.comparison import Comparison, compare
 from pipeline.probe.descriptions import describe
@@ -20,7 +21,7 @@ from pipeline.probe.descriptions import describe
 log = logging.getLogger(__name__)
 
 # Systems to compare the student with; the report has the others.
-SHOWN = ("student", "teacher", "untrained", "backbone-mean")
+SHOWN = ("student", "start", "teacher", "untrained-standardized", "backbone-mean-standardized", "echo-standardized")
 _KINDS = ("evaluate", "probe")
 
 
@@ -46,7 +47,7 @@ def publish(model: Path, out: Path, results: Path | None = None) -> list[str]:
 
 
 def _copy(artifact: Artifact, folder: Path) -> None:
-    for name in artifact.manifest.files:
+    for name in artifact.manifest.files.keys() - {START_FILE}:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(artifact.path / name, folder / name)
     config = json.loads((folder / "encoder_config.json").read_text(encoding="utf-8"))

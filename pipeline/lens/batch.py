@@ -126,9 +126,12 @@ def read_to_files(
 
 
 def _index(encoder: "Encoder", corpus: Path) -> Index:
-    """The known texts. Their vectors must be the encoder's; the instruction before them may differ."""
+    """The known texts. Their vectors must be predicted responses; the instruction before them may differ."""
     index = open_index(corpus)
-    check_width(index, encoder.width)
+    if encoder.config.response_share < 1 and index.width == encoder.width:
+        message = f"{corpus} holds readings beside predicted responses, among which decode looks: give data/targets"
+        raise SourceError(message, argument="corpus")
+    check_width(index, encoder.config.width)
     problem = not_made_by(encoder, corpus) if corpus.is_file() else None
     if problem is not None:
         message = f"{corpus} {problem}: cosines would mean nothing; make it with encode by this encoder"

@@ -39,7 +39,10 @@ ROWS = pa.schema(
 
 
 class EncoderOutputs(NamedTuple):
-    """Outputs for B texts: hidden states `[B, n, d]` if known, soft prompts `[B, n, d]`, embeddings `[B, e]`."""
+    """Outputs for B texts: hidden states `[B, n, d]` if known, soft prompts `[B, n, d]`, embeddings `[B, e]`.
+
+    At a response share below 1, `embeddings` are the predicted responses alone, which lie in the teacher's space.
+    """
 
     hidden: Array | None
     soft_prompts: Array

@@ -7,22 +7,25 @@ from typing import Any
 
 import typer
 
-from pipeline.core.artifacts import create, to_json
+from pipeline.core.artifacts import Artifact, create, to_json, write_bytes
 from pipeline.core.config import PARAMS_FILE, EntryName, Params, load
 from pipeline.core.errors import nested_in, section
-from pipeline.core.paths import DELTAS_TABLE, PROBE_DIR, ROWS_TABLE
+from pipeline.core.paths import DELTAS_TABLE, PROBE_DIR, QUERIES_DIR, ROWS_TABLE
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
 from pipeline.evaluate.build import (
     MEMORY_PARAMS,
     SystemInputs,
+    Systems,
     encoder_artifact,
     make_systems,
     manifest_params,
     own_instructions,
+    queries_artifact,
 )
 from pipeline.evaluate.deltas import deltas_table
+from pipeline.evaluate.standardized import STANDARDIZATION_FILE, standardization_bytes
 from pipeline.generate.engines.registry import prepare_environment
-from pipeline.probe.base import ProbeContext, find_probe, probe_params
+from pipeline.probe.base import ProbeContext, ProbeResult, find_probe, probe_params
 
 
 class Inputs(SystemInputs):
@@ -52,8 +55,10 @@ def run(inputs: Inputs, name: str, params: Params, run_record: RunRecord) -> Non
         kind="probe",
         params=manifest_params(inputs, probe=name, settings=params.model_dump()),
         models={system: facts["identity"] for system, facts in result.systems.items()},
-        inputs=[encoder, *result.inputs],
+        inputs=[encoder, *_queries_of(systems, result), *result.inputs],
     ) as out:
+        if systems.standardizations:
+            write_bytes(out.path / STANDARDIZATION_FILE, standardization_bytes(systems.standardizations))
         out.write_table(ROWS_TABLE, result.rows)
         out.write_table(DELTAS_TABLE, deltas_table(result.deltas))
         content = {"probe": name, "metrics": result.metrics, "systems": result.systems}
@@ -62,6 +67,12 @@ def run(inputs: Inputs, name: str, params: Params, run_record: RunRecord) -> Non
             (out.path / file).write_text(text, encoding="utf-8")
     deltas = [asdict(delta) for delta in result.deltas]
     run_record.update(probe=name, metrics=result.metrics, deltas=deltas, systems=result.systems)
+
+
+def _queries_of(systems: Systems, result: ProbeResult) -> list[Artifact]:
+    """The queries that standardised systems were fitted on, if the probe itself did not read them."""
+    read = any(artifact.path == QUERIES_DIR for artifact in result.inputs)
+    return [queries_artifact()] if systems.standardizations and not read else []
 
 
 def main(

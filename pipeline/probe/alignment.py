@@ -21,8 +21,7 @@ from pipeline.core.bootstrap import BootstrapParams, Delta
 from pipeline.core.config import Params
 from pipeline.core.errors import EvaluationError
 from pipeline.core.vectors import anisotropy, matrix, neighbour_overlap, neighbours, rank_own
-from pipeline.evaluate.registry import in_teacher_space
-from pipeline.evaluate.system import System, encode_finite
+from pipeline.evaluate.system import System, encode_finite, in_teacher_space
 from pipeline.probe.base import ProbeContext, ProbeResult, described, space_of, unit_deltas
 from pipeline.probe.descriptions import Description
 from pipeline.probe.heldout import heldout_rows
@@ -73,11 +72,11 @@ def run(params: AlignmentParams, context: ProbeContext) -> ProbeResult:
         table = ranked(system.name, ids, queries, answers, overlap)
         found = {**alignment_metrics(table), "anisotropy": anisotropy(queries)}
         metrics |= {f"{system.name}/{key}": value for key, value in found.items()}
-        systems[system.name] = {**described(system), "space": space_of(system.name)}
+        systems[system.name] = {**described(system), "space": space_of(system)}
         units[system.name] = {
             metric: column.to_numpy()
             for metric, column in _per_query(table).items()
-            if not column.null_count and (metric != "cosine" or in_teacher_space(system.name))
+            if not column.null_count and (metric != "cosine" or in_teacher_space(system))
         }
         tables.append(table)
         del system  # frees its memory before the next one is loaded
@@ -88,7 +87,7 @@ def run(params: AlignmentParams, context: ProbeContext) -> ProbeResult:
 def _embed(system: System, rows: pa.Table, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     texts, responses = rows["text"].to_pylist(), rows["response"].to_pylist()
     queries = encode_finite(system, texts, where="held-out queries")
-    if not in_teacher_space(system.name):
+    if not in_teacher_space(system):
         return queries, encode_finite(system, responses, side="document", where="held-out responses")
     if queries.shape[1] != targets.shape[1]:
         widths = f"{system.name} embeds in {queries.shape[1]} dimensions, data/targets has {targets.shape[1]}"

@@ -21,8 +21,7 @@ from pipeline.core.bootstrap import BootstrapParams, Delta, paired_delta
 from pipeline.core.config import Params, validate
 from pipeline.core.errors import ParamsError
 from pipeline.evaluate.build import Systems
-from pipeline.evaluate.registry import in_teacher_space
-from pipeline.evaluate.system import System, SystemName
+from pipeline.evaluate.system import System, SystemName, in_teacher_space
 from pipeline.probe.descriptions import Description, probe_names
 
 
@@ -88,7 +87,7 @@ def described(system: System) -> dict[str, Any]:
     return {"identity": system.identity, "prompting": system.prompting}
 
 
-def space_of(system: SystemName) -> str:
+def space_of(system: System) -> str:
     return "the teacher's" if in_teacher_space(system) else "its own"
 
 

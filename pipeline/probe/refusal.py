@@ -34,8 +34,7 @@ from pipeline.core.bootstrap import BootstrapParams, Delta, statistic_delta
 from pipeline.core.config import Params, load
 from pipeline.core.errors import EvaluationError
 from pipeline.core.vectors import unit_rows
-from pipeline.evaluate.registry import in_teacher_space
-from pipeline.evaluate.system import System, encode_finite
+from pipeline.evaluate.system import System, encode_finite, in_teacher_space
 from pipeline.probe.base import ProbeContext, ProbeResult, described, space_of, unit_deltas
 from pipeline.probe.descriptions import Description
 from pipeline.probe.sources import SourceParams, load_rows
@@ -97,14 +96,14 @@ def run(params: RefusalParams, context: ProbeContext) -> ProbeResult:
     teacher_references: References | None = None
     # The teacher comes first, since others use its references, and is loaded once.
     for system in context.build(["teacher", *(name for name in context.names if name != "teacher")]):
-        shared = teacher_references if in_teacher_space(system.name) else None
+        shared = teacher_references if in_teacher_space(system) else None
         references = shared or _embed_references(system, texts, prompts)
         teacher_references = teacher_references or references
         if system.name in context.names:
             name, table = system.name, _compare(system, prompts, references)
             tables[name] = table
             metrics |= {f"{name}/{key}": value for key, value in refusal_metrics(table).items()}
-            systems[name] = {**described(system), "space": space_of(name), "references": texts.digest[:16]}
+            systems[name] = {**described(system), "space": space_of(system), "references": texts.digest[:16]}
         del system  # frees its memory before the next one is loaded
     deltas = refusal_deltas(tables, context.bootstrap)
     return ProbeResult(metrics, pa.concat_tables(tables.values()), systems, deltas=deltas)

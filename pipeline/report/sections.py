@@ -18,7 +18,7 @@ from pipeline.core.errors import ArtifactError
 from pipeline.core.paths import ROWS_TABLE, TARGETS_DIR, TEACHER_DIR
 from pipeline.embed.teachers.registry import TEACHERS, TRAINED
 from pipeline.evaluate.comparison import Comparison, Row
-from pipeline.evaluate.registry import split_seed, system_order
+from pipeline.evaluate.registry import BUILT_IN, split_seed, system_order
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,9 @@ def _model(described: Any) -> str:
 
 @dataclass(frozen=True)
 class Spread:
-    """One metric of the untrained student over its seeds."""
+    """One metric of an untrained student, raw or standardised, over its seeds."""
 
+    system: str
     metric: str
     seeds: int
     mean: float
@@ -173,22 +174,24 @@ def untrained_spread(comparison: Comparison) -> list[Spread]:
 
     Of the table's means, or of every metric if it has no means.
     """
-    at = [index for index, name in enumerate(comparison.systems) if split_seed(name)[0] == "untrained"]
-    summaries = [row for row in comparison.rows if row.summary]
-    return [spread for row in summaries or comparison.rows if (spread := _spread(row, at))]
+    rows = [row for row in comparison.rows if row.summary] or comparison.rows
+    per_seed = [name for name, entry in BUILT_IN.items() if entry.per_seed]
+    found = (_spread(name, row, comparison.systems) for name in per_seed for row in rows)
+    return [spread for spread in found if spread is not None]
 
 
-def _spread(row: Row, at: Sequence[int]) -> Spread | None:
-    scores = [score for index in at if (score := row.cells[index].score) is not None]
-    return Spread(row.metric, len(scores), fmean(scores), stdev(scores)) if len(scores) > 1 else None
+def _spread(base: str, row: Row, systems: Sequence[str]) -> Spread | None:
+    cells = [cell for name, cell in zip(systems, row.cells, strict=True) if split_seed(name)[0] == base]
+    scores = [cell.score for cell in cells if cell.score is not None]
+    return Spread(base, row.metric, len(scores), fmean(scores), stdev(scores)) if len(scores) > 1 else None
 
 
 @dataclass(frozen=True)
 class TeacherFacts:
     """The teacher and its quality: what its kind means for the numbers, and the kind of transform ("none").
 
-    `scores` are of a teacher trained here, by task and system; `worse` is a sentence if it is no better than mean
-    pooling.
+    `scores` are of a teacher trained here, by task and system; `worse` is a sentence if an untrained
+    reading of its backbone is better.
     """
 
     kind: str
@@ -211,7 +214,7 @@ def teacher_facts(root: Path, trained: Mapping[str, Any] | None) -> TeacherFacts
     record = (trained or {}) if kind == TRAINED else {}
     transform = manifest.params.get("transform") or {"kind": "none"}
     meaning = (TEACHERS[kind].meaning if kind in TEACHERS else "") + _training_text(record)
-    return TeacherFacts(kind, meaning, transform["kind"], _scores(record), record.get("worse_than_mean_pooling"))
+    return TeacherFacts(kind, meaning, transform["kind"], _scores(record), record.get("worse_than_untrained"))
 
 
 def trained_here(root: Path) -> bool:

@@ -66,7 +66,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
         ArtifactError: the queries or responses are missing or damaged.
         SourceError: a source of text cannot be read.
         BackboneError: the backbone cannot be loaded, or its head is unknown.
-        TeacherError: it cannot be trained with these params, or is worse than mean pooling and on_worse is fail.
+        TeacherError: it cannot be trained with these params, or is worse than a reading and on_worse is fail.
         EvaluationError: a task of `quality` is missing.
         WorkError: the disk is full, or another process does the same work.
     """
@@ -83,7 +83,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
 
 def _teach(inputs: Inputs, run_record: RunRecord, work: Path) -> None:
     from pipeline.teach.corpus import corpus_texts, hash_ordered
-    from pipeline.teach.quality import find_quality_tasks, worse_than_baseline
+    from pipeline.teach.quality import find_quality_tasks, worse_than_untrained
     from pipeline.teach.recipe import Recipe
 
     params, teacher = inputs.teach, inputs.embed.teacher
@@ -100,7 +100,7 @@ def _teach(inputs: Inputs, run_record: RunRecord, work: Path) -> None:
     phases = recipe.run()
     del recipe  # and the model that it holds
     quality = _measure(inputs, {name: phase.adapter for name, phase in phases.items()}, texts, tasks, work)
-    worse = worse_than_baseline(quality)
+    worse = worse_than_untrained(quality)
     run_record.update(
         asked=True,
         corpus={"kind": params.corpus, "texts": len(texts)},
@@ -108,7 +108,7 @@ def _teach(inputs: Inputs, run_record: RunRecord, work: Path) -> None:
         metrics=quality.metrics,
         deltas=quality.deltas,
         intrinsic=quality.intrinsic,
-        worse_than_mean_pooling=worse,
+        worse_than_untrained=worse,
     )
     if worse and params.on_worse == "fail":
         run_record.write()
@@ -122,15 +122,18 @@ def _measure(inputs: Inputs, adapters: Mapping[str, Path], texts: list[str], tas
     from pipeline.embed.teachers.adapters import AdapterParams
     from pipeline.embed.teachers.backbone import load_backbone_teacher
     from pipeline.embed.teachers.llm2vec import load_llm2vec
-    from pipeline.teach.quality import BASELINE, MNTP, SIMCSE, measure
+    from pipeline.embed.teachers.template import TEMPLATES
+    from pipeline.teach.quality import BASELINE, ECHO, MNTP, SIMCSE, load_standardized, measure
 
     teacher = inputs.embed.teacher
     shared: dict[str, Any] = teacher.model_dump(include={"max_tokens", "dtype", "batch_tokens"})
     adapted = partial(load_llm2vec, inputs.backbone, template=teacher.template, pooling=teacher.pooling, **shared)
     mntp, simcse = (AdapterParams(name=str(adapters[phase])) for phase in ("mntp", "simcse"))
+    echo = partial(load_backbone_teacher, inputs.backbone, template=TEMPLATES["echo"], **shared)
     return measure(
         {
             BASELINE: partial(load_backbone_teacher, inputs.backbone, **shared),
+            ECHO: partial(load_standardized, echo, texts[: inputs.teach.quality.texts]),
             MNTP: partial(adapted, [mntp]),
             SIMCSE: partial(adapted, [mntp, simcse]),
         },

@@ -84,7 +84,7 @@ class TeachParams(Params):
     checkpoint_every: int = Field(default=100, ge=1, description="optimiser steps")
     quality: QualityParams = Field(default_factory=QualityParams)
     on_worse: Literal["warn", "fail"] = Field(
-        default="warn", description="where the trained teacher scores below mean pooling of the backbone"
+        default="warn", description="where the trained teacher scores below an untrained reading of the backbone"
     )
     seed: int = Field(default=0, ge=0)
 

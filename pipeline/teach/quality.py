@@ -1,4 +1,6 @@
-"""Quality of the trained teacher after MNTP and after SimCSE, against mean pooling of its backbone.
+"""Quality of the trained teacher after MNTP and after SimCSE, against readings of its backbone that cost no training.
+
+These are mean pooling, and the echo reading standardised over texts of the corpus.
 
 On the tasks that params name, as the stage evaluate does; and without labels, on texts of the corpus (embeddings x, y
 at length 1):
@@ -30,8 +32,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BASELINE, MNTP, SIMCSE = "backbone-mean", "mntp", "simcse"
+BASELINE, ECHO, MNTP, SIMCSE = "backbone-mean", "echo-standardized", "mntp", "simcse"
 MEAN = "mean/tasks"
+_UNTRAINED = {BASELINE: "mean pooling of its backbone", ECHO: "the standardised echo reading of its backbone"}
+_AS_TEACHER = {
+    BASELINE: "embed.teacher.kind backbone",
+    ECHO: "embed.teacher.kind backbone, template echo, embed.transform.kind standardize",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Quality:
 
     Attributes:
         metrics: scores and means by `<system>/<task>`, as in the stage evaluate; empty without tasks.
-        deltas: of each trained system against mean pooling, with intervals.
+        deltas: of each trained system against the untrained ones, with intervals.
         intrinsic: label-free metrics by system; empty if fewer than two texts can be halved.
     """
 
@@ -121,9 +128,20 @@ def _on_tasks(
     by_name = {run.system: run for run in runs}
     deltas = []
     for name in (MNTP, SIMCSE):
-        pair = [replace(by_name[name], system="student"), by_name[BASELINE]]
-        deltas += [{**asdict(delta), "of": name} for delta in task_deltas(tasks, pair, params.bootstrap)]
+        compared = [replace(by_name[name], system="student"), *(by_name[other] for other in _UNTRAINED)]
+        deltas += [{**asdict(delta), "of": name} for delta in task_deltas(tasks, compared, params.bootstrap)]
     return flat_metrics(summary_table(tasks, runs)), deltas
+
+
+def load_standardized(load: "Callable[[], Teacher]", texts: Sequence[str]) -> "Teacher":
+    """The teacher that `load` gives, each dimension of its vectors standardised over those of `texts`."""
+    from pipeline.core.target_transform import TransformParams
+    from pipeline.embed.teachers.transformed import TransformedTeacher
+    from pipeline.embed.transform_fit import fit_transform
+
+    teacher = load()
+    fitted = fit_transform(TransformParams(kind="standardize"), [teacher.embed(texts)], unit_length=False)
+    return TransformedTeacher(teacher, fitted.transform)
 
 
 def text_halves(texts: Sequence[str], most: int) -> list[tuple[str, str]]:
@@ -147,15 +165,16 @@ def label_free_metrics(first: np.ndarray, second: np.ndarray) -> dict[str, float
     return {name: round(float(value), 4) for name, value in measured.items()}
 
 
-def worse_than_baseline(quality: Quality) -> str | None:
-    """That the teacher scores below mean pooling, in words; None if it does not, or was not measured."""
-    ours, theirs = (quality.metrics.get(f"{system}/{MEAN}") for system in (SIMCSE, BASELINE))
-    if ours is None or theirs is None or ours >= theirs:
+def worse_than_untrained(quality: Quality) -> str | None:
+    """That the teacher scores below the better reading, in words; None if it does not, or was not measured."""
+    scores = {name: quality.metrics[f"{name}/{MEAN}"] for name in _UNTRAINED if f"{name}/{MEAN}" in quality.metrics}
+    ours, best = quality.metrics.get(f"{SIMCSE}/{MEAN}"), max(scores, key=lambda name: scores[name], default=None)
+    if ours is None or best is None or ours >= scores[best]:
         return None
-    found = (d for d in quality.deltas if d["of"] == SIMCSE and d["metric"] == MEAN and d["low"] is not None)
-    between = "".join(f", interval {delta['low']:+.4f} to {delta['high']:+.4f}" for delta in found)
+    found = (d for d in quality.deltas if (d["of"], d["metric"], d["system"]) == (SIMCSE, MEAN, best))
+    between = "".join(f", interval {d['low']:+.4f} to {d['high']:+.4f}" for d in found if d["low"] is not None)
     return (
-        f"the trained teacher scores {ours:.4f} on the tasks of teach.quality, mean pooling of its backbone "
-        f"{theirs:.4f} ({ours - theirs:+.4f}{between}): train it longer or on more text, or use the backbone as the "
-        "teacher"
+        f"the trained teacher scores {ours:.4f} on the tasks of teach.quality, {_UNTRAINED[best]} {scores[best]:.4f} "
+        f"({ours - scores[best]:+.4f}{between}): train it longer or on more text, or take that reading as the teacher "
+        f"({_AS_TEACHER[best]})"
     )

@@ -52,6 +52,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     from pipeline.backbone.loading import load_tokenizer
     from pipeline.backbone.prompting import PromptFormatter
     from pipeline.train.build import assemble, read_rows
+    from pipeline.train.reading import fit_reading
     from pipeline.train.write import run_facts, write_run
 
     params, backbone = inputs.train, inputs.backbone
@@ -76,8 +77,9 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
         frame_ids=formatter("").token_ids,
     )
     trainer.run()
+    reading = fit_reading(trainer)
     if trainer.accelerator.is_main_process:
-        write_run(trainer, params, backbone, identity, tokenizer, artifacts)
+        write_run(trainer, params, backbone, identity, tokenizer, artifacts, reading)
         run_record.update(**run_facts(trainer))
 
 

@@ -14,6 +14,7 @@ from pipeline.backbone.sharding import load_sharded
 from pipeline.backbone.sizes import sizes_from_config
 from pipeline.core.artifacts import Artifact
 from pipeline.core.errors import nested_in
+from pipeline.encoder.folder.tensors import start_tensors
 from pipeline.encoder.passes.adapted import AdaptedQueryPass
 from pipeline.encoder.passes.plain import Passes
 from pipeline.encoder.passes.select import make_passes
@@ -22,6 +23,7 @@ from pipeline.encoder.token_init import token_init
 from pipeline.optim.batching import epoch_order
 from pipeline.train.data import TrainingRows, drop_loops, join, tokenize
 from pipeline.train.params import TrainParams
+from pipeline.train.reading import fit_reading
 from pipeline.train.refine import refine_alignment
 from pipeline.train.trainer import Trainer
 from pipeline.train.validation import Validation
@@ -99,8 +101,10 @@ def assemble(
         checkpoint,
         sizes_from_config(backbone.config.to_dict()),
     )
-    if not trainer.resume() and params.warm_start.enabled:
-        warm_start_student(trainer, backbone, frame_ids)
+    if not trainer.resume():
+        if params.warm_start.enabled:
+            warm_start_student(trainer, backbone, frame_ids)
+        trainer.start = start_tensors(student, fit_reading(trainer))
     return trainer
 
 

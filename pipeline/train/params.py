@@ -22,6 +22,8 @@ _NUMERIC = {
     "micro_batch_size",
     "max_tokens_per_batch",
 }
+# Params of what is made of the trained student.
+_AFTER = {"response_share"}
 # Params that change no step already taken, if the schedule does not end with the run.
 _LENGTH = {"epochs", "stop_after_steps"}
 
@@ -111,6 +113,12 @@ class TrainParams(Params):
     )
     max_grad_norm: float = Field(gt=0)
     heldout: HeldoutParams = Field(default_factory=HeldoutParams)
+    response_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="of the embedding: 1 = the predicted response alone; below, the student's own reading beside it",
+    )
     checkpoint_every: int = Field(ge=1, description="optimiser steps")
     processes: Count = "auto"
     shard_backbone: bool = Field(default=False, description="FSDP2: each process holds a share of the backbone")
@@ -154,7 +162,8 @@ class TrainParams(Params):
 
     def trajectory(self) -> dict[str, Any]:
         """Params that change the training trajectory. A checkpoint is resumed only if these are equal."""
-        return self.model_dump(mode="json", exclude=_NUMERIC | _LENGTH if self.schedule_steps else _NUMERIC)
+        apart = _NUMERIC | _AFTER
+        return self.model_dump(mode="json", exclude=apart | _LENGTH if self.schedule_steps else apart)
 
 
 def planned_steps(rows: int, params: TrainParams) -> int:

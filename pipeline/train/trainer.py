@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 # Default length_grouping of padded passes: longer groups have less padding and less random batches.
 PADDED_GROUPING = 16
+_START = "start."  # of the names in a checkpoint
 # Memory of a query token whose prefix is frozen, in that of a response token: keys and values (docs/training.md).
 _FROZEN = 1 / 16
 # What a query pass for several response passes may keep, as a share of what the largest of these keeps.
@@ -69,6 +70,7 @@ class Trainer:
         sizes: of the backbone, to count operations; None counts none.
         curve: one dict a step: step, loss, align, recon (NaN if its weight is 0), learning_rate.
         facts: about the start, for the record; saved in checkpoints.
+        start: the student before its first step, of `start_tensors`; saved in checkpoints.
     """
 
     student: Student
@@ -82,6 +84,7 @@ class Trainer:
     sizes: ModelSizes | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    start: Mapping[str, Any] = field(default_factory=dict)
     _resumed: bool = field(default=False, init=False)
     _unread: "_Unread | None" = field(default=None, init=False)
 
@@ -127,8 +130,11 @@ class Trainer:
         found.restore(self.trained, self.optimizer)
         self.grouping = found.progress["grouping"]
         self.curve, self.facts = found.progress["curve"], found.progress["facts"]
+        kept = found.kept
+        self.start = {name.removeprefix(_START): value for name, value in kept.items() if name.startswith(_START)}
         if self.validation is not None and found.progress["validation"] is not None:
-            self.validation.restore(found.progress["validation"], found.kept)
+            best = {name: value for name, value in kept.items() if not name.startswith(_START)}
+            self.validation.restore(found.progress["validation"], best)
         log.info("resuming after step %d of %d", done, self.total)
         self._resumed = True
         return True
@@ -181,8 +187,9 @@ class Trainer:
             "curve": self.curve,
             "validation": validation.state() if validation else None,
         }
-        best = validation.best.tensors if validation and validation.best else None
-        save_checkpoint(self.checkpoint, self.trained, self.optimizer, state, best)
+        best = validation.best.tensors if validation and validation.best else {}
+        kept = {**best, **{f"{_START}{name}": value for name, value in self.start.items()}}
+        save_checkpoint(self.checkpoint, self.trained, self.optimizer, state, kept)
 
     def _check(self) -> None:
         if self.rows.width != self.student.width:

@@ -162,7 +162,7 @@ def _check_finite(rows: Sequence[int], hidden: np.ndarray, targets: np.ndarray) 
         raise TrainingError(f"warm start: hidden states or targets of rows {wrong[:5]} are not finite")
 
 
-class _Reader:
+class QueryReader:
     """Query passes, which are halved from the first one on that does not fit into memory."""
 
     def __init__(self, student: Student, query_pass: QueryPass, *, may_halve: bool) -> None:
@@ -173,7 +173,7 @@ class _Reader:
         while (hidden := self._read(queries)) is None:
             release_memory()
             self._parts *= 2
-            log.info("warm start: memory is full, batches are read in %d parts", self._parts)
+            log.info("memory is full, batches of queries are read in %d parts", self._parts)
         return HostCopy(hidden)
 
     def _read(self, queries: Sequence[Sequence[int]]) -> torch.Tensor | None:
@@ -214,7 +214,7 @@ def accumulate(
         padded=query_pass.padded,
     )
     own = own_passes(shares, accelerator.process_index, even=even)
-    read = _Reader(student, query_pass, may_halve=not even)
+    read = QueryReader(student, query_pass, may_halve=not even)
     # While the device reads a batch, the sums of the one before are taken on the host.
     before: tuple[list[int], list[int], HostCopy] | None = None
     for numbers, weight in progress(own, total=len(own), desc="warm start", unit="batch"):

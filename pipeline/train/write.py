@@ -14,6 +14,7 @@ from pipeline.core.paths import ENCODER_DIR, HELDOUT_CURVE, LOSS_CURVE
 from pipeline.core.target_transform import TRANSFORM_FILE, load_transform
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.encoder.folder.write import write_encoder
+from pipeline.encoder.head import Reading
 from pipeline.train.params import TrainParams
 from pipeline.train.trainer import Trainer
 
@@ -28,8 +29,12 @@ def write_run(
     identity: dict[str, str],
     tokenizer: Any,
     artifacts: Sequence[Artifact],
+    reading: Reading,
 ) -> None:
-    """Write the encoder and the curves of a trainer that has run; `artifacts` are queries, responses and targets."""
+    """Write the encoder and the curves of a trainer that has run.
+
+    `artifacts` are queries, responses and targets, `reading` is of the trained student.
+    """
     queries, _, targets = artifacts
     teacher = targets.manifest.models["teacher"]
     transform = load_transform(targets.path)
@@ -45,6 +50,7 @@ def write_run(
         width=trainer.student.width,
         teacher=teacher,
         transform=transform.identity if transform else None,
+        response_share=params.response_share,
         lora=params.lora,
     )
     sections = {"train": params.model_dump(), "backbone": backbone.model_dump()}
@@ -60,6 +66,8 @@ def write_run(
             rows=len(trainer.rows),
             steps=len(trainer.curve),
             adapter=trainer.adapter,
+            reading=reading,
+            start=trainer.start,
             sources={name: counts["train"] for name, counts in queries.manifest.counts.items() if name != "all"},
             params=sections,
         )

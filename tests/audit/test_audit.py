@@ -1,5 +1,6 @@
 """The audit names each fault by artifact and row, and nothing else."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -241,6 +242,25 @@ def test_an_encoder_of_another_width_than_the_targets(made: Path) -> None:
     path.write_text('{"width": 5}')
     edit_manifest(made, "models/encoder", files={path.name: file_sha256(path)})
     assert lines() == ["models/encoder encoder_config.json: width is 5, the targets have 3"]
+
+
+@pytest.mark.parametrize(
+    ("stated", "params", "said"),
+    [
+        (0.3, {"train": {"response_share": 0.5}}, "response_share is 0.3, the params of the manifest say 0.5"),
+        (0.3, {"train": {"response_share": 0.3}}, "is missing, which response_share 0.3 needs"),
+        (1.0, {}, None),
+    ],
+)
+def test_a_response_share_is_that_of_the_params_and_has_a_reading(
+    made: Path, stated: float, params: dict[str, Any], said: str | None
+) -> None:
+    path = Path("models/encoder/encoder_config.json")
+    path.write_text(json.dumps({"width": 3, "response_share": stated}))
+    edit_manifest(made, "models/encoder", files={path.name: file_sha256(path)}, params=params)
+    found = [line for line in lines() if "response_share" in line]
+    assert bool(found) is (said is not None)
+    assert said is None or any(said in line for line in found)
 
 
 def transformed(name: str, content: bytes = b"") -> None:

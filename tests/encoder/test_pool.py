@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from operator import methodcaller
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ def folder(workspace: Path, tiny_backbone: Callable[..., Path]) -> Path:
 
 @pytest.mark.slow
 def test_two_processes_embed_as_one(folder: Path) -> None:
-    load = encoder_loader(folder, dtype="float32", untrained_seed=3)
+    load = encoder_loader(folder, dtype="float32", variant=methodcaller("untrained", 3))
     one = load()
     with closing(ParallelEncoder(load, split_devices(2))) as two:
         assert (two.width, two.max_tokens) == (one.width, one.max_tokens)
@@ -37,5 +38,5 @@ def test_two_processes_embed_as_one(folder: Path) -> None:
 def test_loaders_give_the_trained_and_the_untrained(folder: Path) -> None:
     trained = read_encoder(folder)
     np.testing.assert_array_equal(encoder_loader(folder, dtype="float32")().encode(TEXTS), trained.encode(TEXTS))
-    untrained = encoder_loader(folder, dtype="float32", untrained_seed=3)()
+    untrained = encoder_loader(folder, dtype="float32", variant=methodcaller("untrained", 3))()
     np.testing.assert_array_equal(untrained.encode(TEXTS), trained.untrained(3).encode(TEXTS))

@@ -17,7 +17,7 @@ import pipeline.evaluate.build as module
 from pipeline.backbone.prompting import join_instruction
 from pipeline.core.artifacts import open_artifact
 from pipeline.core.config import validate
-from pipeline.core.errors import TeacherError
+from pipeline.core.errors import TeacherError, TrainingError
 from pipeline.core.target_transform import TargetTransform
 from pipeline.embed.__main__ import app as embed_app
 from pipeline.embed.params import TeacherParams, TeacherSection
@@ -30,6 +30,7 @@ from pipeline.tasks.suites import find_tasks
 from tests.conftest import tiny_tokenizer
 from tests.encoder.test_inference import write as write_encoder
 from tests.evaluate.fakes import LiveParameters, ModelTeacher, retrieval_folder, sts_folder
+from tests.export.encoder_folders import write_folder
 from tests.stage_runs import row_id, write_params, write_queries, write_responses
 
 CONFIG = EncoderConfig(
@@ -88,6 +89,12 @@ class LengthTeacher:
 
     def embed(self, texts: Any) -> np.ndarray:
         return np.array([[-len(text)] for text in texts], np.float32)
+
+
+@pytest.fixture
+def encoder_on_disk(workspace: Path, tiny_backbone: Callable[..., Path]) -> Path:
+    write_encoder(Path("models/encoder"), tiny_backbone("qwen3"), None)
+    return Path("models/encoder")
 
 
 @pytest.fixture
@@ -197,6 +204,31 @@ def test_each_seed_is_an_untrained_system(encoder: LengthEncoder) -> None:
     built = list(systems(seeds=[3, 0, 7]).build(["untrained", "teacher"]))
     assert [system.name for system in built] == ["untrained", "untrained-0", "untrained-7", "teacher"]
     assert [system.encode([""], "")[0, 0] for system in built] == [1003, 1000, 1007, 0]
+
+
+def test_standardised_systems_are_fitted_on_the_training_texts(workspace: Path, encoder_on_disk: Path) -> None:
+    names = ["untrained-standardized", "backbone-mean-standardized", "echo-standardized"]
+    texts = ["one query", "another one", "and a third, which is longer"]
+    made = systems(encoder_dir=encoder_on_disk, training_texts=lambda: texts, seeds=[3, 4])
+    found = {system.name: (system.encode(texts, ""), system.prompting) for system in made.build(names)}
+    assert list(found) == ["untrained-standardized", "untrained-standardized-4", *names[1:]]
+    assert set(made.standardizations) == set(found)
+    for embeddings, prompting in found.values():
+        assert embeddings.shape == (3, 32)
+        np.testing.assert_allclose(embeddings.mean(0), 0, atol=1e-4)
+        np.testing.assert_allclose(embeddings.std(0), 1, atol=1e-3)
+        assert "standardised over 3 training queries" in prompting
+
+
+def test_the_start_is_a_system_if_the_encoder_has_it(
+    workspace: Path, encoder_on_disk: Path, tiny_backbone: Callable[..., Path]
+) -> None:
+    with pytest.raises(TrainingError, match=r"no start\.safetensors"):
+        next(systems(encoder_dir=encoder_on_disk).build(["start"]))
+    folder = write_folder(Path("trained"), tiny_backbone("qwen3"))
+    start, student = systems(encoder_dir=folder).build(["start", "student"])
+    assert start.name == "start" and start.identity["name"] == "start"
+    assert np.abs(start.encode(["a"], "") - student.encode(["a"], "")).max() > 1e-3
 
 
 def test_models_come_by_their_keys_and_every_system_is_wrapped(encoder: LengthEncoder) -> None:

@@ -7,6 +7,7 @@ from pipeline.probe.descriptions import describe
 from pipeline.report.sections import untrained_spread
 
 SYSTEMS = {"student": {}, "teacher": {}}
+MEANS = ("mean/tasks", "type/STS")
 METRICS = {
     "student/Facts": 0.5, "student/mean/tasks": 0.5, "teacher/Facts": 0.625, "teacher/mean/tasks": 0.625,
     "delta/Facts": -0.125, "delta/mean/tasks": -0.125,
@@ -56,6 +57,27 @@ def test_which_metrics_are_better_when_lower(probe: str, lower: list[str], highe
     table = compare(probe, {"metrics": metrics, "systems": SYSTEMS}, describe(probe).lower_is_better)
     assert {row.metric for row in table.rows if row.lower_is_better} == set(lower)
     assert {row.metric for row in table.rows if not row.lower_is_better} == set(higher)
+
+
+def test_a_mean_is_compared_with_the_reading_that_is_best_on_it() -> None:
+    scores = {"student": (0.5, 0.6), "echo": (0.4, 0.7), "untrained-standardized-1": (0.45, 0.1), "teacher": (0.9, 0.9)}
+    metrics = {
+        f"{name}/{mean}": score for name, both in scores.items() for mean, score in zip(MEANS, both, strict=True)
+    }
+    deltas = [delta("type/STS", "echo", -0.1, -0.2, 0.0, "within noise")]
+    record = {"metrics": metrics, "systems": {key: {} for key in scores}, "deltas": deltas}
+    tasks, kind = compare("demo", record).gains
+    assert (tasks.metric, tasks.student, tasks.reading) == ("mean/tasks", 0.5, "untrained-standardized-1")
+    assert (kind.metric, kind.student, kind.reading) == ("type/STS", 0.6, "echo")
+    assert kind.over_reading == Cell(0.7, -0.1, -0.2, 0.0, "within noise")
+    assert kind.over_start is None
+
+
+@pytest.mark.parametrize("missing", ["student", "echo"])
+def test_without_a_student_or_a_reading_nothing_was_added(missing: str) -> None:
+    names = {"student", "echo", "teacher"} - {missing}
+    record = {"metrics": {f"{name}/mean/tasks": 0.5 for name in names}, "systems": {key: {} for key in names}}
+    assert compare("demo", record).gains == []
 
 
 def test_facts_are_what_belongs_to_no_system() -> None:

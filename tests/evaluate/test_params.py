@@ -10,7 +10,7 @@ from pipeline.evaluate.params import EvaluateParams
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"systems": ["pupil"]}, r"systems: .*no system pupil \(there are: student, teacher, .*hyde; others are keys"),
+        ({"systems": ["pupil"]}, r"systems: .*no system pupil \(there are: student, start, .*hyde; others are keys"),
         (
             {"systems": ["mini", "tiny"], "models": {"mini": {"name": "m"}}},
             r"no system tiny \(there are: .*hyde, mini;",

@@ -34,6 +34,7 @@ class FakeSystems:
 
     def __init__(self) -> None:
         self.made = {"student": WordSystem(), "teacher": WordSystem("teacher", shift=1)}
+        self.standardizations: dict[str, Any] = {}
 
     def build(self, names: Sequence[str]) -> Any:
         return (self.made[name] for name in names)

@@ -10,7 +10,9 @@ from pipeline.backbone.lora import LoraParams, adapter_parameters, add_adapter
 from pipeline.core.artifacts import create
 from pipeline.core.target_transform import TargetTransform
 from pipeline.encoder.folder.config import EncoderConfig
+from pipeline.encoder.folder.tensors import start_tensors
 from pipeline.encoder.folder.write import write_encoder
+from pipeline.encoder.head import Reading
 from pipeline.encoder.student import new_student
 
 
@@ -27,6 +29,7 @@ def write_folder(
     width: int = 5,
     recorded: dict[str, str] | None = None,
     transform: TargetTransform | None = None,
+    share: float = 1.0,
     **card: Any,
 ) -> Path:
     """Write the encoder folder `out`; `recorded` is the identity of the backbone that it names."""
@@ -37,14 +40,19 @@ def write_folder(
         backbone=recorded or identify(str(backbone), None), chat_template_kwargs={}, template=template,
         max_query_tokens=max_query_tokens, keep=keep, compression_tokens=compression_tokens,
         thought_tokens=thought_tokens, hidden=student.hidden, width=width, teacher={"name": "t"}, lora=lora,
-        transform=transform.identity if transform else None,
+        transform=transform.identity if transform else None, response_share=share,
     )  # fmt: skip
     adapter = adapter_parameters(add_adapter(model, **lora.model_dump(), seed=3)) if lora else None
     with torch.no_grad():
         for seed, (_, value) in enumerate(sorted((adapter or {}).items())):
             value.copy_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)))
-    with create(out, kind="encoder", params={}) as writer:
-        write_encoder(writer, student, load_tokenizer(params), config, rows=7, steps=3, adapter=adapter, **card)
+    features = torch.randn(20, student.hidden, generator=torch.Generator().manual_seed(5)) + 1
+    reading, sections = Reading.fit(student, features), {"train": {"response_share": share}}
+    untrained = new_student(model, width, compression_tokens=compression_tokens, thought_tokens=thought_tokens, seed=2)
+    trained: dict[str, Any] = {"adapter": adapter, "reading": reading, "start": start_tensors(untrained, reading)}
+    with create(out, kind="encoder", params=sections) as writer:
+        facts: dict[str, Any] = {"rows": 7, "steps": 3, "params": sections}
+        write_encoder(writer, student, load_tokenizer(params), config, **trained, **{**facts, **card})
         if transform is not None:
             transform.save(writer.path)
     return out

@@ -21,8 +21,7 @@ from pipeline.backbone.loading import BackboneParams, DType, Template, load_toke
 from pipeline.backbone.lora import LoraParams
 from pipeline.core.errors import ArtifactError, TrainingError
 from pipeline.encoder.folder.read import read_encoder
-from pipeline.encoder.student import Student
-from pipeline.export.merged.export import add_rows, compose, export_merged, usage
+from pipeline.export.merged.export import add_rows, export_merged, usage
 from pipeline.export.merged.folder import old_rope_keys
 from pipeline.export.merged.tokenizer import PROBES, Frame, find_frame
 from tests.conftest import ROOT, tiny_model, tiny_tokenizer
@@ -44,15 +43,6 @@ def plain(folder: Path | str) -> Any:
 
 def embed(folder: Path | str, texts: list[str], **options: Any) -> np.ndarray:
     return plain(folder).encode(texts, batch_size=3, show_progress_bar=False, **options)
-
-
-def test_both_projections_as_one_layer() -> None:
-    student = Student(3, 2, 1)
-    hidden = torch.tensor([[[1.0, -2.0, 3.0]]])
-    weight, bias = compose(student)
-    assert weight.shape == (2, 3)
-    with torch.no_grad():
-        torch.testing.assert_close(hidden[:, 0] @ weight.T + bias, student.embedding(student.soft_prompts(hidden)))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +76,14 @@ def test_several_tokens_in_plain_sentence_transformers(
     export_merged(model, Path("merged"), prompts=PROMPTS)
     texts = [*TEXTS, "z" * 300]
     np.testing.assert_allclose(embed("merged", texts), read_encoder(model).encode(texts), atol=1e-4)
+
+
+def test_the_reading_beside_the_prediction_goes_along(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    model = write_model(tiny_backbone("llama"), compression_tokens=3, share=0.3)
+    merged = export_merged(model, Path("merged"), prompts=PROMPTS)
+    found = plain("merged")
+    assert (found.get_embedding_dimension(), merged.layout.width) == (5 + 32, 5 + 32)
+    np.testing.assert_allclose(found.encode(TEXTS), read_encoder(model).encode(TEXTS), atol=1e-5)
 
 
 @pytest.mark.parametrize("template", ["raw", "chat"])
@@ -253,7 +251,8 @@ def test_nothing_is_left_of_an_export_that_embeds_differently(
     workspace: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_model(tiny_backbone("llama"))
-    monkeypatch.setattr("pipeline.export.merged.export.compose", lambda student: (torch.zeros(5, 32), torch.ones(5)))
+    other = torch.zeros(5, 32), torch.ones(5)
+    monkeypatch.setattr("pipeline.encoder.head.EmbeddingHead.composed", lambda head: other)
     with pytest.raises(TrainingError, match="embeds differently from the encoder"):
         export_merged(model, Path("merged"), prompts=PROMPTS)
     assert not Path("merged").exists()

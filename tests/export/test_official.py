@@ -350,6 +350,29 @@ def test_what_was_exported_and_imported_embeds_as_before(
     assert second.config.backbone == first.config.backbone
 
 
+def test_the_reading_beside_the_prediction_goes_along(folders: Path, workspace: Path) -> None:
+    ours = write_ours(Path("ours"), folders / "backbone", share=0.3)
+    assert any("inverse of the reconstruction projection" in note for note in export_official(ours, Path("theirs")))
+    expected = read_encoder(ours).encode(TEXTS)
+    np.testing.assert_allclose(by_the_format(Path("theirs"), TEXTS, 66), expected, atol=2e-4)
+    import_official("theirs", Path("again"), max_length=66)
+    again = read_encoder(Path("again"))
+    assert (again.width, again.config.response_share) == (5 + 32, 1)
+    np.testing.assert_allclose(again.encode(TEXTS), expected, atol=2e-4)
+
+
+def test_a_reconstruction_without_an_inverse_cannot_carry_the_reading(folders: Path, workspace: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    ours = write_ours(Path("ours"), folders / "backbone", share=0.3)
+    tensors = load_file(ours / "student.safetensors")
+    tensors["reconstruction.weight"][3] = tensors["reconstruction.weight"][4]
+    save_file(tensors, ours / "student.safetensors", {"format": "pt"})
+    with pytest.raises(TrainingError, match=r"response_share is 0\.3.*--response-share 1"):
+        export_official(ours, Path("theirs"))
+    assert not Path("theirs").exists()
+
+
 def by_the_format(folder: Path, texts: list[str], max_length: int) -> np.ndarray:
     """What the description of their format says that a checkpoint embeds, read without any code of ours."""
     from ruamel.yaml import YAML

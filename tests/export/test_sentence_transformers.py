@@ -116,6 +116,25 @@ def test_behind_a_transform_the_folder_embeds_in_the_trained_space(
     assert "transform `center`" in (Path("given") / "README.md").read_text()
 
 
+def test_the_reading_beside_the_prediction_embeds_and_the_prediction_decodes(
+    workspace: Path, tiny_backbone: Callable[..., Path]
+) -> None:
+    folder = write(Path("mixed"), tiny_backbone("llama"), share=0.3)
+    encoder, model = read_encoder(folder), load(folder)
+    assert model.get_embedding_dimension() == 6 + 32
+    np.testing.assert_allclose(model.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5)
+    soft = torch.stack(model.encode(TEXTS, output_value="token_embeddings"))
+    np.testing.assert_allclose(soft, encoder.soft_prompts(TEXTS), atol=1e-4)
+    model.save("again")
+    np.testing.assert_array_equal(load(Path("again")).encode(TEXTS), model.encode(TEXTS))
+    publish(folder, Path("given"))
+    np.testing.assert_array_equal(load(Path("given")).encode(TEXTS), model.encode(TEXTS))
+    assert not (Path("given") / "start.safetensors").exists()
+    (folder / "reading.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no reading\.safetensors"):
+        load(folder)
+
+
 def test_adapters_embed_and_do_not_decode(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
     plain = load(write(Path("plain"), tiny_backbone("llama")))
     folder = write(Path("lora"), tiny_backbone("llama"), lora=LORA)

@@ -255,8 +255,27 @@ def test_random_starts_are_summed_up(made: Path) -> None:
     record = {"metrics": metrics, "systems": {"student": {}, "untrained": {}, "untrained-1": {}}, **RECORD}
     write_json(Path("results/evaluate/demo.json"), record)
     for page in (render_html(content_of()), render_markdown(content_of())):
-        assert "Untrained over 2 random starts, mean ± standard deviation: mean/tasks 0.300 ± 0.141" in page
+        assert "Over 2 random starts, mean ± standard deviation: untrained, mean/tasks 0.300 ± 0.141" in page
         assert page.count("random starts") == 1
+
+
+def test_the_student_is_compared_with_the_best_untrained_reading_and_its_start(made: Path) -> None:
+    scores = {"student": 0.5, "start": 0.48, "echo": 0.3, "echo-standardized": 0.45, "backbone-mean": 0.2}
+    metrics = {f"{name}/mean/tasks": score for name, score in scores.items()}
+    over = {"metric": "mean/tasks", "units": 9}
+    deltas = [
+        {**over, "system": "echo-standardized", "delta": 0.05, "low": 0.01, "high": 0.09, "verdict": "better"},
+        {**over, "system": "start", "delta": 0.02, "low": -0.01, "high": 0.05, "verdict": "within noise"},
+    ]
+    record = {"metrics": metrics, "deltas": deltas, "systems": {key: {} for key in scores}, **RECORD}
+    write_json(Path("results/evaluate/demo.json"), record)
+    said = (
+        "mean/tasks: the student has 0.500, the best untrained reading (echo-standardized) 0.450: training added "
+        "+0.050 [+0.010, +0.090], better; over its own start +0.020 [-0.010, +0.050], within noise"
+    )
+    for page in (render_html(content_of()), render_markdown(content_of()).replace("\\", "")):
+        assert said in page
+        assert page.count("What training added") == 1 + ("<table" in page)
 
 
 def test_refusal_probe(made: Path) -> None:

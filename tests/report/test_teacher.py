@@ -30,7 +30,7 @@ def train_a_teacher(worse: str | None) -> None:
     of_targets({"kind": "llm2vec", "name": "b", "adapters": ADAPTERS}, transform={"kind": "whiten"})
     with create(Path("models/teacher"), kind="teacher", params={"asked": True}):
         pass
-    facts = {"metrics": QUALITY, "worse_than_mean_pooling": worse, "corpus": {"kind": "both"}}
+    facts = {"metrics": QUALITY, "worse_than_untrained": worse, "corpus": {"kind": "both"}}
     write_json(Path("results/teach.json"), {**facts, **RECORD})
 
 

@@ -226,7 +226,7 @@ def test_a_teacher_that_is_worse_warns_or_fails_and_leaves_its_record(
     assert re.search(r"^error: teach\.on_worse: .* 0\.4000 .* 0\.5000 \(-0\.1000\)", result.stderr, re.MULTILINE)
     facts = json.loads(Path("results/teach.json").read_text())
     assert facts["metrics"] == worse.metrics
-    assert facts["worse_than_mean_pooling"].startswith("the trained teacher scores 0.4000")
+    assert facts["worse_than_untrained"].startswith("the trained teacher scores 0.4000")
     assert facts.keys() >= {"seconds", "started", "environment", "mntp", "simcse"}
     write_inputs(tiny_backbone())
     with caplog.at_level(logging.WARNING):

@@ -14,12 +14,14 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from pipeline.backbone.loading import BackboneParams, identify, load_backbone
 from pipeline.core.artifacts import file_sha256, open_artifact
 from pipeline.core.errors import TrainingError
-from pipeline.core.paths import ENCODER_DIR, HELDOUT_CURVE, LOSS_CURVE, TARGETS_DIR
+from pipeline.core.paths import ENCODER_DIR, HELDOUT_CURVE, LOSS_CURVE, QUERIES_DIR, TARGETS_DIR
 from pipeline.core.target_transform import TRANSFORM_FILE, TargetTransform
+from pipeline.encoder.folder.mix import mix
 from pipeline.encoder.folder.read import read_encoder
 from pipeline.encoder.inference import Encoder
 from pipeline.train.__main__ import main
@@ -91,6 +93,39 @@ def add_to_manifest(folder: Path, name: str) -> None:
     content = json.loads((folder / "manifest.json").read_text())
     content["files"][name] = file_sha256(folder / name)
     write_manifest(folder / "manifest.json", content)
+
+
+def test_a_response_share_is_made_of_the_trained_student(trained: Path, tiny_backbone: Callable[..., Path]) -> None:
+    """The finished checkpoint is resumed, and `mix` makes the same folder of the former one."""
+    before = (ENCODER_DIR / "student.safetensors").read_bytes()
+    mix(ENCODER_DIR, 0.3, Path("mixed"))
+    write_params(tiny_backbone("qwen3"), response_share=0.3)
+    run()
+    assert (ENCODER_DIR / "student.safetensors").read_bytes() == before
+    assert read_encoder(ENCODER_DIR).encode(["query 0001"]).shape == (1, 6 + 32)
+    trained_so, mixed = (open_artifact(path, "encoder").manifest for path in (ENCODER_DIR, Path("mixed")))
+    assert trained_so == mixed
+    [row] = [line for line in (ENCODER_DIR / "README.md").read_text().splitlines() if "response_share" in line]
+    assert "0.3" in row
+
+
+def test_the_reading_is_standardised_over_the_training_queries(trained: Path) -> None:
+    encoder = read_encoder(ENCODER_DIR)
+    queries = open_artifact(QUERIES_DIR, "queries").read("train.parquet")["text"].to_pylist()
+    hidden = encoder.hidden_states(queries).mean(axis=1)
+    reading = load_file(ENCODER_DIR / "reading.safetensors")
+    np.testing.assert_allclose(reading["mean"], hidden.mean(0), atol=1e-4)
+    np.testing.assert_allclose(1 / reading["scale"], hidden.std(0), rtol=1e-3)
+    np.testing.assert_allclose(reading["lengths"][0], np.linalg.norm(encoder.encode(queries), axis=1).mean(), rtol=1e-4)
+
+
+def test_the_start_is_the_student_before_its_first_step(backbone: Path) -> None:
+    write_params(backbone, warm_start={"enabled": False}, seed=4)
+    run()
+    encoder, texts = read_encoder(ENCODER_DIR), ["query 0001", "query 0002"]
+    start = encoder.at_start().encode(texts)
+    np.testing.assert_array_equal(start, encoder.untrained(4).encode(texts))
+    assert np.abs(start - encoder.encode(texts)).max() > 1e-3
 
 
 def test_queries_that_are_too_long_lose_the_side_that_params_say(

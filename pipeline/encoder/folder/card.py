@@ -22,8 +22,7 @@ tags: [sentence-transformers, sentence-similarity, feature-extraction, llm2vec-g
 
 An embedding of this model encodes what `{backbone}` would answer to the input (LLM2Vec-Gen, arXiv 2603.10913), in one
 forward pass and without generating anything. The backbone is frozen and not in this folder; `student.safetensors` holds
-the {parameters:,} trained parameters: {tokens} new tokens and two linear layers. {adapted}Embeddings have {width}
-dimensions, are not normalised, and are compared by cosine. They were not trained to be truncated to fewer dimensions.
+the {parameters:,} trained parameters: {tokens} new tokens and two linear layers. {adapted}{embeddings}
 
 ## Use
 
@@ -74,6 +73,15 @@ With the project that trained it: `python -m pipeline encode --model DIR --input
 - A document is embedded as an answer to its prompt, a summary; without a prompt, as an answer to the document.
 """
 
+_EMBEDDINGS = """\
+Embeddings have {width}
+dimensions, are not normalised, and are compared by cosine. {share}They were not trained to be truncated to fewer
+dimensions."""
+
+_SHARE = """\
+The predicted response has a share of {share} in
+them; the rest is the standardised reading of the text itself, which stands beside it. """
+
 _ADAPTED = """\
 `adapter/` holds LoRA adapters of rank {rank} with {parameters:,} parameters, under which the backbone embeds; answers
 that embeddings decode to come from the backbone without them. """
@@ -118,7 +126,7 @@ def model_card(
         tokens=config.compression_tokens + config.thought_tokens,
         compression_tokens=config.compression_tokens,
         thought_tokens=config.thought_tokens,
-        width=config.width,
+        embeddings=_embeddings(config),
         adapted=_ADAPTED.format(rank=lora.rank, parameters=adapter_parameters) if lora else "",
         peft="; its adapters need peft" if lora else "",
         place=place,
@@ -142,15 +150,35 @@ def with_results(card: str, tables: Sequence[str]) -> str:
     return card.replace(NO_RESULTS, "\n\n".join(tables)) if tables else card
 
 
+def with_share(card: str, before: "EncoderConfig", after: "EncoderConfig") -> str:
+    """The card of an encoder whose response share became another one."""
+    for text in (_embeddings, _share_row):
+        card = card.replace(text(before), text(after))
+    return card
+
+
+def _embeddings(config: "EncoderConfig") -> str:
+    share = config.response_share
+    return _EMBEDDINGS.format(width=config.embedding_width, share="" if share == 1 else _SHARE.format(share=share))
+
+
+def _share_row(config: "EncoderConfig") -> str:
+    return _row("train.response_share", config.response_share)
+
+
 def _pairs(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} `{value}`" for key, value in values.items())
 
 
 def _params_table(params: Mapping[str, Any]) -> str:
-    # A bar ends a cell, also within code.
-    values = [(name, json.dumps(value, ensure_ascii=False).replace("|", "\\|")) for name, value in _flat(params, "")]
-    rows = [f"| `{name}` | `{value}` |" for name, value in values]
+    rows = [_row(name, value) for name, value in _flat(params, "")]
     return "\n".join(["", "| param | value |", "|---|---|", *rows, ""]) if rows else ""
+
+
+def _row(name: str, value: Any) -> str:
+    # A bar ends a cell, also within code.
+    shown = json.dumps(value, ensure_ascii=False).replace("|", "\\|")
+    return f"| `{name}` | `{shown}` |"
 
 
 def _flat(values: Mapping[str, Any], above: str) -> list[tuple[str, Any]]:

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import Field
+
 from pipeline.backbone.loading import Keep, Template
 from pipeline.backbone.lora import LoraParams
 from pipeline.core.config import Params
@@ -12,6 +14,8 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "encoder_config.json"
 WEIGHTS_FILE = "student.safetensors"
+READING_FILE = "reading.safetensors"
+START_FILE = "start.safetensors"
 ADAPTER = "adapter"
 
 
@@ -29,8 +33,14 @@ class EncoderConfig(Params):
     width: int
     teacher: dict[str, Any]
     transform: dict[str, str] | None = None
+    response_share: float = Field(default=1.0, gt=0, le=1, description="of the embedding; the rest is the reading")
     lora: LoraParams | None = None
     origin: dict[str, str] | None = None
+
+    @property
+    def embedding_width(self) -> int:
+        """Dimensions of an embedding; `width` are those of the predicted response."""
+        return embedding_width(self.response_share, self.width, self.hidden)
 
     def truncation_note(self, count: int, total: int) -> str:
         """A sentence about `count` of `total` texts that were too long."""
@@ -47,4 +57,10 @@ class EncoderConfig(Params):
 
 def fingerprint(identity: Mapping[str, Any], config: EncoderConfig) -> dict[str, Any]:
     """What an embedding depends on besides its text: the weights (`identity`) and how a prompt is made of the text."""
-    return {**identity, "config": config.model_dump(exclude={"teacher", "origin", "transform"})}
+    apart = {"teacher", "origin", "transform"} | ({"response_share"} if config.response_share == 1 else set())
+    return {**identity, "config": config.model_dump(exclude=apart)}
+
+
+def embedding_width(share: float, width: int, hidden: int) -> int:
+    """Dimensions of an embedding at a response share, for predictions of `width` and hidden states of `hidden`."""
+    return width * (share > 0) + hidden * (share < 1)

@@ -6,18 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
 from pipeline.backbone.loading import BackboneParams, DType, Quantize, identify, load_backbone, load_tokenizer
 from pipeline.backbone.lora import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from pipeline.backbone.lora import load_adapter
 from pipeline.core.artifacts import digest_of, file_sha256
 from pipeline.core.config import validate
 from pipeline.core.errors import BackboneError, TrainingError
-from pipeline.encoder.folder.config import ADAPTER, CONFIG_FILE, WEIGHTS_FILE, EncoderConfig
+from pipeline.encoder.folder.config import ADAPTER, CONFIG_FILE, READING_FILE, WEIGHTS_FILE, EncoderConfig
+from pipeline.encoder.folder.tensors import read_reading, read_student
 from pipeline.encoder.inference import Encoder
-from pipeline.encoder.student import Student
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +54,7 @@ def read_encoder(
         BackboneError: the backbone cannot be loaded.
     """
     config = read_config(path)
-    student = read_student(path, config)
+    student, reading = read_student(path, config), read_reading(path, config)
     tokenizer = load_tokenizer(BackboneParams(name=str(path), trust_remote_code=trust_remote_code))
     other = None
     if backbone is None or isinstance(backbone, str | Path):
@@ -72,7 +69,7 @@ def read_encoder(
     _check_sizes(config, backbone, tokenizer, other=other is not None)
     adapted = load_adapter(backbone, path / ADAPTER, config.lora) if config.lora else None
     identity = _identity_of(path, config, other)
-    return Encoder(backbone, tokenizer, student.to(backbone.device), config, identity, adapted, path)
+    return Encoder(backbone, tokenizer, student.to(backbone.device), config, identity, adapted, path, reading)
 
 
 def read_config(path: Path) -> EncoderConfig:
@@ -101,29 +98,14 @@ def _why_not(path: Path) -> str:
     return f"no {CONFIG_FILE}: {f'it looks like {known}' if known else 'run the train stage first'}"
 
 
-def read_student(path: Path, config: EncoderConfig) -> Student:
-    """The trained tensors of a folder; TrainingError if they are missing, damaged or of other sizes than configured."""
-    file = path / WEIGHTS_FILE
-    student = Student(config.hidden, config.width, config.compression_tokens, config.thought_tokens)
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(f"{file} cannot be read ({error}): copy the folder again, or run the train stage") from None
-    wanted = student.state_dict()
-    for name in sorted(tensors.keys() | wanted.keys()):
-        found, expected = (list(part[name].shape) if name in part else None for part in (tensors, wanted))
-        if found != expected:
-            raise TrainingError(f"{file}: {name} has shape {found}, {CONFIG_FILE} says {expected}")
-    student.load_state_dict(tensors)
-    return student
-
-
 def _identity_of(path: Path, config: EncoderConfig, other_backbone: dict[str, str] | None) -> dict[str, Any]:
     """What pins the weights of an encoder folder: trained tensors, and what differs from training."""
     trained = file_sha256(path / WEIGHTS_FILE)
     if config.lora is not None:
         trained = digest_of([trained, file_sha256(path / ADAPTER / ADAPTER_WEIGHTS)])
     identity: dict[str, Any] = {"name": path.name, "sha256": trained}
+    if config.response_share < 1:
+        identity["reading"] = file_sha256(path / READING_FILE)
     if config.keep != "start":
         identity["keep"] = config.keep
     return identity if other_backbone is None else {**identity, "other_backbone": other_backbone}

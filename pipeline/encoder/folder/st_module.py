@@ -1,8 +1,9 @@
 """An LLM2Vec-Gen encoder as a module of sentence-transformers: `SentenceTransformer(folder, trust_remote_code=True)`.
 
 This file needs torch, transformers, safetensors and sentence-transformers (and peft for LoRA adapters), nothing else.
-A text runs through a frozen language model, followed by trained tokens; two trained projections make the embedding. The
-language model is loaded by the name and revision in `encoder_config.json`.
+A text runs through a frozen language model, followed by trained tokens; two trained projections make the embedding. At
+a `response_share` below 1 the standardised hidden states stand beside it. The language model is loaded by the name and
+revision in `encoder_config.json`.
 
     SentenceTransformer(folder, trust_remote_code=True, model_kwargs={
         "backbone": "/models/llm",         # where the language model is; or LLM2VEC_GEN_BACKBONE in the environment
@@ -37,6 +38,7 @@ VERSION = 1
 CONFIG_FILE = "encoder_config.json"
 WEIGHTS_FILE = "student.safetensors"
 TRANSFORM_FILE = "transform.safetensors"
+READING_FILE = "reading.safetensors"
 ADAPTER = "adapter"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -64,10 +66,23 @@ class _Projection(_InFloat32, nn.Linear):
 
 
 class Head(_InFloat32):
-    """T thought and n compression tokens `[T + n, d]`, and two projections, d -> d and d -> e."""
+    """T thought and n compression tokens `[T + n, d]`, and two projections, d -> d and d -> e.
 
-    def __init__(self, hidden: int, width: int, tokens: int) -> None:
+    `share` is that of the predicted response in an embedding. Below 1, `reading` holds the mean and the scale of hidden
+    states `[d]`, and `lengths` of predictions and readings `[2]`.
+    """
+
+    reading_mean: Tensor
+    reading_scale: Tensor
+    reading_lengths: Tensor
+
+    def __init__(
+        self, hidden: int, width: int, tokens: int, share: float = 1.0, reading: dict[str, Tensor] | None = None
+    ) -> None:
         super().__init__()
+        self.share = share
+        for name, value in (reading or {}).items():
+            self.register_buffer(f"reading_{name}", value.float(), persistent=False)
         self.tokens = nn.Parameter(torch.zeros(tokens, hidden))
         self.reconstruction = _Projection(hidden, hidden)
         self.alignment = _Projection(hidden, width)
@@ -77,9 +92,18 @@ class Head(_InFloat32):
         weight = self.reconstruction.weight
         return self.reconstruction(hidden.to(weight.device, weight.dtype))
 
-    def embedding(self, soft_prompts: Tensor) -> Tensor:
-        """Embeddings `[B, e]`."""
-        return self.alignment(soft_prompts).mean(dim=1)
+    def embedding(self, soft_prompts: Tensor, hidden: Tensor) -> Tensor:
+        """Embeddings `[B, e]`, at a share below 1 `[B, e + d]`, of soft prompts and their hidden states."""
+        predicted = self.alignment(soft_prompts).mean(dim=1)
+        if self.share == 1:
+            return predicted
+        mean, scale, lengths = self.reading_mean, self.reading_scale, self.reading_lengths
+        read = (hidden.to(mean.device, mean.dtype).mean(dim=1) - mean) * scale
+        return torch.cat([predicted * (self.share * lengths[1] / lengths[0]), read * (1 - self.share)], dim=1)
+
+    def reading(self) -> dict[str, Tensor]:
+        """The content of `reading.safetensors`; empty at a share of 1."""
+        return {name.removeprefix("reading_"): value for name, value in self.named_buffers()}
 
 
 class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transformers has no types here
@@ -149,7 +173,7 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
     # --- tokens to embeddings ---------------------------------------------------------------------------------------
 
     def forward(self, features: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
-        """Adds `sentence_embedding` `[B, e]` and, as `token_embeddings`, the soft prompts `[B, n, d]`, in float32.
+        """Adds `sentence_embedding` and, as `token_embeddings`, the soft prompts `[B, n, d]`, in float32.
 
         `input_ids` and `attention_mask` may be padded on either side.
         """
@@ -164,10 +188,11 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
         )
-        soft = self.head.soft_prompts(output.last_hidden_state[:, -count:])
+        hidden = output.last_hidden_state[:, -count:]
+        soft = self.head.soft_prompts(hidden)
         return {
             **features,
-            "sentence_embedding": self.head.embedding(soft),
+            "sentence_embedding": self.head.embedding(soft, hidden),
             "token_embeddings": soft,
             "attention_mask": mask[:, -count:],
         }
@@ -206,8 +231,9 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
                 layer.requires_grad_(False)
 
     def get_embedding_dimension(self) -> int:
-        """e, the width of an embedding."""
-        return int(self.encoder_config["width"])
+        """The width of an embedding."""
+        config = self.encoder_config
+        return int(config["width"] + (config["hidden"] if self.head.share < 1 else 0))
 
     def get_config_dict(self) -> dict[str, Any]:
         """Content of `encoder_config.json`."""
@@ -220,6 +246,8 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         folder = Path(output_path)
         _write_json(folder / CONFIG_FILE, self.get_config_dict())
         _write_tensors(folder / WEIGHTS_FILE, self.head.state_dict())
+        if reading := self.head.reading():
+            _write_tensors(folder / READING_FILE, reading)
         self.save_tokenizer(output_path)
         _make_portable(folder / "tokenizer_config.json")
         if self._transform is not None:
@@ -257,7 +285,9 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         hub = {"token": token, "local_files_only": local_files_only}
         place = {**hub, "subfolder": subfolder, "cache_folder": cache_folder, "revision": revision}
         config = _checked(cls.load_config(model_name_or_path, **place), model_name_or_path)
-        head = _load_head(config, cls.load_file_path(model_name_or_path, WEIGHTS_FILE, **place))
+        shared = config.get("response_share", 1.0) < 1
+        reading = cls.load_file_path(model_name_or_path, READING_FILE, **place) if shared else None
+        head = _load_head(config, cls.load_file_path(model_name_or_path, WEIGHTS_FILE, **place), reading)
         tokenizer = AutoTokenizer.from_pretrained(
             model_name_or_path,
             **{**hub, "subfolder": subfolder, "cache_dir": cache_folder, "revision": revision},
@@ -393,10 +423,14 @@ def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
     return config
 
 
-def _load_head(config: dict[str, Any], file: str | None) -> Head:
-    if file is None:
-        raise ValueError(f"the folder has no {WEIGHTS_FILE}")
-    head = Head(config["hidden"], config["width"], config["thought_tokens"] + config["compression_tokens"])
+def _load_head(config: dict[str, Any], file: str | None, reading_file: str | None) -> Head:
+    share = config.get("response_share", 1.0)
+    for name, path in ((WEIGHTS_FILE, file), (READING_FILE, reading_file)):
+        if path is None and (name == WEIGHTS_FILE or share < 1):
+            raise ValueError(f"the folder has no {name}")
+    tokens = config["thought_tokens"] + config["compression_tokens"]
+    reading = load_file(reading_file) if reading_file else None
+    head = Head(config["hidden"], config["width"], tokens, share, reading)
     tensors, wanted = load_file(file), head.state_dict()
     for name in sorted(tensors.keys() | wanted.keys()):
         found, expected = (list(part[name].shape) if name in part else None for part in (tensors, wanted))

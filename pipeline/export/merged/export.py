@@ -1,7 +1,8 @@
 """An encoder as a standard checkpoint for engines that run no code of this project: `python -m pipeline export-merged`.
 
-The new tokens become rows of the embedding matrix, which the tokenizer appends to each text; the two projections, which
-no activation separates, become one linear layer. The written folder must embed as the encoder does before it appears.
+The new tokens become rows of the embedding matrix, which the tokenizer appends to each text. The two projections, which
+no activation separates, become one linear layer; at a response share below 1 it holds the reading too. The written
+folder must embed as the encoder does before it appears.
 """
 
 import logging
@@ -16,7 +17,6 @@ from pipeline.core.artifacts import check_new, create, read_manifest
 from pipeline.core.errors import ArtifactError, TrainingError
 from pipeline.encoder.folder.config import ADAPTER
 from pipeline.encoder.folder.read import read_encoder
-from pipeline.encoder.student import Student
 from pipeline.export.merged.folder import PROMPT_IS_CUT, MergedLayout, write_config, write_modules, write_readme
 from pipeline.export.merged.tokenizer import PROBES, find_frame, fitting_probes, write_tokenizer
 
@@ -78,12 +78,12 @@ def export_merged(
         thought_tokens=config.thought_tokens,
         compression_tokens=config.compression_tokens,
         hidden=config.hidden,
-        width=config.width,
+        width=encoder.width,
         max_tokens=config.max_query_tokens + config.thought_tokens + config.compression_tokens,
         keep=config.keep,
     )
     add_rows(encoder.model, encoder.student.tokens, first)
-    weight, bias = compose(encoder.student)
+    weight, bias = (part.float().contiguous() for part in encoder.head.composed())
     with create(out, kind=KIND, params={"dtype": dtype}, models={"encoder": encoder.identity}) as writer:
         # The class of a tokenizer depends on the config in its folder.
         encoder.model.config.save_pretrained(writer.path)
@@ -99,17 +99,6 @@ def export_merged(
             difference = _largest_difference(_embed(writer.path, encoder.model, probes, layout, weight, bias), expected)
         _save_model(encoder.model, layout, writer.path, dtype)
     return Merged(layout, difference)
-
-
-def compose(student: Student) -> "tuple[Tensor, Tensor]":
-    """Weight `[e, d]` and bias `[e]` of both projections as one, float32, computed in float64."""
-    import torch
-
-    with torch.no_grad():
-        first, second = student.reconstruction, student.alignment
-        weight = second.weight.double() @ first.weight.double()
-        bias = second.weight.double() @ first.bias.double() + second.bias.double()
-    return weight.float().contiguous(), bias.float().contiguous()
 
 
 def add_rows(model: Any, rows: "Tensor", first: int) -> None:

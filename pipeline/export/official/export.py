@@ -31,10 +31,9 @@ def export_official(model: Path, out: Path, *, backbone: str | None = None, dtyp
         TrainingError: `model` is no encoder, was trained on another backbone, or their format cannot express it.
         BackboneError: the backbone is missing.
     """
-    from safetensors.torch import load_file
-
-    from pipeline.encoder.folder.config import WEIGHTS_FILE
     from pipeline.encoder.folder.read import check_backbone, read_config
+    from pipeline.encoder.folder.tensors import read_reading, read_student
+    from pipeline.encoder.head import EmbeddingHead
 
     check_new(out)
     config = read_config(model)
@@ -43,14 +42,15 @@ def export_official(model: Path, out: Path, *, backbone: str | None = None, dtyp
     structure = _structure(config, name)
     tokenizer = load_tokenizer(BackboneParams(name=str(model)))
     frame = own_frame(tokenizer, config.template, config.chat_template_kwargs)
-    student = load_file(model / WEIGHTS_FILE)
-    texts = files.token_texts(len(student["tokens"]))
+    student = read_student(model, config)
+    head = EmbeddingHead(student, config.response_share, read_reading(model, config))
+    texts = files.token_texts(len(student.tokens))
     with create(out, kind="official", params={"dtype": dtype}, models={"backbone": config.backbone}) as writer:
         # Nothing is truncated here: `max_length` does it.
         formatter = PromptFormatter(tokenizer, config.template, UNBOUNDED, config.chat_template_kwargs)
         ids = write_tokenizer(writer.path, tokenizer, texts, formatter, frame)
-        write_projections(writer.path, student, dtype)
-        write_adapter(writer.path, model, config, structure, student["tokens"], ids, dtype)
+        write_projections(writer.path, head, dtype)
+        write_adapter(writer.path, model, config, structure, student.tokens.detach(), ids, dtype)
         copied = write_backbone(writer.path / BACKBONE, Path(name))
         location = (out / BACKBONE if copied else Path(name)).resolve() if Path(name).is_dir() else name
         _write_configs(writer.path, config, structure, str(location), texts, ids, dtype)
@@ -128,6 +128,9 @@ def _notes(
         "cannot express: cut such texts before": config.keep == "end",
         "the tokenizer adds the template and the new tokens itself, so scripts of theirs that look for the new tokens "
         "by name find none": framed,
+        "the reading beside the predicted response goes through the inverse of the reconstruction projection": (
+            config.response_share < 1
+        ),
         f"the backbone was copied to {location}, its config written for transformers 4: keep it there": copied,
         f"their package reads the current {name} on the hub, the encoder was trained on {revision}": (
             on_hub and revision != "main"

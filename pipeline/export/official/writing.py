@@ -16,6 +16,8 @@ from pipeline.export.official import files
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.encoder.head import EmbeddingHead
+
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
@@ -27,13 +29,18 @@ class BackboneStructure(NamedTuple):
     body: str
 
 
-def write_projections(folder: Path, student: "Mapping[str, Tensor]", dtype: DType) -> None:
-    """Write the two linear layers of a student, given as tensors by name."""
+# Largest relative error of the reading, in float32, after the reconstruction projection and back.
+LIMIT = 1e-4
+
+
+def write_projections(folder: Path, head: "EmbeddingHead", dtype: DType) -> None:
+    """Write the two linear layers; raises TrainingError if the second cannot hold the reading."""
     import torch
 
-    kind = getattr(torch, dtype)
-    for file, layer in ((files.RECONSTRUCTION, "reconstruction"), (files.ALIGNMENT, "alignment")):
-        weight, bias = student[f"{layer}.weight"].to(kind), student[f"{layer}.bias"].to(kind)
+    kind, first = getattr(torch, dtype), head.student.reconstruction
+    layers = {files.RECONSTRUCTION: (first.weight.detach(), first.bias.detach()), files.ALIGNMENT: alignment(head)}
+    for file, (weight, bias) in layers.items():
+        weight, bias = weight.to(kind), bias.to(kind)
         config = {
             "input_dim": weight.shape[1],
             "output_dim": weight.shape[0],
@@ -44,6 +51,34 @@ def write_projections(folder: Path, student: "Mapping[str, Tensor]", dtype: DTyp
         torch.save(
             {"state_dict": {"projection.weight": weight, "projection.bias": bias}, "config": config}, folder / file
         )
+
+
+def alignment(head: "EmbeddingHead") -> "tuple[Tensor, Tensor]":
+    """Weight `[width, d]` and bias `[width]` of the map from soft prompts to embeddings, float32.
+
+    The reading is affine in the hidden states, which the inverse of the reconstruction projection gives back. Raises
+    TrainingError if that inverse is too inexact.
+    """
+    import torch
+
+    student = head.student
+    if head.share == 1:
+        return student.alignment.weight.detach(), student.alignment.bias.detach()
+    with torch.no_grad():
+        first = student.reconstruction.weight.double()
+        wanted, bias = head.composed()
+        try:
+            weight = torch.linalg.solve(first, wanted, left=False)
+        except RuntimeError:  # it is singular
+            weight = torch.full_like(wanted, torch.nan)
+        error = float((weight.float().double() @ first - wanted).norm() / wanted.norm())
+        if not error <= LIMIT:
+            raise TrainingError(
+                f"response_share is {head.share}, and their format has the reading only behind the inverse of the "
+                f"reconstruction projection, which is off by {error:.2g} here (limit {LIMIT}): export an encoder that "
+                "`python -m pipeline mix --response-share 1` made"
+            )
+        return weight.float(), (bias - weight @ student.reconstruction.bias.double()).float()
 
 
 def write_adapter(

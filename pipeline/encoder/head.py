@@ -1,0 +1,110 @@
+"""Hidden states to embeddings: the predicted response, the student's own reading of the text, or both side by side.
+
+The paper's embedding is the predicted response alone, a *response share* of 1. At a share a below 1
+
+    embedding = L_r [a / L_p  x  prediction,  (1 - a) / L_r  x  reading]
+
+- prediction: `Student.embedding`, `[e]`
+- reading: the mean hidden state over the compression tokens, each dimension standardised over training queries, `[d]`
+- L_p, L_r: their mean lengths over these queries, so that both parts have one mean length
+
+The inner product of two embeddings is then a^2 times that of the predictions plus (1 - a)^2 times that of the readings.
+L_r in front changes no cosine, but classifiers with regularisation see the length. The map from the mean hidden state
+stays affine, so every export can carry it. `pipeline readings` measures this form before training.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from pipeline.encoder.folder.config import embedding_width
+from pipeline.encoder.student import Student
+
+LEAST_VARIANCE = 1e-9
+"""Share of the largest variance below which a dimension of the reading is left at 0."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a student's own hidden states become an embedding, fitted on training queries; float32.
+
+    Attributes:
+        mean: of the mean hidden state over the compression tokens, `[d]`.
+        scale: one over its standard deviation, `[d]`; 0 where it does not vary.
+        lengths: mean length of predictions and of standardised readings, `[2]`.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    lengths: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def fit(cls, student: Student, features: Tensor) -> Self:
+        """Of mean hidden states `[N, d]`, N at least 2."""
+        features = features.cpu().double()
+        variance, mean = torch.var_mean(features, dim=0, correction=0)
+        varies = variance > LEAST_VARIANCE * variance.max()
+        scale = torch.where(varies, variance.clamp(min=torch.finfo(variance.dtype).tiny).rsqrt(), 0.0)
+        weight, bias = composed(student)
+        lengths = [(features @ weight.T + bias).norm(dim=1).mean(), ((features - mean) * scale).norm(dim=1).mean()]
+        # Of equal rows both lengths may be 0; nothing is then divided by it.
+        return cls(mean.float(), scale.float(), torch.stack(lengths).clamp(min=1e-9).float())
+
+    @classmethod
+    def plain(cls, hidden: int) -> Self:
+        """Of `hidden` dimensions, which leaves hidden states as they are."""
+        return cls(torch.zeros(hidden), torch.ones(hidden), torch.ones(2))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, on the CPU."""
+        return {each.name: getattr(self, each.name).cpu().contiguous() for each in fields(self)}
+
+    def to(self, device: Any) -> "Reading":
+        return Reading(*(getattr(self, each.name).to(device) for each in fields(self)))
+
+
+@torch.no_grad()
+def composed(student: Student) -> tuple[Tensor, Tensor]:
+    """Weight `[e, d]` and bias `[e]` of both projections as one, float64 on the CPU: not every device has float64."""
+    first, second = student.reconstruction, student.alignment
+    outer, inner = second.weight.cpu().double(), first.weight.cpu().double()
+    return outer @ inner, outer @ first.bias.cpu().double() + second.bias.cpu().double()
+
+
+class EmbeddingHead:
+    """Hidden states `[B, n, d]` at the compression tokens to embeddings `[B, width]`; see the module."""
+
+    def __init__(self, student: Student, share: float = 1.0, reading: Reading | None = None) -> None:
+        """`share` of the predicted response, 0 to 1; below 1 it needs a `reading`."""
+        self.student, self.share = student, share
+        self._reading = reading.to(student.tokens.device) if reading is not None else Reading.plain(student.hidden)
+        prediction, own = (float(length) for length in self._reading.lengths)
+        self.prediction_scale = 1.0 if share == 1 else share * own / prediction
+        self._reading_scale = self._reading.scale * (1 - share)
+
+    @property
+    def width(self) -> int:
+        return embedding_width(self.share, self.student.width, self.student.hidden)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if self.share == 1:
+            return self.student.embedding(self.student.soft_prompts(hidden))
+        read = (hidden.float().mean(dim=1) - self._reading.mean) * self._reading_scale
+        if self.share == 0:
+            return read
+        predicted = self.student.embedding(self.student.soft_prompts(hidden)) * self.prediction_scale
+        return torch.cat([predicted, read], dim=1)
+
+    @torch.no_grad()
+    def composed(self) -> tuple[Tensor, Tensor]:
+        """Weight `[width, d]` and bias `[width]` of the map from the mean hidden state, float64 on the CPU."""
+        weight, bias = composed(self.student)
+        if self.share == 1:
+            return weight, bias
+        scale, mean = self._reading_scale.cpu().double(), self._reading.mean.cpu().double()
+        parts = [(weight * self.prediction_scale, bias * self.prediction_scale)] if self.share > 0 else []
+        parts.append((torch.diag(scale), -scale * mean))
+        return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])

@@ -1,0 +1,88 @@
+"""Readings of the backbone with each dimension standardised over training queries: baselines that cost no training.
+
+Hidden states share a large mean and a few large dimensions, which say little of the text. Over mean and standard
+deviation of queries that the system has read in the same way, they are embeddings that a trained student must beat.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.artifacts import Artifact
+from pipeline.core.errors import EvaluationError
+from pipeline.core.paths import TRAIN_TABLE
+from pipeline.core.target_transform import TargetTransform, TransformParams
+from pipeline.embed.transform_fit import LEAST_ROWS, fit_transform
+from pipeline.evaluate.system import System, encode_finite
+from pipeline.tasks.instructions import Side
+
+STANDARDIZATION_FILE = "standardization.safetensors"
+MOST_TEXTS = 2_000
+"""Training queries that mean and deviation are fitted on: both are then known to some 2 % of a deviation."""
+
+
+@dataclass(frozen=True)
+class StandardizedSystem:
+    """A `System` around another, whose embeddings it standardises.
+
+    Attributes:
+        name: of this system; the other keeps its own, and its embeddings in the cache.
+        texts: that the map was fitted on.
+    """
+
+    name: str
+    system: System
+    transform: TargetTransform
+    texts: int
+
+    @classmethod
+    def fitted(cls, name: str, system: System, texts: Sequence[str]) -> "StandardizedSystem":
+        """Read `texts` without an instruction and fit.
+
+        Raises EvaluationError if there are fewer than two texts, or a reading is not finite.
+        """
+        if len(texts) < LEAST_ROWS:
+            raise EvaluationError(f"{name}: data/queries has {len(texts)} training queries, two at least are needed")
+        vectors = encode_finite(system, texts, where="training queries")
+        found = fit_transform(TransformParams(kind="standardize"), [vectors], unit_length=False)
+        return cls(name, system, found.transform, len(texts))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**self.system.identity, "standardized": self.transform.identity["sha256"]}
+
+    @property
+    def prompting(self) -> str:
+        return f"{self.system.prompting}; standardised over {self.texts} training queries"
+
+    @property
+    def embeddings_dtype(self) -> str:
+        """What the readings are rounded to before they are standardised; scores with another one are others."""
+        return getattr(self.system, "embeddings_dtype", "float32")
+
+    def cache_key(self, text: str, instruction: str, side: Side) -> str:
+        return self.system.cache_key(text, instruction, side)
+
+    def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
+        return self.transform(self.system.encode(texts, instruction, side))
+
+
+def standardization_bytes(transforms: Mapping[str, TargetTransform]) -> bytes:
+    """The content of `STANDARDIZATION_FILE`: `<system>.mean` and `<system>.scale`, float32 `[d]`, by system."""
+    from safetensors.numpy import save
+
+    return save(
+        {
+            f"{name}.{part}": np.ascontiguousarray(value)
+            for name, found in transforms.items()
+            for part, value in (("mean", found.mean), ("scale", found.forward))
+        }
+    )
+
+
+def training_texts(queries: Artifact) -> list[str]:
+    """The first training queries by id, which is a hash: a sample that depends on no order."""
+    texts: list[str] = queries.read(TRAIN_TABLE, ["text"])["text"][:MOST_TEXTS].to_pylist()
+    return texts

@@ -1,0 +1,96 @@
+"""Another response share for a trained encoder: the same folder that training with it writes, and what it embeds."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.__main__ import app
+from pipeline.core.artifacts import open_artifact
+from pipeline.encoder.encode_file import made_by
+from pipeline.encoder.folder.read import read_encoder
+from pipeline.lens import decode
+from tests.encoder.test_inference import write
+from tests.export.encoder_folders import write_folder
+
+TEXTS = ["a", "a longer text", "What is it?"]
+
+
+def mix(*arguments: str) -> str:
+    done = CliRunner().invoke(app, ["mix", *arguments])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture
+def folder(workspace: Path, tiny_backbone: Callable[..., Path]) -> Path:
+    return write_folder(Path("encoder"), tiny_backbone("qwen3"))
+
+
+def test_a_mixed_folder_is_the_one_that_training_with_the_share_writes(
+    folder: Path, tiny_backbone: Callable[..., Path]
+) -> None:
+    trained = write_folder(Path("trained"), tiny_backbone("qwen3"), share=0.3)
+    assert "37 dimensions" in mix("encoder", "--response-share", ".3", "--output", "mixed")
+    manifests = [open_artifact(path, "encoder").manifest for path in (trained, Path("mixed"))]
+    assert manifests[0] == manifests[1]
+    mix("mixed", "--response-share", "0.8")
+    note = mix("mixed", "--response-share", "1")
+    assert "train.response_share" in note
+    assert open_artifact(Path("mixed"), "encoder").manifest == open_artifact(folder, "encoder").manifest
+
+
+def test_inner_products_weigh_prediction_and_reading(folder: Path) -> None:
+    mix("encoder", "--response-share", "0.3", "--output", "mixed")
+    plain, mixed = read_encoder(folder), read_encoder(Path("mixed"))
+    predicted, found = plain.encode(TEXTS), mixed.encode(TEXTS)
+    assert found.shape == (3, mixed.width) == (3, 5 + 32)
+    reading = mixed.head._reading
+    hidden = plain.hidden_states(TEXTS).mean(axis=1)
+    read = (hidden - reading.mean.numpy()) * reading.scale.numpy()
+    lengths = reading.lengths.numpy()
+    expected = 0.3**2 * predicted @ predicted.T * (lengths[1] / lengths[0]) ** 2 + 0.7**2 * read @ read.T
+    np.testing.assert_allclose(found @ found.T, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_teachers_space_and_decoding_are_those_of_the_prediction(folder: Path) -> None:
+    mix("encoder", "--response-share", "0.3", "--output", "mixed")
+    plain, mixed = read_encoder(folder), read_encoder(Path("mixed"))
+    assert mixed.width_of("teacher") == 5
+    np.testing.assert_allclose(mixed.encode(TEXTS, space="teacher"), plain.encode(TEXTS), rtol=1e-5, atol=1e-6)
+    assert decode(mixed, TEXTS, max_new_tokens=4) == decode(plain, TEXTS, max_new_tokens=4)
+    assert made_by(mixed, "") != made_by(plain, "")
+
+
+def test_the_start_stands_at_the_share_of_the_student(folder: Path) -> None:
+    mix("encoder", "--response-share", "0.3", "--output", "mixed")
+    start, mixed_start = (read_encoder(path).at_start() for path in (folder, Path("mixed")))
+    assert (start.width, mixed_start.width) == (5, 37)
+    prediction = mixed_start.encode(TEXTS, space="teacher")
+    np.testing.assert_allclose(prediction, start.encode(TEXTS), rtol=1e-5, atol=1e-6)
+    assert np.abs(prediction - read_encoder(folder).encode(TEXTS)).max() > 1e-3
+    np.testing.assert_array_equal(start.encode(TEXTS), read_encoder(folder).untrained(2).encode(TEXTS))
+
+
+def test_the_reading_of_an_untrained_student_is_its_mean_hidden_state(folder: Path) -> None:
+    encoder = read_encoder(folder)
+    found = encoder.untrained_reading(7)
+    expected = encoder.untrained(7).hidden_states(TEXTS, instruction="Say:").mean(axis=1)
+    np.testing.assert_allclose(found.encode(TEXTS, instruction="Say:"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", ["0", "1.5", "-1"])
+def test_a_share_outside_of_its_range_is_refused(folder: Path, share: str) -> None:
+    done = CliRunner().invoke(app, ["mix", "encoder", "--response-share", share])
+    assert done.exit_code == 1
+    assert "--response-share" in done.output
+    assert "above 0 and at most 1" in done.output
+
+
+def test_an_encoder_without_a_reading_is_refused(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    write(Path("encoder"), tiny_backbone("qwen3"), None)
+    done = CliRunner().invoke(app, ["mix", "encoder", "--response-share", "0.5"])
+    assert done.exit_code == 1
+    assert "has no reading.safetensors" in done.output
