@@ -154,11 +154,9 @@ def test_the_command_prints_a_table_or_json(inputs: Inputs) -> None:
 
 @pytest.mark.slow
 @pytest.mark.models
-def test_a_real_backbone_gains_by_standardising(inputs: Inputs, small_lm: Path) -> None:
-    """On pairs whose gold says whether the first words are equal, and on query to answer of the demo's own words."""
+def test_a_real_backbone_finds_first_words(inputs: Inputs, small_lm: Path) -> None:
+    """Passages and classes that share a first word with the text, by real states in every form that needs no answer."""
     real = inputs.model_copy(update={"backbone": inputs.backbone.model_copy(update={"name": str(small_lm)})})
-    lines = by_setting(run(real, Request(readings=["echo", "tokens"], shares=[0.5])))
-    for name in ("echo", "tokens"):
-        raw, standard = lines[name, "raw", None], lines[name, "standardized", None]
-        assert standard.mean.value > raw.mean.value
-    assert lines["tokens", "closed form", 0.5].top1.value == 1.0
+    for line in run(real, Request(readings=["echo", "tokens"], shares=[0.5])).lines:
+        if line.share is None:
+            assert min(line.scores["retrieval_folder"], line.scores["classification_folder"]) > 0.99
