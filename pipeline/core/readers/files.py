@@ -76,28 +76,46 @@ def find_files(path: Path) -> list[File]:
                 raise SourceError(f"{path} {problem}", argument="path")
             return [file_of(path)]
         matches = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-        found = sorted(match for match in matches if match.is_file())
+        found = [file_of(match) for match in sorted(matches) if not match.is_dir()]
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}", argument="path") from None
     if not found:
         raise SourceError(f"no file matches {path}", argument="path")
-    return [file_of(each) for each in found]
+    return _there(found)
 
 
 def _in_folder(folder: Path) -> list[File]:
     found: list[File] = []
-    for path in sorted(folder.rglob("*")):
-        inner = path.relative_to(folder).parts
-        if path.is_file() and not any(part.startswith((".", "_")) for part in inner):
-            with contextlib.suppress(SourceError):
-                found.append(file_of(path))
+    for path in _below(folder, ()):
+        with contextlib.suppress(SourceError):
+            found.append(file_of(path))
     formats = sorted({file.format for file in found})
     if not found:
         raise SourceError(f"{folder} holds no file of a known format ({', '.join(FORMATS)})", argument="path")
     if len(formats) > 1:
         pattern = f"'{folder}/*{formats[0]}'"
         raise SourceError(f"{folder} holds {' and '.join(formats)}: name one kind, as in {pattern}", argument="path")
-    return found
+    return _there(found)
+
+
+def _below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """Files at any depth, behind links too; unlike a glob, it raises OSError where a folder may not be read."""
+    real = folder.resolve()
+    for path in sorted(folder.iterdir()) if real not in above else ():
+        if path.name.startswith((".", "_")):
+            continue
+        if path.is_dir():
+            yield from _below(path, (*above, real))
+        else:
+            yield path
+
+
+def _there(files: list[File]) -> list[File]:
+    """The files; raises SourceError if one is a link to nothing, as a cache leaves them that was emptied."""
+    for file in files:
+        if not file.path.is_file():
+            raise SourceError(f"{file} is a link to nothing, or no regular file", argument="path")
+    return files
 
 
 @contextlib.contextmanager

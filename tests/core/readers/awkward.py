@@ -161,7 +161,7 @@ JSON = [
     Awkward(
         "a text that is none, late",
         {"a.jsonl": jsonl(*({"text": text} for text in MANY), {"text": 5})},
-        refusal="(line|row) 500[01]: found int '5'|found .*'5'",
+        refusal="line 5001: found int '5'",
     ),
     Awkward(
         "integers of more than 64 bits",
@@ -221,7 +221,7 @@ COLUMNS = [
         {"a.parquet": parquet({"text": pa.array([None] * 200 + ["one", "two"])}, row_group_size=100)},
         [*[None] * 200, "one", "two"],
     ),
-    Awkward("numbers", {"a.parquet": parquet({"text": pa.array([None, 5])})}, refusal="row 1: found|column 'text' has"),
+    Awkward("numbers", {"a.parquet": parquet({"text": pa.array([None, 5])})}, refusal="row 1: found int '5'"),
 ]
 
 # --- bytes and lines ------------------------------------------------------------------------------------------------

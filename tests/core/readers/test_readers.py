@@ -24,6 +24,7 @@ from pipeline.core.readers import (
     LocalSource,
     Source,
     check_not_read,
+    find_files,
     open_texts,
     read_batches,
     read_table,
@@ -309,6 +310,30 @@ def test_an_output_that_is_read_is_refused(tmp_path: Path) -> None:
     for read in (tmp_path, tmp_path / "*.parquet", tmp_path / "o*"):
         with pytest.raises(SourceError, match=r"output: .*out\.parquet would be read together with"):
             check_not_read(tmp_path / "out.parquet", read)
+
+
+def test_no_shard_of_a_folder_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind links, in circles, below a folder that may not be read, or gone."""
+    for name in ("in/b/1.txt", "in/a.txt", "elsewhere/2.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{name}\n")
+    (tmp_path / "in" / "c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "in")
+    assert list(open_texts(tmp_path / "in")) == ["in/a.txt", "in/b/1.txt", "elsewhere/2.txt"]
+    (tmp_path / "in" / "d.txt").symlink_to(tmp_path / "gone")
+    for path in (tmp_path / "in", tmp_path / "in" / "*.txt"):
+        with pytest.raises(SourceError, match=r"path: .*d\.txt is a link to nothing"):
+            find_files(path)
+    iterdir = Path.iterdir
+
+    def refuse(folder: Path) -> Iterator[Path]:
+        if folder.name == "b":
+            raise PermissionError(13, "Permission denied")
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(SourceError, match=r"path: .*in cannot be read: Permission denied"):
+        find_files(tmp_path / "in")
 
 
 def test_standard_input_is_a_file_for_a_while(tmp_path: Path) -> None:
