@@ -1,0 +1,232 @@
+"""A workspace of tiny random models, in which every stage takes a second or two, and a journal of computed rows."""
+
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.fault_campaign.processes import Journal, Work
+
+ROWS = 24
+WORDS = ("apple", "bread", "cloud", "dough", "eagle", "fjord", "grape", "house")
+# A commit of a row store, and the chunk that embed passes on at once: what one kill may cost.
+INTERVAL = 4
+# Stage and argument, in the order of the pipeline.
+STAGES: dict[str, Sequence[str]] = {
+    "collect": (),
+    "generate": (),
+    "teach": (),
+    "embed": (),
+    "train": (),
+    "evaluate": ("small",),
+    "probe": ("safety",),
+    "report": (),
+}
+
+
+def params(backbone: Path) -> dict[str, Any]:
+    """The params file: echo engine, hash teacher, a student of two steps an epoch."""
+    return {
+        "backbone": {"name": str(backbone), "dtype": "float32"},
+        "collect": {
+            "local_dir": "data/sources",
+            "sources": [{"kind": "local", "path": "queries.jsonl"}],
+            "heldout_fraction": 0.2,
+            "max_tokens": 64,
+            "near_duplicates": {},
+        },
+        "generate": {"engine": "echo", "dtype": "float32", "max_new_tokens": 32, "max_prompt_tokens": 48},
+        "embed": {
+            "teacher": {"kind": "hash", "options": {"width": 6}},
+            "normalize": False,
+            "dtype": "float32",
+        },
+        "train": {
+            "compression_tokens": 2, "thought_tokens": 0, "template": "chat", "max_query_tokens": 64,
+            "max_response_tokens": 32, "align_weight": 1.0, "recon_weight": 1.0, "align_reduction": "sum",
+            "warm_start": {"enabled": False}, "learning_rate": 0.01, "weight_decay": 0.0, "warmup_steps": 1,
+            "epochs": 1, "batch_size": 6, "micro_batch_size": 6, "max_grad_norm": 1.0, "checkpoint_every": 1, "seed": 0,
+        },
+        "evaluate": {
+            "systems": ["student", "teacher"], "local_dir": "data/tasks", "dtype": "float32",
+            "bootstrap": {"resamples": 100},
+        },
+        "suites": {"small": {"local": ["find"]}},
+        "probes": {"safety": {"local": "find", "top_k": [1]}},
+        "report": {"title": "faults", "audit": True},
+    }  # fmt: skip
+
+
+def make(folder: Path, backbone: Path) -> None:
+    """Sources, a task and params in an empty folder."""
+    sources = folder / "data" / "sources"
+    sources.mkdir(parents=True)
+    texts = [f"what is the {WORDS[index % 8]} number {index} and why?" for index in range(ROWS)]
+    (sources / "queries.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    task = folder / "data" / "tasks" / "find"
+    task.mkdir(parents=True)
+    rows: dict[str, list[dict[str, Any]]] = {
+        "corpus": [{"_id": word, "text": f"{word} is a word"} for word in WORDS],
+        "queries": [{"_id": f"q-{word}", "text": f"{word} what is it?"} for word in WORDS],
+        "default": [{"query-id": f"q-{word}", "corpus-id": word, "score": 1} for word in WORDS],
+    }
+    split = {"corpus": "corpus", "queries": "queries", "default": "test"}
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n  - {{split: {split[name]}, path: {name}.jsonl}}\n" for name in rows
+    )
+    (task / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name, content in rows.items():
+        (task / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    (folder / "params.yaml").write_text(json.dumps(params(backbone)))
+
+
+def make_backbone(folder: Path) -> None:
+    """A random two-layer Llama and a byte-level tokenizer with a chat template."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    alphabet, special = sorted(pre_tokenizers.ByteLevel.alphabet()), ["<|user|>", "<|bot|>", "<|end|>"]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(special + alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast.chat_template = (
+        "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|bot|>{% endif %}"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=256, bos_token_id=None, eos_token_id=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+
+
+def stage(name: str) -> Work:
+    """The stage as its command runs it, in the current folder."""
+    module = importlib.import_module(f"pipeline.{name}.__main__")
+    return lambda: module.main(*STAGES[name], Path("params.yaml"))
+
+
+# What stages import when they run.
+_LATE_IMPORTS = (
+    *("polars", "rensa", "transformers.models.auto.tokenization_auto", "pipeline.audit"),
+    *("pipeline.generate.engines.echo", "pipeline.embed.teachers.stub"),
+)
+_HEAVY_IMPORTS = (
+    *("torch", "mteb", "accelerate", "sentence_transformers", "datasets", "matplotlib.figure", "scipy.stats"),
+    *("transformers.models.llama.modeling_llama", "sklearn.linear_model", "pipeline.train.build"),
+    *("pipeline.train.write", "pipeline.report.content", "pipeline.report.render", "pipeline.evaluate.run"),
+    *("pipeline.encoder.inference", "pipeline.probe.safety", "pipeline.train.trainer"),
+)
+
+
+def import_stages(stages: Sequence[str]) -> None:
+    """The imports of the stages, once for all children; nothing is computed, so forking stays safe."""
+    heavy = _HEAVY_IMPORTS if set(stages) - {"collect", "generate", "embed"} else ()
+    for name in (*(f"pipeline.{stage}.__main__" for stage in stages), *_LATE_IMPORTS, *heavy):
+        importlib.import_module(name)
+
+
+def note_rows(journal: Journal) -> None:
+    """In a child: commit every INTERVAL rows, and note each row, text and training step that is computed."""
+    from pipeline.core import row_store
+    from pipeline.embed.teachers.stub import HashTeacher
+    from pipeline.generate.engines.echo import EchoEngine
+
+    real_store = row_store.ShardStore.__init__
+
+    def store(self: Any, *arguments: Any, **keys: Any) -> None:
+        real_store(self, *arguments, **{"flush_rows": INTERVAL, "flush_seconds": 3600.0, **keys})
+
+    row_store.ShardStore.__init__ = store  # type: ignore[method-assign]
+    for name, constant in (
+        ("pipeline.embed.targets", "CHUNK_TEXTS"),
+        ("pipeline.embed.__main__", "CHUNK_TEXTS"),
+        ("pipeline.evaluate.embedding_cache", "CHUNK_TEXTS"),
+    ):
+        if name in sys.modules:
+            setattr(sys.modules[name], constant, INTERVAL)
+    real_generate = EchoEngine.generate
+
+    def generate(self: Any, prompts: Any, sampling: Any) -> Iterator[Any]:
+        for completion in real_generate(self, prompts, sampling):
+            journal.add([completion.id])
+            yield completion
+
+    EchoEngine.generate = generate  # type: ignore[method-assign]
+    HashTeacher.embed = _noting(HashTeacher.embed, journal)  # type: ignore[method-assign]
+    if "pipeline.train.trainer" in sys.modules:
+        _note_training(journal)
+
+
+def _note_training(journal: Journal) -> None:
+    from pipeline.evaluate.system import InstructedSystem
+    from pipeline.train.trainer import Trainer
+
+    InstructedSystem.encode = _noting(InstructedSystem.encode, journal)  # type: ignore[method-assign]
+    real_step = Trainer._step
+
+    def step(self: Trainer, step: int, batch: list[int]) -> None:
+        real_step(self, step, batch)
+        journal.add([f"step {step}"])
+
+    Trainer._step = step  # type: ignore[method-assign]
+
+
+def _noting(real: Callable[..., Any], journal: Journal) -> Callable[..., Any]:
+    def call(self: Any, texts: Sequence[str], *arguments: Any, **keys: Any) -> Any:
+        found = real(self, texts, *arguments, **keys)
+        journal.add(f"{type(self).__name__} {text}" for text in texts)
+        return found
+
+    return call
+
+
+def copy(source: Path, target: Path) -> None:
+    """A fresh copy of a workspace."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, symlinks=True)
+
+
+OUTPUTS = {
+    "collect": "data/queries",
+    "generate": "data/responses",
+    "teach": "models/teacher",
+    "embed": "data/targets",
+    "train": "models/encoder",
+    "evaluate": "results/evaluate/small",
+    "probe": "results/probe/safety",
+    "report": "results/report.md",
+}
+
+
+def lost_rows(stage: str, made: Path, reference: Path) -> int:
+    """Rows of the reference's artifact that `made` lacks or has otherwise; another difference of a file counts as 1."""
+    import pyarrow.parquet as pq
+
+    if stage == "report":  # holds times: that it is whole must do
+        return 0 if (made / OUTPUTS[stage]).read_text().rstrip().endswith(_last_line(reference / OUTPUTS[stage])) else 1
+    lost, ours, theirs = 0, made / OUTPUTS[stage], reference / OUTPUTS[stage]
+    names = {path.relative_to(folder) for folder in (ours, theirs) for path in folder.rglob("*") if path.is_file()}
+    for name in names:
+        one, other = ours / name, theirs / name
+        if one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes():
+            continue
+        rows = 0
+        if other.suffix == ".parquet" and other.is_file():
+            wanted = [json.dumps(row, default=str) for row in pq.read_table(other).to_pylist()]
+            found = {json.dumps(row, default=str) for row in pq.read_table(one).to_pylist()} if one.is_file() else set()
+            rows = sum(row not in found for row in wanted)
+        lost += max(1, rows)
+    return lost
+
+
+def _last_line(page: Path) -> str:
+    return page.read_text().rstrip().splitlines()[-1]
