@@ -245,16 +245,16 @@ def cost_lines(costs: Sequence[Cost], gpu: Gpu | None) -> list[str]:
     """The costs for people: a heading that names the assumptions, a line for each stage, the sums."""
     lines = [*_heading(gpu)]
     for cost in costs:
-        lines.append(f"  {cost.stage:<22} {_time(cost.seconds, gpu):>8}  {_disk(cost.disk):>9}")
+        lines.append(f"  {cost.stage:<22} {_time(cost.seconds):>8}  {_disk(cost.disk):>9}")
         if gpu is not None and cost.systems:
-            shares = (f"{name} {_time(seconds, gpu)}" for name, seconds in cost.systems.items())
+            shares = (f"{name} {_time(seconds)}" for name, seconds in cost.systems.items())
             lines.append(f"    of it {', '.join(shares)}")
     seconds = [cost.seconds for cost in costs if cost.seconds is not None]
     disk = sum(cost.disk or 0 for cost in costs)
-    lines.append(f"  {'together':<22} {_time(sum(seconds) if seconds else None, gpu):>8}  {_disk(disk):>9}")
+    lines.append(f"  {'together':<22} {_time(sum(seconds) if seconds else None):>8}  {_disk(disk):>9}")
     return [
         *lines,
-        "Not estimated: collect, report, local tasks, examples of classifications, probes without mteb tasks.",
+        "-: not known. Not estimated: collect, report, local tasks, other probes, examples of classifications.",
     ]
 
 
@@ -271,9 +271,9 @@ def _heading(gpu: Gpu | None) -> list[str]:
     ]
 
 
-def _time(seconds: float | None, gpu: Gpu | None) -> str:
+def _time(seconds: float | None) -> str:
     if seconds is None:
-        return "-" if gpu is None else "unknown"
+        return "-"
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
@@ -281,4 +281,4 @@ def _time(seconds: float | None, gpu: Gpu | None) -> str:
 
 
 def _disk(size: float | None) -> str:
-    return "unknown" if size is None else f"{size / GB:.1f} GB"
+    return "-" if size is None else f"{size / GB:.1f} GB"

@@ -103,12 +103,12 @@ def test_the_text_names_assumptions_sums_and_what_is_missing() -> None:
     assert [line.split() for line in lines[1:5]] == [
         ["embed", "1.5", "h", "2.4", "GB"],
         ["evaluate@s", "1.5", "min", "0.1", "GB"],
-        ["of", "it", "student", "1.5", "min,", "minilm", "unknown"],
+        ["of", "it", "student", "1.5", "min,", "minilm", "-"],
         ["together", "1.5", "h", "2.5", "GB"],
     ]
     without = cost_lines([Cost("embed", None, None)], None)
     assert "--gpu NAME adds times (H200, H100, A100, 4090)" in without[0]
-    assert without[1].split() == ["embed", "-", "unknown"]
+    assert without[1].split() == ["embed", "-", "-"]
 
 
 def test_the_real_run_is_estimated_with_its_evaluation() -> None:
