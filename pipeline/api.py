@@ -16,14 +16,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
 
-from pipeline.backbone.device import best_device
-from pipeline.backbone.loading import DType
+from pipeline.backbone.device import best_device, check_device
+from pipeline.backbone.loading import DType, dtype_name
 from pipeline.core.errors import SourceError
 from pipeline.core.vectors import unit_rows
 from pipeline.parallel.devices import Count
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from pipeline.core.target_transform import Space
     from pipeline.encoder.inference import Embedded
@@ -49,7 +50,7 @@ def load(
     *,
     revision: str | None = None,
     device: str | None = None,
-    dtype: DType = "float32",
+    dtype: "DType | torch.dtype" = "float32",
     backbone: str | Path | None = None,
     allow_other_backbone: bool = False,
     trust_remote_code: bool = False,
@@ -60,23 +61,24 @@ def load(
         path: the folder, or a model of the hub, `ORG/NAME`.
         revision: commit, branch or tag of a model of the hub.
         device: of the backbone ("cpu", "cuda", "cuda:1"); None: the best that there is.
-        dtype: of the backbone: float32, bfloat16 or float16. Embeddings are float32 always.
+        dtype: of the backbone: float32, bfloat16 or float16, as a string or of torch. Embeddings are float32 always.
         backbone: folder or hub name of the backbone, in place of the recorded one.
         allow_other_backbone: accept a backbone with other weights, with a warning: its embeddings mean little.
         trust_remote_code: let the backbone run code that comes with it.
 
     Raises:
         TrainingError: the folder is no encoder or damaged, or the backbone is another than it was trained on. If that
-        one
-            came from the hub, a plain folder cannot be checked: it is used with a warning.
-        BackboneError: the backbone cannot be loaded.
+            one came from the hub, a plain folder cannot be checked: it is used with a warning.
+        BackboneError: the backbone cannot be loaded, or not on this device or in this dtype.
     """
     from pipeline.encoder.folder.locate import encoder_folder
 
+    if device is not None:
+        check_device(str(device))
     return Embedder(
         encoder_folder(path, revision),
-        device=device,
-        dtype=dtype,
+        device=None if device is None else str(device),
+        dtype=dtype_name(dtype),
         backbone=None if backbone is None else str(backbone),
         allow_other_backbone=allow_other_backbone,
         trust_remote_code=trust_remote_code,

@@ -15,7 +15,7 @@ import pytest
 
 import pipeline
 from pipeline import Embedder, load, similarity
-from pipeline.core.errors import PipelineError, SourceError, TrainingError
+from pipeline.core.errors import BackboneError, PipelineError, SourceError, TrainingError
 from pipeline.core.target_transform import TargetTransform
 from pipeline.lens import decode
 from pipeline.tasks.instructions import load_instructions
@@ -320,3 +320,23 @@ def test_another_backbone_is_refused_or_taken_with_a_warning(
     changed = load(folder, backbone=other, allow_other_backbone=True)
     assert "the encoder was trained on" in caplog.text
     assert np.abs(changed.encode(["x"]) - load(folder).encode(["x"])).max() > 1e-3
+
+
+def test_a_dtype_of_torch_is_its_name(folder: Path) -> None:
+    import torch
+
+    assert load(folder, device="cpu", dtype=torch.bfloat16).encoder.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "mps"}, "^device: mps cannot be used here: "),
+        ({"device": "gpu"}, "^device: gpu cannot be used here: "),
+        ({"dtype": "float8"}, "^dtype: float8 is none of bfloat16, float16, float32$"),
+    ],
+)
+def test_a_device_or_dtype_that_is_none_is_one_line(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BackboneError, match=message) as caught:
+        load(folder, **options)
+    assert "\n" not in str(caught.value)

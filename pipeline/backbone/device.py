@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.core.errors import BackboneError
+from pipeline.core.errors import BackboneError, describe
 from pipeline.core.run import DEVICE_VARIABLE
 
 if TYPE_CHECKING:
@@ -78,6 +78,23 @@ def release_memory() -> None:
     if torch := sys.modules.get("torch"):
         gc.collect()
         torch.cuda.empty_cache()  # does nothing before CUDA is used
+
+
+def check_device(device: str) -> None:
+    """Raises BackboneError unless torch can use this device here."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # by the kind of device
+        raise BackboneError(f"{device} cannot be used here: {describe(error)}", argument="device") from None
+
+
+def exact_dtype(device: "torch.device") -> "torch.dtype":
+    """For sums: float64, or float32 on Apple's GPU, which has none."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def to_device(tensors: "Sequence[torch.Tensor]", device: "torch.device") -> "list[torch.Tensor]":

@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from pipeline.core.artifacts import digest_of, file_sha256
 from pipeline.core.config import Params
@@ -30,14 +30,36 @@ Keep = Literal["start", "end"]
 _IDENTITY_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py")
 
 
+def _json_values(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Checks what YAML made of values without quotes: a template, a manifest and an encoder's config take JSON only."""
+    for key, value in kwargs.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{key} is {value} ({type(value).__name__}), which is not JSON: put it in quotes"
+            ) from None
+    return kwargs
+
+
 class BackboneParams(Params):
     """The language model whose answers are encoded."""
 
     name: str = Field(description="hub name or local folder")
     revision: str | None = Field(default=None, description="commit on the hub; pin it")
     dtype: DType = "bfloat16"
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="e.g. {enable_thinking: false}")
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_json_values)] = Field(
+        default_factory=dict, description="variables of the chat template, e.g. {enable_thinking: false}"
+    )
     trust_remote_code: bool = False
+
+
+def dtype_name(dtype: "DType | torch.dtype | str") -> DType:
+    """A dtype, of torch or by name, as its name; BackboneError if no model is loaded in it."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPE_BYTES:
+        raise BackboneError(f"{name} is none of {', '.join(DTYPE_BYTES)}", argument="dtype")
+    return name
 
 
 def identify(name: str, revision: str | None) -> dict[str, str]:

@@ -52,7 +52,7 @@ def logit_transform(backbone: Any) -> LogitTransform:
         raise BackboneError(f"the head of {name} is a {type(head).__name__}, not a plain projection")
     if any(parameter.requires_grad for parameter in head.parameters()):
         raise BackboneError(f"the head of {name} is trained")
-    transform = _configured(backbone.config.get_text_config())
+    transform = configured_transform(backbone.config.get_text_config())
     difference = _difference(backbone, head, transform)
     tolerance = 0.02 if backbone.dtype in (torch.bfloat16, torch.float16) else 1e-4
     if not difference <= tolerance:
@@ -63,7 +63,8 @@ def logit_transform(backbone: Any) -> LogitTransform:
     return transform
 
 
-def _configured(config: Any) -> LogitTransform:
+def configured_transform(config: Any) -> LogitTransform:
+    """The transform that a text config names."""
     # Granite divides, Cohere and Falcon-H1 multiply.
     scale = (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "lm_head_multiplier", None) or 1.0)
     return LogitTransform(

@@ -1,9 +1,12 @@
 """From an instruction and a text to the token ids of one prompt, and from prompts to padded batches."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.backbone.chat_template import PROBES, ChatTemplate
+from pipeline.backbone.control_tokens import ControlTokens
 from pipeline.backbone.loading import Keep, Template
 from pipeline.core.errors import BackboneError
 
@@ -19,11 +22,12 @@ def join_instruction(instruction: str, text: str) -> str:
 
 @dataclass(frozen=True)
 class FormattedPrompt:
-    """Token ids of a prompt, whether its text was truncated, and the remaining text."""
+    """Token ids of a prompt, whether its text was truncated, the remaining text, whether it spells control tokens."""
 
     token_ids: list[int]
     truncated: bool
     text: str
+    control_tokens: bool = False
 
 
 class PromptFormatter:
@@ -31,7 +35,7 @@ class PromptFormatter:
 
     `raw` is the text with the tokenizer's special tokens (as the paper trains); `chat` is the chat template with the
     text as the user's turn and the start of the assistant's. Of a longer text the side `keep` is kept; the template
-    stays whole.
+    stays whole. A control token that a text spells is read as ordinary characters.
     """
 
     def __init__(
@@ -42,14 +46,15 @@ class PromptFormatter:
         chat_template_kwargs: dict[str, Any] | None = None,
         keep: Keep = "start",
     ) -> None:
-        """Raises BackboneError if the tokenizer has no chat template, or the template alone exceeds `max_tokens`."""
-        self._tokenizer, self._template, self._max_tokens = tokenizer, template, max_tokens
-        self._kwargs, self.keep = chat_template_kwargs or {}, keep
-        if template == "chat" and not tokenizer.chat_template:
-            raise BackboneError(
-                f"tokenizer of '{tokenizer.name_or_path}' has no chat template: use an instruct model, or template raw"
-            )
-        self._overhead = len(self._ids([""])[0])
+        """Raises BackboneError if the chat template cannot be used (see `ChatTemplate`) or alone exceeds the limit."""
+        self._tokenizer, self._template, self._max_tokens, self.keep = tokenizer, template, max_tokens, keep
+        self._control = ControlTokens(tokenizer)
+        self._chat = ChatTemplate(tokenizer, chat_template_kwargs or {}) if template == "chat" else None
+        empty, first, second = self._ids(["", *PROBES])
+        if first == second:
+            name = tokenizer.name_or_path
+            raise BackboneError(f"the tokenizer of '{name}' reads {PROBES[0]!r} and {PROBES[1]!r} as the same tokens")
+        self._overhead = len(empty)
         if self._overhead >= max_tokens:
             raise BackboneError(
                 f"the {template} template alone takes {self._overhead} tokens, the limit is {max_tokens}: raise it",
@@ -60,9 +65,9 @@ class PromptFormatter:
         return self.batch([text])[0]
 
     @property
-    def opens_thinking(self) -> bool:
-        """Whether the prompt ends within a `<think>` block."""
-        return self._template == "chat" and self._render("").rstrip().endswith("<think>")
+    def frame(self) -> str:
+        """What the chat template writes around an empty text; "" without one."""
+        return "" if self._chat is None else self._chat.render("")
 
     def batch(self, texts: Sequence[str], prefix: str = "") -> list[FormattedPrompt]:
         """The prompts of several texts, tokenised together, each with `prefix` in front, which is never truncated.
@@ -80,7 +85,7 @@ class PromptFormatter:
         else:
             bounded = [prefix + text[-limit:] for text in texts]
         return [
-            FormattedPrompt(ids, len(left) < len(whole), left)
+            FormattedPrompt(ids, len(left) < len(whole), left, self._control.within(left))
             if len(ids) <= self._max_tokens
             else self._cut(left, prefix)
             for whole, left, ids in zip(wholes, bounded, self._ids(bounded), strict=True)
@@ -101,32 +106,35 @@ class PromptFormatter:
         return self._fitted(taken, len(offsets), lambda count: prefix + body[offsets[-count][0] :], prefix)
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
-        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return list(encoding["offset_mapping"])
+        """Where each token of the text begins and ends; of a slow tokenizer, which does not say it, each character."""
+        if not self._tokenizer.is_fast:
+            return [(at, at + 1) for at in range(len(text))]
+        encoded = self._control.encode([text], add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoded["offset_mapping"][0])
 
     def _fitted(self, taken: int, total: int, left: Callable[[int], str], nothing: str) -> FormattedPrompt:
-        """`left(count)`, the text with `count` of its `total` tokens, for the largest that fits; else `nothing`."""
-        count = min(self._max_tokens - taken, total)
-        while count > 0:
-            text = left(count)
-            (ids,) = self._ids([text])
-            if len(ids) <= self._max_tokens:
-                return FormattedPrompt(ids, True, text)
-            count -= len(ids) - self._max_tokens
-        return FormattedPrompt(self._ids([nothing])[0], True, nothing)
+        """`left(count)`, the text with `count` of its `total` pieces, for the largest that fits; else `nothing`."""
+        if self._tokenizer.is_fast:
+            count = min(self._max_tokens - taken, total)
+            while count > 0 and (excess := self._length(left(count)) - self._max_tokens) > 0:
+                count -= excess
+        else:
+            count = bisect_right(range(1, total + 1), self._max_tokens, key=lambda count: self._length(left(count)))
+        text = left(count) if count > 0 else nothing
+        return FormattedPrompt(self._ids([text])[0], True, text, self._control.within(text))
+
+    def _length(self, text: str) -> int:
+        return len(self._ids([text])[0])
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        if self._template == "raw":
-            return list(self._tokenizer(list(texts), verbose=False)["input_ids"])
-        rendered = [self._render(text) for text in texts]
-        return list(self._tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _render(self, text: str) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, **self._kwargs
-            )
-        )
+        if self._chat is None:
+            return self._control.encode(texts)["input_ids"]
+        rendered = [self._chat.render(text) for text in texts]
+        ids = list(self._tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
+        for row, text in enumerate(texts):
+            if self._control.within(text):
+                ids[row] = self._control.encode_inside(self._chat.render, text)
+        return ids
 
 
 def eos_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:

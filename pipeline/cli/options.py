@@ -35,6 +35,9 @@ BackboneOption = Annotated[
 OtherBackboneOption = Annotated[
     bool, typer.Option("--allow-other-backbone", help="Take a backbone that the encoder was not trained on too.")
 ]
+RemoteCodeOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let the backbone run code that comes with it.")
+]
 ParamsOption = Annotated[Path, typer.Option("--params", help="The params file.")]
 
 
@@ -72,7 +75,9 @@ def one_of(kinds: Any, value: str, argument: str) -> Any:
     return value
 
 
-def load_encoder(model: Path, dtype: str, backbone: str | None, allow_other_backbone: bool) -> "Encoder":
+def load_encoder(
+    model: Path, dtype: str, backbone: str | None, allow_other_backbone: bool, trust_remote_code: bool
+) -> "Encoder":
     """An encoder on the best device of this machine; see `read_encoder`."""
     prepare_threads()
     from pipeline.backbone.device import best_device
@@ -88,4 +93,5 @@ def load_encoder(model: Path, dtype: str, backbone: str | None, allow_other_back
         dtype=chosen,
         backbone=backbone,
         allow_other_backbone=allow_other_backbone,
+        trust_remote_code=trust_remote_code,
     )

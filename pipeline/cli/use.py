@@ -18,6 +18,7 @@ from pipeline.cli.options import (
     OtherBackboneOption,
     ParamsOption,
     PromptOption,
+    RemoteCodeOption,
     TidyOption,
     load_encoder,
     one_of,
@@ -59,6 +60,7 @@ def encode(
     ] = "trained",
     backbone: BackboneOption = None,
     allow_other_backbone: OtherBackboneOption = False,
+    trust_remote_code: RemoteCodeOption = False,
 ) -> None:
     """Embed the texts of a file, of any size. A killed run continues where it was."""
     from pipeline.core.readers import open_texts
@@ -73,7 +75,7 @@ def encode(
         found, identity = _standard_input(stack, input_format) if piped else (source, None)
         texts = open_texts(found, column, tidy=tidy, identity=identity)
         kept = None if keep is None else kept_columns(texts, keep)
-        encoder = load_encoder(model, dtype, backbone, allow_other_backbone)
+        encoder = load_encoder(model, dtype, backbone, allow_other_backbone, trust_remote_code)
         done = encode_file(
             encoder,
             texts,
@@ -120,6 +122,7 @@ def search(
     dtype: DTypeOption = "float32",
     backbone: BackboneOption = None,
     allow_other_backbone: OtherBackboneOption = False,
+    trust_remote_code: RemoteCodeOption = False,
 ) -> None:
     """Show the passages nearest to a query, and the answer that the query's embedding holds."""
     from rich.console import Console
@@ -135,7 +138,7 @@ def search(
     document = known.choose("", "Retrieval", "document") if document_prompt is None else document_prompt
     with nested_in(names={"path": "corpus"}):
         passages = open_texts(corpus, column, tidy=tidy)
-        encoder = load_encoder(model, dtype, backbone, allow_other_backbone)
+        encoder = load_encoder(model, dtype, backbone, allow_other_backbone, trust_remote_code)
         hits = run_search(encoder, passages, text, count=count, instruction=instruction, document_instruction=document)
     Console().print(table(hits))
     from pipeline.lens import decode as run_decode
@@ -175,6 +178,7 @@ def decode(
     dtype: DTypeOption = "float32",
     backbone: BackboneOption = None,
     allow_other_backbone: OtherBackboneOption = False,
+    trust_remote_code: RemoteCodeOption = False,
 ) -> None:
     """Print the answer that the embedding of each text holds, or write all that can be read of it to a file."""
     from pipeline.generate.engines.registry import prepare_environment
@@ -195,10 +199,10 @@ def decode(
     with nested_in(names={"path": "source", "teacher": "embed.teacher"}), ExitStack() as stack:
         rows = _source(model, texts or [], source, soft_prompts, column, response_column, tidy)
         teacher = _open_teacher(stack, params, model) if faithfulness else None
-        encoder = load_encoder(model, dtype, backbone, allow_other_backbone)
+        encoder = load_encoder(model, dtype, backbone, allow_other_backbone, trust_remote_code)
         from pipeline.lens.batch import Request, print_answers, read_to_files
 
-        request = Request(rows, prompt, max_new_tokens, chosen, backbone, vocabulary, corpus, count)
+        request = Request(rows, prompt, max_new_tokens, chosen, backbone, vocabulary, corpus, count, trust_remote_code)
         if output is None:
             print_answers(encoder, request)
         else:

@@ -57,6 +57,12 @@ def section(name: str) -> Iterator[None]:
         raise
 
 
+def describe(error: BaseException) -> str:
+    """An error's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 class ParamsError(PipelineError):
     """params.yaml has unknown, missing or mistyped keys (all of them in one message), or keys that conflict."""
 

@@ -225,6 +225,15 @@ class RunRecord:
         """Add facts that serialise to JSON."""
         self.facts.update(facts)
 
+    @contextlib.contextmanager
+    def written_on_failure(self) -> Iterator[None]:
+        """Write the facts if the block fails, so that they can be read."""
+        try:
+            yield
+        except PipelineError:
+            self.write()
+            raise
+
     def write(self) -> None:
         """Write the facts, the time so far and where it ran; for a stage that fails over what it found out."""
         self.update(

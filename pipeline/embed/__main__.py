@@ -6,11 +6,14 @@ python -m pipeline.embed [--params params.yaml]
 """
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any
 
+import pyarrow as pa
 import typer
 
 from pipeline.backbone.device import best_device
@@ -19,13 +22,14 @@ from pipeline.core import artifacts
 from pipeline.core.artifacts import Artifact
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import TeacherError, section
+from pipeline.core.gates import check_gates, warn_of_gates
 from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TEACHER_DIR, TRAIN_TABLE
 from pipeline.core.row_store import ShardStore, locked
 from pipeline.core.run import RunRecord, device_memory, prepare_process, progress, record, user_errors, work_dir
 from pipeline.core.schemas import check_table, targets_schema
 from pipeline.core.vectors import Anisotropy
-from pipeline.embed.params import EmbedParams
-from pipeline.embed.statistics import TargetStatistics
+from pipeline.embed.params import EmbedParams, TargetGates
+from pipeline.embed.statistics import CAUSES, TargetStatistics
 from pipeline.embed.targets import (
     CHUNK_BATCHES,
     CHUNK_TEXTS,
@@ -86,7 +90,8 @@ def _embed(inputs: Inputs, responses: UsableResponses, read: Mapping[str, Artifa
         with ShardStore(work_dir("embed"), store_schema(teacher.width), fingerprint(teacher)) as store:
             processes = teacher.processes if isinstance(teacher, ParallelTeacher) else 1
             tokens = CHUNK_BATCHES * token_budget(params.teacher.batch_tokens, best_device()) * processes
-            embedder = Embedder(store, teacher, CHUNK_TEXTS * processes, tokens * CHARACTERS_PER_TOKEN)
+            look = partial(_warn, params.gates)
+            embedder = Embedder(store, teacher, CHUNK_TEXTS * processes, tokens * CHARACTERS_PER_TOKEN, look)
             embedder.run(responses)
             fitted = _fit(embedder, responses, read["queries"], params) if "queries" in read else None
             finish = Finish(params.normalize, params.dtype, fitted.transform if fitted else None)
@@ -101,6 +106,7 @@ def _embed(inputs: Inputs, responses: UsableResponses, read: Mapping[str, Artifa
         width=embedder.teacher.width if fitted is None else fitted.transform.width,
         **statistics.norms(),
         anisotropy=statistics.anisotropy.value,
+        gates={name: round(value, 6) for name, value in statistics.measures().items()},
         transform=fitted.facts if fitted else {"kind": "none"},
     )
 
@@ -141,7 +147,14 @@ def _write(
             transform.save(out.path)
         counts = {"embedded": statistics.rows, "truncated_responses": statistics.truncated}
         out.counts = {**counts, "skipped": dict(responses.skipped)}
+        check_gates(params.gates, statistics.measures(), CAUSES, TeacherError)
     return out.counts, statistics
+
+
+def _warn(gates: TargetGates, rows: pa.Table) -> None:
+    statistics = TargetStatistics()
+    deque(statistics.through([rows]), maxlen=0)
+    warn_of_gates("embed", gates, statistics.measures(), CAUSES)
 
 
 app = typer.Typer(add_completion=False)

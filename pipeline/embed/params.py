@@ -63,6 +63,15 @@ class TeacherSection(Params, extra="ignore"):
     teacher: TeacherParams
 
 
+class TargetGates(Params):
+    """What may be wrong with the targets; more fails the stage, and its vectors are kept."""
+
+    equal: float = Field(default=0.5, ge=0, le=1, description="share that repeats another row's target")
+    zero: float = Field(default=0.01, ge=0, le=1, description="share of length 0")
+    odd_length: float = Field(default=0.05, ge=0, le=1, description="share over 10 times longer or shorter than usual")
+    cosine: float = Field(default=0.999, ge=0, le=1, description="mean cosine of two targets; 1 = all point one way")
+
+
 class EmbedParams(Params):
     """Section `embed`."""
 
@@ -71,3 +80,4 @@ class EmbedParams(Params):
     transform: TransformParams = Field(default=TransformParams(), description="of the targets; see docs/targets.md")
     dtype: TargetType = Field(default="float16", description="of the stored targets")
     data_parallel: Count = Field(default="auto", description="teacher processes; auto: one a GPU")
+    gates: TargetGates = Field(default=TargetGates(), description="what may be wrong with the targets")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pipeline.core.artifacts import PART_BYTES, bytes_sha256
 from pipeline.core.errors import TeacherError
+from pipeline.core.gates import FIRST_ROWS
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import gpu_memory_mib, progress
 from pipeline.core.schemas import TARGET_TYPES, targets_schema
@@ -28,7 +29,7 @@ from pipeline.embed.teachers.base import Teacher
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 ID_BYTES = 72
 # What a teacher gets at once: about so many batches, at most so many texts. It sorts them by length, a kill loses them.
 CHUNK_BATCHES = 16
@@ -101,17 +102,20 @@ class Embedder:
         store: the finished vectors by `store_key`.
         chunk_texts: most texts that the teacher gets at once.
         chunk_characters: most characters of them, unless one text alone has more.
+        look: gets the first vectors of the run, `FIRST_ROWS` or more, once (schema `store_schema`).
     """
 
     store: ShardStore
     teacher: Teacher
     chunk_texts: int
     chunk_characters: int
+    look: Callable[[pa.Table], None] | None = None
     rows: int = 0
     computed_rows: int = 0
     computed_tokens: int = 0
     seconds: float = 0.0
     gpu_memory_mib: dict[str, int] = field(default_factory=dict)
+    _first: list[pa.Table] = field(default_factory=list)
 
     def run(self, responses: Iterable[Row]) -> None:
         """Embed the responses (iterated twice) that the store lacks.
@@ -181,7 +185,17 @@ class Embedder:
             pa.array(tokens, pa.int32()),
             pa.array(whole > tokens),
         ]
-        self.store.add_table(pa.Table.from_arrays(columns, schema=self.store.schema))
+        table = pa.Table.from_arrays(columns, schema=self.store.schema)
+        self.store.add_table(table)
+        self._look_at(table)
+
+    def _look_at(self, table: pa.Table) -> None:
+        if self.look is None:
+            return
+        self._first.append(table)
+        if sum(part.num_rows for part in self._first) >= FIRST_ROWS:
+            self.look(pa.concat_tables(self._first))
+            self.look, self._first = None, []
 
 
 @dataclass(frozen=True)

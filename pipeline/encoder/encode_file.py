@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = (".npy", ".parquet")
 # Covers whatever changes an embedding, or how parts are kept.
-VERSION = 2
+VERSION = 3
 # Texts of a part, by device: what a kill costs at most. Long enough that texts of like length meet.
 CHUNK_ROWS = {"cpu": 256, "cuda": 8192}
 # Key of a Parquet file's metadata: which encoder, and which instruction.

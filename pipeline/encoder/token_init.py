@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from pydantic import model_validator
 
+from pipeline.backbone.device import exact_dtype
 from pipeline.core.config import Params
 from pipeline.core.errors import TrainingError
 
@@ -92,12 +93,13 @@ class NormalRows:
         import torch
 
         size, device = _size(embeddings), embeddings.weight.device
-        mean = torch.stack([rows.sum(0, dtype=torch.float64) for _, rows in _chunks(embeddings)]).sum(0) / size
+        sums = [rows.sum(0, dtype=exact_dtype(device)) for _, rows in _chunks(embeddings)]
+        mean = (torch.stack(sums).sum(0) / size).float()
         weights = torch.randn(count, size, generator=torch.Generator().manual_seed(seed))
         drawn = torch.zeros(count, len(mean), device=device)
         for at, rows in _chunks(embeddings):
-            drawn += weights[:, at].to(device) @ (rows - mean.float())
-        return mean.float() + drawn * math.sqrt(self.covariance / size)
+            drawn += weights[:, at].to(device) @ (rows - mean)
+        return mean + drawn * math.sqrt(self.covariance / size)
 
 
 @dataclass(frozen=True)

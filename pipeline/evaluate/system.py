@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SystemName = str  # a key of `registry.BUILT_IN` or of `evaluate.models`
 
-VERSION = 1  # raise it when the same weights embed differently: finished scores and embeddings are then not reused
+VERSION = 2  # raise it when the same weights embed differently: finished scores and embeddings are then not reused
 
 GENERATIVE = "generative instruction"
 BARE = "bare text"

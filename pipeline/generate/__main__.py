@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pyarrow as pa
 import typer
@@ -10,15 +10,16 @@ import typer
 from pipeline.backbone.loading import BackboneParams, identify
 from pipeline.core.artifacts import Artifact, create, open_artifact
 from pipeline.core.config import PARAMS_FILE, Params, load
-from pipeline.core.errors import section
+from pipeline.core.errors import EngineError, section
+from pipeline.core.gates import check_gates
 from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
 from pipeline.core.schemas import RESPONSES, check_ids, check_table
 from pipeline.generate.engines.registry import ENGINES, prepare_environment
-from pipeline.generate.generator import answer_content, make_generator, rows_per_part
+from pipeline.generate.generator import answer_content, make_generator, measured, rows_per_part
 from pipeline.generate.params import GenerateParams
-from pipeline.generate.response_counts import STORE, ResponseCounts
+from pipeline.generate.response_counts import CAUSES, STORE, ResponseCounts
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
 
     Raises:
         ArtifactError: the queries are missing or damaged.
-        BackboneError, EngineError: the backbone or the engine cannot be used, or too many rows failed.
+        BackboneError, EngineError: the backbone or the engine cannot be used, too many rows failed, or a gate did.
         WorkError: the disk is full, or another process does the same work.
     """
     params, counts = inputs.generate, ResponseCounts()
@@ -60,15 +61,16 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
         with create(RESPONSES_DIR, kind="responses", params=content, models=models, inputs=[queries]) as out:
             out.write_parts(map(_checked, parts), RESPONSES)
             out.counts = counts.summary()
-    log.info("responses: %s", counts.summary())
+            log.info("responses: %s", counts.summary())
+            facts.update(**_facts(params, counts), **generator.facts.summary())
+            with facts.written_on_failure():
+                check_gates(params.gates, measured(params, counts), CAUSES, EngineError)
+
+
+def _facts(params: GenerateParams, counts: ResponseCounts) -> dict[str, Any]:
     stub = ENGINES[params.engine].stub
-    facts.update(
-        engine=params.engine,
-        counts=counts.summary(),
-        histograms=counts.histograms(),
-        **generator.facts.summary(),
-        **({"stub": stub} if stub else {}),
-    )
+    facts = {"engine": params.engine, "counts": counts.summary(), "histograms": counts.histograms()}
+    return {**facts, **({"stub": stub} if stub else {})}
 
 
 def _checked(table: pa.Table) -> pa.Table:

@@ -100,7 +100,7 @@ class Answers:
             with section("generate"):
                 generator = self._make(store)
                 load = generator.load_engine
-                replace(generator, load_engine=lambda: self._shared(load)).run(ids, _windows(texts))
+                replace(generator, load_engine=lambda: self._shared(load), look=None).run(ids, _windows(texts))
         finally:
             if not self.keeps_engine:
                 self.close()

@@ -6,11 +6,13 @@ tried again by the next run; so an id never has two rows.
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Generator as GeneratorOf
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from time import monotonic
 from typing import Any, NamedTuple
@@ -22,13 +24,14 @@ from pipeline.backbone.loading import BackboneParams, load_tokenizer
 from pipeline.backbone.prompting import PromptFormatter
 from pipeline.core.artifacts import PART_BYTES, write_json
 from pipeline.core.errors import EngineError, nested_in
+from pipeline.core.gates import FIRST_ROWS, warn_of_gates
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import gpu_memory_mib, progress
 from pipeline.generate.engines.base import Completion, Engine, Prompt, Sampling
 from pipeline.generate.engines.registry import build_engine
 from pipeline.generate.params import GenerateParams
-from pipeline.generate.response_counts import DROPPED, STORE, failures
-from pipeline.generate.response_text import strip_thinking
+from pipeline.generate.response_counts import CAUSES, DROPPED, MANY_CUT, STORE, ResponseCounts, failures
+from pipeline.generate.response_text import opens_thinking, strip_thinking
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +70,7 @@ class GenerationFacts:
 class _Query(NamedTuple):
     prompt: Prompt
     truncated: bool
+    control_tokens: bool
 
 
 @dataclass
@@ -79,7 +83,8 @@ class Generator:
         seed: each row's seed follows from this and its id.
         max_failed_fraction: share of failed rows (0 to 1) above which the run fails.
         drop_too_long: record a query that the formatter must cut as dropped, without an answer.
-        strip_thinking: leave `<think>` blocks out of the answers.
+        strip_thinking: leave thinking out of the answers.
+        look: gets the first `FIRST_ROWS` answered rows of the run, once (schema `response_counts.STORE`).
     """
 
     store: ShardStore
@@ -90,9 +95,11 @@ class Generator:
     max_failed_fraction: float
     drop_too_long: bool = False
     strip_thinking: bool = True
+    look: Callable[[pa.Table], None] | None = None
     facts: GenerationFacts = field(default_factory=GenerationFacts)
     failed: dict[str, dict[str, Any]] = field(default_factory=dict)
     _retries: dict[str, _Query] = field(default_factory=dict)
+    _first: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, ids: pa.Array, batches: Iterable[pa.Table]) -> None:
         """Answer the queries that the store lacks; failed ones are tried twice. `ids` are those of all queries.
@@ -126,7 +133,7 @@ class Generator:
             queries = []
             for row_id, formatted in zip(missing, self.formatter.batch(list(missing.values())), strict=True):
                 prompt = Prompt(row_id, formatted.token_ids, row_seed(self.seed, row_id), formatted.text)
-                query = _Query(prompt, formatted.truncated)
+                query = _Query(prompt, formatted.truncated, formatted.control_tokens)
                 if query.truncated and self.drop_too_long:
                     self.store.add(_row(query, "", "error", f"{DROPPED}: longer than max_prompt_tokens"))
                     self.facts.dropped_rows += 1
@@ -188,13 +195,22 @@ class Generator:
         row = _row(query, text, completion.finish_reason)
         row |= {"response_tokens": completion.response_tokens, "thinking": text != completion.text}
         self.store.add(row)
+        self._look_at(row)
         self.facts.computed_rows += 1
         self.facts.prompt_tokens += len(query.prompt.token_ids)
         self.facts.response_tokens += completion.response_tokens
 
+    def _look_at(self, row: dict[str, Any]) -> None:
+        if self.look is None or self.facts.computed_rows >= FIRST_ROWS:
+            return
+        self._first.append(row)
+        if len(self._first) == FIRST_ROWS:
+            self.look(pa.Table.from_pylist(self._first, schema=STORE))
+            self._first.clear()
+
     @cached_property
     def _opens_thinking(self) -> bool:
-        return self.formatter.opens_thinking
+        return opens_thinking(self.formatter.frame)
 
     def _check_answered(self, ids: pa.Array) -> None:
         missing = [row_id for row_id in ids.to_pylist() if row_id not in self.store and row_id not in self.failed]
@@ -230,8 +246,14 @@ def _row(query: _Query, response: str, finish_reason: str, error: str | None = N
         "response_tokens": 0,
         "error": error,
         "truncated": query.truncated,
+        "control_tokens": query.control_tokens,
         "thinking": False,
+        "prompt_hash": _prompt_hash(query.prompt.token_ids),
     }
+
+
+def _prompt_hash(token_ids: Sequence[int]) -> int:
+    return int.from_bytes(hashlib.sha256(array("q", token_ids).tobytes()).digest()[:8]) >> 1
 
 
 def row_seed(seed: int, row_id: str) -> int:
@@ -285,4 +307,19 @@ def make_generator(backbone: BackboneParams, params: GenerateParams, store: Shar
         max_failed_fraction=params.max_failed_fraction,
         drop_too_long=params.too_long == "drop",
         strip_thinking=params.strip_thinking,
+        look=partial(_warn, params),
     )
+
+
+def measured(params: GenerateParams, counts: ResponseCounts) -> dict[str, float]:
+    """What `generate.gates` limits; thinking that was to stay is no defect."""
+    return {name: share for name, share in counts.shares().items() if params.strip_thinking or name != "thinking"}
+
+
+def _warn(params: GenerateParams, rows: pa.Table) -> None:
+    counts = ResponseCounts()
+    deque(counts.through([rows]), maxlen=0)
+    shares = measured(params, counts)
+    warn_of_gates("generate", params.gates, shares, CAUSES)
+    if MANY_CUT < shares["cut"] <= params.gates.cut:
+        log.warning("generate: %.0f %% of the first answers end at max_new_tokens", 100 * shares["cut"])

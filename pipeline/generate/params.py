@@ -10,9 +10,19 @@ from pipeline.generate.engines.base import Sampling
 from pipeline.generate.engines.registry import ENGINES, EngineName
 from pipeline.parallel.devices import Count
 
-VERSION = 1  # goes up if the same answer of an engine gives another row
+VERSION = 2  # goes up if the same answer of an engine gives another row
 
 TooLong = Literal["keep_start", "keep_end", "drop"]
+
+
+class AnswerGates(Params):
+    """Largest shares of the answered rows, 0 to 1; more of them fail the stage, and its answers are kept."""
+
+    empty: float = Field(default=0.1, ge=0, le=1, description="without a character")
+    equal: float = Field(default=0.5, ge=0, le=1, description="that repeat another row's answer")
+    thinking: float = Field(default=0.05, ge=0, le=1, description="with thinking that strip_thinking left")
+    cut: float = Field(default=1.0, ge=0, le=1, description="that end at max_new_tokens")
+    equal_prompts: float = Field(default=0.1, ge=0, le=1, description="that repeat another row's prompt")
 
 
 class GenerateParams(Params):
@@ -26,7 +36,7 @@ class GenerateParams(Params):
     temperature: float = Field(default=0.0, ge=0, description="0 = greedy")
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = Field(default=0, ge=0, description="of sampling; each row has its own, derived from this and its id")
-    strip_thinking: bool = Field(default=True, description="leave out <think> blocks of the answers")
+    strip_thinking: bool = Field(default=True, description="leave thinking out of the answers")
     max_failed_fraction: float = Field(
         default=0.01, ge=0, le=1, description="more failed rows than this fail the stage"
     )
@@ -34,6 +44,7 @@ class GenerateParams(Params):
     tensor_parallel: int = Field(default=1, ge=1, description="GPUs that share one copy of the weights")
     batch_invariant: bool = Field(default=False, description="vLLM on a GPU: equal answers in every batch, slower")
     options: dict[str, Any] = Field(default_factory=dict, description="the engine's own options")
+    gates: AnswerGates = Field(default=AnswerGates(), description="what may be wrong with the answers")
 
     @property
     def sampling(self) -> Sampling:
@@ -44,7 +55,7 @@ class GenerateParams(Params):
         entry = ENGINES[self.engine]
         engine = entry.engine()
         options = {key: value for key, value in self.options.items() if key not in engine.SPEED_OPTIONS}
-        excluded = {"max_failed_fraction", "data_parallel", "tensor_parallel"}
+        excluded = {"max_failed_fraction", "data_parallel", "tensor_parallel", "gates"}
         if self.temperature == 0:
             excluded |= {"seed", "top_p"}
         versions = {"version": VERSION, "engine_version": engine.VERSION}

@@ -1,4 +1,4 @@
-"""Counts of the responses, taken as they are written."""
+"""Counts of the responses, taken as they are written, and the shares that gates limit."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,16 +9,33 @@ import pyarrow.compute as pc
 
 from pipeline.core.histogram import Histogram
 from pipeline.core.schemas import FINISH_REASONS, RESPONSES
-from pipeline.generate.response_text import ends_in_loop
+from pipeline.generate.response_text import ends_in_loop, looks_like_thinking
 
-# The last two are counted in the manifest, so a resumed run must know them of finished rows.
-STORE = RESPONSES.append(pa.field("truncated", pa.bool_(), nullable=False)).append(
-    pa.field("thinking", pa.bool_(), nullable=False)  # a block of it was stripped
+# A resumed run must know these of finished rows too: they are counted.
+_COUNTED = (
+    pa.field("truncated", pa.bool_(), nullable=False),
+    pa.field("control_tokens", pa.bool_(), nullable=False),  # its text spells some
+    pa.field("thinking", pa.bool_(), nullable=False),  # it was stripped
+    pa.field("prompt_hash", pa.int64(), nullable=False),
 )
+STORE = pa.schema([*RESPONSES, *_COUNTED])
 DROPPED = "dropped"  # kind of error of a row that is too long and so not generated
 
 
-UNUSUAL = ("empty_responses", "truncated_prompts", "stripped_thinking", "repetition_loops")
+UNUSUAL = (
+    *("empty_responses", "equal_responses", "left_thinking", "equal_prompts"),
+    *("truncated_prompts", "control_token_prompts", "stripped_thinking", "repetition_loops"),
+)
+# Measure of a gate -> what it counts and what to do.
+CAUSES = {
+    "empty": "of the answers are empty: does strip_thinking leave nothing, is max_new_tokens too low for thinking?",
+    "equal": "of the answers repeat another row's: read some; weights, dtype or template may be broken",
+    "thinking": "of the answers hold thinking: switch it off in chat_template_kwargs",
+    "cut": "of the answers end at max_new_tokens: raise it",
+    "equal_prompts": "of the prompts repeat another row's: the template or max_prompt_tokens leaves out what differs",
+}
+# Share of answers cut at max_new_tokens that is worth a warning, whatever the gate says.
+MANY_CUT = 0.5
 
 
 def failures(rows: Iterable[Mapping[str, Any]]) -> Counter[str]:
@@ -34,6 +51,7 @@ class ResponseCounts:
         self._errors: Counter[str] = Counter()
         self._unusual = dict.fromkeys(UNUSUAL, 0)
         self._prompt_tokens, self._response_tokens = Histogram(), Histogram()
+        self._answers, self._prompts = set[int](), set[int]()
 
     def through(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Count the tables (schema `STORE`) and yield them in schema `RESPONSES`."""
@@ -44,6 +62,22 @@ class ResponseCounts:
     def summary(self) -> dict[str, Any]:
         reasons = {reason: self._reasons[reason] for reason in FINISH_REASONS}
         return {"finish_reason": reasons, **self._unusual, "errors": dict(self._errors)}
+
+    def shares(self) -> dict[str, float]:
+        """The measures of `params.AnswerGates`: shares of the answered rows, 0 to 1."""
+        answered = max(1, self._answered)
+        counts = {
+            "empty": self._unusual["empty_responses"],
+            "equal": self._unusual["equal_responses"],
+            "thinking": self._unusual["left_thinking"],
+            "cut": self._reasons["length"],
+            "equal_prompts": self._unusual["equal_prompts"],
+        }
+        return {name: count / answered for name, count in counts.items()}
+
+    @property
+    def _answered(self) -> int:
+        return self._reasons["stop"] + self._reasons["length"]
 
     def histograms(self) -> dict[str, dict[str, int]]:
         """Answered rows by tokens of the prompt and of the answer."""
@@ -58,9 +92,22 @@ class ResponseCounts:
         self._errors.update(failures(table.filter(failed).select(["error"]).to_pylist()))
         answered = table.filter(pc.invert(failed))
         answers = answered.column("response").to_pylist()
-        self._unusual["empty_responses"] += sum(not answer.strip() for answer in answers)
+        spoken = [answer for answer in answers if answer.strip()]
+        prompts = answered.column("prompt_hash").to_pylist()
+        self._unusual["empty_responses"] += len(answers) - len(spoken)
+        self._unusual["equal_responses"] += len(spoken) - _new(self._answers, map(hash, spoken))
+        self._unusual["equal_prompts"] += len(prompts) - _new(self._prompts, prompts)
+        self._unusual["left_thinking"] += sum(map(looks_like_thinking, spoken))
+        self._unusual["control_token_prompts"] += pc.sum(answered.column("control_tokens")).as_py() or 0
         self._unusual["repetition_loops"] += sum(map(ends_in_loop, answers))
         self._unusual["truncated_prompts"] += pc.sum(answered.column("truncated")).as_py() or 0
         self._unusual["stripped_thinking"] += pc.sum(answered.column("thinking")).as_py() or 0
         self._prompt_tokens.add(answered.column("prompt_tokens").to_pylist())
         self._response_tokens.add(answered.column("response_tokens").to_pylist())
+
+
+def _new(known: set[int], found: Iterable[int]) -> int:
+    """Add numbers to those that are known; returns how many are new."""
+    before = len(known)
+    known.update(found)
+    return len(known) - before

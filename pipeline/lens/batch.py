@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from pipeline.encoder.inference import Encoder
 
 # Covers whatever changes a row.
-VERSION = 2
+VERSION = 3
 # Rows decoded before their answers are printed.
 PRINTED_ROWS = 16
 # Rows of a part, by device: what a kill costs at most, and what shuffled pairs are drawn from.
@@ -60,6 +60,7 @@ class Request:
 
     Attributes:
         backbone: folder or hub name that vLLM loads; None: the recorded one.
+        trust_remote_code: let it run code that comes with it.
         vocabulary: words per compression token; 0: none.
         corpus: of known texts, see `open_index`; None: none.
         count: nearest texts per row.
@@ -73,6 +74,7 @@ class Request:
     vocabulary: int = 8
     corpus: Path | None = None
     count: int = 5
+    trust_remote_code: bool = False
 
 
 def print_answers(encoder: "Encoder", request: Request) -> None:
@@ -165,6 +167,7 @@ def _decoder(encoder: "Encoder", request: Request) -> AbstractContextManager[Dec
         compression_tokens=request.source.tokens or encoder.config.compression_tokens,
         max_new_tokens=request.max_new_tokens,
         backbone=request.backbone,
+        trust_remote_code=request.trust_remote_code,
     )
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.backbone.loading import BackboneParams
-from pipeline.core.errors import EngineError
+from pipeline.core.errors import EngineError, describe
 from pipeline.core.run import progress
 from pipeline.generate.engines.base import Completion, EngineSetup, Sampling, SoftPrompt
 from pipeline.generate.engines.transformers import greedy_config, stop_token_ids
@@ -80,6 +80,7 @@ def open_decoder(
     compression_tokens: int,
     max_new_tokens: int = MAX_NEW_TOKENS,
     backbone: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Iterator[Decoder]:
     """A decoder by the encoder's loaded backbone (`transformers`), or by vLLM in the same dtype.
 
@@ -96,6 +97,7 @@ def open_decoder(
         name=name,
         revision=recorded.get("revision") if name == recorded["name"] else None,
         dtype=str(encoder.model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        trust_remote_code=trust_remote_code,
     )
     with vllm_decoder(params, compression_tokens=compression_tokens, max_new_tokens=max_new_tokens) as decoder:
         yield decoder
@@ -142,14 +144,17 @@ def vllm_decoder(
     config = AutoConfig.from_pretrained(
         backbone.name, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
     )
-    engine = VllmEngine.load(
-        EngineSetup(
-            backbone,
-            max_model_len=compression_tokens + max_new_tokens,
-            options={**_VLLM_OPTIONS, **(options or {})},
-            token_bytes=token_bytes(config.get_text_config(), backbone.dtype),
-        )
+    setup = EngineSetup(
+        backbone,
+        max_model_len=compression_tokens + max_new_tokens,
+        options={**_VLLM_OPTIONS, **(options or {})},
+        token_bytes=token_bytes(config.get_text_config(), backbone.dtype),
     )
+    try:
+        engine = VllmEngine.load(setup)
+    except EngineError as error:  # it may name an option of the stage that generates
+        why = describe(error.__cause__) if error.__cause__ else error.message
+        raise EngineError(f"vLLM cannot decode here ({why}): take transformers", argument="engine") from error
     dtype = getattr(torch, backbone.dtype)
 
     def decoder(soft_prompts: "np.ndarray[Any, Any]") -> list[str]:

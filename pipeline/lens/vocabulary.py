@@ -44,16 +44,13 @@ def words_of(encoder: "Encoder", hidden: "np.ndarray[Any, Any]", count: int) -> 
 def head_logits(model: Any, hidden: "torch.Tensor") -> "torch.Tensor":
     """Logits float32 `[..., V]` of the causal LM `model` for its final-normed hidden states `[..., d]`.
 
-    A soft cap (Gemma) or scale (Cohere, Granite) in the config is applied too, since it changes the probabilities.
+    A soft cap (Gemma) or scale (Cohere, Granite, Falcon-H1) in the config is applied too, since it changes the
+    probabilities.
     """
+    from pipeline.backbone.output_head import configured_transform
+
     logits = model.get_output_embeddings()(hidden).float()
-    config = model.config.get_text_config()
-    if factor := getattr(config, "logit_scale", None):
-        logits = logits * factor
-    if divisor := getattr(config, "logits_scaling", None):
-        logits = logits / divisor
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = (logits / cap).tanh() * cap
+    configured_transform(model.config.get_text_config()).apply_(logits)
     return logits
 
 

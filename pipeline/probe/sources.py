@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from pydantic import model_validator
 
 from pipeline.core.config import Params
-from pipeline.core.errors import EvaluationError
+from pipeline.core.errors import EvaluationError, describe
 from pipeline.tasks.local_dataset import LocalData
 from pipeline.tasks.local_tasks import RetrievalData, load_corpus, load_retrieval, only_judged
 
@@ -123,7 +123,7 @@ def _loading(load: Callable[[], Any], name: str) -> Any:
     try:
         return load()
     except (OSError, ValueError, KeyError) as error:
-        raise EvaluationError(f"data set '{name}' cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise EvaluationError(f"data set '{name}' cannot be loaded: {describe(error)}") from None
 
 
 def _hub_corpus(corpus: Any) -> pa.Table:

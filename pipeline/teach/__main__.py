@@ -7,7 +7,7 @@ python -m pipeline.teach [--params params.yaml]
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +28,7 @@ from pipeline.embed.teachers.registry import TEACHERS
 from pipeline.teach.params import TeachParams
 
 if TYPE_CHECKING:
+    from pipeline.embed.teachers.base import Teacher
     from pipeline.teach.quality import Quality
     from pipeline.teach.recipe import TrainedPhase
 
@@ -132,10 +133,10 @@ def _measure(inputs: Inputs, adapters: Mapping[str, Path], texts: list[str], tas
     echo = partial(load_backbone_teacher, inputs.backbone, template=TEMPLATES["echo"], **shared)
     return measure(
         {
-            BASELINE: partial(load_backbone_teacher, inputs.backbone, **shared),
-            ECHO: partial(load_standardized, echo, texts[: inputs.teach.quality.texts]),
-            MNTP: partial(adapted, [mntp]),
-            SIMCSE: partial(adapted, [mntp, simcse]),
+            BASELINE: partial(_load, load_backbone_teacher, inputs.backbone, **shared),
+            ECHO: partial(_load, load_standardized, echo, texts[: inputs.teach.quality.texts]),
+            MNTP: partial(_load, adapted, [mntp]),
+            SIMCSE: partial(_load, adapted, [mntp, simcse]),
         },
         texts,
         tasks,
@@ -143,6 +144,12 @@ def _measure(inputs: Inputs, adapters: Mapping[str, Path], texts: list[str], tas
         work=work / "quality",
         dtype=teacher.dtype,
     )
+
+
+def _load(load: "Callable[..., Teacher]", *args: Any, **kwargs: Any) -> "Teacher":
+    """A teacher of the section `embed`, whose keys its errors name."""
+    with section("embed"), nested_in("teacher"):
+        return load(*args, **kwargs)
 
 
 def _write(

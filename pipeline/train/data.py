@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.backbone.control_tokens import ControlTokens
 from pipeline.backbone.prompting import PromptFormatter, eos_token_id
 from pipeline.core.errors import TrainingError
 from pipeline.core.vectors import matrix
@@ -116,7 +117,8 @@ def tokenize(
     """
     ids, limit = table["id"].to_pylist(), max_response_tokens
     prompts = formatter.batch(table["text"].to_pylist())
-    answers = tokenizer(table["response"].to_pylist(), add_special_tokens=False, verbose=False)["input_ids"]
+    responses = table["response"].to_pylist()
+    answers = ControlTokens(tokenizer).encode(responses, add_special_tokens=False)["input_ids"]
     _check_none(
         [row for row, answer in zip(ids, answers, strict=True) if not answer], "have a response without a token"
     )

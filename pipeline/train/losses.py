@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.backbone.device import sent
+from pipeline.backbone.device import exact_dtype, sent
 from pipeline.encoder.passes.plain import Passes
 from pipeline.encoder.student import Student
 
@@ -89,12 +89,13 @@ def add_gradients(
     of the gradients, so this equals any other grouping up to rounding.
 
     Returns:
-        The sums of both losses over the batch, `[2]` float64, on the device.
+        The sums of both losses over the batch, `[2]` in `exact_dtype`, on the device.
     """
     soft_prompts, align_sum = _query_side(student, passes, batch, reduction)
     tensors: list[Tensor] = [align * align_sum]
     gradients: list[Tensor | None] = [None]
-    recon_sum = align_sum.new_zeros((), dtype=torch.float64)
+    exact = exact_dtype(align_sum.device)
+    recon_sum = align_sum.new_zeros((), dtype=exact)
     if reconstruct:
         parts = [part.detach().requires_grad_() for part in torch.split(soft_prompts, list(sizes))]
         starts = accumulate(sizes, initial=0)
@@ -105,4 +106,4 @@ def add_gradients(
         tensors.append(soft_prompts)
         gradients.append(torch.cat([part.grad for part in parts]))  # type: ignore[misc]
     torch.autograd.backward(tensors, gradients)
-    return torch.stack([align_sum.detach().double(), recon_sum])
+    return torch.stack([align_sum.detach().to(exact), recon_sum])

@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
+from pipeline.backbone.device import exact_dtype
 from pipeline.backbone.sizes import ModelSizes
 from pipeline.core.errors import TrainingError
 from pipeline.encoder.passes.plain import Passes
@@ -274,9 +275,10 @@ class Trainer:
         return self.accelerator.reduce(totals, "sum")
 
     def _add_gradients(self, batch: list[int], scale: int = 1) -> Tensor:
-        """Gradients of this process's share, times `scale`; its share of both means, `[2]` float64."""
+        """Gradients of this process's share, times `scale`; its share of both means, `[2]` in `exact_dtype`."""
         params, tokens = self.params, sum(response for _, response in self.rows.sizes(batch))
-        totals = torch.zeros(2, dtype=torch.float64, device=self.student.tokens.device)
+        device = self.student.tokens.device
+        totals = torch.zeros(2, dtype=exact_dtype(device), device=device)
         for passes, weight in self._groups(batch):
             align, recon = weight / len(batch), weight / max(1, tokens)
             sums = add_gradients(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeline.backbone.device import exact_dtype
 from pipeline.core.vectors import rank_own
 from pipeline.train.params import Score
 
@@ -91,7 +92,8 @@ def heldout_scores(rows: Any, own: OwnPasses, student: Any, passes: Any, acceler
     import torch
 
     embeddings = torch.zeros(len(rows), rows.width, device=student.tokens.device)
-    totals = torch.zeros(2, dtype=torch.float64, device=student.tokens.device)
+    device = student.tokens.device
+    totals = torch.zeros(2, dtype=exact_dtype(device), device=device)
     with torch.no_grad():
         for indices, weight in own:
             batch = rows.batch(indices)

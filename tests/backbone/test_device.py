@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.backbone.device import best_device, cuda_problem
+from pipeline.backbone.device import best_device, check_device, cuda_problem, exact_dtype
 from pipeline.core.errors import BackboneError
 
 
@@ -63,3 +63,17 @@ def test_hidden_gpus_are_named(cuda_build: pytest.MonkeyPatch, tmp_path: Path) -
 def test_the_cpu_may_be_chosen_on_purpose(cuda_build: pytest.MonkeyPatch) -> None:
     cuda_build.setenv("PIPELINE_DEVICE", "cpu")
     assert best_device() == "cpu"
+
+
+def test_apples_gpu_sums_in_float32() -> None:
+    assert exact_dtype(torch.device("mps")) == torch.float32
+    assert exact_dtype(torch.device("cpu")) == torch.float64
+
+
+def test_an_empty_message_is_still_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr("torch.empty", refuse)
+    with pytest.raises(BackboneError, match="^device: mps cannot be used here: RuntimeError$"):
+        check_device("mps")

@@ -270,3 +270,47 @@ def test_a_teacher_that_is_not_there(configure: Configure) -> None:
 def test_unknown_key(configure: Configure) -> None:
     configure(nane="x")
     fails("embed.teacher.nane: unknown key (did you mean 'name'?)")
+
+
+# --- gates ----------------------------------------------------------------------------------------------------------
+
+
+class FlawedTeacher(HashTeacher):
+    """A vector of zeros for answers that begin with z, a long one for those with l, one and the same for s."""
+
+    def _vector(self, text: str) -> np.ndarray:
+        vector = super()._vector("same" if text.startswith("s") else text)
+        return vector * np.float32({"z": 0.0, "l": 1000.0}.get(text[0], 1.0))
+
+
+@pytest.mark.parametrize(
+    ("letter", "count", "message", "gate"),
+    [
+        ("z", 2, "embed.gates.zero: 0.1 of the targets have length 0", {"zero": 0.1}),
+        ("l", 2, "embed.gates.odd_length: 0.1 of the targets are over 10 times longer", {}),
+        ("s", 12, "embed.gates.equal: 0.55 of the targets repeat", {"equal": 0.55}),
+        ("s", 20, "gates.cosine: 1 is the mean cosine of two targets", {"equal": 1.0, "cosine": 1.0}),
+    ],
+)
+def test_a_gate_that_fails_publishes_nothing_and_keeps_the_vectors(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, letter: str, count: int, message: str, gate: dict[str, float]
+) -> None:
+    monkeypatch.setattr("pipeline.embed.teachers.stub.HashTeacher", FlawedTeacher)
+    write_responses([f"{letter if index < count else 'a'} {index}" for index in range(20)])
+    configure()
+    fails(message)
+    # A vector of zeros is also over ten times shorter than the median.
+    configure(embed={"gates": {"odd_length": 0.1, **gate}})
+    assert invoke().exit_code == 0
+    assert (facts()["computed_rows"], facts()["reused_rows"]) == (0, 20)
+
+
+def test_the_first_thousand_vectors_warn_before_the_end(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.embed.teachers.stub.HashTeacher", FlawedTeacher)
+    write_responses([f"s {index}" for index in range(1100)])
+    configure(batch_size=32)
+    fails("embed.gates.equal")
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len([line for line in warnings if "repeat another row's" in line and "gates.equal" in line]) == 1

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from pipeline.__main__ import app
 from pipeline.backbone.loading import BackboneParams, Keep, Template, identify, load_backbone, load_tokenizer
 from pipeline.backbone.lora import LoraParams, adapter_parameters, add_adapter
 from pipeline.core.artifacts import create
@@ -140,7 +142,9 @@ def test_encode_of_nothing(encoder: Encoder) -> None:
 def test_an_empty_text_under_the_raw_template_reads_as_eos(encoder: Encoder) -> None:
     config = encoder.config.model_copy(update={"template": "raw"})
     raw = Encoder(encoder.model, encoder.tokenizer, encoder.student, config, {})
-    np.testing.assert_allclose(raw.encode(["", "b"])[0], raw.encode([encoder.tokenizer.eos_token])[0], atol=1e-5)
+    hidden = plain_passes(encoder.model).query_pass([[encoder.tokenizer.eos_token_id]], encoder.student.tokens, 3)
+    expected = encoder.student.embedding(encoder.student.soft_prompts(hidden))[0].detach().numpy()
+    np.testing.assert_allclose(raw.encode(["", "b"])[0], expected, atol=1e-5)
     assert raw.encode([""]).shape == (1, 5)
 
 
@@ -295,3 +299,8 @@ def test_code_of_a_backbone_runs_for_the_caller_who_says_so_only(
     with pytest.raises(BackboneError, match="contains custom code"):
         read_encoder(Path("encoder"))
     assert type(read_encoder(Path("encoder"), trust_remote_code=True).model).__name__ == "OwnModel"
+    Path("texts.txt").write_text("one\n")
+    command = ["encode", "--model", "encoder", "--input", "texts.txt", "--output", "out.npy"]
+    assert "--trust-remote-code" in CliRunner().invoke(app, command).stderr
+    assert CliRunner().invoke(app, [*command, "--trust-remote-code"]).exit_code == 0
+    assert np.load("out.npy").shape == (1, 5)

@@ -30,6 +30,7 @@ def write_folder(
     recorded: dict[str, str] | None = None,
     transform: TargetTransform | None = None,
     share: float = 1.0,
+    chat_template_kwargs: dict[str, Any] | None = None,
     **card: Any,
 ) -> Path:
     """Write the encoder folder `out`; `recorded` is the identity of the backbone that it names."""
@@ -37,8 +38,9 @@ def write_folder(
     model = load_backbone(params)
     student = new_student(model, width, compression_tokens=compression_tokens, thought_tokens=thought_tokens, seed=1)
     config = EncoderConfig(
-        backbone=recorded or identify(str(backbone), None), chat_template_kwargs={}, template=template,
-        max_query_tokens=max_query_tokens, keep=keep, compression_tokens=compression_tokens,
+        backbone=recorded or identify(str(backbone), None), template=template,
+        chat_template_kwargs=chat_template_kwargs or {}, max_query_tokens=max_query_tokens, keep=keep,
+        compression_tokens=compression_tokens,
         thought_tokens=thought_tokens, hidden=student.hidden, width=width, teacher={"name": "t"}, lora=lora,
         transform=transform.identity if transform else None, response_share=share,
     )  # fmt: skip

@@ -30,7 +30,15 @@ from pipeline.tasks.instructions import load_instructions
 from tests.evaluate.fakes import retrieval_folder, sts_folder
 from tests.export.encoder_folders import write_folder
 
-TEXTS = ["a", "Why is the sky blue?", "", "mid size ünïcode ✓", "long " * 40, "a much longer text than the others"]
+TEXTS = [
+    "a",
+    "Why is the sky blue?",
+    "<|end|> and <|bot|>",
+    "",
+    "mid size ünïcode ✓",
+    "long " * 40,
+    "a much longer text than the others",
+]
 LORA = LoraParams(rank=2, alpha=4.0)
 
 
@@ -624,3 +632,19 @@ def test_a_published_folder_shows_the_scores_of_this_encoder_only(
         publish(folder, Path("out/mine"))
     assert publish(folder, Path("out/bare")) == []
     assert NO_RESULTS in Path("out/bare/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("template", "kwargs"),
+    [
+        ("{% for part in messages[0]['content'] %}<|user|>{{ part['text'] }}{% endfor %}<|end|>", {}),
+        ("{{ strftime_now('%d %b') }}{{ messages[0]['content'] }}<|end|>", {"strftime_now": "2024-07-26"}),
+    ],
+)
+def test_templates_of_parts_and_of_a_date_read_as_ours(
+    workspace: Path, tiny_backbone: Callable[..., Path], template: str, kwargs: dict[str, Any]
+) -> None:
+    backbone = Path(shutil.copytree(tiny_backbone("llama"), "own"))
+    (backbone / "chat_template.jinja").write_text(template)
+    folder = write(Path("encoder"), backbone, template="chat", chat_template_kwargs=kwargs)
+    np.testing.assert_allclose(load(folder).encode(TEXTS), read_encoder(folder).encode(TEXTS), atol=1e-5)

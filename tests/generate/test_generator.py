@@ -200,18 +200,40 @@ def test_truncated_empty_and_looping_rows_are_counted_also_after_a_resume(run: R
             answers = {"00": " \n", "01": "", "02": "round and " * 20, "03": "<think>hm</think> yes"}
             return (Completion(p.id, answers.get(p.id, "x"), "length", 4) for p in prompts)
 
-    queries = QUERIES | {"long": "much too long " * 9}
+    queries = QUERIES | {"long": "much too long " * 9, "05": "a <|end|>"}
     for _ in range(2):
         _, table = run(Mute(), queries)
         assert counts(table) == {
             "finish_reason": {"stop": 0, "length": 21, "error": 0},
             "empty_responses": 2,
+            "equal_responses": 16,
+            "left_thinking": 0,
+            "equal_prompts": 0,
             "truncated_prompts": 1,
+            "control_token_prompts": 1,
             "stripped_thinking": 1,
             "repetition_loops": 1,
             "errors": {},
         }
     assert table["response"].to_pylist()[3] == "yes"
+
+
+def test_the_first_rows_are_looked_at_once_and_those_of_the_store_are_not(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "FIRST_ROWS", 8)
+    seen: list[pa.Table] = []
+    run(FakeEngine(), look=seen.append)
+    [first] = seen
+    assert (first.num_rows, first.schema) == (8, STORE)
+    run(FakeEngine(), QUERIES | {f"new {index}": f"new {index}" for index in range(7)}, look=seen.append)
+    assert len(seen) == 1
+
+
+def test_prompts_that_became_equal_are_counted(run: Run) -> None:
+    """A limit that cuts what differs."""
+    _, table = run(FakeEngine(), {"a": "same beginning 1", "b": "same beginning 2", "c": "other"}, max_tokens=12)
+    assert counts(table)["equal_prompts"] == 1
 
 
 def test_failed_rows_are_counted_by_reason_and_not_as_empty(run: Run) -> None:
@@ -306,6 +328,7 @@ def params(**keys: Any) -> GenerateParams:
 def test_speed_and_tolerance_do_not_change_the_content() -> None:
     base = params().content()
     speed = params(options={"delay": 1.0}, max_failed_fraction=0.5, data_parallel=2, tensor_parallel=4)
+    assert params(gates={"empty": 0.9}).content() == base
     assert speed.content() == base
     assert base["stub"] is True
     assert params(seed=1, top_p=0.5).content() == base  # greedy reads neither

@@ -2,7 +2,16 @@
 
 import pytest
 
-from pipeline.generate.response_text import COPIES, LONGEST_PIECE, LOOP_CHARS, ends_in_loop, strip_thinking
+from pipeline.generate.response_text import (
+    COPIES,
+    LONGEST_PIECE,
+    LOOP_CHARS,
+    ends_in_loop,
+    looks_like_thinking,
+    opens_thinking,
+    strip_thinking,
+    thinking,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +45,53 @@ def test_thinking_that_the_prompt_opened_and_the_limit_cut_is_no_answer() -> Non
     assert strip_thinking("Okay, the user asks", opened=True, cut=True) == ""
     assert strip_thinking("hm</think> Four and", opened=True, cut=True) == "Four and"
     assert strip_thinking("Four and", cut=True) == "Four and"
+
+
+# By family: Magistral, Seed, Kimi, OpenThinker, Command A, and gpt-oss with and without its control tokens.
+OTHER_FAMILIES = [
+    "[THINK]hm, two[/THINK]Four.",
+    "<seed:think>hm, two</seed:think>Four.",
+    "\u25c1think\u25b7hm\u25c1/think\u25b7\n\nFour.",
+    "<|begin_of_thought|>hm<|end_of_thought|>\nFour.",
+    "<|START_THINKING|>hm<|END_THINKING|>Four.",
+    "<reasoning>hm</reasoning>Four.",
+    "<|channel|>analysis<|message|>We add.<|end|><|start|>assistant<|channel|>final<|message|>Four.",
+    "analysisWe add.assistantfinalFour.",
+]
+
+
+@pytest.mark.parametrize("text", OTHER_FAMILIES)
+def test_thinking_of_other_families(text: str) -> None:
+    assert strip_thinking(text) == "Four."
+    assert looks_like_thinking(text)
+    unfinished = text[: text.index("hm" if "hm" in text else "We add") + 4]
+    assert strip_thinking(unfinished, cut=True) == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["analysis of the question", "analysis", "Analysis: four.", "An [THINK] tag.", "use `</think>` to close it"]
+)
+def test_words_that_only_resemble_thinking(text: str) -> None:
+    assert strip_thinking(text, cut=True) == text
+    assert not looks_like_thinking(text)
+
+
+@pytest.mark.parametrize("text", ["hm, two\n</think>\n\nFour.", "hm, two </think>\nFour.", "analysisWe add and stop"])
+def test_thinking_that_was_left(text: str) -> None:
+    assert strip_thinking(text) == text
+    assert looks_like_thinking(text)
+
+
+def test_a_prompt_may_open_the_block() -> None:
+    assert opens_thinking("<|user|>q<|bot|><think>\n")
+    assert opens_thinking("q[THINK]")
+    assert not opens_thinking("<think></think>q")
+    assert strip_thinking("hm[/THINK]Four.", opened=True) == "Four."
+
+
+def test_thinking_that_came_apart_is_stripped_again() -> None:
+    assert strip_thinking(thinking("hm", "Four.")) == "Four."
+    assert strip_thinking(thinking("hm", None)) == ""
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The generate stage as a user runs it: whole, killed, interrupted, grown, and with what it cannot use."""
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -85,7 +86,11 @@ def test_manifest_and_record_say_what_made_the_rows(configure: Configure) -> Non
     counts = {
         "finish_reason": {"stop": 30, "length": 1, "error": 0},
         "empty_responses": 0,
+        "equal_responses": 0,
+        "left_thinking": 0,
+        "equal_prompts": 0,
         "truncated_prompts": 1,
+        "control_token_prompts": 0,
         "stripped_thinking": 0,
         "repetition_loops": 0,
         "errors": {},
@@ -106,7 +111,7 @@ def test_manifest_and_record_say_what_made_the_rows(configure: Configure) -> Non
 
 
 def test_transformers_engine_writes_real_rows(configure: Configure) -> None:
-    configure(engine="transformers", max_new_tokens=5)
+    configure(engine="transformers", max_new_tokens=5, gates={"equal": 1.0})  # random weights repeat themselves
     write_queries(TEXTS[:5])
     assert invoke().exit_code == 0
     table = open_artifact(RESPONSES_DIR, "responses").read()
@@ -272,3 +277,47 @@ def test_prompt_limit_below_the_template(configure: Configure) -> None:
 def test_unknown_key(configure: Configure) -> None:
     configure(max_new_token=3)
     fails("generate.max_new_token: unknown key (did you mean 'max_new_tokens'?)")
+
+
+# --- gates ----------------------------------------------------------------------------------------------------------
+
+ALIKE = [f"the same long beginning, then {index}" for index in range(20)]
+
+
+def test_a_gate_that_fails_publishes_nothing_and_keeps_the_rows(configure: Configure) -> None:
+    """Twenty queries that the limit cuts to one prompt: nineteen repeat it, and so do their answers."""
+    cut = {"max_prompt_tokens": 20, "max_new_tokens": 64}
+    write_queries(ALIKE)
+    configure(**cut)
+    fails("generate.gates.equal: 0.95 of the answers repeat")
+    fails("gates.equal_prompts: 0.95 of the prompts repeat another row's")
+    assert facts()["counts"]["equal_prompts"] == 19  # the record shows what failed
+    configure(**cut, gates={"equal": 1.0, "equal_prompts": 1.0})
+    assert invoke().exit_code == 0
+    assert (facts()["computed_rows"], facts()["reused_rows"]) == (0, 20)
+    assert "gates" not in open_artifact(RESPONSES_DIR, "responses").manifest.params["generate"]
+
+
+def test_a_share_at_its_limit_passes(configure: Configure) -> None:
+    write_queries(ALIKE)
+    configure(max_prompt_tokens=20, max_new_tokens=64, gates={"equal": 0.95, "equal_prompts": 0.95})
+    assert invoke().exit_code == 0
+
+
+def test_the_first_thousand_rows_warn_before_the_end(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
+    write_queries([f"the same long beginning, then {index}" for index in range(1005)])
+    configure(max_prompt_tokens=20, max_new_tokens=19)
+    fails("gates.equal")
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [line for line in warnings if "0.999 of the prompts repeat" in line and "gates.equal_prompts" in line]
+    assert [line for line in warnings if "100 % of the first answers end at max_new_tokens" in line]
+
+
+def test_a_template_that_drops_the_text_is_refused_before_the_engine_starts(
+    configure: Configure, tiny_backbone: Callable[..., Path]
+) -> None:
+    folder = Path(shutil.copytree(tiny_backbone("llama"), "mute"))
+    (folder / "chat_template.jinja").write_text("<|user|>hello<|end|><|bot|>")
+    configure(backbone=folder)
+    write_queries(TEXTS[:5])
+    fails("leaves the user's text out")

@@ -1,8 +1,9 @@
 """vLLM's prompt embeddings beside transformers; the messages without vLLM's processes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,26 @@ def test_answers_come_back_in_the_order_of_the_rows_and_a_refused_row_is_named()
     assert _in_order(good, 2) == ["a", "b"]
     with pytest.raises(EngineError, match="soft prompt 3: too long"):
         _in_order([Completion("3", "", "error", 0, "too long")], 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (EngineError("nothing is left of the GPU", argument="options.gpu_memory_utilization"), "nothing is left"),
+        (EngineError("check options.gpu_memory_utilization", argument="engine"), "ValueError: no such model"),
+    ],
+)
+def test_what_keeps_vllm_from_starting_is_an_option_of_decode(
+    tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, error: EngineError, message: str
+) -> None:
+    def refuse(setup: Any) -> None:
+        raise error from (ValueError("no such model") if error.argument == "engine" else None)
+
+    monkeypatch.setattr("pipeline.generate.engines.vllm.VllmEngine.load", refuse)
+    decoder = vllm_decoder(BackboneParams(name=str(tiny_backbone()), dtype="float32"), compression_tokens=2)
+    with pytest.raises(EngineError, match=rf"^engine: vLLM cannot decode here \({message}.*transformers$") as caught:
+        decoder.__enter__()
+    assert "options" not in str(caught.value)
 
 
 @pytest.fixture

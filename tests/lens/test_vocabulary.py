@@ -97,3 +97,21 @@ def test_no_more_words_than_there_are() -> None:
     [words] = nearest_vocabulary(make_encoder(), ["q"], count=10_000)
     assert {len(token) for token in words} == {260}
     np.testing.assert_allclose([sum(word.probability for word in token) for token in words], 1, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # its kernels are not installed
+def test_falcons_multiplier_reaches_the_probabilities() -> None:
+    from transformers import AutoModelForCausalLM, FalconH1Config
+
+    torch.manual_seed(0)
+    config = FalconH1Config(
+        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1,
+        mamba_d_state=8, mamba_chunk_size=8, lm_head_multiplier=0.125, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        found = head_logits(model, model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -19,13 +19,14 @@ from pipeline.backbone.loading import BackboneParams, identify, load_backbone
 from pipeline.core import fault_points
 from pipeline.core.artifacts import open_artifact
 from pipeline.core.config import load
-from pipeline.core.errors import EvaluationError, TeacherError
+from pipeline.core.errors import EvaluationError, TeacherError, section
 from pipeline.core.run import RunRecord
 from pipeline.embed.__main__ import app as embed_app
 from pipeline.embed.params import TeacherParams
+from pipeline.embed.teachers.backbone import load_backbone_teacher
 from pipeline.embed.teachers.load import load_teacher
 from pipeline.teach import quality
-from pipeline.teach.__main__ import Inputs, app, run
+from pipeline.teach.__main__ import Inputs, _load, app, run
 from tests.conftest import ROOT
 from tests.evaluate.fakes import write_folder
 from tests.stage_runs import folder_bytes, start, write_params, write_queries, write_responses
@@ -233,3 +234,9 @@ def test_a_teacher_that_is_worse_warns_or_fails_and_leaves_its_record(
         teach()
     assert "the trained teacher scores 0.4000" in caplog.text
     assert open_artifact(Path("models/teacher"), "teacher").manifest.params["asked"] is True
+
+
+def test_errors_of_the_teacher_name_the_section_that_has_it(tiny_backbone: Callable[..., Path]) -> None:
+    backbone = BackboneParams(name=str(tiny_backbone()), dtype="float32")
+    with pytest.raises(TeacherError, match=r"^embed\.teacher\.max_tokens: 513 exceeds"), section("teach"):
+        _load(load_backbone_teacher, backbone, max_tokens=513, dtype="float32", batch_size=1)

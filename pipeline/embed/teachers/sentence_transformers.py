@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.backbone.control_tokens import ControlTokens
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import DType, hub_reason, identify, placement, without_weight_bars
 from pipeline.core.errors import BackboneError, TeacherError
@@ -49,6 +50,7 @@ class SentenceTransformersTeacher:
         self._model = load_model(name, revision, dtype, device, trust_remote_code).eval()
         self.max_tokens = limit_tokens(self._model, name, max_tokens)
         self._batch_tokens, self._prompt = token_budget(batch_tokens, self._model.device.type), prompt
+        read_control_tokens_as_text(self._model.tokenizer, prompt)
         self.width = int(self._model.get_embedding_dimension())
         self.identity = {
             **identify(name, revision),
@@ -85,6 +87,14 @@ class SentenceTransformersTeacher:
         if hasattr(tokenizer, "encode_batch"):  # static word vectors come with a bare `tokenizers.Tokenizer`
             return [len(row.ids) for row in tokenizer.encode_batch(prompted, add_special_tokens=False)]
         return [len(ids) for ids in tokenizer(prompted, truncation=False, verbose=False)["input_ids"]] if texts else []
+
+
+def read_control_tokens_as_text(tokenizer: Any, prompt: str) -> None:
+    """Have a tokenizer read what texts spell (`[SEP]`, `</s>`) as ordinary characters, unless the prompt needs it."""
+    if hasattr(tokenizer, "encode_batch"):  # a bare `tokenizers.Tokenizer`
+        tokenizer.encode_special_tokens = True
+    elif not ControlTokens(tokenizer).within(prompt):
+        tokenizer.split_special_tokens = True
 
 
 def limit_tokens(model: Any, name: str, max_tokens: int) -> int | None:

@@ -6,13 +6,15 @@ A template holds `{text}` at least once. Tokens are pooled from the last `{text}
     echo (Springer et al. 2024)  only the second reading is pooled, for which a causal model has the whole text
     one-word (PromptEOL, Jiang et al. 2023)  pooled by `last`: the state that predicts the word
 
-Special tokens that the tokenizer adds are read and not pooled, except with `mean-all`.
+Special tokens that the tokenizer adds are read and not pooled, except with `mean-all`. Control tokens that a text
+spells are read as ordinary characters, unless the template itself holds some.
 """
 
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from pipeline.backbone.control_tokens import ControlTokens
 from pipeline.core.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -71,11 +73,13 @@ class TemplateTokenizer:
         self._special_tokens = special_tokens
         self._slots = len(self._parts) - 1
         self._bare = self._parts == ["", ""]
+        self._control = ControlTokens(tokenizer)
+        self._holds_control = any(map(self._control.within, self._parts))
         if self._slots < 1:
             raise TeacherError(f"template {template!r} holds no {SLOT}")
         if not self._bare and not tokenizer.is_fast:
             raise TeacherError(f"template {template!r}: the tokenizer of '{tokenizer.name_or_path}' gives no offsets")
-        self._overhead = self._lengths(["".join(self._parts)])[0]
+        self._overhead = self._lengths([""])[0]
         if self._overhead + self._slots > max_tokens:
             raise TeacherError(
                 f"{max_tokens} leaves no room for a text: template and special tokens take {self._overhead}",
@@ -95,10 +99,11 @@ class TemplateTokenizer:
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each whole text, with special tokens and template."""
-        return self._lengths([self._render(text) for text in self._prepared(texts)]) if texts else []
+        return self._lengths(self._prepared(texts)) if texts else []
 
-    def _lengths(self, rendered: Sequence[str]) -> list[int]:
-        encoded = self._tokenizer(list(rendered), add_special_tokens=self._special_tokens, verbose=False)
+    def _lengths(self, texts: Sequence[str]) -> list[int]:
+        rendered = [self._render(text) for text in texts]
+        encoded = self._encode(texts, rendered, add_special_tokens=self._special_tokens)
         return [len(ids) for ids in encoded["input_ids"]]
 
     def _prepared(self, texts: Sequence[str]) -> list[str]:
@@ -107,13 +112,16 @@ class TemplateTokenizer:
     def _render(self, text: str) -> str:
         return text.join(self._parts)
 
+    def _encode(self, texts: Sequence[str], rendered: Sequence[str], **options: Any) -> dict[str, list[Any]]:
+        return self._control.encode(rendered, [] if self._holds_control else texts, **options)
+
     def _cut(self, text: str) -> str:
-        offsets = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ends = [end for _, end in offsets["offset_mapping"]]
+        encoded = self._encode([text], [text], add_special_tokens=False, return_offsets_mapping=True)
+        ends = [end for _, end in encoded["offset_mapping"][0]]
         count = min((self.max_tokens - self._overhead) // self._slots, len(ends))
         while count > 0:
             beginning = text[: ends[count - 1]]
-            excess = self._lengths([self._render(beginning)])[0] - self.max_tokens
+            excess = self._lengths([beginning])[0] - self.max_tokens
             if excess <= 0:
                 return beginning
             count -= math.ceil(excess / self._slots)
@@ -122,14 +130,14 @@ class TemplateTokenizer:
     def _tokens(self, texts: Sequence[str], rendered: Sequence[str]) -> list[Tokens]:
         if not rendered:
             return []
-        encoded = self._tokenizer(
-            list(rendered),
+        encoded = self._encode(
+            texts,
+            rendered,
             add_special_tokens=self._special_tokens,
             truncation=True,
             max_length=self.max_tokens,
             return_special_tokens_mask=True,
             return_offsets_mapping=not self._bare,
-            verbose=False,
         )
         rows = []
         for index, ids in enumerate(encoded["input_ids"]):

@@ -25,6 +25,7 @@ _OTHER_FOLDERS = {
     "modules.json": "another model of sentence-transformers",
 }
 _COMMIT = re.compile("[0-9a-f]{40}")
+_TRUSTED = "if you trust its code, add --trust-remote-code"
 _ELSEWHERE = "say where a copy of it is by --backbone PATH (in Python backbone=PATH)"
 
 
@@ -65,7 +66,8 @@ def read_encoder(
         try:
             backbone = load_backbone(params, device, quantize)
         except BackboneError as error:
-            raise BackboneError(f"{error}; {_ELSEWHERE}") from None
+            trusted = f"; {_TRUSTED}" if "custom code" in error.message and not trust_remote_code else ""
+            raise BackboneError(f"{error}; {_ELSEWHERE}{trusted}") from None
     _check_sizes(config, backbone, tokenizer, other=other is not None)
     adapted = load_adapter(backbone, path / ADAPTER, config.lora) if config.lora else None
     identity = _identity_of(path, config, other)

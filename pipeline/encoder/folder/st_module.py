@@ -23,6 +23,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -307,7 +308,8 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
 class _Prompts:
     """Texts as at most `limit` prompt tokens; of a longer text the side `keep` (start or end) is kept.
 
-    `raw` is the text with the tokenizer's special tokens, `chat` the tokenizer's chat template around it.
+    `raw` is the text with the tokenizer's special tokens, `chat` the tokenizer's chat template around it. A control
+    token that a text spells is read as ordinary characters.
     """
 
     def __init__(
@@ -315,13 +317,24 @@ class _Prompts:
     ) -> None:
         """Raises ValueError if the template is unknown, missing or longer than `limit`, or `keep` is unknown."""
         self._tokenizer, self._template, self._limit = tokenizer, template, limit
-        self._kwargs, self._keep = chat_template_kwargs, keep
+        self._kwargs, self._keep, self._in_parts = dict(chat_template_kwargs), keep, False
+        if today := self._kwargs.get("strftime_now"):
+            self._kwargs["strftime_now"] = datetime.fromisoformat(today).strftime
+        added = {token.content: (id_, token) for id_, token in tokenizer.added_tokens_decoder.items()}
+        special = {name for name, (_, token) in added.items() if token.special} | {*tokenizer.all_special_tokens}
+        ordinary = {tokenizer.mask_token, tokenizer.unk_token}
+        self._control = {name: entry for name, entry in added.items() if name in special - ordinary}
+        spellings = sorted(self._control, key=len, reverse=True)
+        self._spelt = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
+        self._splitting = re.compile("|".join(map(self._with_space, spellings)) or r"(?!)")
         if keep not in ("start", "end"):
             raise ValueError(f"{CONFIG_FILE}: keep is '{keep}', known are start and end")
         if template not in ("raw", "chat"):
             raise ValueError(f"{CONFIG_FILE}: template is '{template}', known are raw and chat")
         if template == "chat" and not tokenizer.chat_template:
             raise ValueError("this encoder needs its tokenizer's chat template, and the folder has none")
+        # Some templates print content parts only.
+        self._in_parts = template == "chat" and not self._prints_strings()
         [self._frame] = self._ids([""])
         if len(self._frame) >= limit:
             raise ValueError(f"max_seq_length is {limit}, the {template} template takes {len(self._frame)} by itself")
@@ -360,7 +373,8 @@ class _Prompts:
         return self._fitting(len(nothing), offsets, lambda count: prefix + behind[offsets[-count][0] :], nothing)
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
-        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        options = {"split_special_tokens": bool(self._spelt.search(text)), "verbose": False}
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **options)
         return list(encoding["offset_mapping"])
 
     def _fitting(
@@ -384,12 +398,42 @@ class _Prompts:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        if self._template == "chat":
-            texts = [self._rendered(text) for text in texts]
-        return list(self._tokenizer(texts, add_special_tokens=self._template == "raw", verbose=False)["input_ids"])
+        raw = self._template == "raw"
+        read = texts if raw else [self._rendered(text) for text in texts]
+        rows = list(self._tokenizer(read, add_special_tokens=raw, verbose=False)["input_ids"])
+        for row, text in enumerate(texts):
+            if self._spelt.search(text):
+                rows[row] = self._plain(text, special=True) if raw else self._apart(text)
+        return rows
+
+    def _apart(self, text: str) -> list[int]:
+        """Ids of the template around a text in which only what the template writes becomes a control token."""
+        free = (char for char in map(chr, range(0xF0000, 0xFFFFE)) if char not in text)
+        marks = {spelt: next(free) for spelt in dict.fromkeys(self._spelt.findall(text))}
+        back = {ord(mark): spelt for spelt, mark in marks.items()}
+        rendered, ids, end = self._rendered(self._spelt.sub(lambda match: marks[match[0]], text)), [], 0
+        for match in self._splitting.finditer(rendered):
+            ids += self._plain(rendered[end : match.start()].translate(back))
+            ids += [self._control[spelt][0] for spelt in self._spelt.findall(match[0])]
+            end = match.end()
+        return ids + self._plain(rendered[end:].translate(back))
+
+    def _plain(self, text: str, special: bool = False) -> list[int]:
+        options = {"split_special_tokens": True, "verbose": False}
+        return list(self._tokenizer(text, add_special_tokens=special, **options)["input_ids"]) if text else []
+
+    def _with_space(self, spelling: str) -> str:
+        token = self._control[spelling][1]
+        return (r"\s*" if token.lstrip else "") + re.escape(spelling) + (r"\s*" if token.rstrip else "")
+
+    def _prints_strings(self) -> bool:
+        try:
+            return "copper 7315" in self._rendered("Copper 7315").lower()
+        except Exception:  # a template may fail in any way
+            return False
 
     def _rendered(self, text: str) -> str:
-        message = [{"role": "user", "content": text}]
+        message = [{"role": "user", "content": [{"type": "text", "text": text}] if self._in_parts else text}]
         return self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **self._kwargs)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.backbone.loading import BackboneParams, DType, load_tokenizer
 from pipeline.backbone.prompting import PromptFormatter
 from pipeline.core.artifacts import check_new, create, read_manifest, write_json
-from pipeline.core.errors import BackboneError, TrainingError
+from pipeline.core.errors import BackboneError, TrainingError, describe
 from pipeline.core.text import templates
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.export.merged.folder import old_rope_keys
@@ -68,7 +68,7 @@ def _structure(config: EncoderConfig, name: str) -> BackboneStructure:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(described)
     except (OSError, ValueError) as error:
-        raise BackboneError(f"cannot read the config of backbone '{name}': {str(error).splitlines()[0]}") from None
+        raise BackboneError(f"cannot read the config of backbone '{name}': {describe(error)}") from None
     embeddings = model.get_input_embeddings()
     if type(embeddings) is not torch.nn.Embedding:
         kind = type(embeddings).__name__

@@ -1,4 +1,4 @@
-"""Checks before an engine starts and before it takes a prompt, and how failures are described."""
+"""Checks before an engine starts and before it takes a prompt."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -54,9 +54,3 @@ def stop_tokens(*eos: int | list[int] | None) -> list[int]:
     """Every token that one of these EOS settings names, ascending."""
     named = [token for setting in eos for token in (setting if isinstance(setting, list) else [setting])]
     return sorted({token for token in named if token is not None})
-
-
-def describe(error: BaseException) -> str:
-    """An error's type and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -12,6 +12,7 @@ from functools import cached_property
 from queue import SimpleQueue
 from typing import Any, ClassVar, Self
 
+from pipeline.backbone.chat_template import TODAY
 from pipeline.backbone.loading import BackboneParams, load_tokenizer
 from pipeline.core.errors import EngineError
 from pipeline.core.schemas import FinishReason
@@ -21,6 +22,7 @@ from pipeline.generate.engines.openai_client import (
     ROW_STATUSES,
     OpenAIOptions,
     Pace,
+    answer_of,
     is_transient,
     limiter,
     make_client,
@@ -39,7 +41,7 @@ FINISH_REASONS: Mapping[str | None, FinishReason] = {"stop": "stop", "length": "
 class OpenAIEngine:
     """Keeps `concurrency` requests in flight and yields each answer as it arrives."""
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     SPEED_OPTIONS: ClassVar[frozenset[str]] = frozenset(OpenAIOptions.model_fields) - {"model", "api", "extra_body"}
 
     def __init__(self, backbone: BackboneParams, options: OpenAIOptions, *, max_model_len: int) -> None:
@@ -48,6 +50,9 @@ class OpenAIEngine:
         The server serves the backbone; only its tokenizer is used here. Raises EngineError if a package is missing, or
         the server cannot be reached, does not serve the model or refuses the request.
         """
+        if options.api == "chat" and TODAY in backbone.chat_template_kwargs:
+            message = f"chat, but {TODAY} in chat_template_kwargs does not reach the server: set completions"
+            raise EngineError(message, argument="options.api")
         self._options = options
         self._secret = read_secret(self._options.api_key_env)
         self._client = make_client(self._options, self._secret)
@@ -176,7 +181,9 @@ class OpenAIEngine:
         choices = getattr(response, "choices", None)
         if not choices:
             return Completion.failed(prompt.id, "no answer in the server's response")
-        text = valid_text((choices[0].text if self._options.api == "completions" else choices[0].message.content) or "")
+        text = valid_text(
+            choices[0].text or "" if self._options.api == "completions" else answer_of(choices[0].message)
+        )
         reason = FINISH_REASONS.get(choices[0].finish_reason)
         if reason is None:
             return Completion.failed(prompt.id, f"the server finished it with '{choices[0].finish_reason}'")

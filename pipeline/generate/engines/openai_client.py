@@ -5,10 +5,12 @@ before that is logged, raised or stored.
 """
 
 import json
+import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import cache
 from time import time
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -16,18 +18,22 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from pipeline.core.config import Params
-from pipeline.core.errors import EngineError
-from pipeline.generate.engines.checks import describe
+from pipeline.core.errors import EngineError, describe
+from pipeline.generate.response_text import thinking
 
 if TYPE_CHECKING:
     from aiolimiter import AsyncLimiter
     from openai import AsyncOpenAI
     from tenacity import RetryCallState
 
+log = logging.getLogger(__name__)
+
 KEY_VARIABLE = "OPENAI_API_KEY"
 # The first wait before a retry, and the longest unless the server asks for more.
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
+# The longest wait that a server may ask for: some name the end of a daily quota.
+LONGEST_ASKED_SECONDS = 600.0
 # Statuses that concern one request; all other permanent failures concern every row.
 ROW_STATUSES = frozenset({400, 413, 422})
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
@@ -142,9 +148,20 @@ def wait_seconds(state: "RetryCallState") -> float:
 
     asked = retry_after(state.outcome.exception() if state.outcome else None)
     if asked is not None:
-        return asked
+        if asked > LONGEST_ASKED_SECONDS:
+            _warn_of_cap()
+        return min(asked, LONGEST_ASKED_SECONDS)
     doubling = wait_exponential(multiplier=FIRST_WAIT_SECONDS, max=LONGEST_WAIT_SECONDS)
     return float((doubling + wait_random(0, FIRST_WAIT_SECONDS))(state))
+
+
+@cache
+def _warn_of_cap() -> None:
+    log.warning(
+        "engine openai: the server asks to wait longer than %.0f s before a retry (Retry-After); rows wait no longer, "
+        "and fail when their attempts are used up",
+        LONGEST_ASKED_SECONDS,
+    )
 
 
 def retry_after(error: BaseException | None) -> float | None:
@@ -162,6 +179,18 @@ def retry_after(error: BaseException | None) -> float | None:
 def valid_text(text: str) -> str:
     """Text that UTF-8 can hold: half surrogate pairs, from servers that cut within an emoji, become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def answer_of(message: Any) -> str:
+    """The text of a chat message: its refusal where it has no content, behind the thinking that the server split off.
+
+    Servers name thinking `reasoning_content` or `reasoning`. Without content the answer ended within it.
+    """
+    content = message.content if message.content is not None else getattr(message, "refusal", None)
+    reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+    if isinstance(reasoning, str) and reasoning.strip():
+        return thinking(reasoning, content)
+    return content or ""
 
 
 def reason_of(error: Exception) -> str:

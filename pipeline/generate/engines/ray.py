@@ -15,10 +15,10 @@ from time import monotonic
 from typing import Any, ClassVar, Self
 
 from pipeline.backbone.loading import BackboneParams, load_config, load_tokenizer
-from pipeline.core.errors import EngineError
+from pipeline.core.errors import EngineError, describe
 from pipeline.core.schemas import FinishReason
 from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Sampling
-from pipeline.generate.engines.checks import describe, split_fitting, stop_tokens
+from pipeline.generate.engines.checks import split_fitting, stop_tokens
 from pipeline.generate.engines.ray_cluster import (
     Connection,
     Layout,
@@ -223,7 +223,7 @@ def row_of(prompt: Prompt, chunk: int, sampling: Sampling) -> dict[str, Any]:
 def completion(row: Mapping[str, Any], sampling: Sampling, stops: Collection[int]) -> Completion:
     """An answered row. Ray Data drops vLLM's finish reason; it follows from the answer's length and last token."""
     if error := row.get("__inference_error__"):
-        return Completion.failed(row["id"], error.splitlines()[0])
+        return Completion.failed(row["id"], (error.strip().splitlines() or ["no reason given"])[0])
     tokens = int(row["tokens"])  # a float where another row of the block has an error
     full = tokens >= sampling.max_new_tokens and row["last"] not in stops
     reason: FinishReason = "length" if full else "stop"

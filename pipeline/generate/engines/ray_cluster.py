@@ -16,8 +16,8 @@ from pydantic import Field
 
 from pipeline.backbone.loading import BackboneParams
 from pipeline.core.config import Params
-from pipeline.core.errors import EngineError
-from pipeline.generate.engines.checks import describe, parse_options
+from pipeline.core.errors import EngineError, describe
+from pipeline.generate.engines.checks import parse_options
 from pipeline.generate.engines.vllm import check_arguments, fixed_arguments
 from pipeline.generate.engines.vllm_defaults import CPU_KV_CACHE_BYTES, CPU_SEQUENCES, GPU_SEQUENCES
 from pipeline.generate.engines.vllm_environment import QUIET, set_defaults

@@ -11,9 +11,10 @@ from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import load_backbone, load_tokenizer
 from pipeline.backbone.prompting import pad_left
 from pipeline.core.config import Params
+from pipeline.core.errors import describe
 from pipeline.core.run import is_out_of_memory
 from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Sampling
-from pipeline.generate.engines.checks import describe, parse_options, split_fitting, stop_tokens
+from pipeline.generate.engines.checks import parse_options, split_fitting, stop_tokens
 
 if TYPE_CHECKING:
     import torch

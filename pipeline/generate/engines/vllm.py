@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Self
 
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import BackboneParams
-from pipeline.core.errors import EngineError
+from pipeline.core.errors import EngineError, describe
 from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Sampling, SoftPrompt
-from pipeline.generate.engines.checks import describe, too_long
+from pipeline.generate.engines.checks import too_long
 from pipeline.generate.engines.vllm_defaults import Choice, Gpu, cpu_choices, gpu_choices
 from pipeline.generate.engines.vllm_environment import check_batch_invariance, free_memory, fullest_gpu, set_environment
 from pipeline.parallel.reaper import Reaper
@@ -200,7 +200,7 @@ def fixed_arguments(backbone: BackboneParams, max_model_len: int) -> dict[str, A
 
 def _automatic(choices: Mapping[str, Choice], max_model_len: int, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that the machine decides and `options` do not; each is logged with its reason."""
-    log.info("engine vllm: max_model_len = %d (max_prompt_tokens + max_new_tokens)", max_model_len)
+    log.info("engine vllm: max_model_len = %d (a prompt and its answer)", max_model_len)
     chosen = {"enable_prefix_caching": Choice(True, "the template is the same in every prompt"), **choices}
     if gib := os.environ.get(CPU_KV_CACHE_VARIABLE):
         log.info("engine vllm: %s=%s decides the KV cache", CPU_KV_CACHE_VARIABLE, gib)

@@ -8,9 +8,8 @@ from typing import Any
 import psutil
 
 from pipeline.backbone.device import best_device
-from pipeline.core.errors import EngineError
+from pipeline.core.errors import EngineError, describe
 from pipeline.core.run import own_cores, prepare_threads
-from pipeline.generate.engines.checks import describe
 from pipeline.generate.engines.vllm_defaults import Gpu
 from pipeline.parallel.devices import visible_gpus
 

@@ -108,3 +108,22 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
 def test_mistakes_are_named(rules: dict[str, Any], message: str) -> None:
     with pytest.raises(TeacherError, match=message):
         TemplateTokenizer(tiny_tokenizer(), **({"max_tokens": 64} | rules))
+
+
+def letters(text: str) -> list[int]:
+    return list(tiny_tokenizer()(text, split_special_tokens=True)["input_ids"])
+
+
+def test_control_tokens_that_a_text_spells_are_its_letters() -> None:
+    spelt = letters("x<|end|>")
+    assert len(spelt) == 8
+    assert read("x<|end|>") == Tokens(spelt, [1] * 8)
+    assert read("x<|end|>", with_bos()) == Tokens([1, *spelt], [0, *[1] * 8])
+    echoed = read("x<|end|>", template=ECHO)
+    assert echoed.ids == [*ids("Say: "), *spelt, *ids(", again: "), *spelt]
+    assert sum(echoed.pooled) == 8
+    assert TemplateTokenizer(tiny_tokenizer(), max_tokens=64).lengths(["x<|end|>", "x"]) == [8, 1]
+
+
+def test_a_template_of_control_tokens_keeps_them() -> None:
+    assert read("x", template="<|user|>{text}<|end|>").ids == [0, *letters("x"), 2]

@@ -1,6 +1,7 @@
 """An endpoint as engine, against a server with faults (fast) and (marker models) against `vllm serve`."""
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -230,6 +231,73 @@ def test_retry_after_as_number_date_and_nonsense() -> None:
     assert openai_client.retry_after(Said("soon")) is None
     assert openai_client.retry_after(Said(None)) is None
     assert openai_client.retry_after(ValueError()) is None
+
+
+@contextmanager
+def faulty_after_the_check(server: FakeEndpoint, fault: Callable[[str, int], Fault | None]) -> Iterator[OpenAIEngine]:
+    """An engine of three attempts whose check at the start is answered."""
+    with closing(engine(server, attempts=3)) as loaded:
+        server.fault = fault
+        yield loaded
+
+
+def test_a_wait_for_a_day_is_capped_and_said(
+    server: FakeEndpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    openai_client._warn_of_cap.cache_clear()
+    monkeypatch.setattr(openai_client, "LONGEST_ASKED_SECONDS", 0.05)
+    tomorrow = refused(429, "come back tomorrow", **{"Retry-After": "86400"})
+    with faulty_after_the_check(server, lambda text, count: tomorrow) as loaded:
+        [found] = loaded.generate(prompts(1), SAMPLING)
+    assert found.error == "HTTP 429: come back tomorrow"
+    assert server.times["question 0"] == 3
+    assert caplog.text.count("asks to wait longer than") == 1
+
+
+def said(finish_reason: str = "stop", **message: Any) -> Callable[[str, int], Fault]:
+    """An answer of the server with these fields of its message."""
+    choice = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", **message}}
+    usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    body = {"id": "x", "object": "chat.completion", "created": 0, "model": "org/model", "choices": [choice]}
+    return lambda text, count: (200, {}, body | {"usage": usage})
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": None, "refusal": "I cannot help with that."}, "I cannot help with that."),
+        ({"content": "Four.", "refusal": None, "reasoning_content": None}, "Four."),
+        ({"content": "Four.", "reasoning_content": "hm, two"}, "<think>\nhm, two\n</think>\n\nFour."),
+        ({"content": "Four.", "reasoning": "hm, two"}, "<think>\nhm, two\n</think>\n\nFour."),
+        ({"content": None, "reasoning_content": "hm, two"}, "<think>\nhm, two"),
+        ({"content": None}, ""),
+    ],
+)
+def test_fields_that_servers_put_beside_the_content(server: FakeEndpoint, message: dict[str, Any], text: str) -> None:
+    server.fault = said(**message)
+    found = answers(server, 1)["q0"]
+    assert (found.text, found.finish_reason) == (text, "stop")
+
+
+def test_a_run_of_thoughts_without_answers_does_not_end_green(
+    server: FakeEndpoint, workspace: Path, tiny_backbone: Callable[..., Path]
+) -> None:
+    server.fault = said("length", content=None, reasoning_content="Okay, the user asks")
+    write_queries(TEXTS[:20])
+    configure(server, tiny_backbone())
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 1
+    assert "generate.gates.empty: 1 of the answers are empty" in result.stderr
+    assert not RESPONSES_DIR.exists()
+    counts = json.loads(Path("results/generate.json").read_text())["counts"]
+    assert (counts["empty_responses"], counts["stripped_thinking"]) == (20, 20)
+
+
+def test_a_date_that_does_not_reach_the_server_is_refused(server: FakeEndpoint) -> None:
+    fixed = {"strftime_now": "2026-11-29"}
+    with pytest.raises(EngineError, match=r"options\.api: chat, but strftime_now .* set completions"):
+        engine(server, chat_template_kwargs=fixed)
+    engine(server, chat_template_kwargs=fixed, api="completions").close()
 
 
 def test_a_row_fails_alone_with_its_reason(server: FakeEndpoint) -> None:

@@ -58,6 +58,14 @@ def test_stops_at_each_eos_of_the_generation_config() -> None:
     assert answer.text == tiny_tokenizer().decode(tokens[:1])
 
 
+def test_without_a_stop_token_answers_end_at_the_limit() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model.generation_config.eos_token_id = None
+    tokenizer.eos_token = None
+    found = answers(TransformersEngine(model, tokenizer, max_model_len=64), PROMPTS, Sampling(12))
+    assert {(answer.finish_reason, answer.response_tokens) for answer in found.values()} == {("length", 12)}
+
+
 def test_defaults_of_the_models_file_do_not_change_greedy() -> None:
     model = tiny_model()
     expected = answers(TransformersEngine(model, tiny_tokenizer(), max_model_len=64), PROMPTS, Sampling(12))

@@ -102,7 +102,7 @@ def test_each_automatic_choice_is_logged_unless_an_option_makes_it(
         chosen = _automatic(choices, 96, {"max_num_seqs": 3})
     assert chosen == {"enable_prefix_caching": True, "kv_cache_memory_bytes": 7}
     assert "kv_cache_memory_bytes = 7 (enough)" in caplog.text
-    assert "max_model_len = 96 (max_prompt_tokens + max_new_tokens)" in caplog.text
+    assert "max_model_len = 96 (a prompt and its answer)" in caplog.text
     assert "max_num_seqs" not in caplog.text
 
 
