@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from pipeline.optim.gpus import GPUS
 
 # Operators that launch nothing: they give another view of memory, allocate it, or read sizes.
 _NO_KERNEL = {
@@ -20,6 +23,10 @@ _NO_KERNEL = {
 _COPIES = {"_to_copy", "copy_", "to"}
 _READS = {"_local_scalar_dense", "item", "nonzero"}
 _LOOKUPS = {"embedding", "gather", "index", "index_select"}
+# What the host reads of a fake tensor, by type: a mask that pads, the first id, a difference small but not zero.
+ANSWERS: dict[type, bool | int | float] = {bool: False, int: 0, float: 1e-4}
+# Operations and bytes a second, and what a launch costs the host.
+H100 = {"flops": GPUS["H100"].flops, "bandwidth": GPUS["H100"].bandwidth, "launch": 4e-6}
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,17 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and count it."""
-        out = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[-1]
+        if name == "_local_scalar_dense" and isinstance(args[0], FakeTensor):
+            self.read(args[0])
+            return ANSWERS[_type(args[0].dtype)]
+        # In inference mode operators that are made of others arrive whole.
+        if func is not torch.ops.prim.device.default:
+            with self:
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **(kwargs or {}))
         read = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
         written = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         for tensor in written:
@@ -91,11 +107,25 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.kernels.append(Kernel(self._phase, name, flops, _bytes_moved(name, read, written)))
         return out
 
+    def read(self, tensor: Any) -> None:
+        """Count that the host reads a tensor's values."""
+        self.d2h[self._phase] += tensor.device.type == "cuda"
+
     def _count_copies(self, name: str, read: set[str], written: set[str]) -> None:
         if name in _COPIES and "cpu" in read and "cuda" in written:
             self.h2d[self._phase] += 1
         if "cuda" in read and (name in _READS or (name in _COPIES and "cpu" in written)):
             self.d2h[self._phase] += 1
+
+    def summary(self) -> dict[str, Any]:
+        """The counts since `reset`, the peak in GB, and the seconds of a roofline of an H100."""
+        return {
+            "kernels": len(self.kernels),
+            "h2d": sum(self.h2d.values()),
+            "d2h": sum(self.d2h.values()),
+            "peak_gb": round(self.peak / 1e9, 2),
+            "h100_seconds": round(self.seconds(**H100), 4),
+        }
 
     def seconds(self, *, flops: float, bandwidth: float, launch: float) -> float:
         """A roofline: each kernel takes its operations or its bytes, whichever is slower, or the host's launch.
@@ -106,6 +136,12 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             launch: seconds that the host needs to launch a kernel.
         """
         return sum(max(kernel.flops / flops, kernel.bytes / bandwidth, launch) for kernel in self.kernels)
+
+
+def _type(dtype: torch.dtype) -> type:
+    if dtype == torch.bool:
+        return bool
+    return float if dtype.is_floating_point else int
 
 
 def _kinds(tensors: list[torch.Tensor]) -> set[str]:

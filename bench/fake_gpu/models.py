@@ -1,5 +1,7 @@
 """Full-size models whose weights are fake tensors on the fake GPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from bench.fake_gpu.device import DEVICE
@@ -50,6 +52,14 @@ def fake_model(config: Any, mode: Any) -> Any:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    make_fake(model, mode)
+    return model.eval()
+
+
+def make_fake(model: Any, mode: Any) -> None:
+    """Replace a module's parameters (frozen) and buffers by fake tensors on the fake GPU; shared ones stay shared."""
+    import torch
+
     made: dict[int, Any] = {}
 
     def on_device(tensor: Any) -> Any:
@@ -65,4 +75,27 @@ def fake_model(config: Any, mode: Any) -> Any:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = on_device(buffer)
-    return model.eval()
+
+
+@contextmanager
+def real() -> Iterator[None]:
+    """A block in which tensors are real, inside one in which they are fake."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        yield
+
+
+def word_tokenizer(words: int = 512) -> Any:
+    """A tokenizer of one token a word: `w` and `w0` to `w511`; other words are unknown."""
+    from tokenizers import Tokenizer
+    from tokenizers import models as tokenizer_models
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "<end>", "w", *(f"w{number}" for number in range(words))]
+    tokenizer = Tokenizer(
+        tokenizer_models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")

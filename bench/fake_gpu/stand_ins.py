@@ -4,6 +4,7 @@
                          elementwise operations and one of its backward, and saves the inputs of the chain.
     apply_rotary_pos_emb a kernel for queries and one for keys, each way; saves cosines and sines
     rms_norm             `_fused_rms_norm` and its backward, a kernel each; saves the input and a float32 a row
+    scaled_dot_product_attention    the flash kernel in half precision without a mask, else the memory-efficient one
 
 This is read from torch's sources and documentation: only a real GPU counts the real kernels.
 """
@@ -47,6 +48,32 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rms_norm(hidden: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
     """For `torch.nn.functional.rms_norm`."""
     return _norm(hidden, weight)[0]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """For `torch.nn.functional.scaled_dot_product_attention`: the kernels that torch chooses on an H100."""
+    aten = torch.ops.aten
+    if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16):
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if enable_gqa:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    bias = None
+    if attn_mask is not None:
+        bias = torch.where(attn_mask, 0.0, float("-inf")) if attn_mask.dtype == torch.bool else attn_mask
+        bias = bias.to(query.dtype).expand(*query.shape[:3], key.shape[2])
+    keeps = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
+    attend = aten._scaled_dot_product_efficient_attention
+    return attend(query, key, value, bias, keeps, dropout_p, is_causal, scale=scale)[0]
 
 
 @custom_op("walk::norm", mutates_args={})

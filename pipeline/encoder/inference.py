@@ -18,7 +18,8 @@ from pipeline.core.target_transform import TRANSFORM_FILE, Space, TargetTransfor
 from pipeline.encoder.folder.config import START_FILE, EncoderConfig
 from pipeline.encoder.folder.tensors import read_start
 from pipeline.encoder.head import EmbeddingHead, Reading
-from pipeline.encoder.passes.prompt_reader import WORTH_SHARING, prompt_reader
+from pipeline.encoder.passes.packed import least_saved
+from pipeline.encoder.passes.prompt_reader import prompt_reader
 from pipeline.encoder.student import Student, new_student
 from pipeline.optim.batching import token_batches, token_budget
 
@@ -225,7 +226,7 @@ class Encoder:
     ) -> np.ndarray:
         result = np.empty((len(prompts), *shape), dtype=np.float32)
         shared = shared_prefix(prompts)
-        if shared * (len(prompts) - 1) < WORTH_SHARING:
+        if shared * (len(prompts) - 1) < least_saved(self.model.device):
             shared = 0
         beginning = self._reader.begin(prompts[0][:shared] if shared else [])
         rests = [ids[shared:] for ids in prompts]

@@ -28,7 +28,8 @@ from pipeline.backbone.prompting import join_instruction
 from pipeline.core.artifacts import bytes_sha256
 from pipeline.core.code_digest import code_digest
 from pipeline.embed.teachers.template import SLOT, TEMPLATES, TemplateTokenizer, Tokens
-from pipeline.encoder.passes.prompt_reader import WORTH_SHARING, Beginning, PromptReader
+from pipeline.encoder.passes.packed import least_saved
+from pipeline.encoder.passes.prompt_reader import Beginning, PromptReader
 from pipeline.optim.batching import token_batches
 from pipeline.tasks.instructions import Side
 
@@ -147,7 +148,7 @@ class TemplateStates:
     def _beginning(self, rows: Sequence[Tokens], texts_at: Sequence[slice]) -> tuple[int, Beginning]:
         """Tokens that all rows begin with and none pools, read once where that pays."""
         shared = min(shared_prefix([row.ids for row in rows]), *(text.start for text in texts_at), 10**9)
-        if shared * (len(rows) - 1) < WORTH_SHARING:
+        if shared * (len(rows) - 1) < least_saved(self._tokens.device):
             shared = 0
         return shared, self._backbone.reader.begin(rows[0].ids[:shared] if shared else [])
 

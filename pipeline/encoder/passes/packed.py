@@ -30,6 +30,10 @@ from pipeline.encoder.passes.response import ComposedResponsePass, ResponseBatch
 _LEAST_SAVED = {"cpu": 64, "cuda": 4000}
 
 
+def least_saved(device: torch.device) -> int:
+    return _LEAST_SAVED.get(device.type, _LEAST_SAVED["cuda"])
+
+
 def packed_context(backbone: Any, attention: str, kernels: FusedKernels | None = None) -> ContextFactory:
     @contextlib.contextmanager
     def context() -> Iterator[None]:
@@ -154,7 +158,7 @@ class FrozenPackedQueryPass:
 
     def _shared(self, query_ids: Sequence[Sequence[int]]) -> int:
         shared = shared_prefix(query_ids)
-        least = _LEAST_SAVED.get(self._backbone.embed.weight.device.type, _LEAST_SAVED["cuda"])
+        least = least_saved(self._backbone.embed.weight.device)
         return shared if shared * (len(query_ids) - 1) >= least else 0
 
     @torch.no_grad()

@@ -19,9 +19,6 @@ from pipeline.encoder.passes.packed import PackedBackbone, packed_cache
 from pipeline.encoder.passes.plain import PlainQueryPass, QueryPass
 from pipeline.encoder.passes.select import Comparison, packed_attentions, probe_ids
 
-# Tokens that reading a shared beginning by itself must save, to be worth a further forward pass.
-WORTH_SHARING = 64
-
 
 @dataclass(frozen=True)
 class Beginning:
