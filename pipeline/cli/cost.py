@@ -182,7 +182,7 @@ class CostModel:
     def _system_seconds(self, entry: SystemEntry, size: SuiteSize, by_teacher: SuiteSize) -> float | None:
         new = self.params.train.compression_tokens + self.params.train.thought_tokens
         match entry.kind:
-            case "encoder":
+            case "encoder" | "start":
                 return self._texts_seconds(self.sizes, size.tokens + size.texts * new, size.texts)
             case "pooling":
                 return self._texts_seconds(self.sizes, size.tokens * TEMPLATES[entry.template].count(SLOT), size.texts)
