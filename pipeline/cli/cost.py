@@ -202,7 +202,7 @@ class CostModel:
 
     def _width(self, entry: SystemEntry | None) -> int | None:
         """Of a system's embeddings; None for a model of `evaluate.models`."""
-        if entry is None or entry.kind != "pooling":
+        if entry is None or entry.teacher_space:
             return self._trained_width if entry else None
         return self.sizes.hidden if self.sizes else None
 
