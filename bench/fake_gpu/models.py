@@ -87,13 +87,16 @@ def real() -> Iterator[None]:
 
 
 def word_tokenizer(words: int = 512) -> Any:
-    """A tokenizer of one token a word: `w` and `w0` to `w511`; other words are unknown."""
+    """A tokenizer of one token a word: `w`, `w0` to `w511` and those of a probe; other words are unknown."""
     from tokenizers import Tokenizer
     from tokenizers import models as tokenizer_models
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast
 
-    names = ["<unk>", "<end>", "w", *(f"w{number}" for number in range(words))]
+    from pipeline.backbone.prompting import PROBES
+
+    probed = (word for probe in PROBES for word in probe.split())
+    names = ["<unk>", "<end>", "w", *(f"w{number}" for number in range(words)), *probed]
     tokenizer = Tokenizer(
         tokenizer_models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>")
     )

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Texts of the corpus over which the echo reading is standardised.
+STANDARDIZED_TEXTS = 1000
+
 # Of a model card: the pooled tokens by `pooling`.
 POOLED_TOKENS = {
     "mean": "the text's own tokens (not BOS)",
@@ -131,13 +134,14 @@ def _measure(inputs: Inputs, adapters: Mapping[str, Path], texts: list[str], tas
     adapted = partial(load_llm2vec, inputs.backbone, template=teacher.template, pooling=teacher.pooling, **shared)
     mntp, simcse = (AdapterParams(name=str(adapters[phase])) for phase in ("mntp", "simcse"))
     echo = partial(load_backbone_teacher, inputs.backbone, template=TEMPLATES["echo"], **shared)
+    teachers = {
+        BASELINE: partial(_load, load_backbone_teacher, inputs.backbone, **shared),
+        ECHO: partial(_load, load_standardized, echo, texts[:STANDARDIZED_TEXTS]),
+        MNTP: partial(_load, adapted, [mntp]),
+        SIMCSE: partial(_load, adapted, [mntp, simcse]),
+    }
     return measure(
-        {
-            BASELINE: partial(_load, load_backbone_teacher, inputs.backbone, **shared),
-            ECHO: partial(_load, load_standardized, echo, texts[: inputs.teach.quality.texts]),
-            MNTP: partial(_load, adapted, [mntp]),
-            SIMCSE: partial(_load, adapted, [mntp, simcse]),
-        },
+        teachers,
         texts,
         tasks,
         inputs.teach.quality,

@@ -310,7 +310,7 @@ def test_the_first_thousand_vectors_warn_before_the_end(
 ) -> None:
     monkeypatch.setattr("pipeline.embed.teachers.stub.HashTeacher", FlawedTeacher)
     write_responses([f"s {index}" for index in range(1100)])
-    configure(batch_size=32)
+    configure(batch_tokens=32)
     fails("embed.gates.equal")
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len([line for line in warnings if "repeat another row's" in line and "gates.equal" in line]) == 1

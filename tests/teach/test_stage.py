@@ -165,8 +165,8 @@ def test_one_model_at_a_time_is_in_memory(
     for named in ([], ["pairs"]):
         write_inputs(tiny_backbone(), quality={"local": named, "texts": 8})
         teach()
-    # The recipe's, then three that are measured; the second time nothing is trained.
-    assert alive == [0] * 7
+    # The recipe's, then four that are measured; the second time nothing is trained.
+    assert alive == [0] * 9
 
 
 @pytest.fixture
@@ -239,4 +239,4 @@ def test_a_teacher_that_is_worse_warns_or_fails_and_leaves_its_record(
 def test_errors_of_the_teacher_name_the_section_that_has_it(tiny_backbone: Callable[..., Path]) -> None:
     backbone = BackboneParams(name=str(tiny_backbone()), dtype="float32")
     with pytest.raises(TeacherError, match=r"^embed\.teacher\.max_tokens: 513 exceeds"), section("teach"):
-        _load(load_backbone_teacher, backbone, max_tokens=513, dtype="float32", batch_size=1)
+        _load(load_backbone_teacher, backbone, max_tokens=513, dtype="float32", batch_tokens=16)
