@@ -19,6 +19,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from pipeline.evaluate.comparison import compare
+from pipeline.report.verdict import verdict
+
 ROOT = Path(__file__).resolve().parent.parent
 WORKSPACE = ROOT / ".demo"
 COPIED = {"pipeline": "pipeline", "data/demo": "data/demo", "dvc.yaml": "dvc.yaml", "params.demo.yaml": "params.yaml"}
@@ -74,16 +77,17 @@ def dvc(*arguments: str) -> None:
 
 
 def main_numbers() -> str:
-    """Two tables, a row a system: what held-out queries find, and the scores of the tasks; and what training added."""
+    """The verdict of the run, then two tables: what held-out queries find, and the scores of the tasks."""
+    record = read("evaluate/demo.json")
+    found = verdict([compare("demo", record)], 0.0, read("train.json")["rows"])
     tables = [
-        table(title, read(name)["metrics"], columns)
-        for title, name, columns in (
-            ("held-out queries", "probe/alignment.json", ("cosine", "top1", "mrr")),
-            ("tasks", "evaluate/demo.json", ("retrieval", "sts", "classification")),
+        table(title, metrics, columns)
+        for title, metrics, columns in (
+            ("held-out queries", read("probe/alignment.json")["metrics"], ("cosine", "top1", "mrr")),
+            ("tasks", record["metrics"], ("retrieval", "sts", "classification")),
         )
     ]
-    gains = [gain["sentence"] for gain in read("evaluate/demo.json")["gains"] if gain["metric"] == "mean/tasks"]
-    return "\n\n".join([*tables, *gains])
+    return "\n\n".join(["\n".join([found.sentence, *found.lines]) if found else "", *tables])
 
 
 def table(title: str, metrics: dict[str, float], columns: tuple[str, ...]) -> str:
@@ -111,7 +115,20 @@ def main() -> None:
     if "--dry" in sys.argv[1:]:
         return
     report = os.path.relpath(WORKSPACE / "results" / "report.html")
-    print(f"\n{main_numbers()}\n\nreport: {report} ({time.monotonic() - started:.0f} s)")
+    print(f"\n{main_numbers()}\n\nreport: {report} ({time.monotonic() - started:.0f} s)\n\n{next_commands()}")
+
+
+def next_commands() -> str:
+    """What to try with the trained encoder, as commands that work as they are printed."""
+    python, corpus = "../.venv/bin/python -m pipeline", "data/demo/tasks/retrieval/corpus/corpus.jsonl"
+    return "\n".join(
+        [
+            f"cd {WORKSPACE.name}",
+            f'{python} search --model models/encoder --corpus {corpus} "How do I warm up before a run?" -k 3',
+            f'{python} decode --model models/encoder "What is the capital of France?"',
+            f"{python} inspect generate --n 3",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from pipeline.evaluate.comparison import Comparison
+from pipeline.report.verdict import MeanScore
 
 # Placeholder colours; in the SVG each becomes a colour of the page.
 INK, LINE, GOOD, BAD, DIM = "#010203", "#010204", "#010205", "#010206", "#010207"
@@ -132,3 +133,20 @@ def forest_svg(lines: Sequence[ForestLine], label: str, scale: tuple[float, floa
 
 def _shortened(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+
+
+def means_svg(means: Sequence[MeanScore], label: str) -> str:
+    """The means of some systems under one another; the first is the student, whose mean is a line through all."""
+    with drawn_axes(label, height=0.95 + 0.4 * len(means)) as (axes, result):
+        axes.axvline(means[0].mean, color=INK, linewidth=1)
+        for position, found in enumerate(means):
+            colour, marker, filled = _STYLES.get(found.verdict or "", _NOISE) if position else (LINE, "s", True)
+            if found.low is not None and found.high is not None:
+                axes.hlines(position, found.low, found.high, color=colour, linewidth=2)
+            fill = colour if filled else "none"
+            axes.plot([found.mean], [position], marker=marker, color=colour, markerfacecolor=fill, markersize=8)
+        axes.set_yticks(range(len(means)), [plain(_shortened(found.system)) for found in means])
+        axes.set_ylim(len(means) - 0.4, -0.6)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_title(plain(label), loc="left", x=0, fontsize=11)
+    return result[0]

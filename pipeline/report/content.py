@@ -15,7 +15,7 @@ from pipeline.core.errors import ArtifactError
 from pipeline.core.paths import ENCODER_DIR, EVALUATE_DIR, HELDOUT_CURVE, LOSS_CURVE, PROBE_DIR, RESULTS_DIR
 from pipeline.evaluate.comparison import Comparison, compare
 from pipeline.probe.descriptions import describe
-from pipeline.report.cost import Machine, StageRun, machines, stage_run
+from pipeline.report.cost import Machine, StageRun, machines, stage_run, total
 from pipeline.report.graph import Node, chain_of, pipeline_graph
 from pipeline.report.published import Measured, PaperComparison, compare_with_paper, load_published
 from pipeline.report.sections import (
@@ -29,6 +29,7 @@ from pipeline.report.sections import (
     system_facts,
     teacher_facts,
 )
+from pipeline.report.verdict import Verdict, verdict
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Content:
     probes: list[Comparison] = field(default_factory=list)
     paper: PaperComparison = field(default_factory=PaperComparison)
     samples: list[Sample] = field(default_factory=list)
+    verdict: Verdict | None = None
 
 
 def gather(
@@ -96,6 +98,8 @@ def gather(
             measured.append(Measured(comparison, settings))
     content.paper = compare_with_paper(load_published(), _backbone(root), measured)
     content.machines = machines(content.records)
+    rows = content.records.get("train", {}).get("rows")
+    content.verdict = verdict(content.suites, total(content.runs, "seconds") or 0.0, rows)
     findings = audit.findings if audit else None
     content.graph = pipeline_graph(root, suites, probes, stubs=content.stubs, findings=findings)
     content.provenance = provenance(root, [node.artifact for level in content.graph for node in level])

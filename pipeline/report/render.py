@@ -11,10 +11,11 @@ from markupsafe import Markup
 from pipeline.core.text import templates, visible
 from pipeline.evaluate.comparison import Cell, Comparison
 from pipeline.probe.descriptions import describe, probe_names
-from pipeline.report.charts import curve_svg, forests
+from pipeline.report.charts import curve_svg, forests, means_svg
 from pipeline.report.content import Content
 from pipeline.report.cost import total
 from pipeline.report.sections import untrained_spread
+from pipeline.report.verdict import Verdict
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -47,7 +48,7 @@ def environment(format: str, *folders: Path) -> "Environment":
         found.finalize = escape_markdown
     by_name: list[Any] = [number, signed, interval, percent, label, seconds, hours, fence, total, curves]
     found.filters.update({function.__name__: function for function in by_name})
-    found.filters.update(spread=untrained_spread, forests=charts)
+    found.filters.update(spread=untrained_spread, forests=charts, means=means_chart)
     return found
 
 
@@ -67,6 +68,11 @@ def _drawn(rows: Sequence[Mapping[str, float]], labels: Mapping[str, str]) -> li
 def charts(table: Comparison) -> list[Markup]:
     """The forest plots of a table; labels are escaped in the drawing, so safe to print unescaped."""
     return [Markup(svg) for svg in forests(table)]
+
+
+def means_chart(found: Verdict) -> Markup:
+    """The means of a verdict as a chart; labels are escaped in the drawing, so safe to print unescaped."""
+    return Markup(means_svg(found.means, f"{found.suite}: mean over tasks"))
 
 
 def number(value: Any) -> str:
