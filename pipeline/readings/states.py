@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone.attention.segments import shared_prefix
+from pipeline.backbone.chat_template import ChatTemplate
 from pipeline.backbone.loading import Template
 from pipeline.backbone.prompting import join_instruction
 from pipeline.core.artifacts import bytes_sha256
@@ -173,14 +174,7 @@ class TemplateStates:
         content = join_instruction(instruction, content)
         if self._backbone.template == "raw":
             return content
-        return str(
-            self._backbone.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
-                tokenize=False,
-                add_generation_prompt=True,
-                **self._backbone.chat_template_kwargs,
-            )
-        )
+        return ChatTemplate(self._backbone.tokenizer, self._backbone.chat_template_kwargs).render(content)
 
 
 @cache
