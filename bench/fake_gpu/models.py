@@ -93,7 +93,7 @@ def word_tokenizer(words: int = 512) -> Any:
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast
 
-    from pipeline.backbone.prompting import PROBES
+    from pipeline.backbone.chat_template import PROBES
 
     probed = (word for probe in PROBES for word in probe.split())
     names = ["<unk>", "<end>", "w", *(f"w{number}" for number in range(words)), *probed]
