@@ -196,6 +196,9 @@ def decode(
         raise ParamsError("needs an --input with columns (.jsonl, .csv or .parquet)", argument="response_column")
     chosen = one_of(EngineName, engine, "engine")
     prepare_environment(chosen)
+    from pipeline.encoder.folder.locate import encoder_folder
+
+    model = encoder_folder(model)
     with nested_in(names={"path": "source", "teacher": "embed.teacher"}), ExitStack() as stack:
         rows = _source(model, texts or [], source, soft_prompts, column, response_column, tidy)
         teacher = _open_teacher(stack, params, model) if faithfulness else None

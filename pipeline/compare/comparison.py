@@ -121,11 +121,17 @@ def _compare_suite(
     instructions = [str(run.suite_manifest(suite)["params"].get("instructions")) for run in runs]
     for difference in _suite_differences(tasks, summaries, instructions):
         _refuse_or_note(f"suite {suite}: {difference}", notes, allow_different)
-    deltas = {
-        (index, delta.metric): delta
-        for index in range(1, len(runs))
-        for delta in _suite_deltas(suite, types, (runs[0], scores[0]), (runs[index], scores[index]), settings)
-    }
+    first, *others = (
+        {task: resample_task(task, run.unit_scores(suite, task), settings) for task in tasks} for run in runs
+    )
+    deltas: dict[tuple[int, str], Delta] = {}
+    for index, other in enumerate(others, start=1):
+        samples = {
+            task: task_difference(task, scores[index][task] - scores[0][task], other[task], first[task])
+            for task in tasks
+        }
+        for name, sample in with_means(samples, types).items():
+            deltas[index, name] = delta_of(name, runs[index].name, sample, settings)
     values = {task: [found[task] for found in scores] for task in tasks}
     for mean, weights in mean_weights(types).items():
         values[mean] = [sum(weight * found[task] for task, weight in weights.items()) for found in scores]
@@ -143,22 +149,6 @@ def _suite_differences(
             values = [str(summary.filter(pc.equal(summary["task"], task))[column][0]) for summary in summaries]
             if len(set(values)) > 1:
                 yield f"{column.replace('_', ' ')} of {task} differs ({', '.join(values)})"
-
-
-def _suite_deltas(
-    suite: str,
-    types: Mapping[str, str],
-    first: tuple[Run, Mapping[str, float]],
-    other: tuple[Run, Mapping[str, float]],
-    settings: BootstrapParams,
-) -> Iterator[Delta]:
-    """The other run minus the first on each task and mean; a run comes with its scores."""
-    samples = {}
-    for task in types:
-        ours, theirs = (resample_task(task, run.unit_scores(suite, task), settings) for run, _ in (other, first))
-        samples[task] = task_difference(task, other[1][task] - first[1][task], ours, theirs)
-    for name, sample in with_means(samples, types).items():
-        yield delta_of(name, other[0].name, sample, settings)
 
 
 def _of_student(summary: pa.Table) -> pa.Table:

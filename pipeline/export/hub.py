@@ -58,7 +58,6 @@ def push(
         ArtifactError: the artifact is missing or damaged.
     """
     kind = read_manifest(folder).manifest.kind
-    artifact = open_artifact(folder, kind)
     if kind == "encoder":
         _check_backbone(folder)
         with tempfile.TemporaryDirectory() as scratch:
@@ -70,6 +69,7 @@ def push(
             return _upload(published, repository, "model", private, branch)
     if kind not in _DATA_SETS:
         raise SourceError(f"{folder} is a {kind}: push takes an encoder, {', '.join(_DATA_SETS)}")
+    artifact = open_artifact(folder, kind)
     with tempfile.TemporaryDirectory() as scratch:
         card = Path(scratch) / CARD_FILE
         card.write_text(data_card(artifact, repository, license), encoding="utf-8")

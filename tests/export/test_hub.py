@@ -71,6 +71,10 @@ def test_an_encoder_goes_to_the_hub_and_embeds_from_there(hub: Hub, tmp_path: Pa
     options = ["--input", "texts.txt", "--output", "cli.npy", "--backbone", str(backbone)]
     encoded = python(hub, tmp_path, "-m", "pipeline", "encode", "--model", "org/name", *options, token=None)
     assert encoded.returncode == 0, encoded.stderr
+    for command in (["search", "--corpus", "texts.txt", "one"], ["decode", "one", "--max-new-tokens", "2"]):
+        from_hub = [*command, "--model", "org/name", "--backbone", str(backbone)]
+        done = python(hub, tmp_path, "-m", "pipeline", *from_hub, token=None)
+        assert done.returncode == 0 and done.stdout.strip(), done.stderr
     expected = load(folder, backbone=backbone).encode(["one text"])
     for name in ("python.npy", "cli.npy"):
         np.testing.assert_allclose(np.load(tmp_path / name), expected, rtol=1e-5, atol=1e-6)

@@ -30,4 +30,4 @@ def encoder_folder(name: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(name), revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise TrainingError(f"'{name}' is no folder here, and not to be had from the hub ({reason})") from None
+        raise TrainingError(f"there is no folder '{name}' here, and the hub did not give it: {reason}") from None
