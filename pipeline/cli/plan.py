@@ -199,7 +199,7 @@ def _embed_text(params: AllParams, rows: int | None) -> str:
     embed = params.embed
     scaled = ", scaled to length 1" if embed.normalize else ""
     if embed.transform.kind != "none":
-        scaled += f", transform {embed.transform.kind}"
+        scaled += f", transform {embed.transform.kind}{' and rotate' * embed.transform.rotate}"
     return f"{embed.teacher.kind}{scaled}; {_tokens(rows, embed.teacher.max_tokens)} read"
 
 

@@ -26,7 +26,7 @@ TRANSFORM_FILE = "transform.safetensors"
 # Rows mapped at once, in float64.
 BLOCK_ROWS = 4096
 
-Kind = Literal["none", "center", "standardize", "whiten", "remove-components"]
+Kind = Literal["none", "center", "standardize", "whiten", "remove-components", "rotate"]
 Space = Literal["trained", "teacher"]
 
 # The keys that only some kinds read; elsewhere they must keep their defaults.
@@ -34,6 +34,7 @@ _READ_BY: dict[str, tuple[Kind, ...]] = {
     "components": ("whiten", "remove-components"),
     "shrinkage": ("whiten",),
     "epsilon": ("standardize", "whiten"),
+    "rotate": ("center", "standardize", "remove-components"),
 }
 
 
@@ -50,6 +51,11 @@ class TransformParams(Params):
     epsilon: float = Field(
         default=1e-9, ge=0, lt=1, description="directions with less of the largest variance are left at 0"
     )
+    rotate: bool = Field(
+        default=False,
+        description="of center, standardize and remove-components: turn the result, most variance in the first "
+        "dimensions; kind rotate turns the vectors as they are, whiten orders its components itself",
+    )
 
     @model_validator(mode="after")
     def _fits_kind(self) -> Self:
@@ -64,7 +70,7 @@ class TargetTransform:
     """The fitted map between the teacher's space (d dimensions) and the trained space (e dimensions).
 
     Attributes:
-        kind: see `TransformParams`.
+        kind: see `TransformParams`; ", rotated" behind it where that came after.
         unit_length: whether the teacher's vectors are scaled to length 1 first (`embed.normalize`).
         mean: float32 `[d]`.
         forward: float32 `[d, e]`, or `[d]` where it is diagonal.

@@ -135,6 +135,14 @@ def _blocks(queries: np.ndarray, answers: np.ndarray) -> Iterator[tuple[np.ndarr
         yield np.arange(start, start + len(block)), block
 
 
+def principal_components(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Variances `[d]`, largest first, and their directions, the columns of `[d, d]`, of second moments `[d, d]`."""
+    variances, directions = (values[..., ::-1] for values in np.linalg.eigh(moments))
+    # The sign of an eigenvector is arbitrary: the largest entry is made positive.
+    signs = np.sign(directions[np.abs(directions).argmax(0), np.arange(len(directions))])
+    return variances.clip(0), directions * signs
+
+
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
     """Rows of `[N, e]` at length 1; a zero row stays zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -10,6 +10,10 @@ Kinds (mu and C: mean and covariance of the training targets, C = V diag(lambda)
 - whiten: V' (x - mu) over the square roots of the variances; `components` keeps the leading ones. The covariance is
   shrunk first, C' = (1 - s) C + s tr(C)/d I, by default with the intensity of Ledoit and Wolf (2004).
 - remove-components: x - mu without its part along the leading components (Mu and Viswanath 2018)
+- rotate: U' x, with the directions U of C + mu mu', of which the first hold most of the squared length. No mean is
+  taken away: inner products and cosines stay those of x, and the first dimensions approximate them best.
+
+`rotate: true` turns the vectors that another kind gives by the principal components of these.
 """
 
 import logging
@@ -20,6 +24,7 @@ import numpy as np
 
 from pipeline.core.errors import TeacherError, nested_in
 from pipeline.core.target_transform import TargetTransform, TransformParams
+from pipeline.core.vectors import principal_components
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +118,12 @@ def fit_transform(params: TransformParams, blocks: Iterable[np.ndarray], *, unit
     with nested_in("transform"):
         _check(params, moments)
         forward, inverse = _maps(params, moments, facts)
-    mean, forward, inverse = (value.astype(np.float32) for value in (moments.mean, forward, inverse))
-    return Fitted(TargetTransform(params.kind, unit_length, mean, forward, inverse), facts)
+        if params.rotate:
+            forward, inverse = _rotated(forward, inverse, moments.covariance(), facts)
+    subtracted = np.zeros_like(moments.mean) if params.kind == "rotate" else moments.mean
+    mean, forward, inverse = (value.astype(np.float32) for value in (subtracted, forward, inverse))
+    kind = f"{params.kind}, rotated" if params.rotate else params.kind
+    return Fitted(TargetTransform(kind, unit_length, mean, forward, inverse), facts)
 
 
 def _check(params: TransformParams, moments: TargetMoments) -> None:
@@ -136,6 +145,9 @@ def _maps(params: TransformParams, moments: TargetMoments, facts: dict[str, Any]
         return np.ones(len(moments.mean)), np.ones(len(moments.mean))
     if params.kind == "standardize":
         return _inverse_roots(np.diag(covariance).clip(0), params.epsilon, facts)
+    if params.kind == "rotate":
+        nothing = np.ones(len(moments.mean))
+        return _rotated(nothing, nothing, covariance + np.outer(moments.mean, moments.mean), facts)
     variances, directions = principal_components(covariance)
     if params.kind == "whiten":
         share = params.shrinkage
@@ -158,6 +170,17 @@ def _maps(params: TransformParams, moments: TargetMoments, facts: dict[str, Any]
     return np.eye(len(removed)) - removed @ removed.T, np.ones(len(removed))
 
 
+def _rotated(
+    forward: np.ndarray, inverse: np.ndarray, moments: np.ndarray, facts: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A map and its inverse followed by a rotation; `moments` `[d, d]` are the second moments before the map."""
+    forward, inverse = (np.diag(part) if part.ndim == 1 else part for part in (forward, inverse))
+    variances, directions = principal_components(forward.T @ moments @ forward)
+    width = len(variances)
+    facts["leading"] = {str(width // part): _part(variances, width // part) for part in (8, 4, 2) if width >= part}
+    return forward @ directions, directions.T @ inverse
+
+
 def _check_rank(params: TransformParams, rows: int, variances: np.ndarray) -> None:
     """Raises TeacherError if nothing would remain: N rows span at most N - 1 directions."""
     alive = variances > variances[0] * len(variances) * np.finfo(np.float64).eps
@@ -168,14 +191,6 @@ def _check_rank(params: TransformParams, rows: int, variances: np.ndarray) -> No
             f"targets are equal: at most {rank - 1}, or more responses",
             argument="components",
         )
-
-
-def principal_components(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Variances `[d]`, largest first, and their directions, the columns of `[d, d]`."""
-    variances, directions = (values[..., ::-1] for values in np.linalg.eigh(covariance))
-    # The sign of an eigenvector is arbitrary: the largest entry is made positive.
-    signs = np.sign(directions[np.abs(directions).argmax(0), np.arange(len(directions))])
-    return variances.clip(0), directions * signs
 
 
 def _part(variances: np.ndarray, leading: int | None) -> float:

@@ -214,7 +214,8 @@ def teacher_facts(root: Path, trained: Mapping[str, Any] | None) -> TeacherFacts
     record = (trained or {}) if kind == TRAINED else {}
     transform = manifest.params.get("transform") or {"kind": "none"}
     meaning = (TEACHERS[kind].meaning if kind in TEACHERS else "") + _training_text(record)
-    return TeacherFacts(kind, meaning, transform["kind"], _scores(record), record.get("worse_than_untrained"))
+    changed = f"{transform['kind']}{', rotated' * bool(transform.get('rotate'))}"
+    return TeacherFacts(kind, meaning, changed, _scores(record), record.get("worse_than_untrained"))
 
 
 def trained_here(root: Path) -> bool:

@@ -63,6 +63,8 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         ({"kind": "remove-components"}, "kind remove-components needs components"),
         ({"kind": "whiten", "shrinkage": 1.5}, "shrinkage"),
         ({"kind": "whiten", "components": 0}, "components"),
+        ({"kind": "rotate", "rotate": True}, "kind rotate takes no rotate"),
+        ({"kind": "whiten", "rotate": True}, "kind whiten takes no rotate"),
     ],
 )
 def test_mistakes_in_params(content: dict[str, Any], message: str) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.core.errors import TeacherError
 from pipeline.core.target_transform import TargetTransform, TransformParams
-from pipeline.core.vectors import anisotropy
-from pipeline.embed.transform_fit import TargetMoments, fit_transform, principal_components
+from pipeline.core.vectors import anisotropy, principal_components
+from pipeline.embed.transform_fit import TargetMoments, fit_transform
 
 ROWS, WIDTH = 600, 12
 
@@ -95,8 +95,58 @@ def test_whitening_keeps_the_leading_components() -> None:
     assert abs(np.corrcoef(leading[:, 0], along)[0, 1]) > 0.99
 
 
+def cosines(vectors: np.ndarray) -> np.ndarray:
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit @ unit.T
+
+
+def test_a_rotation_keeps_cosines_and_puts_the_longest_directions_first() -> None:
+    vectors = planted() - 99
+    fitted = fit_transform(TransformParams(kind="rotate"), blocks(vectors), unit_length=False)
+    turned = fitted.transform(vectors)
+    np.testing.assert_allclose(cosines(turned), cosines(vectors), atol=1e-5)
+    squares = np.square(turned.astype(np.float64)).mean(axis=0)
+    assert (np.diff(squares) < 1e-4).all()
+    # Dimensions of the turned vectors share no second moment.
+    moments = turned.T.astype(np.float64) @ turned / ROWS
+    np.testing.assert_allclose(moments, np.diag(squares), atol=1e-3)
+    assert fitted.facts["leading"] == {
+        str(count): pytest.approx(squares[:count].sum() / squares.sum(), abs=1e-5) for count in (1, 3, 6)
+    }
+
+
+def test_the_first_rotated_dimensions_are_the_nearest_to_all_inner_products() -> None:
+    vectors = planted() - 100
+    products = vectors @ vectors.T
+    leading = fit(vectors, kind="rotate")(vectors)[:, :3]
+    # Eckart and Young: the error of the best approximation of rank 3 is the tail of the singular values.
+    values = np.linalg.svd(vectors.astype(np.float64), compute_uv=False)
+    error = np.linalg.norm(products - leading @ leading.T)
+    assert error == pytest.approx(np.sqrt((values[3:] ** 4).sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["center", "standardize", "remove-components"])
+def test_another_kind_is_rotated_after_it(kind: str) -> None:
+    vectors, params = planted(), {"components": 1} if kind == "remove-components" else {}
+    alone, rotated = fit(vectors, kind=kind, **params), fit(vectors, kind=kind, rotate=True, **params)
+    np.testing.assert_allclose(cosines(rotated(vectors)), cosines(alone(vectors)), atol=1e-4)
+    np.testing.assert_allclose(rotated.invert(rotated(vectors)), alone.invert(alone(vectors)), rtol=1e-4, atol=1e-3)
+    found = covariance(rotated(vectors))
+    np.testing.assert_allclose(found, np.diag(np.diag(found)), atol=1e-3)
+    assert (np.diff(np.diag(found)) < 1e-4).all()
+    assert rotated.kind == f"{kind}, rotated"
+
+
 @pytest.mark.parametrize(
-    "params", [{"kind": "center"}, {"kind": "standardize"}, {"kind": "whiten"}, {"kind": "whiten", "shrinkage": 0.3}]
+    "params",
+    [
+        {"kind": "center"},
+        {"kind": "standardize"},
+        {"kind": "whiten"},
+        {"kind": "whiten", "shrinkage": 0.3},
+        {"kind": "rotate"},
+        {"kind": "standardize", "rotate": True},
+    ],
 )
 @pytest.mark.parametrize("unit_length", [False, True])
 def test_there_and_back(params: dict[str, Any], unit_length: bool) -> None:
