@@ -1,4 +1,4 @@
-"""Presets of backbones, and switching params.yaml to one: `python -m pipeline backbone NAME`.
+"""Presets of backbones and teachers, and switching params.yaml to them: `python -m pipeline backbone NAME`.
 
 The file keeps its comments, its order and everything that a preset does not name.
 """
@@ -12,7 +12,7 @@ from pydantic import Field
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
-from pipeline.backbone.loading import BackboneParams
+from pipeline.backbone.loading import BackboneParams, DType
 from pipeline.backbone.sizes import ModelSizes
 from pipeline.core.artifacts import write_bytes
 from pipeline.core.config import Params, read_yaml, validate
@@ -24,6 +24,7 @@ from pipeline.teach.params import TeachParams
 from pipeline.teach.plan import fitting_rows
 
 PRESETS_FILE = Path(__file__).with_name("presets.yaml")
+TEACHERS_FILE = Path(__file__).with_name("teachers.yaml")
 # The paper's limit for queries and responses; what the released teachers were made for.
 TEACHER_TOKENS = 512
 
@@ -69,10 +70,36 @@ class Preset(Params):
         return TeacherParams(kind="llm2vec", **base, adapters=self.teacher.adapters, **common)
 
 
+class OtherTeacher(Params):
+    """A teacher of another family, a sentence-transformers model that gives vectors of length 1."""
+
+    name: str
+    revision: str | None
+    dtype: DType
+    batch_tokens: dict[int, int]
+
+    def params(self, memory: int) -> TeacherParams:
+        """For a GPU of `memory` GB."""
+        return TeacherParams(
+            kind="sentence-transformers",
+            name=self.name,
+            revision=self.revision,
+            max_tokens=TEACHER_TOKENS,
+            dtype=self.dtype,
+            batch_tokens=self.batch_tokens[memory],
+        )
+
+
 @cache
 def presets() -> dict[str, Preset]:
     content = read_yaml(PRESETS_FILE)
     return {name: validate(entry, Preset, where=f"presets.yaml: {name}") for name, entry in content.items()}
+
+
+@cache
+def teachers() -> dict[str, OtherTeacher]:
+    content = read_yaml(TEACHERS_FILE)
+    return {name: validate(entry, OtherTeacher, where=f"teachers.yaml: {name}") for name, entry in content.items()}
 
 
 def preset_of(backbone: str) -> Preset | None:
@@ -80,15 +107,19 @@ def preset_of(backbone: str) -> Preset | None:
     return next((preset for preset in presets().values() if preset.backbone.name == backbone), None)
 
 
-def switch(path: Path, name: str, memory: int) -> list[str]:
+def switch(path: Path, name: str, memory: int, teacher: str | None = None) -> list[str]:
     """Set the params of a preset in a params file for `memory` GB; returns the changes, one line each.
 
+    `teacher` is one of `teachers()`; None: the backbone's own.
+
     Raises:
-        ParamsError: unknown preset or memory, or the file lacks a section that the preset sets.
+        ParamsError: unknown preset, teacher or memory, or the file lacks a section that the preset sets.
     """
     if name not in presets():
         raise ParamsError(f"unknown backbone '{name}' (known: {', '.join(presets())})")
-    preset = presets()[name]
+    if teacher is not None and teacher not in teachers():
+        raise ParamsError(f"unknown '{teacher}' (known: {', '.join(teachers())})", argument="teacher")
+    preset, other = presets()[name], teachers()[teacher] if teacher else None
     if memory not in preset.teacher.batch_tokens:
         known = ", ".join(map(str, preset.teacher.batch_tokens))
         raise ParamsError(f"no batch sizes for {memory} GB (known: {known})", argument="memory")
@@ -97,7 +128,7 @@ def switch(path: Path, name: str, memory: int) -> list[str]:
     content = yaml.load(path.read_text(encoding="utf-8"))
     changes = [
         line
-        for place, values in _values(preset, memory, content).items()
+        for place, values in _values(preset, other, memory, content).items()
         for line in _set(_section(path, content, place), place, values)
     ]
     sink = StringIO()
@@ -106,15 +137,15 @@ def switch(path: Path, name: str, memory: int) -> list[str]:
     return changes
 
 
-def _values(preset: Preset, memory: int, content: Any) -> dict[str, dict[str, Any]]:
+def _values(preset: Preset, other: OtherTeacher | None, memory: int, content: Any) -> dict[str, dict[str, Any]]:
     """The values to set, by section.
 
-    Targets are raw hidden states with norms in the hundreds: the paper's mean over dimensions balances the losses, and
-    float16 holds them with more digits than bfloat16. Learning rates are for the paper's random start; they would undo
-    a warm start, so none is set then (docs/results-log.md).
+    Targets of an LLM2Vec are raw hidden states with norms in the hundreds: the paper's mean over dimensions balances
+    the losses, and float16 holds them with more digits than bfloat16. Of unit-length vectors the sum does. Learning
+    rates are for the paper's random start; they would undo a warm start, so none is set then (docs/results-log.md).
     """
     train: dict[str, Any] = {
-        "align_reduction": "mean",
+        "align_reduction": "sum" if other else "mean",
         "learning_rate": preset.learning_rate,
         "micro_batch_size": "auto",
     }
@@ -123,7 +154,7 @@ def _values(preset: Preset, memory: int, content: Any) -> dict[str, dict[str, An
         del train["learning_rate"]
     return {
         "backbone": preset.backbone.model_dump(include={"name", "revision", "dtype", "chat_template_kwargs"}),
-        "embed.teacher": preset.teacher_params(memory).model_dump(),
+        "embed.teacher": (other.params(memory) if other else preset.teacher_params(memory)).model_dump(),
         "embed": {"normalize": False, "dtype": "float16"},
         "train": train,
         **_teach_values(preset, memory, content),

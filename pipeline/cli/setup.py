@@ -39,13 +39,16 @@ def params(
 def backbone(
     name: Annotated[str | None, typer.Argument(help="A preset; without one, they are listed.")] = None,
     memory: Annotated[int, typer.Option(help="GPU memory in GB that the micro-batch is sized for: 24 or 80.")] = 80,
+    teacher: Annotated[
+        str | None, typer.Option(help="One of the teachers listed, in place of an LLM2Vec of the backbone.")
+    ] = None,
     path: ParamsOption = PARAMS_FILE,
 ) -> None:
     """Switch the params file to a backbone and its teacher. Comments and everything else stay."""
-    from pipeline.cli.presets import presets, switch
+    from pipeline.cli.presets import presets, switch, teachers
 
     if name is not None:
-        changes = switch(path, name, memory)
+        changes = switch(path, name, memory, teacher)
         print("\n".join(changes) or f"{path} has these params already")
         return
     for known, preset in presets().items():
@@ -56,3 +59,5 @@ def backbone(
             f"{known:<14} {size:>5}  {preset.backbone.name:<36} {pin[:12]:<12}  "
             f"teacher: {teacher:<12}  rate {preset.learning_rate:g}{rate}"
         )
+    for known, other in teachers().items():
+        print(f"--teacher {known}: {other.name}")

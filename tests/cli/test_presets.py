@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli.plan import AllParams
-from pipeline.cli.presets import preset_of, presets, switch
+from pipeline.cli.presets import preset_of, presets, switch, teachers
 from pipeline.core.config import read_yaml, validate
 from pipeline.core.errors import ParamsError
 from pipeline.embed.params import TeacherParams
@@ -98,6 +98,24 @@ def test_where_none_is_published_the_teacher_is_trained_here(params: Path) -> No
     assert validate(teacher, TeacherParams, where="") == presets()["smollm2-360m"].teacher_params(24)
     switch(params, "llama-3.2-1b", 24)
     assert validate(read_yaml(params)["embed"]["teacher"], TeacherParams, where="").kind == "llm2vec"
+
+
+def test_the_authors_other_teacher_stands_behind_any_backbone(params: Path) -> None:
+    switch(params, "llama-3.2-1b", 24)
+    changes = switch(params, "qwen3-8b", 24, "bge-m3-unsupervised")
+    content = read_yaml(params)
+    teacher = validate(content["embed"]["teacher"], TeacherParams, where="")
+    assert (teacher.kind, teacher.name) == ("sentence-transformers", "BAAI/bge-m3-unsupervised")
+    assert (teacher.adapters, teacher.batch_tokens, content["embed"]["normalize"]) == ([], 32768, False)
+    assert content["backbone"]["name"] == "Qwen/Qwen3-8B"
+    # Vectors of length 1: the mean over dimensions would hardly train.
+    assert "train.align_reduction: mean -> sum" in changes
+    assert "train.align_reduction: sum -> mean" in switch(params, "qwen3-8b", 24)
+    for other in teachers().values():
+        assert other.batch_tokens.keys() == {24, 80}
+        assert other.revision is None or len(other.revision) == 40
+    with pytest.raises(ParamsError, match=r"^teacher: unknown 'bge' \(known: bge-m3-unsupervised\)"):
+        switch(params, "qwen3-8b", 24, "bge")
 
 
 def test_the_passes_of_teach_fit_the_memory(workspace: Path) -> None:

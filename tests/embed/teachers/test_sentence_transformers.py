@@ -41,6 +41,22 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved
 
 
+def test_a_model_that_pools_at_its_first_token_is_read_there(tiny_teacher: Path, tmp_path: Path) -> None:
+    """As bge-m3-unsupervised: CLS, then length 1."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    transformer = Transformer(str(tiny_teacher))
+    SentenceTransformer(modules=[transformer, Pooling(16, "cls"), Normalize()]).save(str(tmp_path / "cls"))
+    ids = [transformer.tokenizer(text, return_tensors="pt") for text in TEXTS]
+    with torch.inference_mode():
+        first = torch.cat([transformer.auto_model(**each).last_hidden_state[:, 0] for each in ids])
+    expected = torch.nn.functional.normalize(first).numpy()
+    np.testing.assert_allclose(build(tmp_path / "cls").embed(TEXTS), expected, atol=1e-5)
+    assert np.abs(build(tiny_teacher).embed(TEXTS) - first.numpy()).max() > 1e-2
+
+
 def build(folder: Path | str, **keys: Any) -> Any:
     params = TeacherParams(kind="sentence-transformers", name=str(folder), **({"max_tokens": 32} | keys))
     return load_teacher(params, BACKBONE)
