@@ -18,6 +18,7 @@ for command in (
     use.search,
     use.decode,
     exchange.mix,
+    exchange.rotate,
     exchange.import_official,
     exchange.export_official,
     exchange.export_st,

@@ -43,6 +43,7 @@ class Options(TypedDict, total=False):
     show_progress: bool | None
     processes: Count
     space: "Space"
+    truncate_dim: int | None
 
 
 def load(
@@ -119,6 +120,7 @@ class Embedder:
         show_progress: bool | None = None,
         processes: Count = 1,
         space: "Space" = "trained",
+        truncate_dim: int | None = None,
     ) -> "np.ndarray[Any, Any]":
         """Embeddings, float32: `[width]` of a string, `[N, width]` of a list, tuple, array or column of N strings.
 
@@ -131,22 +133,23 @@ class Embedder:
             processes: that share the texts, each with the backbone; "auto": one for each visible GPU, one on a CPU.
                 They are kept for the next call until `close`.
             space: "teacher" leads back to the space of the teacher's vectors before the transform of the targets.
+            truncate_dim: dimensions to keep, the first ones; None: all. Rotated embeddings lose least (`rotate`).
 
         Raises:
-            SourceError: an item is not a text, or the space is unknown.
+            SourceError: an item is not a text, the space is unknown, or there are fewer dimensions.
             TrainingError: an embedding is not finite in this dtype, or the transform is missing.
             EvaluationError: a process died.
         """
         from pipeline.encoder.inference import check_texts
 
         several = [texts] if isinstance(texts, str) else _listed(texts)
-        self.encoder.width_of(space)  # checks before the work
+        _check_truncation(truncate_dim, self.encoder.width_of(space))
         check_texts(several)
         bar = sys.stderr.isatty() and len(several) >= LONG_WORK if show_progress is None else show_progress
         count = self._process_count(processes)
         found = self._embed(count, several, instruction=prompt, batch_tokens=batch_tokens, show_progress=bar)
         self.encoder.config.warn_of_truncated(found.truncated, len(several))
-        vectors = self.encoder.in_space(space, found.vectors)
+        vectors = self.encoder.in_space(space, found.vectors)[:, :truncate_dim]
         vectors = unit_rows(vectors) if normalize else vectors
         return vectors[0] if isinstance(texts, str) else vectors
 
@@ -160,13 +163,14 @@ class Embedder:
         batch_tokens: int | None = None,
         processes: Count = 1,
         space: "Space" = "trained",
+        truncate_dim: int | None = None,
     ) -> "Iterator[np.ndarray[Any, Any]]":
         """Embeddings float32 `[<= chunk, width]`, in order, as they are made; at most one chunk is in memory.
 
         `texts` is any iterable, endless ones too; `chunk` None is chosen by the device; see `encode` for the others.
 
         Raises:
-            SourceError: an item is not a text, `chunk` is below 1, or the space is unknown.
+            SourceError: an item is not a text, `chunk` is below 1, the space is unknown, or there are fewer dimensions.
         """
         from pipeline.encoder.encode_file import CHUNK_ROWS
 
@@ -176,12 +180,19 @@ class Embedder:
         _refuse_table(texts)
         if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
             raise SourceError(f"texts is {str(texts)[:40]!r} ({type(texts).__name__}): give an iterable of strings")
-        self.encoder.width_of(space)
+        _check_truncation(truncate_dim, self.encoder.width_of(space))
         options = {"instruction": prompt, "batch_tokens": batch_tokens}
-        return self._stream(iter(texts), size, normalize, processes, space, **options)
+        return self._stream(iter(texts), size, normalize, processes, space, truncate_dim, **options)
 
     def _stream(
-        self, texts: Iterator[str], size: int, normalize: bool, processes: Count, space: "Space", **options: Any
+        self,
+        texts: Iterator[str],
+        size: int,
+        normalize: bool,
+        processes: Count,
+        space: "Space",
+        truncate_dim: int | None,
+        **options: Any,
     ) -> "Iterator[np.ndarray[Any, Any]]":
         from pipeline.encoder.inference import check_texts
 
@@ -191,7 +202,7 @@ class Embedder:
                 check_texts(some, first=total)
                 found = self._embed(count, some, **options)
                 total, truncated = total + len(some), truncated + found.truncated
-                vectors = self.encoder.in_space(space, found.vectors)
+                vectors = self.encoder.in_space(space, found.vectors)[:, :truncate_dim]
                 yield unit_rows(vectors) if normalize else vectors
         finally:
             self.encoder.config.warn_of_truncated(truncated, total)
@@ -296,6 +307,13 @@ def _listed(texts: Iterable[str]) -> list[str]:
     if not hasattr(texts, "__len__"):
         raise SourceError(f"texts is a {kind}, whose length is not known: give a list, or use encode_stream")
     return list(texts)
+
+
+def _check_truncation(truncate_dim: int | None, width: int) -> None:
+    """Raises SourceError unless embeddings of `width` can be cut to `truncate_dim` dimensions."""
+    from pipeline.encoder.storage import Storage
+
+    Storage(truncate_dim).check(width)
 
 
 def _refuse_table(texts: object) -> None:

@@ -99,6 +99,21 @@ def test_normalize(embedder: Embedder) -> None:
     assert np.linalg.norm(embedder.encode("one", normalize=True)) == pytest.approx(1)
 
 
+def test_the_first_dimensions(embedder: Embedder) -> None:
+    plain = embedder.encode(TEXTS)
+    np.testing.assert_array_equal(embedder.encode(TEXTS, truncate_dim=2), plain[:, :2])
+    unit = embedder.encode_query("one", truncate_dim=2, normalize=True)
+    assert unit.shape == (2,)
+    assert np.linalg.norm(unit) == pytest.approx(1)
+    stream = embedder.encode_stream(TEXTS, chunk=3, truncate_dim=2, normalize=True)
+    expected = embedder.encode(TEXTS, truncate_dim=2, normalize=True)
+    np.testing.assert_allclose(np.concatenate(list(stream)), expected, atol=1e-6)
+    for wrong in (0, WIDTH + 1):
+        for call in (embedder.encode, embedder.encode_stream):
+            with pytest.raises(SourceError, match=f"truncate_dim: {wrong} of {WIDTH} dimensions"):
+                call(TEXTS, truncate_dim=wrong)
+
+
 def behind_a_shift(folder: Path, tmp_path: Path) -> Path:
     """The same encoder, trained behind a transform that took 1 from every number."""
     shifted = TargetTransform("center", False, *[np.ones(WIDTH, np.float32)] * 3)

@@ -1,4 +1,4 @@
-"""Commands that make another folder of one, and give it away: mix, push, import-official, export-official, ..."""
+"""Commands that make another folder of one, and give it away: mix, rotate, push, import-official, and others."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import DTYPES, ModelArgument, one_of
+from pipeline.cli.options import (
+    DTYPES,
+    BackboneOption,
+    ColumnOption,
+    DTypeOption,
+    ModelArgument,
+    PromptOption,
+    RemoteCodeOption,
+    load_encoder,
+    one_of,
+)
+from pipeline.core.errors import nested_in
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; a new one.")]
 RecordedOption = Annotated[str | None, typer.Option(help="Name or folder to use in place of the recorded one.")]
@@ -34,12 +45,49 @@ def mix(
 ) -> None:
     """Change how much of an embedding is the predicted response; the rest is the encoder's own reading of the text."""
     from pipeline.encoder.folder.mix import mix as mix_encoder
+    from pipeline.encoder.folder.read import read_config
 
     out = output or model
+    rotated = read_config(model).rotated_width is not None
     config = mix_encoder(model, response_share, out)
     print(f"{model} -> {out}: response share {response_share}, embeddings of {config.embedding_width} dimensions")
+    if rotated:
+        print("note: the rotation was of the former embeddings and is gone; rotate again")
     if output is None:
         print(f"note: set train.response_share to {response_share} too, or `dvc repro` makes the former encoder again")
+
+
+def rotate(
+    model: ModelArgument,
+    texts: Annotated[
+        Path, typer.Option("--texts", help="Texts like those to embed, in files as encode reads them; some thousands.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="The folder to write.  [default: MODEL itself]")] = None,
+    dimensions: Annotated[int | None, typer.Option(min=1, help="Keep the first ones only.  [default: all]")] = None,
+    prompt: PromptOption = "",
+    column: ColumnOption = None,
+    dtype: DTypeOption = "float32",
+    backbone: BackboneOption = None,
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Turn embeddings so that their first dimensions hold most of them; cosines stay as they are."""
+    from pipeline.core.readers import open_texts
+    from pipeline.encoder.folder.rotate import rotate as rotate_encoder
+
+    out = output or model
+    with nested_in(names={"path": "texts"}):
+        read = open_texts(texts, column)
+        encoder = load_encoder(model, dtype, backbone, False, trust_remote_code)
+        found = rotate_encoder(model, encoder, read, out, instruction=prompt, dimensions=dimensions)
+    width = len(found.shares)
+    print(f"{model} -> {out}: embeddings of {width} dimensions, {encoder.width} before, rotated on {read.rows} texts")
+    counts = sorted({max(1, width // part) for part in (8, 4, 2)} | {width})
+    held = ", ".join(f"{count} hold {found.leading(count):.1%}" for count in counts)
+    print(f"of their squared length the first {held}")
+    if read.rows < width:
+        print(f"note: {read.rows} texts are fewer than the dimensions: the order of the last ones is arbitrary")
+    if output is None:
+        print("note: the next `dvc repro` makes the former encoder again; embed.transform rotates in the pipeline")
 
 
 def export_official(

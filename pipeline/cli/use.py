@@ -65,7 +65,8 @@ def encode(
     """Embed the texts of a file, of any size. A killed run continues where it was."""
     from pipeline.core.readers import open_texts
     from pipeline.core.target_transform import Space
-    from pipeline.encoder.encode_file import Precision, Storage, check_output, encode_file, kept_columns
+    from pipeline.encoder.encode_file import check_output, encode_file, kept_columns
+    from pipeline.encoder.storage import Precision, Storage
 
     piped = source == Path("-")
     check_output(output, None if piped else source, keeps=keep is not None)

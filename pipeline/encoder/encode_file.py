@@ -7,12 +7,12 @@ written: other ones of the same embeddings compute nothing twice after a kill.
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from io import BytesIO
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,8 +23,8 @@ from pipeline.core.part_store import Parts, open_parts, whole_file
 from pipeline.core.readers import Columns, TextFile, check_not_read, open_columns
 from pipeline.core.run import progress
 from pipeline.core.target_transform import Space
-from pipeline.core.vectors import unit_rows
 from pipeline.encoder.folder.config import fingerprint
+from pipeline.encoder.storage import Storage, ranges_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,34 +38,7 @@ VERSION = 3
 CHUNK_ROWS = {"cpu": 256, "cuda": 8192}
 # Key of a Parquet file's metadata: which encoder, and which instruction.
 EMBEDDED_BY = b"embedded_by"
-
-
-Precision = Literal["int8", "binary"]
 ALL = "all"
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How embeddings are stored: the leading dimensions at length 1, quantised; None: as they are, float32.
-
-    int8 divides the range of each dimension over all texts into 256 steps, binary keeps the sign of each (eight in a
-    byte): sentence-transformers' quantize_embeddings.
-    """
-
-    truncate_dim: int | None = None
-    quantize: Precision | None = None
-
-    def check(self, width: int) -> None:
-        """Raises SourceError if embeddings of `width` cannot be stored so."""
-        if self.truncate_dim is not None and not 1 <= self.truncate_dim <= width:
-            message = f"{self.truncate_dim} of {width} dimensions: must be between 1 and {width}"
-            raise SourceError(message, argument="truncate_dim")
-
-    def truncated(self, vectors: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-        """`[N, width]` as float32 `[N, truncate_dim]`."""
-        return vectors if self.truncate_dim is None else unit_rows(vectors[:, : self.truncate_dim])
-
-
 AS_THEY_ARE = Storage()
 
 
@@ -259,20 +232,9 @@ class _Stored:
 
     def __init__(self, texts: TextFile, parts: _Embeddings, rows: int, storage: Storage) -> None:
         """Read through the embeddings once if their ranges are needed."""
-        import numpy as np
-
         self.texts, self.rows, self._parts, self._storage = texts, rows, parts, storage
-        self.ranges: np.ndarray[Any, Any] | None = None
-        dimensions = storage.truncate_dim or parts.width
-        self.width = dimensions
-        self.dtype: np.dtype[Any] = np.dtype("<f4")
-        if storage.quantize is not None:
-            self.dtype = np.dtype("i1")
-            self.width = -(-dimensions // 8) if storage.quantize == "binary" else dimensions
-        if storage.quantize == "int8":
-            extremes = [(found.min(axis=0), found.max(axis=0)) for _, found in self._floats()]
-            lowest, highest = zip(*extremes, strict=True)
-            self.ranges = np.stack([np.min(lowest, axis=0), np.max(highest, axis=0)])
+        self.width, self.dtype = storage.values(parts.width), storage.dtype
+        self.ranges = ranges_of(found for _, found in self._floats()) if storage.quantize == "int8" else None
 
     def facts(self) -> dict[str, Any]:
         """What a reader of the file must know of its storage, if it is not the usual one (serialises to JSON)."""
@@ -284,11 +246,7 @@ class _Stored:
     def chunks(self) -> "Iterator[tuple[list[str], np.ndarray[Any, Any]]]":
         """Texts, and their embeddings `[B, width]`; raises SourceError if the input has changed."""
         for chunk, found in self._floats():
-            if self._storage.quantize is not None:
-                from sentence_transformers.util import quantize_embeddings
-
-                found = quantize_embeddings(found, self._storage.quantize, ranges=self.ranges)
-            yield chunk, found.astype(self.dtype, copy=False)
+            yield chunk, self._storage.quantized(found, self.ranges)
 
     def _floats(self) -> "Iterator[tuple[list[str], np.ndarray[Any, Any]]]":
         count = 0

@@ -11,11 +11,15 @@ The paper's embedding is the predicted response alone, a *response share* of 1. 
 The inner product of two embeddings is then a^2 times that of the predictions plus (1 - a)^2 times that of the readings.
 L_r in front changes no cosine, but classifiers with regularisation see the length. The map from the mean hidden state
 stays affine, so every export can carry it. `pipeline readings` measures this form before training.
+
+A `Rotation` turns the embedding, so that its first dimensions hold most of it. Together with the map before it, it is
+one affine map of the mean hidden state.
 """
 
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +70,28 @@ class Reading:
         return Reading(*(getattr(self, each.name).to(device) for each in fields(self)))
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """How a mean hidden state becomes a rotated embedding of k dimensions; float32.
+
+    Attributes:
+        weight: of the mean hidden state over the compression tokens, `[k, d]`.
+        bias: `[k]`.
+        prediction: from a rotated embedding back to the predicted response in it, `[e, k]`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    prediction: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, on the CPU."""
+        return {each.name: getattr(self, each.name).cpu().contiguous() for each in fields(self)}
+
+    def to(self, device: Any) -> "Rotation":
+        return Rotation(*(getattr(self, each.name).to(device) for each in fields(self)))
+
+
 @torch.no_grad()
 def composed(student: Student) -> tuple[Tensor, Tensor]:
     """Weight `[e, d]` and bias `[e]` of both projections as one, float64 on the CPU: not every device has float64."""
@@ -77,9 +103,12 @@ def composed(student: Student) -> tuple[Tensor, Tensor]:
 class EmbeddingHead:
     """Hidden states `[B, n, d]` at the compression tokens to embeddings `[B, width]`; see the module."""
 
-    def __init__(self, student: Student, share: float = 1.0, reading: Reading | None = None) -> None:
+    def __init__(
+        self, student: Student, share: float = 1.0, reading: Reading | None = None, rotation: Rotation | None = None
+    ) -> None:
         """`share` of the predicted response, 0 to 1; below 1 it needs a `reading`."""
         self.student, self.share = student, share
+        self.rotation = rotation.to(student.tokens.device) if rotation is not None else None
         self._reading = reading.to(student.tokens.device) if reading is not None else Reading.plain(student.hidden)
         prediction, own = (float(length) for length in self._reading.lengths)
         self.prediction_scale = 1.0 if share == 1 else share * own / prediction
@@ -87,9 +116,13 @@ class EmbeddingHead:
 
     @property
     def width(self) -> int:
+        if self.rotation is not None:
+            return len(self.rotation.bias)
         return embedding_width(self.share, self.student.width, self.student.hidden)
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        if self.rotation is not None:
+            return hidden.float().mean(dim=1) @ self.rotation.weight.T + self.rotation.bias
         if self.share == 1:
             return self.student.embedding(self.student.soft_prompts(hidden))
         read = (hidden.float().mean(dim=1) - self._reading.mean) * self._reading_scale
@@ -98,9 +131,17 @@ class EmbeddingHead:
         predicted = self.student.embedding(self.student.soft_prompts(hidden)) * self.prediction_scale
         return torch.cat([predicted, read], dim=1)
 
+    def predictions(self, embeddings: np.ndarray) -> np.ndarray:
+        """The predicted responses `[N, e]` in embeddings `[N, width]`, at a share above 0."""
+        if self.rotation is not None:
+            embeddings = embeddings @ self.rotation.prediction.cpu().numpy().T
+        return embeddings if self.share == 1 else embeddings[:, : self.student.width] / self.prediction_scale
+
     @torch.no_grad()
     def composed(self) -> tuple[Tensor, Tensor]:
         """Weight `[width, d]` and bias `[width]` of the map from the mean hidden state, float64 on the CPU."""
+        if self.rotation is not None:
+            return self.rotation.weight.cpu().double(), self.rotation.bias.cpu().double()
         weight, bias = composed(self.student)
         if self.share == 1:
             return weight, bias

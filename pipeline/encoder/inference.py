@@ -17,7 +17,7 @@ from pipeline.core.run import progress
 from pipeline.core.target_transform import TRANSFORM_FILE, Space, TargetTransform, load_transform
 from pipeline.encoder.folder.config import START_FILE, EncoderConfig
 from pipeline.encoder.folder.tensors import read_start
-from pipeline.encoder.head import EmbeddingHead, Reading
+from pipeline.encoder.head import EmbeddingHead, Reading, Rotation
 from pipeline.encoder.passes.packed import least_saved
 from pipeline.encoder.passes.prompt_reader import prompt_reader
 from pipeline.encoder.student import Student, new_student
@@ -50,6 +50,7 @@ class Encoder:
         adapted: Any = None,
         folder: Path | None = None,
         reading: Reading | None = None,
+        rotation: Rotation | None = None,
     ) -> None:
         """From loaded parts; `read_encoder` loads them from a folder.
 
@@ -59,7 +60,7 @@ class Encoder:
         """
         self._folder = folder
         self.model, self.tokenizer, self.student, self.config = model, tokenizer, student.eval(), config
-        self.head = EmbeddingHead(student, config.response_share, reading)
+        self.head = EmbeddingHead(student, config.response_share, reading, rotation)
         self.width, self.max_tokens, self.identity = self.head.width, config.max_query_tokens, identity
         self._reader = prompt_reader(model if adapted is None else adapted)
         self._format = PromptFormatter(
@@ -103,7 +104,7 @@ class Encoder:
     ) -> "Encoder":
         """The backbone without adapters behind another student."""
         identity = {**identity, "backbone": self.identity.get("other_backbone", self.config.backbone)}
-        config = self.config.model_copy(update={"response_share": share})
+        config = self.config.model_copy(update={"response_share": share, "rotated_width": None})
         return Encoder(self.model, self.tokenizer, student, config, identity, folder=self._folder, reading=reading)
 
     def encode(
@@ -157,8 +158,8 @@ class Encoder:
     def in_space(self, space: Space, embeddings: np.ndarray) -> np.ndarray:
         """Embeddings of the trained space `[N, width]` in another, `[N, width_of(space)]`."""
         transform = self._transform_to(space)
-        if space == "teacher" and self.config.response_share < 1:
-            embeddings = embeddings[:, : self.config.width] / self.head.prediction_scale
+        if space == "teacher":
+            embeddings = self.head.predictions(embeddings)
         return embeddings if transform is None else transform.invert(embeddings)
 
     def width_of(self, space: Space) -> int:

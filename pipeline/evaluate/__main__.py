@@ -1,6 +1,7 @@
 """Stage evaluate: a suite of tasks for every system -> results/evaluate/. `python -m pipeline.evaluate SUITE`."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -10,8 +11,9 @@ import typer
 from pipeline.core.artifacts import create, write_bytes
 from pipeline.core.config import PARAMS_FILE, EntryName, load
 from pipeline.core.errors import ParamsError, nested_in, section
-from pipeline.core.paths import DELTAS_TABLE, EVALUATE_DIR, SUMMARY_TABLE
+from pipeline.core.paths import DELTAS_TABLE, ENCODER_DIR, EVALUATE_DIR, SUMMARY_TABLE
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
+from pipeline.encoder.storage import Storage
 from pipeline.evaluate.build import (
     MEMORY_PARAMS,
     SystemInputs,
@@ -25,6 +27,7 @@ from pipeline.evaluate.comparison import compare
 from pipeline.evaluate.deltas import deltas_table, task_deltas
 from pipeline.evaluate.run import run_systems
 from pipeline.evaluate.standardized import STANDARDIZATION_FILE, standardization_bytes
+from pipeline.evaluate.stored import STUDENT, name_of, stored_facts, with_stored
 from pipeline.evaluate.summary import flat_metrics, seed_spread, summary_table, write_mteb_format, write_unit_scores
 from pipeline.generate.engines.registry import prepare_environment
 from pipeline.tasks.instructions import load_instructions
@@ -56,16 +59,21 @@ def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
     with section("suites"), nested_in(suite):
         tasks = find_tasks(folders, params.tasks, params.benchmark, params.languages)
     instructions = load_instructions(own_instructions(inputs))
+    storages = [form.storage for form in evaluate.stored]
+    width = _checked_width(storages) if storages else 0
     with section("evaluate"), closing(make_systems(inputs)) as systems:
-        runs = run_systems(
-            systems.build(evaluate.systems),
+        all_runs = run_systems(
+            with_stored(systems.build(evaluate.systems), storages),
             tasks,
             instructions,
             work=work_dir("evaluate"),
             dtype=evaluate.dtype,
             model_name=evaluate.model_name,
         )
-    summary, deltas = summary_table(tasks, runs), task_deltas(tasks, runs, evaluate.bootstrap)
+    forms = {name_of(storage) for storage in storages}
+    runs = [run for run in all_runs if run.system not in forms]
+    summary, all_deltas = summary_table(tasks, runs), task_deltas(tasks, all_runs, evaluate.bootstrap)
+    deltas = [delta for delta in all_deltas if delta.system not in forms]
     with create(
         EVALUATE_DIR / suite,
         kind="evaluation",
@@ -97,10 +105,24 @@ def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
             for run in runs
         },
     )
+    if storages:
+        beside = [run for run in all_runs if run.system in {STUDENT, *forms}]
+        run_record.update(stored=stored_facts(storages, width, flat_metrics(summary_table(tasks, beside)), all_deltas))
     gains = compare(suite, run_record.facts).gains
     run_record.update(gains=[{**asdict(gain), "sentence": gain.sentence} for gain in gains])
     for gain in gains:
         log.info("%s, %s", suite, gain.sentence)
+
+
+def _checked_width(storages: Sequence[Storage]) -> int:
+    """Dimensions of the student's embeddings; raises SourceError if one of the storages keeps more."""
+    from pipeline.encoder.folder.read import read_config
+
+    width = read_config(ENCODER_DIR).embedding_width
+    for index, storage in enumerate(storages):
+        with section("evaluate"), nested_in(f"stored.{index}"):
+            storage.check(width)
+    return width
 
 
 def main(

@@ -1,7 +1,7 @@
 """Turns flat metrics (`<system>/<metric>`) into tables of the student and the systems it is compared with."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.evaluate.registry import is_reading, system_order
@@ -59,6 +59,19 @@ class Gain:
 
 
 @dataclass(frozen=True)
+class StoredForm:
+    """The student's embeddings as an index stores them; `cells` have the student minus this form, by metric.
+
+    `stored` is float32, int8 or binary, `bytes` those of a million vectors.
+    """
+
+    stored: str
+    dimensions: int
+    bytes: int
+    cells: Mapping[str, Cell]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Scores of several systems, and the facts that belong to none of them."""
 
@@ -68,6 +81,7 @@ class Comparison:
     space: dict[str, str]
     rows: list[Row]
     facts: list[tuple[str, Any]]
+    stored: list[StoredForm] = field(default_factory=list)
 
     @property
     def tasks(self) -> set[str]:
@@ -112,7 +126,15 @@ def compare(name: str, record: Mapping[str, Any], lower_is_better: Sequence[str]
         space=_facts_of(described, scores, "space"),
         rows=[_row(metric, scores, deltas, tuple(lower_is_better)) for metric in sorted(names, key=_reading_order)],
         facts=[(key, value) for key, value in metrics.items() if _is_fact(key, scores)],
+        stored=[_stored_form(_mapping(entry)) for entry in record.get("stored") or []],
     )
+
+
+def _stored_form(entry: Mapping[str, Any]) -> StoredForm:
+    deltas = {str(delta["metric"]): delta for delta in entry["deltas"]}
+    scores = entry["scores"]
+    cells = {metric: _cell(scores[metric], deltas.get(metric, {})) for metric in sorted(scores, key=_reading_order)}
+    return StoredForm(str(entry["stored"]), int(entry["dimensions"]), int(entry["bytes_per_million"]), cells)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pipeline.backbone.loading import DType
 from pipeline.core.bootstrap import BootstrapParams
 from pipeline.core.config import Params
 from pipeline.embed.params import TargetType
+from pipeline.encoder.storage import Precision, Storage
 from pipeline.evaluate.registry import BUILT_IN
 from pipeline.parallel.devices import Count
 
@@ -46,6 +47,23 @@ class AnswersParams(Params):
     )
 
 
+class StoredParams(Params):
+    """A form in which the student's embeddings are stored; see `python -m pipeline encode`."""
+
+    truncate_dim: int | None = Field(default=None, ge=1, description="the first dimensions; null = all")
+    quantize: Precision | None = Field(default=None, description="int8 or binary; null = float32")
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if self.truncate_dim is None and self.quantize is None:
+            raise ValueError("needs truncate_dim or quantize: the student itself is scored anyway")
+        return self
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(self.truncate_dim, self.quantize)
+
+
 class EvaluateParams(Params):
     """Which systems are compared, and how they embed texts."""
 
@@ -69,6 +87,9 @@ class EvaluateParams(Params):
     cache_embeddings: bool = Field(default=True, description="keep embeddings in the work folder")
     embeddings_dtype: TargetType = Field(
         default="float16", description="that embeddings are rounded to before they are scored and kept"
+    )
+    stored: list[StoredParams] = Field(
+        default_factory=list, description="forms of the student's embeddings to score beside it, in a table of its own"
     )
     answers: AnswersParams = Field(default_factory=AnswersParams)
     bootstrap: BootstrapParams = Field(default_factory=BootstrapParams)
@@ -101,4 +122,14 @@ class EvaluateParams(Params):
                 raise ValueError(f"{name} {values} contains a duplicate")
         if min(self.seeds) < 0:
             raise ValueError(f"seeds {self.seeds} must be 0 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _stored_forms_of_the_student(self) -> Self:
+        if len({form.storage for form in self.stored}) < len(self.stored):
+            raise ValueError("stored contains a duplicate")
+        if self.stored and "student" not in self.systems:
+            raise ValueError(f"stored needs the student among the systems: they are {', '.join(self.systems)}")
+        if self.stored and not self.cache_embeddings:
+            raise ValueError("stored needs cache_embeddings: true, or every form would embed all texts again")
         return self

@@ -152,8 +152,9 @@ class _TaskRun:
 
     def run(self, encoder: MtebEncoder) -> None:
         """Run the task and store its result, unless the system failed on some texts: then the next run repeats it."""
-        task = copy.deepcopy(self.task)  # a task's random state moves as it runs
-        task.load_data()
+        if hasattr(encoder.system, "calibrate"):
+            encoder.system.calibrate(lambda: _evaluate(encoder, self._loaded(), None))
+        task = self._loaded()
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             failed = failed_texts(encoder.system)
@@ -167,6 +168,12 @@ class _TaskRun:
                 self.result, content = type(result).from_disk(written), written.read_bytes()
         if failed == failed_texts(encoder.system):
             self._store(content)
+
+    def _loaded(self) -> Any:
+        """A copy of the task with its data: a task's random state moves as it runs."""
+        task = copy.deepcopy(self.task)
+        task.load_data()
+        return task
 
     def _store(self, content: bytes) -> None:
         """Write the unit scores, the digests, and last the result in mteb's format."""

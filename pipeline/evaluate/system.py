@@ -72,9 +72,9 @@ def innermost(system: System) -> System:
 
 
 def in_teacher_space(system: System) -> bool:
-    """Whether embeddings lie in the teacher's space: not those of an encoder that keeps its reading in them."""
-    entry = entry_of(system.name)
-    return entry is not None and entry.teacher_space and "response_share" not in system.identity.get("config", {})
+    """Whether embeddings lie in the teacher's space: not those of an encoder that turns or adds to its prediction."""
+    entry, config = entry_of(system.name), system.identity.get("config", {})
+    return entry is not None and entry.teacher_space and not {"response_share", "rotated_width"} & config.keys()
 
 
 def failed_texts(system: System) -> int:

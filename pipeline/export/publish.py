@@ -40,7 +40,8 @@ def publish(model: Path, out: Path, results: Path | None = None) -> list[str]:
             folder = Path(scratch) / "model"
             _copy(artifact, folder)
             card = (folder / CARD_FILE).read_text(encoding="utf-8").replace('"DIR"', json.dumps(out.name))
-            card = with_results(card, [_table(comparison) for comparison in comparisons])
+            tables = [table for comparison in comparisons for table in (_table(comparison), _stored_table(comparison))]
+            card = with_results(card, [table for table in tables if table])
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
             folder.rename(out)
     return [comparison.name for comparison in comparisons]
@@ -86,6 +87,19 @@ def _table(comparison: Comparison) -> str:
         scores = [row.cells[index].score for index in at]
         lower = " ↓" if row.lower_is_better else ""
         lines.append(f"| {row.metric}{lower} | {' | '.join(_number(score) for score in scores)} |")
+    return "\n".join(lines)
+
+
+def _stored_table(comparison: Comparison) -> str:
+    """What fewer dimensions or bits cost, means of the suite only; empty if it was not measured."""
+    if not comparison.stored:
+        return ""
+    shown = [row.metric for row in comparison.rows if row.summary]
+    lines = [f"### {comparison.name}, in fewer dimensions or bits", ""]
+    lines += [f"| stored as | dimensions | bytes of a million | {' | '.join(shown)} |", "|---" * (len(shown) + 3) + "|"]
+    for form in comparison.stored:
+        scores = " | ".join(_number(form.cells[metric].score if metric in form.cells else None) for metric in shown)
+        lines.append(f"| {form.stored} | {form.dimensions:,} | {form.bytes:,} | {scores} |")
     return "\n".join(lines)
 
 

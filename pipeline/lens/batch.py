@@ -130,8 +130,11 @@ def read_to_files(
 def _index(encoder: "Encoder", corpus: Path) -> Index:
     """The known texts. Their vectors must be predicted responses; the instruction before them may differ."""
     index = open_index(corpus)
-    if encoder.config.response_share < 1 and index.width == encoder.width:
-        message = f"{corpus} holds readings beside predicted responses, among which decode looks: give data/targets"
+    beside = encoder.config.response_share < 1 and index.width == encoder.width
+    rotated = encoder.config.rotated_width is not None
+    if beside or (rotated and corpus.is_file()):
+        what = "rotated embeddings" if rotated else "readings beside predicted responses"
+        message = f"{corpus} holds {what}, and decode looks among predicted responses alone: give data/targets"
         raise SourceError(message, argument="corpus")
     check_width(index, encoder.config.width)
     problem = not_made_by(encoder, corpus) if corpus.is_file() else None

@@ -46,7 +46,7 @@ def environment(format: str, *folders: Path) -> "Environment":
     found = templates(*folders, Path(__file__).parent)
     if format == "markdown":
         found.finalize = escape_markdown
-    by_name: list[Any] = [number, signed, interval, percent, label, seconds, hours, fence, total, curves]
+    by_name: list[Any] = [number, signed, interval, percent, label, seconds, size, hours, fence, total, curves]
     found.filters.update({function.__name__: function for function in by_name})
     found.filters.update(spread=untrained_spread, forests=charts, means=means_chart)
     return found
@@ -103,6 +103,11 @@ def percent(value: float | None) -> str:
 def label(key: str) -> str:
     """A key in words: `backbone/refusal_rate_safe` becomes "backbone: refusal rate safe"."""
     return key.replace("/", ": ").replace("_", " ")
+
+
+def size(bytes: int) -> str:
+    """Bytes in MB or GB (of 1000), three digits."""
+    return f"{bytes / 1e9:.3g} GB" if bytes >= 1e9 else f"{bytes / 1e6:.3g} MB"
 
 
 def seconds(value: float) -> str:

@@ -20,9 +20,10 @@ from pipeline.core.errors import SourceError, WorkError
 from pipeline.core.readers import open_texts
 from pipeline.core.row_store import lock_folder
 from pipeline.core.run import work_dir
-from pipeline.encoder.encode_file import EMBEDDED_BY, Storage, encode_file, kept_columns, not_made_by
+from pipeline.encoder.encode_file import EMBEDDED_BY, encode_file, kept_columns, not_made_by
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.encoder.inference import Embedded
+from pipeline.encoder.storage import Storage
 from tests.conftest import ROOT
 from tests.stage_runs import wait_until
 
@@ -109,7 +110,7 @@ def test_parquet_holds_the_texts_too_and_says_who_made_it(workspace: Path) -> No
     assert table["text"].to_list() == texts
     np.testing.assert_array_equal(table["embedding"].to_numpy(), expected([f"I{text}" for text in texts]))
     made_by = json.loads(pq.read_schema("out.parquet").metadata[EMBEDDED_BY])
-    config = CONFIG.model_dump(exclude={"teacher", "origin", "transform", "response_share"})  # of 1.0
+    config = CONFIG.model_dump(exclude={"teacher", "origin", "transform", "response_share", "rotated_width"})
     assert made_by == {"encoder": {"sha256": "abc", "config": config}, "instruction": "I"}
 
 

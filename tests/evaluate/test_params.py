@@ -25,6 +25,11 @@ from pipeline.evaluate.params import EvaluateParams
         ({"seeds": [1, 1]}, r"seeds \[1, 1\] contains a duplicate"),
         ({"seeds": [-1]}, r"seeds \[-1\] must be 0 or more"),
         ({"seed": 0}, r"seed: unknown key \(did you mean 'seeds'\?\)"),
+        ({"stored": [{}]}, r"stored\.0: .*needs truncate_dim or quantize"),
+        ({"stored": [{"quantize": "int4"}]}, r"stored\.0\.quantize: Input should be 'int8' or 'binary'"),
+        ({"stored": [{"truncate_dim": 8}] * 2}, r"stored contains a duplicate"),
+        ({"stored": [{"truncate_dim": 8}], "cache_embeddings": False}, r"stored needs cache_embeddings: true"),
+        ({"stored": [{"truncate_dim": 8}], "systems": ["echo"]}, r"stored needs the student among the systems"),
         ({"model_name": "mine"}, r"model_name: String should match pattern"),
     ],
 )

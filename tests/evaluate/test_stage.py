@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import pipeline.evaluate.__main__ as evaluate_stage
 import pipeline.probe.__main__ as probe_stage
 from pipeline.core.artifacts import create, open_artifact
+from pipeline.encoder.folder.config import EncoderConfig
 from tests.conftest import tiny_model, tiny_tokenizer
 from tests.evaluate.fakes import WordSystem, retrieval_folder, sts_folder
 
@@ -80,6 +81,31 @@ def test_a_suite_becomes_an_artifact_and_a_record(systems: FakeSystems) -> None:
     assert record["systems"]["teacher"]["prompting"] == "none"
     assert record["systems"]["student"]["tasks_run_now"] == 2
     assert list(Path("results/evaluate/small").rglob("model_meta.json"))
+
+
+def test_smaller_vectors_have_a_table_of_their_own(systems: FakeSystems) -> None:
+    config = EncoderConfig(
+        backbone={"name": "none"}, chat_template_kwargs={}, template="raw", max_query_tokens=9,
+        compression_tokens=1, thought_tokens=0, hidden=4, width=8, teacher={},
+    )  # fmt: skip
+    with create(Path("models/encoder"), kind="encoder", params={}) as out:
+        (out.path / "encoder_config.json").write_text(config.model_dump_json())
+    evaluate = {**PARAMS["evaluate"], "stored": [{"truncate_dim": 1}, {"quantize": "binary"}]}
+    write_params(evaluate=evaluate)
+    assert call(evaluate_stage, "small").exit_code == 0
+    record = json.loads(Path("results/evaluate/small.json").read_text())
+    whole, cut, signs = record["stored"]
+    assert [(form["stored"], form["dimensions"]) for form in (whole, cut, signs)] == [
+        ("float32", 8), ("float32", 1), ("binary", 8),
+    ]  # fmt: skip
+    assert whole["scores"]["find"] == record["metrics"]["student/find"] == signs["scores"]["find"] == 1
+    (lost,) = (delta for delta in cut["deltas"] if delta["metric"] == "find")
+    assert lost["delta"] == pytest.approx(1 - cut["scores"]["find"]) and lost["verdict"] == "better"
+    assert set(record["systems"]) == {"student", "teacher"}
+    assert not any("student-" in metric for metric in record["metrics"])
+    write_params(evaluate={**evaluate, "stored": [{"quantize": "int8"}, {"truncate_dim": 9}]})
+    done = call(evaluate_stage, "small")
+    assert "evaluate.stored.1.truncate_dim: 9 of 8 dimensions" in done.stderr
 
 
 def test_a_rerun_computes_nothing_and_gives_equal_bytes(systems: FakeSystems) -> None:

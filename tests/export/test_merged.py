@@ -17,15 +17,17 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
-from pipeline.backbone.loading import BackboneParams, DType, Template, load_tokenizer
+from pipeline.backbone.loading import BackboneParams, Template, load_tokenizer
 from pipeline.backbone.lora import LoraParams
 from pipeline.core.errors import ArtifactError, TrainingError
+from pipeline.core.target_transform import TargetTransform
 from pipeline.encoder.folder.read import read_encoder
 from pipeline.export.merged.export import add_rows, export_merged, usage
 from pipeline.export.merged.folder import old_rope_keys
 from pipeline.export.merged.tokenizer import PROBES, Frame, find_frame
 from tests.conftest import ROOT, tiny_model, tiny_tokenizer
 from tests.export.encoder_folders import write_folder
+from tests.vllm_server import vllm_serve
 
 PROMPTS = {"query": "Say: ", "document": ""}
 TEXTS = ["one", "What is it?", "ein längerer Text, 東京", "def f():\n    pass"]
@@ -60,6 +62,7 @@ def test_one_token_in_plain_sentence_transformers(
     said = expected.encode(TEXTS, instruction="Say:")
     np.testing.assert_allclose(found.encode(TEXTS, prompt_name="query"), said, atol=1e-4)
     assert np.abs(said - expected.encode(TEXTS)).max() > 1e-3
+    np.testing.assert_array_equal(found.encode(TEXTS, truncate_dim=3), found.encode(TEXTS)[:, :3])
     assert found.similarity_fn_name == "cosine"
     assert found.get_embedding_dimension() == 5
     assert found.max_seq_length == 64 + 1
@@ -329,38 +332,65 @@ if __name__ == "__main__":
     from vllm import LLM
     from vllm.config import PoolerConfig
 
-    cut = {"truncate_prompt_tokens": -1}
+    pooler = PoolerConfig(task="token_embed", use_activation=False)
     options = dict(runner="pooling", dtype="float32", enforce_eager=True, kv_cache_memory_bytes=2**27, max_num_seqs=4)
-    if count == 1:
-        outputs = LLM(folder, **options).embed(texts, tokenization_kwargs=cut)
-        vectors = [output.outputs.embedding for output in outputs]
-    else:
-        pooler = PoolerConfig(task="token_embed", use_activation=False)
-        llm = LLM(folder, pooler_config=pooler, **options)
-        outputs = llm.encode(texts, pooling_task="token_embed", tokenization_kwargs=cut)
-        vectors = [output.outputs.data[-count:].mean(dim=0).tolist() for output in outputs]
+    llm = LLM(folder, pooler_config=pooler, **options)
+    cut = {"truncate_prompt_tokens": -1}
+    outputs = llm.encode(texts, pooling_task="token_embed", tokenization_kwargs=cut)
+    vectors = [output.outputs.data[-count:].mean(dim=0).tolist() for output in outputs]
     np.save("vllm.npy", np.array(vectors, dtype=np.float32))
 """
+QUESTIONS = ["What is the capital of France?", "Why is the sky blue?", "rain", "again and " * 100]
+
+
+def close(found: Any, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.models
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("count", "template", "dtype"), [(1, "raw", "float32"), (3, "chat", "float32"), (3, "raw", "bfloat16")]
-)
-def test_vllm_gives_our_embedding(
-    workspace: Path, small_lm: Path, count: int, template: Template, dtype: DType
-) -> None:
+def test_vllm_gives_our_embedding(workspace: Path, small_lm: Path) -> None:
     pytest.importorskip("vllm")
-    model = write_model(small_lm, compression_tokens=count, template=template, max_query_tokens=64, width=24)
-    export_merged(model, Path("merged"), prompts=PROMPTS, dtype=dtype)
-    texts = ["What is the capital of France?", "Why is the sky blue?", "rain", "again and " * 100]
-    expected = read_encoder(model).encode(texts) if dtype == "float32" else embed("merged", texts)
+    model = write_model(small_lm, compression_tokens=3, max_query_tokens=64, width=24)
+    export_merged(model, Path("merged"), prompts=PROMPTS, dtype="bfloat16")
+    expected = embed("merged", QUESTIONS)
     Path("run.py").write_text(VLLM)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "run.py", str(Path("merged").resolve()), str(count), json.dumps(texts)]
+    command = [sys.executable, "run.py", str(Path("merged").resolve()), "3", json.dumps(QUESTIONS)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    np.testing.assert_allclose(np.load("vllm.npy"), expected, atol=1e-4 * np.abs(expected).max())
-    np.testing.assert_allclose(embed("merged", texts), expected, atol=1e-4 * np.abs(expected).max())
+    close(np.load("vllm.npy"), expected)
+    shutil.rmtree("merged")
+
+
+@pytest.mark.models
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("count", "template"), [(1, "raw"), (3, "chat")])
+def test_a_vllm_server_gives_our_embedding(workspace: Path, small_lm: Path, count: int, template: Template) -> None:
+    """One token by the OpenAI client, several by /pooling, as the README of the folder says."""
+    pytest.importorskip("vllm")
+    import httpx
+    from openai import OpenAI
+
+    turned = TargetTransform("rotate", False, np.zeros(24, np.float32), *[np.eye(24, dtype=np.float32)] * 2)
+    model = write_model(
+        small_lm, compression_tokens=count, template=template, max_query_tokens=64, width=24, transform=turned
+    )
+    export_merged(model, Path("merged"), prompts=PROMPTS)
+    expected = read_encoder(model).encode(QUESTIONS)
+    whole = {"truncate_prompt_tokens": -1}
+    pooler = ["--pooler-config", '{"task": "token_embed", "use_activation": false}'] if count > 1 else []
+    with vllm_serve(Path("merged").resolve(), Path("server.log"), "--runner", "pooling", *pooler) as url:
+        if count == 1:
+            embeddings = OpenAI(base_url=url, api_key="none").embeddings
+            answer = embeddings.create(model="small", input=QUESTIONS, extra_body=whole)
+            close([row.embedding for row in answer.data], expected)
+            answer = embeddings.create(model="small", input=QUESTIONS[:2], dimensions=8)
+            close([row.embedding for row in answer.data], expected[:2, :8])
+        else:
+            content = {"model": "small", "input": QUESTIONS, "task": "token_embed", **whole}
+            rows = httpx.post(url.replace("/v1", "/pooling"), json=content, timeout=60).json()["data"]
+            close([np.mean(row["data"][-count:], axis=0) for row in rows], expected)
+    close(embed("merged", QUESTIONS), expected)
     shutil.rmtree("merged")

@@ -20,8 +20,10 @@ from pipeline.backbone.lora import LoraParams
 from pipeline.backbone.prompting import PromptFormatter
 from pipeline.core.artifacts import create, open_artifact
 from pipeline.core.errors import ArtifactError, BackboneError, ParamsError, TrainingError
+from pipeline.core.readers import open_texts
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.encoder.folder.read import read_config, read_encoder
+from pipeline.encoder.folder.rotate import rotate
 from pipeline.encoder.folder.write import write_encoder
 from pipeline.encoder.student import new_student
 from pipeline.export.official.export import export_official
@@ -359,6 +361,15 @@ def test_the_reading_beside_the_prediction_goes_along(folders: Path, workspace: 
     again = read_encoder(Path("again"))
     assert (again.width, again.config.response_share) == (5 + 32, 1)
     np.testing.assert_allclose(again.encode(TEXTS), expected, atol=2e-4)
+
+
+def test_a_rotation_goes_along(folders: Path, workspace: Path) -> None:
+    ours = write_ours(Path("ours"), folders / "backbone")
+    Path("texts.txt").write_text("".join(f"{word} {number}\n" for word in ("a", "b c", "d") for number in range(4)))
+    rotate(ours, read_encoder(ours), open_texts(Path("texts.txt")), Path("rotated"))
+    assert any("or the rotation" in note for note in export_official(Path("rotated"), Path("theirs")))
+    expected = read_encoder(Path("rotated")).encode(TEXTS)
+    np.testing.assert_allclose(by_the_format(Path("theirs"), TEXTS, 66), expected, atol=2e-4)
 
 
 def test_a_reconstruction_without_an_inverse_cannot_carry_the_reading(folders: Path, workspace: Path) -> None:

@@ -99,6 +99,7 @@ def test_embeddings_equal_ours(
     encoder, model = read_encoder(folder), load(folder)
     np.testing.assert_allclose(model.encode(TEXTS, batch_size=4), encoder.encode(TEXTS), atol=1e-5)
     np.testing.assert_allclose(model.encode("a"), encoder.encode(["a"])[0], atol=1e-5)
+    np.testing.assert_array_equal(model.encode(TEXTS, truncate_dim=4), model.encode(TEXTS)[:, :4])
     instructions = load_instructions()
     for found, instruction in (
         (model.encode_query(TEXTS), instructions.types["Retrieval"].query),
@@ -606,7 +607,10 @@ def evaluation(name: str, encoder: Path, score: float, kind: str = "evaluate") -
         pass
     metric = "mean/all" if kind == "evaluate" else "accuracy@1"
     metrics = {f"student/{metric}": score, f"teacher/{metric}": 0.5, f"hyde/{metric}": 0.4}
-    record = {"metrics": metrics, "systems": {name: {} for name in ("student", "teacher", "hyde")}}
+    stored = {"stored": "int8", "dimensions": 6, "bytes_per_million": 6_000_000, "deltas": []}
+    record: dict[str, Any] = {"metrics": metrics, "systems": {name: {} for name in ("student", "teacher", "hyde")}}
+    if kind == "evaluate":
+        record["stored"] = [{**stored, "scores": {metric: score - 0.1}}]
     (folder / f"{name}.json").write_text(json.dumps(record))
 
 
@@ -622,6 +626,8 @@ def test_a_published_folder_shows_the_scores_of_this_encoder_only(
     card = Path("out/mine/README.md").read_text()
     assert "### mteb-lite\n\n| | student | teacher |\n|---|---|---|\n| mean/all | 0.6124 | 0.5 |" in card
     assert "| accuracy@1 ↓ | 0.3 | 0.5 |" in card
+    assert "| stored as | dimensions | bytes of a million | mean/all |\n|---|---|---|---|" in card
+    assert "| int8 | 6 | 6,000,000 | 0.5124 |" in card
     assert NO_RESULTS not in card and "0.99" not in card
     assert 'SentenceTransformer("mine"' in card
     assert "results/evaluate/stale.json is no evaluation of encoder as it is now" in caplog.text

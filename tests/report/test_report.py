@@ -28,7 +28,7 @@ from pipeline.report.render import (
     signed,
 )
 from pipeline.report.sections import audit_workspace
-from tests.report.toy_results import EVIL, RECORD, SAFETY, SYSTEMS, content_of
+from tests.report.toy_results import EVIL, NOT_DRAWN, RECORD, SAFETY, SUITE, SYSTEMS, content_of
 from tests.toy_workspace import edit_manifest, flip_byte
 
 
@@ -276,6 +276,21 @@ def test_the_student_is_compared_with_the_best_untrained_reading_and_its_start(m
     for page in (render_html(content_of()), render_markdown(content_of()).replace("\\", "")):
         assert said in page
         assert page.count("What training added") == 1 + ("<table" in page)
+
+
+def test_smaller_vectors_stand_beside_the_whole_ones(made: Path) -> None:
+    lost = {**NOT_DRAWN, "system": "student-binary", "delta": 0.03, "low": 0.01, "high": 0.05, "verdict": "better"}
+    forms: list[dict[str, Any]] = [
+        {"stored": "float32", "dimensions": 576, "bytes_per_million": 2_304_000_000, "deltas": []},
+        {"stored": "binary", "dimensions": 576, "bytes_per_million": 72_000_000, "deltas": [lost]},
+    ]
+    forms = [{**form, "scores": {"mean/tasks": 0.5 - 0.03 * n, "Facts": 0.4}} for n, form in enumerate(forms)]
+    write_json(Path("results/evaluate/demo.json"), {"metrics": SUITE, "systems": SYSTEMS, "stored": forms, **RECORD})
+    page = render_markdown(content_of())
+    assert lines_of(page, "| float32") == ["| float32 | 576 | 2.3 GB | 0.500 |"]
+    assert lines_of(page, "| binary") == ["| binary | 576 | 72 MB | 0.470<br>+0.030 better<br>[+0.010, +0.050] |"]
+    assert "| stored as | dimensions | a million vectors | mean/tasks |" in page
+    assert "72 MB" in render_html(content_of())
 
 
 def test_refusal_probe(made: Path) -> None:

@@ -75,12 +75,19 @@ With the project that trained it: `python -m pipeline encode --model DIR --input
 
 _EMBEDDINGS = """\
 Embeddings have {width}
-dimensions, are not normalised, and are compared by cosine. {share}They were not trained to be truncated to fewer
-dimensions."""
+dimensions, are not normalised, and are compared by cosine. {share}{order}"""
 
 _SHARE = """\
 The predicted response has a share of {share} in
 them; the rest is the standardised reading of the text itself, which stands beside it. """
+
+_UNORDERED = """\
+They were not trained to be truncated to fewer
+dimensions."""
+
+_ORDERED = """\
+They are rotated: the first dimensions hold
+most of them, and `truncate_dim` of sentence-transformers keeps these."""
 
 _ADAPTED = """\
 `adapter/` holds LoRA adapters of rank {rank} with {parameters:,} parameters, under which the backbone embeds; answers
@@ -150,8 +157,8 @@ def with_results(card: str, tables: Sequence[str]) -> str:
     return card.replace(NO_RESULTS, "\n\n".join(tables)) if tables else card
 
 
-def with_share(card: str, before: "EncoderConfig", after: "EncoderConfig") -> str:
-    """The card of an encoder whose response share became another one."""
+def with_config(card: str, before: "EncoderConfig", after: "EncoderConfig") -> str:
+    """The card of an encoder whose response share or rotation became another one."""
     for text in (_embeddings, _share_row):
         card = card.replace(text(before), text(after))
     return card
@@ -159,7 +166,11 @@ def with_share(card: str, before: "EncoderConfig", after: "EncoderConfig") -> st
 
 def _embeddings(config: "EncoderConfig") -> str:
     share = config.response_share
-    return _EMBEDDINGS.format(width=config.embedding_width, share="" if share == 1 else _SHARE.format(share=share))
+    return _EMBEDDINGS.format(
+        width=config.embedding_width,
+        share="" if share == 1 else _SHARE.format(share=share),
+        order=_ORDERED if config.ordered else _UNORDERED,
+    )
 
 
 def _share_row(config: "EncoderConfig") -> str:

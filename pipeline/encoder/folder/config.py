@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "encoder_config.json"
 WEIGHTS_FILE = "student.safetensors"
 READING_FILE = "reading.safetensors"
+ROTATION_FILE = "rotation.safetensors"
 START_FILE = "start.safetensors"
 ADAPTER = "adapter"
 
@@ -34,13 +35,23 @@ class EncoderConfig(Params):
     teacher: dict[str, Any]
     transform: dict[str, str] | None = None
     response_share: float = Field(default=1.0, gt=0, le=1, description="of the embedding; the rest is the reading")
+    rotated_width: int | None = Field(
+        default=None, ge=1, description="dimensions of rotated embeddings; null = as made"
+    )
     lora: LoraParams | None = None
     origin: dict[str, str] | None = None
 
     @property
     def embedding_width(self) -> int:
         """Dimensions of an embedding; `width` are those of the predicted response."""
-        return embedding_width(self.response_share, self.width, self.hidden)
+        return self.rotated_width or embedding_width(self.response_share, self.width, self.hidden)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the first dimensions of an embedding hold most of it."""
+        # The targets' own rotation does not reach the reading beside the prediction.
+        by_targets = self.response_share == 1 and self.transform is not None and "rotate" in self.transform["kind"]
+        return self.rotated_width is not None or by_targets
 
     def truncation_note(self, count: int, total: int) -> str:
         """A sentence about `count` of `total` texts that were too long."""
@@ -58,9 +69,10 @@ class EncoderConfig(Params):
 def fingerprint(identity: Mapping[str, Any], config: EncoderConfig) -> dict[str, Any]:
     """What an embedding depends on besides its text: the weights (`identity`) and how a prompt is made of the text."""
     apart = {"teacher", "origin", "transform"} | ({"response_share"} if config.response_share == 1 else set())
+    apart |= {"rotated_width"} if config.rotated_width is None else set()
     return {**identity, "config": config.model_dump(exclude=apart)}
 
 
 def embedding_width(share: float, width: int, hidden: int) -> int:
-    """Dimensions of an embedding at a response share, for predictions of `width` and hidden states of `hidden`."""
+    """Dimensions of an embedding at a response share, unrotated, of predictions `width` and hidden states `hidden`."""
     return width * (share > 0) + hidden * (share < 1)

@@ -12,8 +12,15 @@ from pipeline.backbone.lora import load_adapter
 from pipeline.core.artifacts import digest_of, file_sha256
 from pipeline.core.config import validate
 from pipeline.core.errors import BackboneError, TrainingError
-from pipeline.encoder.folder.config import ADAPTER, CONFIG_FILE, READING_FILE, WEIGHTS_FILE, EncoderConfig
-from pipeline.encoder.folder.tensors import read_reading, read_student
+from pipeline.encoder.folder.config import (
+    ADAPTER,
+    CONFIG_FILE,
+    READING_FILE,
+    ROTATION_FILE,
+    WEIGHTS_FILE,
+    EncoderConfig,
+)
+from pipeline.encoder.folder.tensors import read_reading, read_rotation, read_student
 from pipeline.encoder.inference import Encoder
 
 log = logging.getLogger(__name__)
@@ -55,7 +62,7 @@ def read_encoder(
         BackboneError: the backbone cannot be loaded.
     """
     config = read_config(path)
-    student, reading = read_student(path, config), read_reading(path, config)
+    student, reading, rotation = read_student(path, config), read_reading(path, config), read_rotation(path, config)
     tokenizer = load_tokenizer(BackboneParams(name=str(path), trust_remote_code=trust_remote_code))
     other = None
     if backbone is None or isinstance(backbone, str | Path):
@@ -71,7 +78,8 @@ def read_encoder(
     _check_sizes(config, backbone, tokenizer, other=other is not None)
     adapted = load_adapter(backbone, path / ADAPTER, config.lora) if config.lora else None
     identity = _identity_of(path, config, other)
-    return Encoder(backbone, tokenizer, student.to(backbone.device), config, identity, adapted, path, reading)
+    student = student.to(backbone.device)
+    return Encoder(backbone, tokenizer, student, config, identity, adapted, path, reading, rotation)
 
 
 def read_config(path: Path) -> EncoderConfig:
@@ -108,6 +116,8 @@ def _identity_of(path: Path, config: EncoderConfig, other_backbone: dict[str, st
     identity: dict[str, Any] = {"name": path.name, "sha256": trained}
     if config.response_share < 1:
         identity["reading"] = file_sha256(path / READING_FILE)
+    if config.rotated_width is not None:
+        identity["rotation"] = file_sha256(path / ROTATION_FILE)
     if config.keep != "start":
         identity["keep"] = config.keep
     return identity if other_backbone is None else {**identity, "other_backbone": other_backbone}

@@ -2,8 +2,8 @@
 
 This file needs torch, transformers, safetensors and sentence-transformers (and peft for LoRA adapters), nothing else.
 A text runs through a frozen language model, followed by trained tokens; two trained projections make the embedding. At
-a `response_share` below 1 the standardised hidden states stand beside it. The language model is loaded by the name and
-revision in `encoder_config.json`.
+a `response_share` below 1 the standardised hidden states stand beside it; with a `rotated_width` all of it is rotated.
+The language model is loaded by the name and revision in `encoder_config.json`.
 
     SentenceTransformer(folder, trust_remote_code=True, model_kwargs={
         "backbone": "/models/llm",         # where the language model is; or LLM2VEC_GEN_BACKBONE in the environment
@@ -40,6 +40,7 @@ CONFIG_FILE = "encoder_config.json"
 WEIGHTS_FILE = "student.safetensors"
 TRANSFORM_FILE = "transform.safetensors"
 READING_FILE = "reading.safetensors"
+ROTATION_FILE = "rotation.safetensors"
 ADAPTER = "adapter"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -70,20 +71,30 @@ class Head(_InFloat32):
     """T thought and n compression tokens `[T + n, d]`, and two projections, d -> d and d -> e.
 
     `share` is that of the predicted response in an embedding. Below 1, `reading` holds the mean and the scale of hidden
-    states `[d]`, and `lengths` of predictions and readings `[2]`.
+    states `[d]`, and `lengths` of predictions and readings `[2]`. A `rotation` holds the whole map from the mean hidden
+    state to rotated embeddings: weight `[k, d]` and bias `[k]`.
     """
 
     reading_mean: Tensor
     reading_scale: Tensor
     reading_lengths: Tensor
+    rotation_weight: Tensor
+    rotation_bias: Tensor
 
     def __init__(
-        self, hidden: int, width: int, tokens: int, share: float = 1.0, reading: dict[str, Tensor] | None = None
+        self,
+        hidden: int,
+        width: int,
+        tokens: int,
+        share: float = 1.0,
+        reading: dict[str, Tensor] | None = None,
+        rotation: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.share = share
-        for name, value in (reading or {}).items():
-            self.register_buffer(f"reading_{name}", value.float(), persistent=False)
+        self.share, self.rotated = share, bool(rotation)
+        for kind, tensors in (("reading", reading), ("rotation", rotation)):
+            for name, value in (tensors or {}).items():
+                self.register_buffer(f"{kind}_{name}", value.float(), persistent=False)
         self.tokens = nn.Parameter(torch.zeros(tokens, hidden))
         self.reconstruction = _Projection(hidden, hidden)
         self.alignment = _Projection(hidden, width)
@@ -94,7 +105,10 @@ class Head(_InFloat32):
         return self.reconstruction(hidden.to(weight.device, weight.dtype))
 
     def embedding(self, soft_prompts: Tensor, hidden: Tensor) -> Tensor:
-        """Embeddings `[B, e]`, at a share below 1 `[B, e + d]`, of soft prompts and their hidden states."""
+        """Embeddings `[B, e]`, at a share below 1 `[B, e + d]`, rotated `[B, k]`, of soft prompts and hidden states."""
+        if self.rotated:
+            weight = self.rotation_weight
+            return hidden.to(weight.device, weight.dtype).mean(dim=1) @ weight.T + self.rotation_bias
         predicted = self.alignment(soft_prompts).mean(dim=1)
         if self.share == 1:
             return predicted
@@ -102,9 +116,10 @@ class Head(_InFloat32):
         read = (hidden.to(mean.device, mean.dtype).mean(dim=1) - mean) * scale
         return torch.cat([predicted * (self.share * lengths[1] / lengths[0]), read * (1 - self.share)], dim=1)
 
-    def reading(self) -> dict[str, Tensor]:
-        """The content of `reading.safetensors`; empty at a share of 1."""
-        return {name.removeprefix("reading_"): value for name, value in self.named_buffers()}
+    def tensors(self, kind: str) -> dict[str, Tensor]:
+        """The content of `reading.safetensors` or `rotation.safetensors`; empty without it."""
+        start = f"{kind}_"
+        return {name.removeprefix(start): value for name, value in self.named_buffers() if name.startswith(start)}
 
 
 class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transformers has no types here
@@ -234,7 +249,7 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
     def get_embedding_dimension(self) -> int:
         """The width of an embedding."""
         config = self.encoder_config
-        return int(config["width"] + (config["hidden"] if self.head.share < 1 else 0))
+        return int(config.get("rotated_width") or config["width"] + (config["hidden"] if self.head.share < 1 else 0))
 
     def get_config_dict(self) -> dict[str, Any]:
         """Content of `encoder_config.json`."""
@@ -247,8 +262,9 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         folder = Path(output_path)
         _write_json(folder / CONFIG_FILE, self.get_config_dict())
         _write_tensors(folder / WEIGHTS_FILE, self.head.state_dict())
-        if reading := self.head.reading():
-            _write_tensors(folder / READING_FILE, reading)
+        for kind, name in (("reading", READING_FILE), ("rotation", ROTATION_FILE)):
+            if tensors := self.head.tensors(kind):
+                _write_tensors(folder / name, tensors)
         self.save_tokenizer(output_path)
         _make_portable(folder / "tokenizer_config.json")
         if self._transform is not None:
@@ -286,9 +302,8 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         hub = {"token": token, "local_files_only": local_files_only}
         place = {**hub, "subfolder": subfolder, "cache_folder": cache_folder, "revision": revision}
         config = _checked(cls.load_config(model_name_or_path, **place), model_name_or_path)
-        shared = config.get("response_share", 1.0) < 1
-        reading = cls.load_file_path(model_name_or_path, READING_FILE, **place) if shared else None
-        head = _load_head(config, cls.load_file_path(model_name_or_path, WEIGHTS_FILE, **place), reading)
+        files = {name: cls.load_file_path(model_name_or_path, name, **place) for name in _head_files(config)}
+        head = _load_head(config, files)
         tokenizer = AutoTokenizer.from_pretrained(
             model_name_or_path,
             **{**hub, "subfolder": subfolder, "cache_dir": cache_folder, "revision": revision},
@@ -467,15 +482,25 @@ def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
     return config
 
 
-def _load_head(config: dict[str, Any], file: str | None, reading_file: str | None) -> Head:
-    share = config.get("response_share", 1.0)
-    for name, path in ((WEIGHTS_FILE, file), (READING_FILE, reading_file)):
-        if path is None and (name == WEIGHTS_FILE or share < 1):
+def _head_files(config: dict[str, Any]) -> list[str]:
+    """The files that make the embedding."""
+    needed = {
+        WEIGHTS_FILE: True,
+        READING_FILE: config.get("response_share", 1.0) < 1,
+        ROTATION_FILE: config.get("rotated_width") is not None,
+    }
+    return [name for name, is_needed in needed.items() if is_needed]
+
+
+def _load_head(config: dict[str, Any], files: dict[str, str | None]) -> Head:
+    """`files` has the path of each of `_head_files`, None for one that is missing."""
+    for name, path in files.items():
+        if path is None:
             raise ValueError(f"the folder has no {name}")
     tokens = config["thought_tokens"] + config["compression_tokens"]
-    reading = load_file(reading_file) if reading_file else None
-    head = Head(config["hidden"], config["width"], tokens, share, reading)
-    tensors, wanted = load_file(file), head.state_dict()
+    reading, rotation = (load_file(files[name]) if name in files else None for name in (READING_FILE, ROTATION_FILE))
+    head = Head(config["hidden"], config["width"], tokens, config.get("response_share", 1.0), reading, rotation)
+    tensors, wanted = load_file(files[WEIGHTS_FILE]), head.state_dict()
     for name in sorted(tensors.keys() | wanted.keys()):
         found, expected = (list(part[name].shape) if name in part else None for part in (tensors, wanted))
         if found != expected:

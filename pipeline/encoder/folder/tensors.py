@@ -1,20 +1,29 @@
-"""The tensor files of an encoder folder: the trained student, its reading, and the student before its first step.
+"""The tensor files of an encoder folder: the trained student, what makes its embedding, and the student at its start.
 
 student.safetensors   new tokens and both projections
 reading.safetensors   how the student's own hidden states are standardised; imported encoders have none
+rotation.safetensors  the map to rotated embeddings, if `rotate` made the folder
 start.safetensors     the student before its first step, and its reading as `reading.<name>`
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.core.errors import TrainingError
-from pipeline.encoder.folder.config import CONFIG_FILE, READING_FILE, START_FILE, WEIGHTS_FILE, EncoderConfig
-from pipeline.encoder.head import Reading
+from pipeline.encoder.folder.config import (
+    CONFIG_FILE,
+    READING_FILE,
+    ROTATION_FILE,
+    START_FILE,
+    WEIGHTS_FILE,
+    EncoderConfig,
+)
+from pipeline.encoder.head import Reading, Rotation
 from pipeline.encoder.student import Student
 
 _OF_READING = "reading."
@@ -43,6 +52,19 @@ def read_reading(folder: Path, config: EncoderConfig) -> Reading | None:
     if not file.is_file() and config.response_share == 1:
         return None
     return _reading(file, _read(file), config)
+
+
+def read_rotation(folder: Path, config: EncoderConfig) -> Rotation | None:
+    """The rotation in a folder; None if its embeddings are not rotated; raises as `read_student`."""
+    if config.rotated_width is None:
+        return None
+    file = folder / ROTATION_FILE
+    tensors, width = _read(file), config.rotated_width
+    shapes = Rotation(
+        torch.empty(width, config.hidden), torch.empty(width), prediction=torch.empty(config.width, width)
+    )
+    _check_shapes(file, tensors, shapes.tensors())
+    return Rotation(**tensors)
 
 
 def read_start(folder: Path | None, config: EncoderConfig) -> tuple[Student, Reading]:

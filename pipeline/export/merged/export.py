@@ -81,6 +81,7 @@ def export_merged(
         width=encoder.width,
         max_tokens=config.max_query_tokens + config.thought_tokens + config.compression_tokens,
         keep=config.keep,
+        ordered=config.ordered,
     )
     add_rows(encoder.model, encoder.student.tokens, first)
     weight, bias = (part.float().contiguous() for part in encoder.head.composed())
@@ -164,7 +165,7 @@ def _save_model(model: Any, layout: MergedLayout, folder: Path, dtype: DType) ->
     # A shared head has logits for the new rows, which must never be generated.
     model.generation_config.suppress_tokens = layout.new_ids
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    write_config(folder, model.config)
+    write_config(folder, layout, model.config)
 
 
 def _embed(

@@ -27,7 +27,8 @@ class MergedLayout(NamedTuple):
     """Sizes of a merged checkpoint: hidden size d of the backbone, width e of an embedding.
 
     The new tokens have the ids from `first_id` on: thought tokens first, then compression tokens, which are read out.
-    `max_tokens` is the longest input, new tokens included; `keep` is the side of a longer one that is kept.
+    `max_tokens` is the longest input, new tokens included; `keep` is the side of a longer one that is kept. `ordered`:
+    the first dimensions hold most of an embedding.
     """
 
     first_id: int
@@ -37,6 +38,7 @@ class MergedLayout(NamedTuple):
     width: int
     max_tokens: int
     keep: Keep = "start"
+    ordered: bool = False
 
     @property
     def new_ids(self) -> list[int]:
@@ -48,11 +50,12 @@ class MergedLayout(NamedTuple):
         return thoughts + [f"<|compression_{index}|>" for index in range(self.compression_tokens)]
 
 
-def write_config(folder: Path, config: Any) -> None:
-    """Add to config.json the RoPE keys that older readers look for."""
+def write_config(folder: Path, layout: MergedLayout, config: Any) -> None:
+    """Add to config.json the RoPE keys that older readers look for, and what lets vLLM cut an embedding."""
     path = folder / "config.json"
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    write_json(path, json.loads(path.read_text(encoding="utf-8")) | old_rope_keys(rope))
+    cut = {"is_matryoshka": True} if layout.ordered else {}
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | old_rope_keys(rope) | cut)
 
 
 def old_rope_keys(rope: Mapping[str, Any]) -> dict[str, Any]:

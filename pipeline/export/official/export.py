@@ -32,7 +32,7 @@ def export_official(model: Path, out: Path, *, backbone: str | None = None, dtyp
         BackboneError: the backbone is missing.
     """
     from pipeline.encoder.folder.read import check_backbone, read_config
-    from pipeline.encoder.folder.tensors import read_reading, read_student
+    from pipeline.encoder.folder.tensors import read_reading, read_rotation, read_student
     from pipeline.encoder.head import EmbeddingHead
 
     check_new(out)
@@ -43,7 +43,7 @@ def export_official(model: Path, out: Path, *, backbone: str | None = None, dtyp
     tokenizer = load_tokenizer(BackboneParams(name=str(model)))
     frame = own_frame(tokenizer, config.template, config.chat_template_kwargs)
     student = read_student(model, config)
-    head = EmbeddingHead(student, config.response_share, read_reading(model, config))
+    head = EmbeddingHead(student, config.response_share, read_reading(model, config), read_rotation(model, config))
     texts = files.token_texts(len(student.tokens))
     with create(out, kind="official", params={"dtype": dtype}, models={"backbone": config.backbone}) as writer:
         # Nothing is truncated here: `max_length` does it.
@@ -128,9 +128,8 @@ def _notes(
         "cannot express: cut such texts before": config.keep == "end",
         "the tokenizer adds the template and the new tokens itself, so scripts of theirs that look for the new tokens "
         "by name find none": framed,
-        "the reading beside the predicted response goes through the inverse of the reconstruction projection": (
-            config.response_share < 1
-        ),
+        "the reading beside the predicted response, or the rotation, goes through the inverse of the reconstruction "
+        "projection": config.response_share < 1 or config.rotated_width is not None,
         f"the backbone was copied to {location}, its config written for transformers 4: keep it there": copied,
         f"their package reads the current {name} on the hub, the encoder was trained on {revision}": (
             on_hub and revision != "main"

@@ -62,7 +62,7 @@ def alignment(head: "EmbeddingHead") -> "tuple[Tensor, Tensor]":
     import torch
 
     student = head.student
-    if head.share == 1:
+    if head.share == 1 and head.rotation is None:
         return student.alignment.weight.detach(), student.alignment.bias.detach()
     with torch.no_grad():
         first = student.reconstruction.weight.double()
@@ -74,9 +74,9 @@ def alignment(head: "EmbeddingHead") -> "tuple[Tensor, Tensor]":
         error = float((weight.float().double() @ first - wanted).norm() / wanted.norm())
         if not error <= LIMIT:
             raise TrainingError(
-                f"response_share is {head.share}, and their format has the reading only behind the inverse of the "
-                f"reconstruction projection, which is off by {error:.2g} here (limit {LIMIT}): export an encoder that "
-                "`python -m pipeline mix --response-share 1` made"
+                f"response_share is {head.share}, {'un' * (head.rotation is None)}rotated, and their format has that "
+                f"only behind the inverse of the reconstruction projection, which is off by {error:.2g} here (limit "
+                f"{LIMIT}): export an encoder that `python -m pipeline mix --response-share 1` made"
             )
         return weight.float(), (bias - weight @ student.reconstruction.bias.double()).float()
 

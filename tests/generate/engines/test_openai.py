@@ -3,13 +3,9 @@
 import asyncio
 import json
 import logging
-import os
-import signal
 import socket
-import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -30,6 +26,7 @@ from pipeline.generate.response_counts import failures
 from tests.generate.engines.conftest import GREEDY, SIZES, agree
 from tests.generate.engines.fake_endpoint import FakeEndpoint, Fault
 from tests.stage_runs import folder_bytes, kept_rows, killed, write_params, write_queries
+from tests.vllm_server import vllm_serve
 
 SAMPLING = Sampling(max_new_tokens=8)
 KEY = "sk-very-secret-0123456789"
@@ -512,45 +509,6 @@ def test_the_stage_killed_and_run_again(
 # --- the real thing -------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def vllm_serve(model: Path, log_file: Path) -> Iterator[str]:
-    """`vllm serve` on this machine, and its URL; its whole process group ends with it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "OMP_NUM_THREADS": "2",
-    }  # fmt: skip
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32",
-        "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "8", "--host", "127.0.0.1", "--port", str(port),
-        "--served-model-name", "small", "--generation-config", "vllm",
-    ]  # fmt: skip
-    with log_file.open("w") as output:
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            deadline = time.monotonic() + 240
-            while not _answers(f"http://127.0.0.1:{port}/health"):
-                assert process.poll() is None, log_file.read_text()[-3000:]
-                assert time.monotonic() < deadline, log_file.read_text()[-3000:]
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=1) as response:
-            return response.status == 200
-    except OSError:
-        return False
-
-
 @pytest.mark.models
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
@@ -561,7 +519,8 @@ def test_a_real_server_beside_transformers(
     pytest.importorskip("vllm")
     long = Prompt("long", [100] * 200, 0, "word " * 200)
     found = {}
-    with vllm_serve(small_lm, tmp_path / "server.log") as url:
+    served = ("--max-model-len", "128", "--generation-config", "vllm")
+    with vllm_serve(small_lm, tmp_path / "server.log", *served) as url:
         for api in ("completions", "chat"):
             options = {"base_url": url, "model": "small", "api": api, "concurrency": 4}
             backbone = BackboneParams(name=str(small_lm))
