@@ -7,6 +7,10 @@ with --data DIR it gets the queries and answers of another workspace (the demo's
 `python -m pipeline readings` runs in it with the options behind `--`. The last line has all-MiniLM-L6-v2 on the same
 tasks. REAL_DATA names the folder of the data (hub/mteb/..., queries/...). One process, as many threads as
 OMP_NUM_THREADS; a second call reads what the first one computed.
+
+`--suite reasoning` scores a part of ARC-Challenge, whose corpus is the choices of all its questions. `--suite safety`
+scores a part of AdvBench-IR: there the lower score is the better one. --redteam 0.25 makes a quarter of the queries
+first turns of people who try to get harmful answers.
 """
 
 import argparse
@@ -30,11 +34,13 @@ from bench.common import BACKBONE, REAL_DATA, ROOT, TEACHER
 
 PAIRS = 200
 CLASSES, TRAIN_EACH, TEST_EACH = 12, 12, 12
-CLAIMS, OTHERS = 40, 40
+CLAIMS, OTHERS = 40, 40  # queries of a retrieval part, and documents of no such query
+QUESTIONS = 60
 MAX_TOKENS = 192
 HELDOUT = 1 / 6
 HUB = REAL_DATA / "hub" / "mteb"
 TASKS = ("STSB-part", "STS13-part", "Banking77-part", "SciFact-part")
+REASONING, SAFETY = "ARC-part", "AdvBench-part"
 SEED = 0
 
 
@@ -71,9 +77,8 @@ def classes() -> dict[str, dict[str, pa.Table]]:
     return {"default": splits}
 
 
-def claims() -> dict[str, dict[str, pa.Table]]:
-    """A draw of SciFact's claims, their documents and a draw of others."""
-    folder = HUB / "scifact"
+def searched(folder: Path) -> dict[str, dict[str, pa.Table]]:
+    """A draw of a retrieval task's queries, their documents and a draw of others."""
     files = ("default/test.parquet", "queries/queries.parquet", "corpus/corpus.parquet")
     judgements, queries, corpus = (pq.read_table(folder / name) for name in files)
     queries = sample(queries.filter(pc.is_in(queries["_id"], judgements["query-id"].combine_chunks())), CLAIMS)
@@ -83,15 +88,41 @@ def claims() -> dict[str, dict[str, pa.Table]]:
     return {"corpus": {"corpus": passages}, "queries": {"queries": queries}, "default": {"test": judgements}}
 
 
+def questions() -> dict[str, dict[str, pa.Table]]:
+    """A draw of ARC's questions with their choices."""
+    table = pq.read_table(REAL_DATA / "reasoning" / "rarb_mcr_ARC-Challenge-test.parquet")
+    return {"default": {"test": sample(table.select(["queries", "documents", "labels"]), QUESTIONS)}}
+
+
 def write_tasks(folder: Path) -> None:
-    """The parts of the four tasks, unless they are there."""
-    if not (folder / TASKS[-1] / "README.md").is_file():
-        contents = (pairs("stsbenchmark-sts"), pairs("sts13-sts"), classes(), claims())
-        for name, tables in zip(TASKS, contents, strict=True):
-            write_task(folder / name, tables)
+    """The parts of the tasks, unless they are there."""
+    contents = {
+        TASKS[0]: lambda: pairs("stsbenchmark-sts"),
+        TASKS[1]: lambda: pairs("sts13-sts"),
+        TASKS[2]: classes,
+        TASKS[3]: lambda: searched(HUB / "scifact"),
+        REASONING: questions,
+        SAFETY: lambda: searched(REAL_DATA / "hub" / "McGill-NLP" / "AdvBench-IR-chunked"),
+    }
+    for name, part in contents.items():
+        if not (folder / name / "README.md").is_file():
+            write_task(folder / name, part())
 
 
-def write_params(path: Path, backbone: Path, rows: int, tokens: int, engine: str) -> None:
+def sources(redteam: float) -> list[dict[str, Any]]:
+    """Alpaca's instructions, and this share of red-team first turns."""
+    weights = {"queries_alpaca": 1 - redteam, "hh_harmless_first_turns": redteam}
+    found = [
+        {"kind": "local", "path": f"{name}.parquet", "column": "text", "weight": weight}
+        for name, weight in weights.items()
+        if weight
+    ]
+    if len(found) == 1:
+        del found[0]["weight"]
+    return found
+
+
+def write_params(path: Path, backbone: Path, rows: int, tokens: int, engine: str, redteam: float) -> None:
     """The demo's params with this backbone, these queries and tasks."""
     from ruamel.yaml import YAML
 
@@ -100,7 +131,7 @@ def write_params(path: Path, backbone: Path, rows: int, tokens: int, engine: str
     params["backbone"]["name"] = str(backbone.resolve())
     params["collect"] |= {
         "local_dir": "data/sources",
-        "sources": [{"kind": "local", "path": "queries_alpaca.parquet", "column": "text"}],
+        "sources": sources(redteam),
         "decontaminate": None,
         "sample": rows,
         "heldout_fraction": HELDOUT,
@@ -108,7 +139,12 @@ def write_params(path: Path, backbone: Path, rows: int, tokens: int, engine: str
     params["generate"] |= {"engine": engine, "max_new_tokens": tokens, "options": {}, "dtype": "bfloat16"}
     params["train"]["max_query_tokens"] = MAX_TOKENS
     params["evaluate"] |= {"local_dir": "tasks", "dtype": "bfloat16"}
-    params["suites"] = {"parts": {"local": list(TASKS)}, "short": {"local": [TASKS[0], *TASKS[2:]]}}
+    params["suites"] = {
+        "parts": {"local": list(TASKS)},
+        "short": {"local": [TASKS[0], *TASKS[2:]]},
+        "reasoning": {"local": [REASONING]},
+        "safety": {"local": [SAFETY]},
+    }
     with path.open("w", encoding="utf-8") as file:
         yaml.dump(params, file)
 
@@ -147,6 +183,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a workspace whose queries and answers are used")
     parser.add_argument("--rows", type=int, default=1_200, help="queries, of which a sixth is held out")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer at most")
+    parser.add_argument("--redteam", type=float, default=0.0, help="share of red-team first turns among the queries")
     parser.add_argument("--engine", default="vllm", help="that writes the answers")
     parser.add_argument("options", nargs="*", help="of python -m pipeline readings, behind --")
     arguments = parser.parse_args()
@@ -156,14 +193,17 @@ def main() -> None:
         for name in ("queries", "responses"):
             shutil.copytree(arguments.data / "data" / name, folder / "data" / name, dirs_exist_ok=True)
     else:
-        shutil.copy(REAL_DATA / "queries" / "queries_alpaca.parquet", folder / "data" / "sources")
+        for source in sources(arguments.redteam):
+            shutil.copy(REAL_DATA / "queries" / source["path"], folder / "data" / "sources")
     write_tasks(folder / "tasks")
-    write_params(folder / "params.yaml", arguments.backbone, arguments.rows, arguments.tokens, arguments.engine)
+    settings = arguments.backbone, arguments.rows, arguments.tokens, arguments.engine, arguments.redteam
+    write_params(folder / "params.yaml", *settings)
     for stage in ("collect", "generate"):
         made = folder / "data" / ("queries" if stage == "collect" else "responses") / "manifest.json"
         if not made.is_file():
             run(f"pipeline.{stage}", folder)
-    run("pipeline", folder, "readings", *arguments.options)
+    suite = [] if "--suite" in arguments.options else ["--suite", "parts"]
+    run("pipeline", folder, "readings", *suite, *arguments.options)
     print(json.dumps(ceiling(folder)))
 
 

