@@ -19,7 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def questions() -> dict[str, dict[str, pa.Table]]:
 
 def write_tasks(folder: Path) -> None:
     """The parts of the tasks, unless they are there."""
-    contents = {
+    contents: dict[str, Callable[[], dict[str, dict[str, pa.Table]]]] = {
         TASKS[0]: lambda: pairs("stsbenchmark-sts"),
         TASKS[1]: lambda: pairs("sts13-sts"),
         TASKS[2]: classes,
