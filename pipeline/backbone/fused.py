@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.core.errors import first_line
+
 log = logging.getLogger(__name__)
 
 _ROTATION = "apply_rotary_pos_emb"
@@ -160,7 +162,7 @@ def equals(module: Any, forward: Callable[..., Tensor]) -> bool:
     try:
         difference = float((forward(hidden).float() - own).abs().max() / own.abs().max())
     except (RuntimeError, TypeError) as error:
-        log.info("fused kernels: %s keeps its own (%s)", type(module).__name__, str(error).strip().split("\n")[0])
+        log.info("fused kernels: %s keeps its own (%s)", type(module).__name__, first_line(error))
         return False
     if not difference <= _LIMIT:
         log.info("fused kernels: %s keeps its own (it differs by %.2g)", type(module).__name__, difference)

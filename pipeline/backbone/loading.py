@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 
 from pipeline.core.artifacts import digest_of, file_sha256
 from pipeline.core.config import Params
-from pipeline.core.errors import BackboneError
+from pipeline.core.errors import BackboneError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -176,7 +176,7 @@ def placement(device: "torch.device | str") -> dict[str, Any]:
 
 def hub_reason(error: Exception, name: str) -> str:
     """Why `name` cannot be read, in one line; of a gated repository also what opens it."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     causes = (error, error.__cause__, error.__context__)
     if any(type(cause).__name__ == "GatedRepoError" for cause in causes):
         page = f"https://huggingface.co/{name}"

@@ -59,8 +59,13 @@ def section(name: str) -> Iterator[None]:
 
 def describe(error: BaseException) -> str:
     """An error's type and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type, if the message is empty, as those of time-outs often are."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class ParamsError(PipelineError):

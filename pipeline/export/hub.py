@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.artifacts import Artifact, open_artifact, read_manifest
-from pipeline.core.errors import SourceError
+from pipeline.core.errors import SourceError, first_line
 from pipeline.encoder.folder.card import CARD_FILE
 from pipeline.export.publish import publish
 
@@ -153,7 +153,7 @@ def _hub_errors(repository: str) -> Iterator[None]:
     except HFValidationError as error:
         raise SourceError(f"'{repository}' is no name of a repository: {error}", argument="repository") from None
     except HfHubHTTPError as error:
-        reason = error.server_message or str(error).splitlines()[0]
+        reason = error.server_message or first_line(error)
         status = error.response.status_code if error.response is not None else "no status"
         hint = ": `hf auth login`, or set HF_TOKEN" if status in (401, 403) else ""
         raise SourceError(f"the hub refused '{repository}' ({status}: {reason}){hint}") from None

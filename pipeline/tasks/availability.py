@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.core.errors import EvaluationError, PipelineError
+from pipeline.core.errors import EvaluationError, PipelineError, first_line
 from pipeline.core.run import progress
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def _missing(task: Any) -> MissingData | None:
         reason = str(error)
     # The libraries raise whatever the network, the cache or the files give them; all of it is about this data.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
     return MissingData(metadata.name, f"{path} at {revision}", reason)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import EvaluationError
+from pipeline.core.errors import EvaluationError, first_line
 from pipeline.core.readers import read_batches
 from pipeline.tasks.local_dataset import LocalData, evaluation_files
 from pipeline.tasks.suites import SuiteParams, find_tasks
@@ -123,7 +123,7 @@ def _loaded(load: Callable[[], Any], name: str) -> Iterator[list[str]]:
         raise
     # The libraries raise whatever the network, the cache or the files give them; all of it is about this data.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise EvaluationError(f"{name}: {reason}") from None
     count = 0
     for texts in _tables(data):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.core.errors import PipelineError, TrainingError, nested_in, section
+from pipeline.core.errors import PipelineError, TrainingError, describe, first_line, nested_in, section
 
 
 def fail(argument: str | None) -> None:
@@ -36,3 +36,8 @@ def test_an_error_about_no_argument_keeps_its_message() -> None:
     with pytest.raises(PipelineError) as caught, section("train"), nested_in("lora"):
         fail(None)
     assert str(caught.value) == "0 is below 1"
+
+
+def test_a_message_of_several_lines_or_of_none_is_one_line() -> None:
+    assert (first_line(ValueError(" one\ntwo")), describe(ValueError("one\ntwo"))) == ("one", "ValueError: one")
+    assert (first_line(TimeoutError()), describe(TimeoutError(" \n"))) == ("TimeoutError", "TimeoutError")

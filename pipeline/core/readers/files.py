@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 
 from pipeline.core.artifacts import disk_errors
-from pipeline.core.errors import SourceError, nested_in
+from pipeline.core.errors import SourceError, first_line, nested_in
 
 JSON = (".jsonl", ".ndjson", ".json")
 FORMATS = (".parquet", *JSON, ".csv", ".tsv", ".txt")
@@ -162,8 +162,7 @@ def damage(what: object, kind: str) -> Iterator[None]:
     except PermissionError:
         raise SourceError(f"{what} cannot be read: permission denied", argument="path") from None
     except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise SourceError(f"{what} is damaged or no {kind} file: {reason}") from None
+        raise SourceError(f"{what} is damaged or no {kind} file: {first_line(error)}") from None
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pipeline.core.config import Params
-from pipeline.core.errors import SourceError
+from pipeline.core.errors import SourceError, first_line
 from pipeline.core.readers.rows import Values, missing_column
 from pipeline.core.readers.texts import column_of, file_texts, find_text_files, texts_of
 
@@ -94,7 +94,7 @@ def _hub_values(source: HubSource) -> Values:
         raise
     # The library raises whatever the network, the cache or the files give it; all of it is about this data set.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise SourceError(
             f"cannot read {what}: {reason} (a hub that answers or a filled datasets cache is needed)"
         ) from None

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.errors import SourceError
+from pipeline.core.errors import SourceError, first_line
 from pipeline.core.readers.files import File, damage, find_files
 from pipeline.core.readers.rows import (
     DEFAULT_COLUMN,
@@ -75,8 +75,8 @@ class Columns:
         try:
             columns = [as_type(_column(table, field.name), field.type) for field in self.schema]
         except pa.ArrowException as error:
-            reason = str(error).splitlines()[0]
-            raise SourceError(f"{file}: a column holds values of two kinds ({reason})", argument="keep") from None
+            message = f"{file}: a column holds values of two kinds ({first_line(error)})"
+            raise SourceError(message, argument="keep") from None
         return pa.Table.from_arrays(columns, schema=self.schema)
 
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from pipeline.core.errors import TrainingError
+from pipeline.core.errors import TrainingError, first_line
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -29,5 +29,5 @@ def encoder_folder(name: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(str(name), revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TrainingError(f"there is no folder '{name}' here, and the hub did not give it: {reason}") from None
+        message = f"there is no folder '{name}' here, and the hub did not give it: {first_line(error)}"
+        raise TrainingError(message) from None

@@ -27,7 +27,7 @@ from pipeline.backbone.attention.registry import (
 )
 from pipeline.backbone.attention.segments import Segments
 from pipeline.backbone.fused import FusedKernels, fused_kernels
-from pipeline.core.errors import BackboneError
+from pipeline.core.errors import BackboneError, first_line
 from pipeline.core.run import is_out_of_memory
 from pipeline.encoder.passes.activation_checkpointing import ContextFactory, checkpointable_layers, checkpointing
 from pipeline.encoder.passes.packed import (
@@ -123,7 +123,7 @@ class Comparison(Generic[C]):
         except _MISFITS as error:
             if is_out_of_memory(error):
                 raise
-            return str(error).strip().split("\n")[0]
+            return first_line(error)
         for name, limit, value, expected in zip(self._names, self._limits, found, self._expected, strict=False):
             difference = float((value - expected).norm() / expected.norm())
             if not difference <= limit:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.artifacts import digest_of, file_sha256
-from pipeline.core.errors import ArtifactError
+from pipeline.core.errors import ArtifactError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ def fetch(source: str, revision: str | None) -> tuple[Path, dict[str, str]]:
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(_FILES)))
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ArtifactError(f"cannot load '{source}' at revision {revision or 'main'}: {reason}") from None
     return folder, {"name": source, "revision": folder.name}
 
