@@ -126,6 +126,7 @@ def export_merged(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     backbone: Annotated[str | None, typer.Option(help="Name or folder in place of the recorded backbone.")] = None,
     dtype: Annotated[str, typer.Option(help=f"Of the written weights: {DTYPES}")] = "float32",
+    trust_remote_code: RemoteCodeOption = False,
 ) -> None:
     """Write a standard checkpoint for engines that run no code of ours: vLLM, plain sentence-transformers."""
     from pipeline.backbone.loading import DType
@@ -136,7 +137,9 @@ def export_merged(
     from pipeline.tasks.instructions import load_instructions
 
     prompts = st_prompts(load_instructions())
-    merged = export_merged(model, out, prompts=prompts, dtype=chosen, backbone=backbone)
+    merged = export_merged(
+        model, out, prompts=prompts, dtype=chosen, backbone=backbone, trust_remote_code=trust_remote_code
+    )
     kind = "its" if chosen == "float32" else f"with weights rounded to {chosen}, its"
     print(f"{out}: {kind} embeddings in float32 are the encoder's up to {merged.difference:.1g} of their length")
     print("\n".join(usage(out, merged.layout)))

@@ -273,29 +273,37 @@ def test_a_folder_written_before_there_were_adapters_loads(workspace: Path, tiny
     np.testing.assert_array_equal(read_encoder(Path("encoder")).encode(["q"]), expected)
 
 
-def test_code_of_a_backbone_runs_for_the_caller_who_says_so_only(
-    workspace: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A model folder with its own classes: refused unless `trust_remote_code`."""
+@pytest.fixture
+def with_own_code(workspace: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An encoder folder whose backbone brings its own classes."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(workspace / "modules"))
     monkeypatch.setattr("sys.path", [*sys.path])
     folder = shutil.copytree(tiny_backbone("llama"), Path("own"))
     (folder / "own_code.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel\n"
         "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
         "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+        "class OwnBody(LlamaModel):\n    config_class = OwnConfig\n"
     )
     content = json.loads((folder / "config.json").read_text())
     content |= {
         "model_type": "own",
         "architectures": ["OwnModel"],
-        "auto_map": {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"},
+        "auto_map": {
+            "AutoConfig": "own_code.OwnConfig",
+            "AutoModelForCausalLM": "own_code.OwnModel",
+            "AutoModel": "own_code.OwnBody",
+        },
     }
     (folder / "config.json").write_text(json.dumps(content))
     write(Path("encoder"), tiny_backbone("llama"), None)
     file = Path("encoder/encoder_config.json")
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"backbone": identify(str(folder), None)}))
+    return Path("encoder")
+
+
+def test_code_of_a_backbone_runs_for_the_caller_who_says_so_only(with_own_code: Path) -> None:
     with pytest.raises(BackboneError, match="contains custom code"):
         read_encoder(Path("encoder"))
     assert type(read_encoder(Path("encoder"), trust_remote_code=True).model).__name__ == "OwnModel"
@@ -304,3 +312,24 @@ def test_code_of_a_backbone_runs_for_the_caller_who_says_so_only(
     assert "--trust-remote-code" in CliRunner().invoke(app, command).stderr
     assert CliRunner().invoke(app, [*command, "--trust-remote-code"]).exit_code == 0
     assert np.load("out.npy").shape == (1, 5)
+
+
+def test_code_of_a_backbone_goes_into_a_merged_checkpoint_for_the_caller_who_says_so_only(with_own_code: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    command = ["export-merged", str(with_own_code), "merged"]
+    assert "--trust-remote-code" in CliRunner().invoke(app, command).stderr
+    done = CliRunner().invoke(app, [*command, "--trust-remote-code"])
+    assert done.exit_code == 0, done.output
+    merged = SentenceTransformer("merged", device="cpu", trust_remote_code=True)
+    expected = read_encoder(with_own_code, trust_remote_code=True).encode(["one"])
+    np.testing.assert_allclose(merged.encode(["one"], show_progress_bar=False), expected, atol=1e-4)
+    assert "trust_remote_code=True" in Path("merged/README.md").read_text()
+
+
+def test_the_format_of_the_authors_has_no_backbone_with_code_of_its_own(with_own_code: Path) -> None:
+    refused = CliRunner().invoke(app, ["export-official", str(with_own_code), "theirs"])
+    assert (refused.exit_code, refused.stderr) == (
+        1,
+        "error: 'own' brings its own code, which their package does not run\n",
+    )

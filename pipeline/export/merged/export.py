@@ -49,6 +49,7 @@ def export_merged(
     prompts: Mapping[str, str],
     dtype: DType = "float32",
     backbone: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Merged:
     """Write the encoder folder `model` as a checkpoint of transformers, sentence-transformers and vLLM.
 
@@ -57,6 +58,7 @@ def export_merged(
         prompts: by name ("query", "document"), which sentence-transformers puts before a text unchanged.
         dtype: of the written weights; embeddings are compared before rounding to it and measured after.
         backbone: name or folder to use in place of the recorded one.
+        trust_remote_code: let the backbone run code that comes with it; the code goes along into `out`.
 
     Raises:
         ArtifactError: `out` holds something else.
@@ -64,7 +66,7 @@ def export_merged(
         BackboneError: the backbone cannot be loaded.
     """
     _check_target(out)
-    encoder = read_encoder(model, backbone=backbone)
+    encoder = read_encoder(model, backbone=backbone, trust_remote_code=trust_remote_code)
     config = encoder.config
     frame = find_frame(encoder.tokenizer, config.template, config.chat_template_kwargs)
     probes = fitting_probes(encoder.tokenizer, frame, encoder.max_tokens)
@@ -90,7 +92,8 @@ def export_merged(
         encoder.model.config.save_pretrained(writer.path)
         write_tokenizer(writer.path, encoder.tokenizer, frame, layout)
         write_modules(writer.path, layout, weight, bias, prompts, dtype)
-        write_readme(writer.path, layout, config, dtype, encoder.identity, prompts)
+        own_code = hasattr(encoder.model.config, "auto_map")
+        write_readme(writer.path, layout, config, dtype, encoder.identity, prompts, own_code=own_code)
         difference = _largest_difference(_embed(writer.path, encoder.model, probes, layout, weight, bias), expected)
         if not difference <= LIMIT:
             by = f"{difference:.2g} (limit {LIMIT})"

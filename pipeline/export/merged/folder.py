@@ -149,8 +149,10 @@ def write_readme(
     dtype: DType,
     identity: Mapping[str, Any],
     prompts: Mapping[str, str],
+    *,
+    own_code: bool,
 ) -> None:
-    """Describe the folder, its use, and where its embeddings differ from the encoder's."""
+    """Describe the folder, its use, and where its embeddings differ from the encoder's; `own_code`: the backbone's."""
     text = (
         templates(Path(__file__).parent, autoescape=False)
         .get_template("readme.md.j2")
@@ -162,6 +164,7 @@ def write_readme(
             sha256=identity.get("sha256", "unknown"),
             prompts={"query": "", **prompts},
             prompt_is_cut=PROMPT_IS_CUT,
+            own_code=own_code,
         )
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

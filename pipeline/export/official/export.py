@@ -64,10 +64,12 @@ def _structure(config: EncoderConfig, name: str) -> BackboneStructure:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        described = AutoConfig.from_pretrained(name, revision=config.backbone.get("revision"))
+        described = AutoConfig.from_pretrained(name, revision=config.backbone.get("revision"), trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(described)
     except (OSError, ValueError) as error:
+        if "custom code" in str(error):
+            raise TrainingError(f"'{name}' brings its own code, which their package does not run") from None
         raise BackboneError(f"cannot read the config of backbone '{name}': {describe(error)}") from None
     embeddings = model.get_input_embeddings()
     if type(embeddings) is not torch.nn.Embedding:
