@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from pipeline.core.errors import ArtifactError, WorkError
+from pipeline.core.errors import ArtifactError, PipelineError, WorkError
 from pipeline.core.fault_points import fault_point
 
 # 2: `sources`, and the manifest's own sha256. Format 1 has neither and is still read.
@@ -99,6 +99,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _REFUSED = (errno.EACCES, errno.EPERM)
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
 _QUOTED = re.compile("'(/?[^']+)'")  # pyarrow names the file in its message alone
+_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors names the error in its message alone
 
 
 @contextlib.contextmanager
@@ -109,24 +110,35 @@ def disk_errors(where: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        place = _place(error)
-        if error.errno in _NO_FOLDER and (blocking := _file_above(place or where)):
+    except PipelineError:
+        raise
+    except Exception as error:
+        number, place = _number(error), _place(error)
+        if number in _NO_FOLDER and (blocking := _file_above(place or where)):
             raise WorkError(f"{blocking} is a file, where a folder is needed: move it away, and run again") from error
-        if error.errno in _REFUSED and place is not None and not _belongs(place, where):
-            raise WorkError(f"cannot open {place}: {os.strerror(error.errno)}") from error
-        if error.errno not in (*_FULL, *_REFUSED):
+        if number in _REFUSED and place is not None and not _belongs(place, where):
+            raise WorkError(f"cannot open {place}: {os.strerror(number)}") from error
+        if number not in (*_FULL, *_REFUSED):
             raise
         raise WorkError(
-            f"cannot write {where}: {os.strerror(error.errno)}. Finished work is kept; free space or choose another "
+            f"cannot write {where}: {os.strerror(number)}. Finished work is kept; free space or choose another "
             "place (PIPELINE_WORK_DIR moves work in progress) and run again"
         ) from error
 
 
-def _place(error: OSError) -> Path | None:
+def _number(error: Exception) -> int:
+    """The operating system's number of an error, 0 if it has none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = _RUST.search(str(error))
+    return int(found[1]) if found else 0
+
+
+def _place(error: Exception) -> Path | None:
     """The file that an error is about, if it says so."""
-    if isinstance(error.filename, str | os.PathLike):
-        return Path(error.filename)
+    named = getattr(error, "filename", None)
+    if isinstance(named, str | os.PathLike):
+        return Path(named)
     quoted = _QUOTED.search(str(error))
     return Path(quoted[1]) if quoted else None
 
@@ -255,8 +267,7 @@ def create(
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_file():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
-        _recover(target)
-        with _scratch_folder(target) as scratch:
+        with scratch_beside(target) as scratch:
             new = scratch / "new"
             new.mkdir()
             writer = ArtifactWriter(new)
@@ -279,8 +290,9 @@ _OLD = "old"
 
 
 @contextlib.contextmanager
-def _scratch_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that is this process's alone while it lives: its lock dies with its holder."""
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that is this process's alone while it lives; what killed ones left there goes."""
+    _recover(target)
     scratch, lock = _locked_folder(target)
     try:
         yield scratch
@@ -394,7 +406,7 @@ def read_manifest(path: Path) -> Artifact:
         found = content.get("format_version")
         if found not in READ_VERSIONS:
             raise ArtifactError(f"{manifest_path}: format version {found}, this code reads {FORMAT_VERSION}: rerun it")
-        content.pop("sha256", None)
+        signed = content.pop("sha256", None) is not None
         manifest = Manifest(**content)
     except FileNotFoundError:
         raise ArtifactError(f"{path} is not a finished artifact (no {MANIFEST}): run the stage that makes it") from None
@@ -404,7 +416,7 @@ def read_manifest(path: Path) -> Artifact:
         raise ArtifactError(f"{manifest_path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{manifest_path} is damaged ({error}): run the stage again") from None
-    if found == FORMAT_VERSION and raw != manifest.to_bytes():
+    if (signed or found == FORMAT_VERSION) and raw != manifest.to_bytes():
         raise ArtifactError(f"{manifest_path} is damaged (its sha256 is another): run the stage again")
     return Artifact(path, manifest, bytes_sha256(raw))
 

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import random
-import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core.artifacts import bytes_sha256, digest_of, disk_errors, file_sha256, write_bytes, write_json
+from pipeline.core.artifacts import (
+    bytes_sha256,
+    digest_of,
+    disk_errors,
+    file_sha256,
+    scratch_beside,
+    write_bytes,
+    write_json,
+)
 from pipeline.core.errors import EvaluationError
 from pipeline.evaluate.mteb_adapter import MtebEncoder, published_meta
 from pipeline.evaluate.mteb_observer import Observer
@@ -158,11 +165,11 @@ class _TaskRun:
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             failed = failed_texts(encoder.system)
-            with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".predictions-") as folder:
-                observer = Observer(task, Path(folder))
+            with scratch_beside(self.path) as folder:
+                observer = Observer(task, folder)
                 result = _evaluate(encoder, task, observer.prediction_folder)
                 self.unit_scores = observer.unit_scores(result)
-                written = Path(folder) / self.path.name
+                written = folder / self.path.name
                 result.to_disk(written)
                 # As the next run will read it: mteb rounds scores when it writes them.
                 self.result, content = type(result).from_disk(written), written.read_bytes()

@@ -6,11 +6,10 @@ It has the trained files unchanged, this version's module file and prompts, and 
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.core.artifacts import Artifact, check_new, disk_errors, open_artifact, read_manifest
+from pipeline.core.artifacts import Artifact, check_new, disk_errors, open_artifact, read_manifest, scratch_beside
 from pipeline.core.errors import ArtifactError
 from pipeline.encoder.folder.card import CARD_FILE, with_results
 from pipeline.encoder.folder.config import START_FILE
@@ -36,8 +35,8 @@ def publish(model: Path, out: Path, results: Path | None = None) -> list[str]:
     comparisons = list(_comparisons(artifact, results)) if results else []
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.tmp-") as scratch:
-            folder = Path(scratch) / "model"
+        with scratch_beside(out) as scratch:
+            folder = scratch / "model"
             _copy(artifact, folder)
             card = (folder / CARD_FILE).read_text(encoding="utf-8").replace('"DIR"', json.dumps(out.name))
             tables = [table for comparison in comparisons for table in (_table(comparison), _stored_table(comparison))]

@@ -6,7 +6,6 @@ the adapter of the phase before. So another rate for SimCSE does not train MNTP 
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,9 +15,9 @@ from typing import Any, NamedTuple
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import BackboneParams, identify, load_backbone, load_config, load_tokenizer
 from pipeline.backbone.lora import WEIGHTS_FILE, adapter_parameters, add_adapter, save_adapter
-from pipeline.core.artifacts import digest_of, disk_errors, file_sha256, write_json
+from pipeline.core.artifacts import create, digest_of, file_sha256, open_artifact, write_json
 from pipeline.core.code_digest import code_digest
-from pipeline.core.errors import nested_in
+from pipeline.core.errors import ArtifactError, nested_in
 from pipeline.embed.teachers.adapters import merge_adapter
 from pipeline.embed.teachers.bidirectional import check_bidirectional, make_bidirectional
 from pipeline.embed.teachers.pooling import check_positions
@@ -35,6 +34,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 ADAPTER, CURVE, CHECKPOINT, FINISHED = "adapter", "curve.json", "checkpoint", "finished"
+KIND = "finished phase"
 # Batches of MNTP that are sorted by length together: its loss is a mean over tokens, so batches may differ in length.
 # SimCSE's batches stay random, since their texts are each other's negatives.
 MNTP_GROUPING = 8
@@ -132,7 +132,7 @@ class Recipe:
         """The phase, from the work folder or trained on what `prepare` gives."""
         folder = self._folder(name, texts, upstream)
         finished = folder / FINISHED
-        if finished.is_dir():
+        if is_whole(finished):
             log.info("%s: finished already", name)
         else:
             with nested_in(name):
@@ -156,7 +156,7 @@ class Recipe:
         return self.work / f"{name}-{fingerprint[:16]}"
 
     def _train(self, name: PhaseName, texts: TokenizedCorpus, training: Training, folder: Path) -> None:
-        """Train, write the finished phase in one rename, and delete its checkpoint."""
+        """Train, write the finished phase as an artifact, and delete its checkpoint."""
         (objective, trained), checkpoint, phase = training, folder / CHECKPOINT, self.params.phase(name)
         grouping = MNTP_GROUPING if name == "mntp" else 1
         lengths = [len(row.ids) for row in texts.rows]
@@ -167,13 +167,10 @@ class Recipe:
             "trained_parameters": sum(value.numel() for value in trained.values()),
             "dropout_modules": objective.dropout.active,
         }
-        scratch = folder / f"{FINISHED}.tmp"
-        with disk_errors(folder):
-            shutil.rmtree(scratch, ignore_errors=True)
-            save_adapter(trained, scratch / ADAPTER, _resolved(phase.lora, trained), self.backbone.name)
-            write_json(scratch / CURVE, {"facts": facts, "curve": loop.curve})
-            scratch.rename(folder / FINISHED)
-            checkpoint.unlink(missing_ok=True)
+        with create(folder / FINISHED, kind=KIND, params={}) as out:
+            save_adapter(trained, out.path / ADAPTER, _resolved(phase.lora, trained), self.backbone.name)
+            write_json(out.path / CURVE, {"facts": facts, "curve": loop.curve})
+        checkpoint.unlink(missing_ok=True)
 
     @cached_property
     def _lm(self) -> Any:
@@ -221,6 +218,18 @@ class Recipe:
         with nested_in("lora"):
             adapted = add_adapter(body, **lora.model_dump(), seed=self.params.seed)
         return adapted, adapter_parameters(adapted)
+
+
+def is_whole(finished: Path) -> bool:
+    """Whether a phase is finished; False, with a warning, if its folder is damaged."""
+    if not finished.is_dir():
+        return False
+    try:
+        open_artifact(finished, KIND)
+    except ArtifactError as error:
+        log.warning("%s; the phase is trained again", error)
+        return False
+    return True
 
 
 def _resolved(lora: TeacherLoraParams, trained: dict[str, Any]) -> TeacherLoraParams:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from safetensors import SafetensorError
 
 from pipeline.core import artifacts, fault_points
 from pipeline.core.artifacts import MANIFEST, Artifact, create, damaged_files, open_artifact, read_manifest
@@ -100,6 +101,13 @@ def test_a_new_artifact_replaces_the_old_one_whole(tmp_path: Path) -> None:
     with create(tmp_path / "out", kind="numbers", params={}) as out:
         out.write_table("b.parquet", table(2))
     assert set(snapshot(tmp_path)) == {"out/b.parquet", f"out/{MANIFEST}"}
+
+
+def test_a_flip_cannot_make_an_older_format_of_a_manifest(tmp_path: Path) -> None:
+    manifest = make(tmp_path / "out", 1).path / MANIFEST
+    manifest.write_bytes(manifest.read_bytes().replace(b'"format_version": 2', b'"format_version": 1'))
+    with pytest.raises(ArtifactError, match="its sha256 is another"):
+        read_manifest(tmp_path / "out")
 
 
 def test_leftovers_of_a_killed_run_go(tmp_path: Path) -> None:
@@ -275,6 +283,15 @@ def test_a_full_disk_under_a_single_file(small_disk: Path) -> None:
     assert list(small_disk.iterdir()) == [path]
 
 
+def test_a_full_disk_under_weights(small_disk: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    with pytest.raises(WorkError, match=r"out: No space left"), create(small_disk / "out", kind="m", params={}) as out:
+        save_file({"a": np.zeros(2**19)}, out.path / "a.safetensors")
+    assert list(small_disk.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -287,9 +304,10 @@ def test_a_full_disk_under_a_single_file(small_disk: Path) -> None:
         (PermissionError(13, "Permission denied", "data/.out.tmp-1/new"), "cannot write data/out: Permission denied"),
         (PermissionError(13, "Permission denied", "data"), "cannot write data/out: Permission denied"),
         (OSError(30, "Read-only file system", "data/out"), "cannot write data/out: Read-only file system"),
+        (SafetensorError("I/O error: Full (os error 28)"), "cannot write data/out: No space left on device"),
     ],
 )
-def test_an_error_names_the_file_that_it_is_about(error: OSError, message: str) -> None:
+def test_an_error_names_the_file_that_it_is_about(error: Exception, message: str) -> None:
     with pytest.raises(WorkError, match=f"^{re.escape(message)}"), artifacts.disk_errors(Path("data/out")):
         raise error
 

@@ -124,6 +124,16 @@ def test_a_score_with_fallbacks_is_never_on_the_disk(tmp_path: Path, monkeypatch
     assert [path.name for path in (tmp_path / "work").rglob("*") if path.is_file()] == []
 
 
+def test_what_a_killed_run_left_beside_its_result_goes(tmp_path: Path, folders: list[Path]) -> None:
+    run([WordSystem()], folders, tmp_path / "work")
+    [result] = (tmp_path / "work").rglob("sort.json")
+    (leftover := result.with_name(".sort.json.tmp-killed")).mkdir()
+    (leftover / "predictions.json").write_text("{")
+    result.unlink()
+    run([WordSystem()], folders, tmp_path / "work")
+    assert result.is_file() and not [path.name for path in result.parent.iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize("suffix", [".json", ".findings.npz", ".digests.json"])
 def test_a_flipped_digit_of_a_finished_score_is_noticed(
     tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture

@@ -134,6 +134,18 @@ def test_a_damaged_checkpoint_starts_the_phase_again(
     assert "is damaged: training starts again" in caplog.text
 
 
+def test_a_damaged_phase_is_trained_again(
+    tiny_backbone: Callable[..., Path], workspace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = contents(recipe(tiny_backbone(), TEXTS, workspace, params()).run())
+    [weights] = workspace.glob("mntp-*/finished/adapter/adapter_model.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert contents(recipe(tiny_backbone(), TEXTS, workspace, params()).run()) == whole
+    assert "adapter_model.safetensors: sha256 is" in caplog.text
+    assert "the phase is trained again" in caplog.text
+
+
 def test_a_backbone_that_stays_causal_is_refused(
     tiny_backbone: Callable[..., Path], workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
