@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,40 @@ class Fault(StrEnum):
     FULL = "full"
 
 
+@dataclass(frozen=True)
+class Tear:
+    """Half of a write: `half` at the offset `at` of a file."""
+
+    path: Path
+    at: int
+    half: bytes
+
+    def on(self, content: bytes) -> bytes:
+        """The file's content with it."""
+        return content[: self.at] + self.half + content[self.at + len(self.half) :]
+
+
 _FUNCTIONS = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir")
 _NEEDS_SPACE = ("write", "open", "mkdir", "fsync")
 
 
 class Disk:
-    """Counts changes below `root`, and makes the fault at number `at` (from 1); `install` patches this process."""
+    """Counts changes below `root`, and makes the fault at number `at` (from 1); `install` patches this process.
 
-    def __init__(self, root: Path, fault: Fault = Fault.NONE, at: int = 0) -> None:
-        self.root, self.fault, self.at, self.changes = root.resolve(), fault, at, 0
+    `watch` is called before each change, with the half of a write that a stop would leave.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        fault: Fault = Fault.NONE,
+        at: int = 0,
+        watch: "Callable[[Disk, Tear | None], None] | None" = None,
+    ) -> None:
+        self.root, self.fault, self.at, self.watch, self.changes = root.resolve(), fault, at, watch, 0
         self._mutex = threading.RLock()
         self._real_open, self._real_fsync = io.open, os.fsync
-        self._synced = dict(self._states())
+        self._synced = {inode: state for _, inode, state in self._states()}
 
     def install(self) -> None:
         """Patch `os`, `open`, pyarrow and safetensors for the rest of this process's life."""
@@ -61,22 +84,27 @@ class Disk:
         if "safetensors.torch" in sys.modules:
             real = sys.modules["safetensors.torch"].save_file
             for module in _importers("save_file", real):
-                module.save_file = self._counted("write", real)
+                module.save_file = self._safetensors(real)
 
-    def change(self, kind: str, torn: Callable[[], Any] | None = None) -> None:
-        """Count a change that is about to happen; `torn` does half of it."""
+    def change(self, kind: str, tear: Tear | None = None) -> None:
+        """Count a change that is about to happen, a write with its first half."""
         with self._mutex:
             self.changes += 1
+            if self.watch is not None:
+                self.watch(self, tear)
             if self.fault == Fault.NONE or self.changes < self.at:
                 return
             if self.fault == Fault.FULL:
                 if kind in _NEEDS_SPACE:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 return
-            if torn is not None:
-                torn()
+            if tear is not None:
+                with self._real_open(tear.path, "r+b", 0) as file:
+                    file.seek(tear.at)
+                    file.write(tear.half)
             if self.fault == Fault.POWER:
-                self._lose_unsynced()
+                for path in self.unsynced():
+                    os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _counted(self, kind: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,6 +112,21 @@ class Disk:
             if "dir_fd" in keys or any(self._below(part) for part in arguments[:2]):
                 self.change(kind)
             return real(*arguments, **keys)
+
+        return call
+
+    def _safetensors(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        """Its errors are no OSError, and name the operating system's in their message."""
+        from safetensors import SafetensorError
+
+        counted = self._counted("write", real)
+
+        def call(tensors: Any, file: Any, *more: Any) -> Any:
+            try:
+                return counted(tensors, file, *more)
+            except OSError as error:
+                reason = f"{error.strerror} (os error {error.errno})"
+                raise SafetensorError(f"Error while serializing: I/O error: {reason}") from None
 
         return call
 
@@ -135,20 +178,17 @@ class Disk:
 
         return Writer
 
-    def _states(self) -> list[tuple[int, tuple[int, int]]]:
+    def _states(self) -> list[tuple[Path, int, tuple[int, int]]]:
         found = []
         for path in self.root.rglob("*"):
             state = path.stat() if path.is_file() else None
             if state is not None:
-                found.append((state.st_ino, (state.st_size, state.st_mtime_ns)))
+                found.append((path, state.st_ino, (state.st_size, state.st_mtime_ns)))
         return found
 
-    def _lose_unsynced(self) -> None:
-        for path in self.root.rglob("*"):
-            if path.is_file() and path.stat().st_size:
-                state = path.stat()
-                if self._synced.get(state.st_ino) != (state.st_size, state.st_mtime_ns):
-                    os.truncate(path, state.st_size // 2)
+    def unsynced(self) -> list[Path]:
+        """The files that changed since their last fsync."""
+        return [path for path, inode, state in self._states() if self._synced.get(inode) != state]
 
 
 class _File(io.FileIO):
@@ -159,8 +199,10 @@ class _File(io.FileIO):
         self._disk = disk
 
     def write(self, content: Any) -> int:
-        half = memoryview(content).cast("B")[: len(memoryview(content).cast("B")) // 2]
-        self._disk.change("write", lambda: super(_File, self).write(half))
+        whole = memoryview(content).cast("B")
+        path = Path(f"/proc/self/fd/{self.fileno()}").readlink()
+        at = os.fstat(self.fileno()).st_size if "a" in self.mode else self.tell()
+        self._disk.change("write", Tear(path, at, bytes(whole[: len(whole) // 2])))
         return super().write(content)
 
 

@@ -97,6 +97,11 @@ class Journal:
     def clear(self) -> None:
         os.truncate(self._path, 0)
 
+    def keep(self, rows: list[str]) -> None:
+        """These rows alone."""
+        self.clear()
+        self.add(rows)
+
     def repeated(self) -> int:
         """How many rows were computed again."""
         rows = self._path.read_text().splitlines()

@@ -216,14 +216,13 @@ class StoreArena:
         while left > 0:
             copy(self._before, self._scratch)
             self._journal.clear()
-            several = min(left, self._draw.randint(1, 6))
-            left -= several
             died = 0
-            for _ in range(several):
+            for _ in range(min(left, self._draw.randint(1, 6))):
                 child = Child(lambda: workload.work(self._journal), self._scratch, self._log)
                 died += child.kill_after(self._draw.uniform(0, seconds)).killed
+            left -= died
             self.tally.kills += died
-            self._finish(workload, f"{workload.name}, {several} random kills", faults=max(1, died))
+            self._finish(workload, f"{workload.name}, {died} random kills", faults=max(1, died))
 
     def race(self, rounds: int) -> None:
         """Two writers of one artifact at once, and two of one store."""

@@ -13,6 +13,8 @@ class Tally:
 
     Attributes:
         kills: processes that died by SIGKILL in their work, at a chosen change of the disk or at a random moment.
+        stops: changes of the disk, twice each, at which what a kill or a power cut leaves was copied from a run that
+            went on, `states` of them different: the stage was run in each.
         power_cuts: of these kills, those after which unsynced bytes were lost too.
         full_disks: runs that met a full disk.
         lost_rows: rows of an undisturbed run that are missing or other after a fault and one more run; an artifact that
@@ -24,9 +26,12 @@ class Tally:
         races: pairs of writers of one artifact, store or stage.
         bad_inputs: runs on inputs that are to end in one line.
         tracebacks: processes, of all attacks, that printed one.
+        unexplained: processes that failed without a line that says why.
     """
 
     kills: int = 0
+    stops: int = 0
+    states: int = 0
     power_cuts: int = 0
     full_disks: int = 0
     lost_rows: int = 0
@@ -38,6 +43,7 @@ class Tally:
     races: int = 0
     bad_inputs: int = 0
     tracebacks: int = 0
+    unexplained: int = 0
     notes: list[str] = field(default_factory=list)
 
     def note(self, what: str) -> None:
@@ -52,6 +58,12 @@ class Tally:
         if ended.code not in codes:
             self.lost_rows += 1
             self.note(f"{where}: exit code {ended.code}, expected {codes}: {ended.stderr[-500:]}")
+
+    def explained(self, where: str, ended: Ended, *words: str) -> None:
+        """Count a failure that printed none of the words."""
+        if not any(word in ended.stderr for word in words):
+            self.unexplained += 1
+            self.note(f"{where}: does not say what is wrong: {ended.stderr[-300:]}")
 
     def lost(self, where: str, rows: int) -> None:
         self.lost_rows += rows
@@ -72,4 +84,5 @@ class Tally:
             + self.flips_unnoticed
             + self.truncations_unnoticed
             + self.tracebacks
+            + self.unexplained
         )

@@ -1,5 +1,6 @@
 """A workspace of tiny random models, in which every stage takes a second or two, and a journal of computed rows."""
 
+import contextlib
 import importlib
 import json
 import shutil
@@ -46,7 +47,7 @@ def params(backbone: Path) -> dict[str, Any]:
         },
         "train": {
             "compression_tokens": 2, "thought_tokens": 0, "template": "chat", "max_query_tokens": 64,
-            "max_response_tokens": 32, "align_weight": 1.0, "recon_weight": 1.0, "align_reduction": "sum",
+            "max_response_tokens": 64, "align_weight": 1.0, "recon_weight": 1.0, "align_reduction": "sum",
             "warm_start": {"enabled": False}, "learning_rate": 0.01, "weight_decay": 0.0, "warmup_steps": 1,
             "epochs": 1, "batch_size": 6, "micro_batch_size": 6, "max_grad_norm": 1.0, "checkpoint_every": 1, "seed": 0,
         },
@@ -57,6 +58,21 @@ def params(backbone: Path) -> dict[str, Any]:
         "suites": {"small": {"local": ["find"]}},
         "probes": {"safety": {"local": "find", "top_k": [1]}},
         "report": {"title": "faults", "audit": True},
+    }  # fmt: skip
+
+
+def params_of_teach(backbone: Path) -> dict[str, Any]:
+    """The params file of `teach`: the teacher is trained. What it makes is attacked, and read by no other stage."""
+    phase = {
+        "steps": 3, "batch_size": 4, "micro_batch_size": 4, "max_tokens": 40, "learning_rate": 0.01,
+        "lora": {"rank": 2, "alpha": 4.0},
+    }  # fmt: skip
+    return {
+        **params(backbone),
+        "embed": {"teacher": {"kind": "llm2vec-trained", "max_tokens": 64, "batch_tokens": 512}, "dtype": "float32"},
+        "teach": {
+            "mntp": phase, "simcse": phase, "dtype": "float32", "checkpoint_every": 1, "quality": {"texts": 8},
+        },
     }  # fmt: skip
 
 
@@ -81,6 +97,7 @@ def make(folder: Path, backbone: Path) -> None:
     for name, content in rows.items():
         (task / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     (folder / "params.yaml").write_text(json.dumps(params(backbone)))
+    (folder / "teach.yaml").write_text(json.dumps(params_of_teach(backbone)))
 
 
 def make_backbone(folder: Path) -> None:
@@ -111,35 +128,34 @@ def make_backbone(folder: Path) -> None:
 def stage(name: str) -> Work:
     """The stage as its command runs it, in the current folder."""
     module = importlib.import_module(f"pipeline.{name}.__main__")
-    return lambda: module.main(*STAGES[name], Path("params.yaml"))
+    return lambda: module.main(*STAGES[name], Path("teach.yaml" if name == "teach" else "params.yaml"))
 
 
-# What stages import when they run.
-_LATE_IMPORTS = (
-    *("polars", "rensa", "transformers.models.auto.tokenization_auto", "pipeline.audit"),
-    *("pipeline.generate.engines.echo", "pipeline.embed.teachers.stub"),
-)
-_HEAVY_IMPORTS = (
-    *("torch", "mteb", "accelerate", "sentence_transformers", "datasets", "matplotlib.figure", "scipy.stats"),
-    *("transformers.models.llama.modeling_llama", "sklearn.linear_model", "pipeline.train.build"),
-    *("pipeline.train.write", "pipeline.report.content", "pipeline.report.render", "pipeline.evaluate.run"),
-    *("pipeline.encoder.inference", "pipeline.probe.safety", "pipeline.train.trainer"),
-)
+def note_imports(path: Path) -> None:
+    """In a child at its end: write the names of all modules."""
+    path.write_text("\n".join(sys.modules))
 
 
-def import_stages(stages: Sequence[str]) -> None:
-    """The imports of the stages, once for all children; nothing is computed, so forking stays safe."""
-    heavy = _HEAVY_IMPORTS if set(stages) - {"collect", "generate", "embed"} else ()
-    for name in (*(f"pipeline.{stage}.__main__" for stage in stages), *_LATE_IMPORTS, *heavy):
-        importlib.import_module(name)
+def import_noted(path: Path) -> None:
+    """The modules that a child had, once for all children; nothing is computed, so forking stays safe."""
+    for name in path.read_text().splitlines():
+        if name not in sys.modules and not name.startswith(("__", "transformers_modules")):
+            with contextlib.suppress(Exception):  # some are made by others and have no file
+                importlib.import_module(name)
 
 
-def note_rows(journal: Journal) -> None:
-    """In a child: commit every INTERVAL rows, and note each row, text and training step that is computed."""
-    from pipeline.core import row_store
+def prepare_child(journal: Journal) -> None:
+    """In a child: short work, commits every INTERVAL rows, and a note of each row, text and training step computed."""
+    from pipeline.collect import spill
+    from pipeline.core import row_store, run
     from pipeline.embed.teachers.stub import HashTeacher
     from pipeline.generate.engines.echo import EchoEngine
 
+    spill.BUCKETS = 4
+    run.environment = lambda: {"python": "", "versions": {}, "cores": 1, "memory_gib": 1.0, "gpus": []}
+    for name in ("pipeline.teach.recipe", "pipeline.train.__main__"):
+        if name in sys.modules:  # half of such a short stage: reading the code, which stays as it is
+            sys.modules[name].code_digest = _code_digest  # type: ignore[attr-defined]
     real_store = row_store.ShardStore.__init__
 
     def store(self: Any, *arguments: Any, **keys: Any) -> None:
@@ -162,22 +178,29 @@ def note_rows(journal: Journal) -> None:
 
     EchoEngine.generate = generate  # type: ignore[method-assign]
     HashTeacher.embed = _noting(HashTeacher.embed, journal)  # type: ignore[method-assign]
-    if "pipeline.train.trainer" in sys.modules:
-        _note_training(journal)
+    for name in ("pipeline.train.trainer", "pipeline.teach.loop", "pipeline.evaluate.system"):
+        if name in sys.modules:
+            _note_work(sys.modules[name], journal)
 
 
-def _note_training(journal: Journal) -> None:
-    from pipeline.evaluate.system import InstructedSystem
-    from pipeline.train.trainer import Trainer
+def _code_digest(modules: Sequence[str]) -> str:
+    return f"the code of {', '.join(modules)}"
 
-    InstructedSystem.encode = _noting(InstructedSystem.encode, journal)  # type: ignore[method-assign]
-    real_step = Trainer._step
 
-    def step(self: Trainer, step: int, batch: list[int]) -> None:
-        real_step(self, step, batch)
-        journal.add([f"step {step}"])
+def _note_work(module: Any, journal: Journal) -> None:
+    """Note the steps or texts of the class in a module that computes them."""
+    if hasattr(module, "InstructedSystem"):
+        module.InstructedSystem.encode = _noting(module.InstructedSystem.encode, journal)
+        return
+    kind = module.Trainer if hasattr(module, "Trainer") else module.Loop
+    real_step = kind._step
 
-    Trainer._step = step  # type: ignore[method-assign]
+    def step(self: Any, step: int, *batch: Any) -> Any:
+        found = real_step(self, step, *batch)
+        journal.add([f"{getattr(self, 'name', 'train')} step {step}"])
+        return found
+
+    kind._step = step
 
 
 def _noting(real: Callable[..., Any], journal: Journal) -> Callable[..., Any]:
