@@ -99,7 +99,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _REFUSED = (errno.EACCES, errno.EPERM)
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
 _QUOTED = re.compile("'(/?[^']+)'")  # pyarrow names the file in its message alone
-_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors names the error in its message alone
+# safetensors, and shutil of a folder, name the error in their message alone.
+_ERROR = re.compile(r"(?:\(os error |\[Errno )(\d+)")
 
 
 @contextlib.contextmanager
@@ -128,9 +129,9 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 def _number(error: Exception) -> int:
     """The operating system's number of an error, 0 if it has none."""
-    if isinstance(error, OSError):
-        return error.errno or 0
-    found = _RUST.search(str(error))
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    found = _ERROR.search(str(error))
     return int(found[1]) if found else 0
 
 

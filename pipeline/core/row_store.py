@@ -70,6 +70,7 @@ class ShardStore:
         self._tables: list[pa.Table] = []
         self._pending = 0
         self._last_flush = time.monotonic()
+        self._refused = False  # the disk; the owner knows
         self._mutex, self._closing = threading.RLock(), threading.Event()
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -90,8 +91,12 @@ class ShardStore:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._closing.set()
+        known = self._refused
         try:
             self.flush()
+        except WorkError:  # raised a second time, it would be printed by a generator that is closed by the first
+            if not known:
+                raise
         finally:
             with self._mutex:
                 self._lock.release()
@@ -119,7 +124,15 @@ class ShardStore:
             self._added(table.num_rows)
 
     def flush(self) -> None:
-        """Commit pending rows as one shard."""
+        """Commit pending rows as one shard; raises WorkError if the disk is full."""
+        try:
+            self._flush()
+        except WorkError:
+            self._refused = True
+            raise
+        self._refused = False
+
+    def _flush(self) -> None:
         with self._mutex:
             if self._pending:
                 rows = pa.Table.from_pylist(self._rows, schema=self.schema)
@@ -155,7 +168,7 @@ class ShardStore:
         """Rows that came in a burst are not left in memory until the next one comes."""
         while not self._closing.wait(self._flush_seconds):
             with contextlib.suppress(WorkError):  # the owner's next row meets the same disk
-                self.flush()
+                self._flush()
 
     def _load(self) -> None:
         for leftover in self.path.glob(".*"):

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -305,6 +306,10 @@ def test_a_full_disk_under_weights(small_disk: Path) -> None:
         (PermissionError(13, "Permission denied", "data"), "cannot write data/out: Permission denied"),
         (OSError(30, "Read-only file system", "data/out"), "cannot write data/out: Read-only file system"),
         (SafetensorError("I/O error: Full (os error 28)"), "cannot write data/out: No space left on device"),
+        (
+            shutil.Error([("a", "data/out/a", "[Errno 28] No space left on device")]),
+            "cannot write data/out: No space left on device",
+        ),
     ],
 )
 def test_an_error_names_the_file_that_it_is_about(error: Exception, message: str) -> None:

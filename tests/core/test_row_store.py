@@ -358,6 +358,19 @@ def test_killed_at_any_point_the_result_is_byte_equal(tmp_path: Path, kills: tup
     assert len(computed) - len(set(computed)) <= FLUSH_ROWS * len(kills)
 
 
+def test_a_disk_that_refuses_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise WorkError("no space")
+
+    monkeypatch.setattr(shards, "write_bytes", full)
+    monkeypatch.setattr(shards, "write_json", lambda *_: None)
+    with store(tmp_path, flush_rows=1) as known, pytest.raises(WorkError, match="no space"):
+        known.add(row("000001"))  # and not again when the store is closed
+    unknown = store(tmp_path)
+    with pytest.raises(WorkError, match="no space"), unknown:
+        unknown.add(row("000001"))
+
+
 def test_a_full_disk_keeps_what_was_committed(small_disk: Path) -> None:
     schema = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("value", pa.binary(), nullable=False)])
 
