@@ -59,8 +59,6 @@ def main() -> None:
             _short(Path(folder), tally)
         else:
             _full(Path(folder), tally, options)
-    for note in tally.notes:
-        print(note, file=sys.stderr)
     counts = {key: value for key, value in asdict(tally).items() if key != "notes"}
     print(json.dumps({**counts, "seconds": round(time.monotonic() - started, 1)}))
     sys.stdout.flush()
@@ -83,7 +81,9 @@ def _full(folder: Path, tally: Tally, options: argparse.Namespace) -> None:
         stores.StoreArena(folder / "stores", tally).attack(stores.CHECKPOINT, every=1, random_kills=share)
     for stage in workspace.STAGES:
         if stage in options.only:
-            _attack_stage(arena, stage, every=options.every, random_kills=options.kills // 2 // len(workspace.STAGES))
+            _attack_stage(
+                arena, stage, every=options.every, random_kills=-(-options.kills // 2 // len(workspace.STAGES))
+            )
     if "damage" in options.only:
         damage.damage_artifacts(arena, flips=options.flips, truncations=options.flips // 10)
         damage.damage_stores(arena, flips=options.flips // 5, truncations=options.flips // 50)

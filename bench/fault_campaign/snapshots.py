@@ -83,6 +83,7 @@ def _entry(path: Path, content: bytes | None) -> bytes:
 
 
 def _write(contents: dict[Path, bytes | None], root: Path, place: Path) -> None:
+    place.mkdir()
     for path, content in contents.items():
         target = place / path.relative_to(root)
         (target if content is None else target.parent).mkdir(parents=True, exist_ok=True)

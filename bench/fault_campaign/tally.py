@@ -1,5 +1,6 @@
 """What a campaign counts."""
 
+import sys
 from dataclasses import dataclass, field
 
 from bench.fault_campaign.processes import Ended
@@ -47,8 +48,10 @@ class Tally:
     notes: list[str] = field(default_factory=list)
 
     def note(self, what: str) -> None:
+        """Keep and print a broken promise."""
         if len(self.notes) < SHOWN:
             self.notes.append(what)
+            print(what, file=sys.stderr, flush=True)
 
     def ended(self, where: str, ended: Ended, *codes: int) -> None:
         """Count a traceback; another exit code than `codes` is noted, and counts as a lost row."""
