@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.backbone.chat_template import PROBES, ChatTemplate
 from pipeline.backbone.control_tokens import ControlTokens
 from pipeline.backbone.loading import Keep, Template
+from pipeline.backbone.token_ids import token_ids
 from pipeline.core.errors import BackboneError
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class PromptFormatter:
         if self._chat is None:
             return self._control.encode(texts)["input_ids"]
         rendered = [self._chat.render(text) for text in texts]
-        ids = list(self._tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = token_ids(self._tokenizer, rendered, add_special_tokens=False)
         for row, text in enumerate(texts):
             if self._control.within(text):
                 ids[row] = self._control.encode_inside(self._chat.render, text)

@@ -6,14 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.backbone.loading import BackboneParams, identify, load_tokenizer
 from pipeline.collect import languages, near_duplicates
 from pipeline.collect.corpus import Check, Corpus
 from pipeline.collect.params import CollectParams
 from pipeline.collect.rows import FATES, SPLITS
-from pipeline.collect.spill import Mask
+from pipeline.collect.token_limit import TokenLimit
 from pipeline.core.errors import EvaluationError, SourceError
 from pipeline.core.run import progress
 from pipeline.tasks.texts import TextSource
@@ -58,26 +56,10 @@ def text_checks(params: CollectParams, backbone: BackboneParams) -> dict[str, Ch
     """The checks of each text, by the fate of texts that fail."""
     checks: dict[str, Check] = {}
     if params.max_tokens is not None:
-        checks["too_many_tokens"] = more_tokens_than(params.max_tokens, load_tokenizer(backbone))
+        checks["too_many_tokens"] = TokenLimit(params.max_tokens, load_tokenizer(backbone))
     if params.languages is not None:
         checks["other_language"] = languages.LanguageFilter(params.languages, params.language_confidence).unwanted
     return checks
-
-
-def more_tokens_than(limit: int, tokenizer: Any) -> Check:
-    """A check for texts with more than `limit` tokens, special tokens not counted."""
-
-    def check(texts: Sequence[str]) -> Mask:
-        over = np.zeros(len(texts), dtype=bool)
-        # No tokenizer makes two tokens of an ASCII character; one token may mark the start of the text.
-        unsure = [index for index, text in enumerate(texts) if len(text) >= limit or not text.isascii()]
-        if unsure:
-            batch = [texts[index] for index in unsure]
-            encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-            over[unsure] = [len(ids) > limit for ids in encoded]
-        return over
-
-    return check
 
 
 def identities(params: CollectParams, backbone: BackboneParams, evaluation: Sequence[TextSource]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pipeline.audit.findings import Findings
 from pipeline.audit.inspect import _head
 from pipeline.audit.tables import check_rows
 from pipeline.collect.__main__ import app
-from pipeline.collect.selection import more_tokens_than
+from pipeline.collect.token_limit import TokenLimit
 from pipeline.core.artifacts import open_artifact, read_manifest
 from pipeline.core.errors import ArtifactError
 from pipeline.core.schemas import QUERIES, check_table
@@ -132,7 +132,7 @@ def test_without_a_token_limit_no_tokenizer_is_loaded(collect: Collect, monkeypa
 
 def test_the_token_limit_holds_at_its_edge() -> None:
     """A token of the tiny tokenizer is a byte."""
-    check = more_tokens_than(8, tiny_tokenizer())
+    check = TokenLimit(8, tiny_tokenizer())
     texts = ["a" * 7, "a" * 8, "a" * 9, "é" * 4, "é" * 5, ""]
     assert check(texts).tolist() == [False, False, True, False, True, False]
 

@@ -39,6 +39,6 @@ def test_an_error_comes_at_its_turn() -> None:
 def test_a_caller_that_stops_early_leaves_no_thread_behind() -> None:
     found = ahead(iter(range(10**9)))
     assert next(found) == 0
-    found.close()  # type: ignore[attr-defined]
+    found.close()
     with pytest.raises(StopIteration):
         next(found)
