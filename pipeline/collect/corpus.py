@@ -84,7 +84,7 @@ class Corpus:
                         first += len(texts)
             self._spill.finish()
             self.source_digests = digests.found
-            self._frame = drop_duplicates(pl.concat(frames))
+            self._frame = drop_duplicates(pl.concat(frames, rechunk=True))
 
     def check(self, checks: Mapping[str, Check]) -> None:
         """Drop texts that fail a check, and hash the tokens of the others if rows will be compared.

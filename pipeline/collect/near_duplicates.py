@@ -7,24 +7,33 @@ In reading order, a row goes if an earlier row that *stays* is similar enough: a
 decision. MinHash misses a pair at the threshold with probability 0.2 %, a more similar pair with less. A row is
 compared with at most the first `REPRESENTATIVES` rows that stay of each bucket: time is linear in rows, and some near
 duplicates remain of a template with hundreds of variants.
+
+Signatures lie in files. In memory are a byte a row, the keys of one band in part, and what belongs to the rows that
+share a bucket with another.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, Self
 
 import numpy as np
 from pydantic import Field
 
 from pipeline.collect.ngrams import Hashes, HashRows, TokenFile, mix, ngrams
 from pipeline.collect.spill import Mask, Rows
+from pipeline.core.artifacts import disk_errors
 from pipeline.core.config import Params
 
 SEED = 42
 MISSED = 1e-3  # probability, at most, that no band of a pair at the threshold agrees
 REPRESENTATIVES = 64
+_READ_ROWS = 2**16  # rows of a file of signatures in memory
+_SORTED_KEYS = 2**22  # keys of a band that are sorted together
 _DEVIATIONS = 3  # of the signatures' estimate, below the threshold: misses 0.13 % of pairs at it
 
 
@@ -59,12 +68,16 @@ def find_near_duplicates(tokens: TokenFile, skipped: Mask, params: NearDuplicate
 
     `skipped` rows are not compared, bool [N], by position in `tokens`.
     """
-    sketches, keys = _signatures(tokens, skipped, params)
-    positions = np.flatnonzero(~skipped)
-    candidates = positions[_shares_a_bucket(keys, positions)]
-    candidates = candidates[np.argsort(tokens.rows[candidates])]
-    buckets = _bucket_numbers(keys, candidates)
-    del keys
+    with _Signatures(tokens.folder, len(tokens), params) as signatures:
+        for start, batch in tokens.batches():
+            stop = start + len(batch.offsets) - 1
+            shingles_of = ngrams(batch.without(skipped[start:stop]), params.ngram)
+            signatures.write(start, _minhash(shingles_of, params.permutations))
+        candidates = np.flatnonzero(_shares_a_bucket(signatures, skipped))
+        in_order = np.argsort(tokens.rows[candidates])
+        buckets = _bucket_numbers(signatures, candidates)[in_order]
+        sketches = signatures.sketches(candidates)[in_order]
+        candidates = candidates[in_order]
     shingles = lru_cache(4096)(lambda position: np.unique(ngrams(tokens.at(position), params.ngram).hashes))
     pairs = list(_greedy(candidates, buckets, sketches, shingles, params))
     repeats, originals, similarity = zip(*pairs, strict=True) if pairs else ((), (), ())
@@ -83,18 +96,61 @@ def band_rows(threshold: float, permutations: int) -> int:
     return 1
 
 
-def _signatures(tokens: TokenFile, skipped: Mask, params: NearDuplicateParams) -> tuple[np.ndarray[Any, Any], Hashes]:
-    """The lowest byte of each signature slot, uint8 [N, permutations], and the band keys, uint64 [N, bands]."""
-    width = band_rows(params.threshold, params.permutations)
-    bands = params.permutations // width
-    sketches = np.empty((len(tokens), params.permutations), np.uint8)
-    keys = np.empty((len(tokens), bands), np.uint64)
-    for start, batch in tokens.batches():
-        stop = start + len(batch.offsets) - 1
-        signatures = _minhash(ngrams(batch.without(skipped[start:stop]), params.ngram), params.permutations)
-        sketches[start:stop] = signatures.astype(np.uint8)
-        keys[start:stop] = _band_keys(signatures[:, : bands * width].reshape(len(signatures), bands, width))
-    return sketches, keys
+class _Signatures:
+    """Of N rows, in temporary files: the lowest byte of each signature slot, and a key of each band of slots."""
+
+    def __init__(self, folder: Path, rows: int, params: NearDuplicateParams) -> None:
+        self.width = band_rows(params.threshold, params.permutations)
+        self.bands = params.permutations // self.width
+        self.rows, self._slots, self._folder = rows, params.permutations, folder
+        with disk_errors(folder), contextlib.ExitStack() as files:
+            self._sketches = files.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
+            self._keys = files.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
+            self._files = files.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def write(self, start: int, signatures: np.ndarray[Any, Any]) -> None:
+        """Add those of the rows from `start` on, uint32 [B, permutations]; raises WorkError if the disk is full."""
+        cut = signatures[:, : self.bands * self.width].reshape(len(signatures), self.bands, self.width)
+        keys = np.ascontiguousarray(_band_keys(cut).T)
+        with disk_errors(self._folder):
+            _write(self._sketches, start * self._slots, signatures.astype(np.uint8))
+            for band in range(self.bands):
+                _write(self._keys, (band * self.rows + start) * keys.itemsize, keys[band])
+
+    def keys(self, band: int) -> Iterator[tuple[int, Hashes]]:
+        """The keys of a band, uint64 [N] in pieces, each with the position of its first row."""
+        for start in range(0, self.rows, _READ_ROWS):
+            count = min(_READ_ROWS, self.rows - start)
+            yield start, _read(self._keys, (band * self.rows + start) * 8, count * 8, np.uint64)
+
+    def sketches(self, positions: Rows) -> np.ndarray[Any, Any]:
+        """The bytes of some rows, uint8 [len(positions), permutations]; the positions ascend."""
+        found = np.empty((len(positions), self._slots), np.uint8)
+        for start in range(0, self.rows, _READ_ROWS):
+            first, last = np.searchsorted(positions, [start, start + _READ_ROWS])
+            if first < last:
+                count = min(_READ_ROWS, self.rows - start)
+                read = _read(self._sketches, start * self._slots, count * self._slots, np.uint8)
+                found[first:last] = read.reshape(count, self._slots)[positions[first:last] - start]
+        return found
+
+
+def _write(file: IO[bytes], offset: int, array: np.ndarray[Any, Any]) -> None:
+    file.seek(offset)
+    content = array.data.cast("B")
+    while content:
+        content = content[file.write(content) :]
+
+
+def _read(file: IO[bytes], offset: int, size: int, dtype: Any) -> np.ndarray[Any, Any]:
+    file.seek(offset)
+    return np.frombuffer(file.read(size), dtype)
 
 
 def _minhash(shingles: HashRows, permutations: int) -> np.ndarray[Any, Any]:
@@ -113,22 +169,46 @@ def _band_keys(bands: np.ndarray[Any, Any]) -> Hashes:
     return keys
 
 
-def _shares_a_bucket(keys: Hashes, positions: Rows) -> Mask:
-    """Which of the positions have a band key in common with another: bool [len(positions)]."""
-    shares = np.zeros(len(positions), bool)
-    for band in range(keys.shape[1]):
-        _, inverse, counts = np.unique(keys[positions, band], return_inverse=True, return_counts=True)
-        shares |= counts[inverse] > 1
-    return shares
+def _shares_a_bucket(signatures: _Signatures, skipped: Mask) -> Mask:
+    """Which of the rows that are not skipped have a band key in common with another: bool [N]."""
+    shares = np.zeros(signatures.rows, bool)
+    for band in range(signatures.bands):
+        repeated = _repeated(signatures, band, skipped)
+        for start, keys in signatures.keys(band) if len(repeated) else ():
+            at = np.minimum(np.searchsorted(repeated, keys), len(repeated) - 1)
+            shares[start : start + len(keys)] |= repeated[at] == keys
+    return shares & ~skipped
 
 
-def _bucket_numbers(keys: Hashes, positions: Rows) -> Rows:
-    """A number of each band key, distinct across bands: int64 [len(positions), bands]."""
-    numbers = np.empty((len(positions), keys.shape[1]), np.int64)
+def _repeated(signatures: _Signatures, band: int, skipped: Mask) -> Hashes:
+    """The keys of a band that several rows have, sorted; keys are looked at by their first bits, a part at a time."""
+    parts = max(1, -(-signatures.rows // _SORTED_KEYS))
+    found = [np.zeros(0, np.uint64)]
+    for part in range(parts):
+        low, high = (np.uint64(min(2**64 - 1, edge * 2**64 // parts)) for edge in (part, part + 1))
+        some = [np.zeros(0, np.uint64)]
+        for start, keys in signatures.keys(band):
+            inside = (keys >= low) & ((keys < high) | (part == parts - 1)) & ~skipped[start : start + len(keys)]
+            some.append(keys[inside])
+        ordered = np.sort(np.concatenate(some))
+        found.append(np.unique(ordered[1:][ordered[1:] == ordered[:-1]]))
+    return np.concatenate(found)
+
+
+def _bucket_numbers(signatures: _Signatures, positions: Rows) -> Rows:
+    """A number of each band key, distinct across bands, int64 [len(positions), bands]; -1 where no other row has it.
+
+    The positions ascend.
+    """
+    numbers = np.empty((len(positions), signatures.bands), np.int64)
     first = 0
-    for band in range(keys.shape[1]):
-        distinct, inverse = np.unique(keys[positions, band], return_inverse=True)
-        numbers[:, band] = first + inverse
+    for band in range(signatures.bands):
+        own = [np.zeros(0, np.uint64)]
+        for start, keys in signatures.keys(band):
+            begin, end = np.searchsorted(positions, [start, start + len(keys)])
+            own.append(keys[positions[begin:end] - start])
+        distinct, inverse, counts = np.unique(np.concatenate(own), return_inverse=True, return_counts=True)
+        numbers[:, band] = np.where(counts[inverse] > 1, first + inverse, -1)
         first += len(distinct)
     return numbers
 
@@ -140,15 +220,19 @@ def _greedy(
     shingles: Callable[[int], Hashes],
     params: NearDuplicateParams,
 ) -> Iterable[tuple[int, int, float]]:
-    """(position, position of its original, similarity) of every candidate that nearly repeats an earlier one."""
+    """(position, position of its original, similarity) of every candidate that nearly repeats an earlier one.
+
+    `candidates` [M], `buckets` [M, bands] and `sketches` [M, permutations] are in the order of the rows.
+    """
     t = params.threshold
     floor = params.permutations * t - _DEVIATIONS * (params.permutations * t * (1 - t)) ** 0.5
     representatives: dict[int, list[int]] = {}  # by bucket, indices into `candidates`, so in order of the rows
     for index, (position, numbers) in enumerate(zip(candidates, buckets, strict=True)):
-        numbers = numbers.tolist()
-        earlier = candidates[np.array(_in_buckets(representatives, numbers), dtype=np.int64)]
-        agreeing = np.count_nonzero(sketches[earlier] == sketches[position], axis=1) >= floor
-        compared = ((int(other), jaccard(shingles(int(other)), shingles(int(position)))) for other in earlier[agreeing])
+        numbers = numbers[numbers >= 0].tolist()
+        earlier = np.array(_in_buckets(representatives, numbers), dtype=np.int64)
+        agreeing = earlier[np.count_nonzero(sketches[earlier] == sketches[index], axis=1) >= floor]
+        others = map(int, candidates[agreeing])
+        compared = ((other, jaccard(shingles(other), shingles(int(position)))) for other in others)
         found = next(((other, similarity) for other, similarity in compared if similarity >= t), None)
         if found is not None:
             yield int(position), *found

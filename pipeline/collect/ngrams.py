@@ -136,6 +136,11 @@ class TokenFile:
         self._rows: list[Rows] = []
         self._ends: list[Rows] = [np.zeros(1, np.int64)]
 
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self._path.parent
+
     def append(self, rows: Rows, hashes: HashRows) -> None:
         """Add rows under their numbers; raises WorkError if the disk is full."""
         with disk_errors(self._path):

@@ -18,12 +18,18 @@ import pyarrow as pa
 from pipeline.core.artifacts import disk_errors
 from pipeline.core.row_store import locked
 
-BUCKETS = 64  # divides the 256 values of an id's first byte
+BUCKETS = 64
+ID_BITS = 128
 _SCHEMA = pa.schema([("row", pa.int64()), ("text", pa.large_string())])
 _PREFIX = "scratch-"
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+def prefixes(ids: pl.Series, count: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """The part that each id lies in, of `count` equal parts of all ids, uint8 [N]; a power of two up to 256."""
+    return (ids // (2**ID_BITS // count)).cast(pl.UInt8).to_numpy()
 
 
 @contextlib.contextmanager
@@ -54,8 +60,8 @@ class Spill:
             self._writers = [pa.ipc.new_stream(str(path), _SCHEMA, options=options) for path in self._paths]
 
     def add(self, rows: Rows, ids: pl.Series, texts: pl.Series) -> None:
-        """Add texts with their row numbers and ids; raises WorkError if the disk is full."""
-        buckets = ids.str.slice(0, 2).str.to_integer(base=16).to_numpy() * BUCKETS // 256
+        """Add texts with their row numbers and ids (as in `rows`); raises WorkError if the disk is full."""
+        buckets = prefixes(ids, BUCKETS)
         order = np.argsort(buckets, kind="stable")
         ends = np.searchsorted(buckets[order], np.arange(BUCKETS + 1))
         columns = [pa.array(rows[order], pa.int64()), texts.gather(order).to_arrow().cast(pa.large_string())]

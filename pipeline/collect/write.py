@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from pipeline.collect.decontamination import Contamination, shared_words
 from pipeline.collect.near_duplicates import NearDuplicates
+from pipeline.collect.rows import as_text
 from pipeline.collect.spill import Mask, Spill
 from pipeline.core.artifacts import disk_errors
 from pipeline.core.schemas import QUERIES, check_table
@@ -33,7 +34,8 @@ def split_tables(frame: pl.DataFrame, spill: Spill, labels: list[str], split: st
 
 def _sorted_rows(frame: pl.DataFrame, spill: Spill, chosen: Mask) -> Iterator[pl.DataFrame]:
     for numbers, texts in spill.buckets(chosen):
-        yield frame[numbers].with_columns(texts, pl.Series("row", numbers)).sort("id")
+        rows = frame[numbers].with_columns(texts, pl.Series("row", numbers)).sort("id")
+        yield rows.with_columns(pl.Series("id", [as_text(row_id) for row_id in rows["id"]], pl.String))
 
 
 class Removals:
@@ -51,7 +53,7 @@ class Removals:
         self._contaminated.update(zip(found.rows.tolist(), pairs, strict=True))
 
     def add_near_duplicates(self, found: NearDuplicates, ids: pl.Series) -> None:
-        pairs = zip(ids.gather(found.originals), found.similarity.tolist(), strict=True)
+        pairs = zip(map(as_text, ids.gather(found.originals)), found.similarity.tolist(), strict=True)
         self._near.update(zip(found.rows.tolist(), pairs, strict=True))
 
     def write(self, path: Path, frame: pl.DataFrame, spill: Spill, labels: list[str]) -> None:

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from filelock import FileLock
 
-from pipeline.collect.spill import Spill, scratch_folder
+from pipeline.collect.spill import Spill, prefixes, scratch_folder
 from pipeline.core.errors import WorkError
 from pipeline.core.text import query_id
 
@@ -16,7 +16,7 @@ def spilled(folder: Path, texts: list[str], batch: int) -> Spill:
     spill = Spill(folder)
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]
-        ids = pl.Series([query_id(text) for text in part])
+        ids = pl.Series([int(query_id(text), 16) for text in part], dtype=pl.UInt128)
         spill.add(np.arange(start, start + len(part)), ids, pl.Series(part))
     spill.finish()
     return spill
@@ -42,6 +42,12 @@ def test_batches_are_pieces_of_buckets(tmp_path: Path) -> None:
     batches = list(spill.batches(np.ones(1000, bool), 5))
     assert max(len(rows) for rows, _ in batches) == 5
     assert {row: text for rows, part in batches for row, text in zip(rows, part, strict=True)} == dict(enumerate(texts))
+
+
+def test_prefixes_are_the_first_bits_of_an_id() -> None:
+    ids = pl.Series([int(text, 16) for text in ("0" * 32, "3f" + "f" * 30, "4" + "0" * 31, "f" * 32)], dtype=pl.UInt128)
+    assert prefixes(ids, 4).tolist() == [0, 0, 1, 3]
+    assert prefixes(ids, 256).tolist() == [0, 0x3F, 0x40, 0xFF]
 
 
 def test_nothing_was_added(tmp_path: Path) -> None:
