@@ -382,9 +382,12 @@ class Artifact:
         except (pa.ArrowInvalid, OSError) as error:
             raise ArtifactError(f"{self.path}: {error}") from None
 
-    def batches(self, columns: list[str], rows: int) -> Iterator[pa.Table]:
-        """All parts in order as tables of at most `rows` rows, one row group in memory at a time; raises as `read`."""
-        for path in self.tables():
+    def batches(self, columns: list[str], rows: int, name: str | None = None) -> Iterator[pa.Table]:
+        """One table by file name, or all parts in order, as tables of at most `rows` rows; raises as `read`.
+
+        One row group is in memory at a time.
+        """
+        for path in [self.path / name] if name else self.tables():
             try:
                 with pq.ParquetFile(path) as file:
                     for group in range(file.num_row_groups):

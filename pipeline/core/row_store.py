@@ -2,7 +2,8 @@
 
 A store lives in `<work>/<stage>/<fingerprint>/`; the fingerprint covers everything that changes a row's bytes. A shard
 is a Parquet file, sorted by id, with the hash of its bytes in its name: a damaged one is removed when the store opens,
-and its rows are computed again. One process writes at a time. In memory are the ids and the pending rows alone.
+and its rows are computed again. One process writes at a time. In memory are the pending rows, and the first and last id
+of each shard: which rows are there is read from the shards, for a range of ids at a time.
 """
 
 import contextlib
@@ -11,7 +12,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -44,6 +46,27 @@ COMPACT_ABOVE = 64  # shards of one size class
 TINY_BYTES = 4 * 2**20
 _SHARD_PATTERN = "[0-9]*-*.parquet"
 _HOLDER = "holder.json"
+_MERGED = b"merged"  # in a shard's metadata: the names of those whose rows it has
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What is known of a shard without its rows: their number, their bytes in memory, the first and the last id."""
+
+    path: Path
+    rows: int
+    size: int
+    first: str
+    last: str
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        metadata = pq.read_metadata(path)
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+        at = metadata.schema.names.index("id")
+        ends = [group.column(at).statistics for group in (groups[0], groups[-1])]
+        size = sum(group.total_byte_size for group in groups)
+        return cls(path, metadata.num_rows, size, ends[0].min, ends[1].max)
 
 
 class ShardStore:
@@ -75,8 +98,7 @@ class ShardStore:
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.path)
-            self._ids: set[str] = set()
-            self._sizes: dict[Path, int] = {}
+            self._shards: dict[Path, _Shard] = {}
             self._next = 0
             try:
                 write_json(self.path / "fingerprint.json", dict(fingerprint))
@@ -102,14 +124,27 @@ class ShardStore:
                 self._lock.release()
 
     def __contains__(self, row_id: str) -> bool:
-        return row_id in self._ids
+        """Whether the row is committed; `committed` looks for many at once."""
+        return bool(self.committed([row_id]))
 
     def __iter__(self) -> Iterator[str]:
         """The ids of committed rows."""
-        return iter(self._ids)
+        with self._mutex:
+            shards = list(self._shards)
+        for shard in shards:
+            yield from pq.read_table(shard, columns=["id"], partitioning=None)["id"].to_pylist()
 
     def __len__(self) -> int:
-        return len(self._ids) + self._pending
+        return sum(shard.rows for shard in self._shards.values()) + self._pending
+
+    def committed(self, ids: Iterable[str]) -> set[str]:
+        """Those of the ids whose rows are on the disk. Reads the range that they span: ask for neighbours together."""
+        wanted = set(ids)
+        if not wanted:
+            return wanted
+        with self._mutex:
+            found = self._read(min(wanted), max(wanted), ["id"])["id"]
+        return wanted.intersection(found.to_pylist())
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add a finished row whose id is new; raises WorkError if the disk is full."""
@@ -148,16 +183,23 @@ class ShardStore:
         wanted = pa.array(ids, pa.string())
         if not len(wanted):
             return self.schema.empty_table()
-        span = pc.min_max(wanted)
-        inside = (pc.field("id") >= span["min"]) & (pc.field("id") <= span["max"])
-        found = pa.concat_tables(
-            [self.schema.empty_table()]
-            + [pq.read_table(shard, schema=self.schema, filters=inside, partitioning=None) for shard in self._sizes]
-        )
+        span = pc.min_max(wanted).as_py()
+        with self._mutex:
+            found = self._read(span["min"], span["max"])
         positions = pc.index_in(wanted, found["id"].combine_chunks())
         if positions.null_count:
             raise KeyError(wanted[pc.index(pc.is_null(positions), True).as_py()].as_py())
         return found.take(positions).combine_chunks()
+
+    def _read(self, first: str, last: str, columns: list[str] | None = None) -> pa.Table:
+        """The committed rows from one id to another, of the shards and row groups that may hold some."""
+        inside = (pc.field("id") >= first) & (pc.field("id") <= last)
+        tables = [self.schema.empty_table().select(columns or self.schema.names)]
+        for shard in self._shards.values():
+            if shard.first <= last and shard.last >= first:
+                read = {"schema": self.schema, "columns": columns, "filters": inside, "partitioning": None}
+                tables.append(pq.read_table(shard.path, **read))
+        return pa.concat_tables(tables)
 
     def _added(self, rows: int) -> None:
         self._pending += rows
@@ -176,7 +218,8 @@ class ShardStore:
         # Newest first: a merged shard comes before the ones that it replaces.
         for shard in sorted(self.path.glob(_SHARD_PATTERN), reverse=True):
             self._next = max(self._next, int(shard.name.split("-")[0]) + 1)
-            self._index(shard)
+            if shard.exists():
+                self._index(shard)
         self._compact()
 
     def _index(self, shard: Path) -> None:
@@ -184,33 +227,31 @@ class ShardStore:
             log.warning("%s is damaged (torn write or changed bytes): its rows are computed again", shard)
             shard.unlink()
             return
-        before = len(self._ids)
-        self._ids.update(pq.read_table(shard, columns=["id"], partitioning=None)["id"].to_pylist())
-        if len(self._ids) == before:  # its rows are in a merged shard, and a crash kept it from being removed
-            shard.unlink()
-        else:
-            self._sizes[shard] = _bytes_in_memory(shard)
+        self._shards[shard] = _Shard.of(shard)
+        merged = (pq.read_schema(shard).metadata or {}).get(_MERGED, b"[]")
+        for name in json.loads(merged):  # a crash may have kept it from being removed
+            (self.path / name).unlink(missing_ok=True)
 
     def _commit(self, table: pa.Table) -> None:
         fault_point("row_store.commit")
         self._write_shard(table)
         fault_point("row_store.committed")
-        self._ids.update(table["id"].to_pylist())
 
-    def _write_shard(self, table: pa.Table) -> None:
+    def _write_shard(self, table: pa.Table, merged: Sequence[Path] = ()) -> None:
+        names = {_MERGED: json.dumps([path.name for path in merged])} if merged else None
         with disk_errors(self.path):
             sink = pa.BufferOutputStream()
-            write_parquet(table.sort_by("id").combine_chunks(), sink)
+            write_parquet(table.sort_by("id").combine_chunks().replace_schema_metadata(names), sink)
             content = sink.getvalue()
             shard = self.path / f"{self._next:08d}-{bytes_sha256(content)[:16]}.parquet"
             write_bytes(shard, content)
         self._next += 1
-        self._sizes[shard] = _bytes_in_memory(shard)
+        self._shards[shard] = _Shard.of(shard)
 
     def _compact(self) -> None:
         """Merge the shards of a size class once there are many, so that rows are rewritten a few times at most."""
         for limit in (min(TINY_BYTES, PART_BYTES // 2), PART_BYTES // 2):
-            small = sorted((shard, size) for shard, size in self._sizes.items() if size < limit)
+            small = sorted((shard.path, shard.size) for shard in self._shards.values() if shard.size < limit)
             if len(small) > COMPACT_ABOVE:
                 for group in _groups(small, PART_BYTES):
                     if len(group) > 1:
@@ -218,13 +259,12 @@ class ShardStore:
 
     def _merge(self, group: Sequence[Path]) -> None:
         """One shard of the rows of several; those go after it is on the disk, so a crash leaves rows twice at worst."""
-        self._write_shard(
-            pa.concat_tables([pq.read_table(old, schema=self.schema, partitioning=None) for old in group])
-        )
+        tables = [pq.read_table(old, schema=self.schema, partitioning=None) for old in group]
+        self._write_shard(pa.concat_tables(tables), group)
         fault_point("row_store.merge")
         for old in group:
             old.unlink()
-            del self._sizes[old]
+            del self._shards[old]
         fsync_path(self.path)
 
 
@@ -258,11 +298,6 @@ def _holder(folder: Path) -> str:
     with contextlib.suppress(OSError, ValueError, KeyError):
         return f" (pid {json.loads((folder / _HOLDER).read_text())['pid']})"
     return ""
-
-
-def _bytes_in_memory(shard: Path) -> int:
-    metadata = pq.read_metadata(shard)
-    return sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
 
 
 def _groups(sized: Sequence[tuple[Path, int]], limit: int) -> Iterator[list[Path]]:

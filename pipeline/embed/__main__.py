@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any
@@ -37,6 +38,7 @@ from pipeline.embed.targets import (
     Embedder,
     Finish,
     UsableResponses,
+    among,
     fingerprint,
     rows_per_part,
     store_schema,
@@ -113,14 +115,14 @@ def _embed(inputs: Inputs, responses: UsableResponses, read: Mapping[str, Artifa
 
 def _fit(embedder: Embedder, responses: UsableResponses, queries: Artifact, params: EmbedParams) -> Fitted:
     """Fit `embed.transform` on the stored vectors of responses to training queries."""
-    trained_on = set(queries.read(TRAIN_TABLE, columns=["id"])["id"].to_pylist())
     raw = Finish(params.normalize, params.dtype)
     before = Anisotropy()
 
     def blocks() -> Iterator[Any]:
-        rows = (row for row in responses if row.id in trained_on)
-        tables = embedder.tables(rows, BATCH_ROWS)
-        for table in progress(tables, total=-(-len(trained_on) // BATCH_ROWS), desc="fit transform", unit="block"):
+        batches = queries.batches(["id"], BATCH_ROWS, TRAIN_TABLE)
+        trained_on = chain.from_iterable(batch["id"].to_pylist() for batch in batches)
+        tables = embedder.tables(among(responses, trained_on), BATCH_ROWS)
+        for table in progress(tables, total=None, desc="fit transform", unit="block"):
             vectors = raw.vectors(table)
             before.add(vectors)
             yield vectors

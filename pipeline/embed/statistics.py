@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.core.distinct import Distinct
 from pipeline.core.histogram import Histogram
 from pipeline.core.vectors import Anisotropy, matrix
 
@@ -32,7 +33,7 @@ class TargetStatistics:
     _sum: float = field(default=0.0, repr=False)
     _squares: float = field(default=0.0, repr=False)
     _lengths: list[np.ndarray] = field(default_factory=list, repr=False)
-    _distinct: set[int] = field(default_factory=set, repr=False)
+    _distinct: Distinct = field(default_factory=Distinct, repr=False)
 
     def through(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Count the tables (schema `targets.store_schema`) and pass on their columns of `schemas.targets_schema`."""
@@ -55,7 +56,7 @@ class TargetStatistics:
         usual = float(np.median(lengths))
         odd = (lengths > ODD_FACTOR * usual) | (lengths < usual / ODD_FACTOR)
         return {
-            "equal": 1 - len(self._distinct) / self.rows,
+            "equal": 1 - self._distinct.count / self.rows,
             "zero": float((lengths == 0).mean()),
             "odd_length": float(odd.mean()),
             "cosine": self.anisotropy.value or 0.0,
@@ -67,7 +68,7 @@ class TargetStatistics:
         self.rows += len(squares)
         self.anisotropy.add(vectors)
         self._lengths.append(np.sqrt(squares).astype(np.float32))
-        self._distinct.update(hash(vector.tobytes()) for vector in vectors)
+        self._distinct.add(hash(vector.tobytes()) for vector in vectors)
         self._sum += float(np.sqrt(squares).sum())
         self._squares += float(squares.sum())
         self.truncated += pc.sum(table.column("truncated")).as_py()

@@ -35,6 +35,7 @@ ID_BYTES = 72
 CHUNK_BATCHES = 16
 CHUNK_TEXTS = 4096
 COLUMNS = ("id", "response", "finish_reason")
+LOOKED_UP_ROWS = 4096  # whose keys are looked up together
 MOST_ROWS = 2**18  # of a part; `PART_BYTES` alone would allow millions of narrow targets
 NAMED_IDS = 5
 FLOAT16_MAX = 65504.0
@@ -94,6 +95,17 @@ class UsableResponses:
                     self.skipped["error" if finish == "error" else "empty"] += 1
 
 
+def among(rows: Iterable[Row], ids: Iterable[str]) -> Iterator[Row]:
+    """The rows whose ids are among `ids`; both are sorted by id, and one of each is held at a time."""
+    following = iter(ids)
+    wanted = next(following, None)
+    for row in rows:
+        while wanted is not None and wanted < row.id:
+            wanted = next(following, None)
+        if row.id == wanted:
+            yield row
+
+
 @dataclass
 class Embedder:
     """One run.
@@ -122,14 +134,15 @@ class Embedder:
 
         Raises TeacherError if an embedding is unusable; finished rows are kept.
         """
-        done = [row.key in self.store for row in responses]
-        self.rows, missing = len(done), done.count(False)
+        self.rows, missing = 0, 0
+        for rows, finished in self._looked_up(responses):
+            self.rows, missing = self.rows + len(rows), missing + len(rows) - len(finished)
         if missing < self.rows:
             log.info("embed: %d of %d rows are done already", self.rows - missing, self.rows)
         started = monotonic()
         bar: tqdm[Row] = progress([], total=self.rows, desc="embed", unit="text", initial=self.rows - missing)
         with bar:
-            for chunk in self._chunks(row for row in responses if row.key not in self.store):
+            for chunk in self._chunks(self._missing(responses)):
                 self._embed(chunk)
                 bar.update(len(chunk))
                 rate = self.computed_tokens / max(monotonic() - started, 1e-9)
@@ -158,6 +171,16 @@ class Embedder:
             "tokens_per_second": round(self.computed_tokens / seconds, 1),
             "gpu_memory_mib": self.gpu_memory_mib,
         }
+
+    def _looked_up(self, responses: Iterable[Row]) -> Iterator[tuple[list[Row], set[str]]]:
+        """The responses, `LOOKED_UP_ROWS` at a time, with the keys of those that the store has."""
+        rows = iter(responses)
+        while some := list(islice(rows, LOOKED_UP_ROWS)):
+            yield some, self.store.committed(row.key for row in some)
+
+    def _missing(self, responses: Iterable[Row]) -> Iterator[Row]:
+        for rows, finished in self._looked_up(responses):
+            yield from (row for row in rows if row.key not in finished)
 
     def _chunks(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
         chunk: list[Row] = []

@@ -1,6 +1,7 @@
 """Stage generate: data/queries -> data/responses, the backbone's own answers. `python -m pipeline.generate`."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,14 +9,15 @@ import pyarrow as pa
 import typer
 
 from pipeline.backbone.loading import BackboneParams, identify
-from pipeline.core.artifacts import Artifact, create, open_artifact
+from pipeline.core.artifacts import create, open_artifact
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import EngineError, section
 from pipeline.core.gates import check_gates
 from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
-from pipeline.core.schemas import RESPONSES, check_ids, check_table
+from pipeline.core.schemas import RESPONSES, check_table
+from pipeline.core.sorted_ids import sorted_ids
 from pipeline.generate.engines.registry import ENGINES, prepare_environment
 from pipeline.generate.generator import answer_content, make_generator, measured, rows_per_part
 from pipeline.generate.params import GenerateParams
@@ -33,13 +35,6 @@ class Inputs(Params):
     generate: GenerateParams
 
 
-def read_ids(queries: Artifact) -> pa.Array:
-    """The ids of all splits, sorted; raises ContractError if an id occurs twice."""
-    ids = queries.read(columns=["id"]).sort_by("id").column("id")
-    check_ids(ids, str(queries.path))
-    return ids.combine_chunks()
-
-
 def run(inputs: Inputs, facts: RunRecord) -> None:
     """Answer all queries and write the responses.
 
@@ -51,13 +46,12 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
     params, counts = inputs.generate, ResponseCounts()
     prepare_environment(params.engine)
     queries = open_artifact(QUERIES_DIR, "queries")
-    ids = read_ids(queries)
     models = {"backbone": identify(inputs.backbone.name, inputs.backbone.revision)}
     content = answer_content(inputs.backbone, params)
     with section("generate"), ShardStore(work_dir("generate"), STORE, {**models, **content}) as store:
         generator = make_generator(inputs.backbone, params, store)
-        generator.run(ids, queries.batches(["id", "text"], WINDOW_ROWS))
-        parts = counts.through(generator.tables(ids, rows_per_part(params.max_new_tokens)))
+        generator.run(partial(sorted_ids, queries), queries.batches(["id", "text"], WINDOW_ROWS))
+        parts = counts.through(generator.tables(sorted_ids(queries), rows_per_part(params.max_new_tokens)))
         with create(RESPONSES_DIR, kind="responses", params=content, models=models, inputs=[queries]) as out:
             out.write_parts(map(_checked, parts), RESPONSES)
             out.counts = counts.summary()

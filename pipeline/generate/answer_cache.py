@@ -83,9 +83,9 @@ class Answers:
         ids = [answer_id(prompt) for prompt in prompts]
         texts = dict(zip(ids, prompts, strict=True))
         with self._open_store() as store:
-            if any(row_id not in store for row_id in texts):
+            if len(store.committed(texts)) < len(texts):
                 self._generate(store, texts)
-            rows = store.take([row_id for row_id in texts if row_id in store])
+            rows = store.take(sorted(store.committed(texts)))
         found = dict(zip(rows["id"].to_pylist(), rows["response"].to_pylist(), strict=True))
         return [found.get(row_id) for row_id in ids]
 
@@ -100,7 +100,8 @@ class Answers:
             with section("generate"):
                 generator = self._make(store)
                 load = generator.load_engine
-                replace(generator, load_engine=lambda: self._shared(load), look=None).run(ids, _windows(texts))
+                generator = replace(generator, load_engine=lambda: self._shared(load), look=None)
+                generator.run(lambda: [ids], _windows(texts))
         finally:
             if not self.keeps_engine:
                 self.close()

@@ -27,11 +27,13 @@ from pipeline.core.errors import EngineError, nested_in
 from pipeline.core.gates import FIRST_ROWS, warn_of_gates
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import gpu_memory_mib, progress
+from pipeline.core.sorted_ids import pieces
 from pipeline.generate.engines.base import Completion, Engine, Prompt, Sampling
 from pipeline.generate.engines.registry import build_engine
 from pipeline.generate.params import GenerateParams
 from pipeline.generate.response_counts import CAUSES, DROPPED, MANY_CUT, STORE, ResponseCounts, failures
 from pipeline.generate.response_text import opens_thinking, strip_thinking
+from pipeline.parallel.prefetch import ahead
 
 log = logging.getLogger(__name__)
 
@@ -101,35 +103,42 @@ class Generator:
     _retries: dict[str, _Query] = field(default_factory=dict)
     _first: list[dict[str, Any]] = field(default_factory=list)
 
-    def run(self, ids: pa.Array, batches: Iterable[pa.Table]) -> None:
-        """Answer the queries that the store lacks; failed ones are tried twice. `ids` are those of all queries.
+    def run(self, ids: Callable[[], Iterable[pa.Array]], batches: Iterable[pa.Table]) -> None:
+        """Answer the queries that the store lacks; failed ones are tried twice.
 
-        The longest prompts of a batch (columns `id`, `text`) come first. Raises EngineError if the engine broke or too
-        many rows failed; finished rows are kept.
+        Args:
+            ids: reads those of all queries, in order and in pieces of any size.
+            batches: the queries, in columns `id` and `text`; the longest prompts of a batch come first.
+
+        Raises:
+            EngineError: the engine broke or too many rows failed; finished rows are kept.
         """
-        self.facts.rows = len(ids)
-        self.facts.reused_rows = sum(row_id in self.store for row_id in ids.to_pylist())
+        for piece in ids():
+            self.facts.rows += len(piece)
+            self.facts.reused_rows += len(self.store.committed(piece.to_pylist()))
         if self.facts.reused_rows:
-            log.info("generate: %d of %d rows are already finished", self.facts.reused_rows, len(ids))
-        missing = self._missing(batches)
-        if first := next(missing, None):
-            self._answer(chain([first], missing))
+            log.info("generate: %d of %d rows are already finished", self.facts.reused_rows, self.facts.rows)
+        with closing(ahead(self._missing(batches))) as windows:
+            missing = chain.from_iterable(windows)
+            if first := next(missing, None):
+                self._answer(chain([first], missing))
         self.store.flush()
-        self._check_answered(ids)
+        self._check_answered(ids())
         self._check_failed()
 
-    def tables(self, ids: pa.Array, rows_per_table: int) -> Iterator[pa.Table]:
+    def tables(self, ids: Iterable[pa.Array], rows_per_table: int) -> Iterator[pa.Table]:
         """Rows of the sorted `ids` in schema `response_counts.STORE`, in tables of `rows_per_table` rows."""
-        for start in range(0, len(ids), rows_per_table):
-            part = ids[start : start + rows_per_table]
+        for part in pieces(ids, rows_per_table):
             failed = pa.Table.from_pylist([self.failed[i] for i in part.to_pylist() if i in self.failed], schema=STORE)
             done = part.filter(pc.invert(pc.is_in(part, failed["id"].combine_chunks())))
             yield pa.concat_tables([self.store.take(done), failed]).sort_by("id")
 
-    def _missing(self, batches: Iterable[pa.Table]) -> Iterator[_Query]:
+    def _missing(self, batches: Iterable[pa.Table]) -> Iterator[list[_Query]]:
+        """The unfinished queries of each batch; they are made in a thread while the engine has the batch before."""
         for batch in batches:
             rows = zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True)
-            missing = {row_id: text for row_id, text in rows if row_id not in self.store}
+            finished = self.store.committed(batch["id"].to_pylist())
+            missing = {row_id: text for row_id, text in rows if row_id not in finished}
             queries = []
             for row_id, formatted in zip(missing, self.formatter.batch(list(missing.values())), strict=True):
                 prompt = Prompt(row_id, formatted.token_ids, row_seed(self.seed, row_id), formatted.text)
@@ -140,7 +149,7 @@ class Generator:
                 else:
                     queries.append(query)
             # The longest first: too little memory shows at once, and no long row is left alone at the end.
-            yield from sorted(queries, key=lambda query: -len(query.prompt.token_ids))
+            yield sorted(queries, key=lambda query: -len(query.prompt.token_ids))
 
     def _answer(self, queries: Iterator[_Query]) -> None:
         started = monotonic()
@@ -212,10 +221,15 @@ class Generator:
     def _opens_thinking(self) -> bool:
         return opens_thinking(self.formatter.frame)
 
-    def _check_answered(self, ids: pa.Array) -> None:
-        missing = [row_id for row_id in ids.to_pylist() if row_id not in self.store and row_id not in self.failed]
-        if missing:
-            raise EngineError(f"the engine gave no answer for {len(missing)} prompts, e.g. {missing[0]}")
+    def _check_answered(self, ids: Iterable[pa.Array]) -> None:
+        count, example = 0, ""
+        for piece in ids:
+            wanted = piece.to_pylist()
+            answered = self.store.committed(wanted)
+            missing = [row_id for row_id in wanted if row_id not in answered and row_id not in self.failed]
+            count, example = count + len(missing), example or next(iter(missing), "")
+        if count:
+            raise EngineError(f"the engine gave no answer for {count} prompts, e.g. {example}")
 
     def _too_many_failed(self) -> bool:
         return len(self.failed) > self.max_failed_fraction * self.facts.rows

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.core.distinct import Distinct
 from pipeline.core.histogram import Histogram
 from pipeline.core.schemas import FINISH_REASONS, RESPONSES
 from pipeline.generate.response_text import ends_in_loop, looks_like_thinking
@@ -19,11 +20,12 @@ _COUNTED = (
     pa.field("prompt_hash", pa.int64(), nullable=False),
 )
 STORE = pa.schema([*RESPONSES, *_COUNTED])
+COUNTED_ROWS = 4096  # at a time
 DROPPED = "dropped"  # kind of error of a row that is too long and so not generated
 
 
 UNUSUAL = (
-    *("empty_responses", "equal_responses", "left_thinking", "equal_prompts"),
+    *("empty_responses", "left_thinking"),
     *("truncated_prompts", "control_token_prompts", "stripped_thinking", "repetition_loops"),
 )
 # Measure of a gate -> what it counts and what to do.
@@ -51,27 +53,28 @@ class ResponseCounts:
         self._errors: Counter[str] = Counter()
         self._unusual = dict.fromkeys(UNUSUAL, 0)
         self._prompt_tokens, self._response_tokens = Histogram(), Histogram()
-        self._answers, self._prompts = set[int](), set[int]()
+        self._answers, self._prompts = Distinct(), Distinct()
 
     def through(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Count the tables (schema `STORE`) and yield them in schema `RESPONSES`."""
         for table in tables:
-            self._count(table)
+            for start in range(0, table.num_rows, COUNTED_ROWS):
+                self._count(table.slice(start, COUNTED_ROWS))
             yield table.select(RESPONSES.names)
 
     def summary(self) -> dict[str, Any]:
         reasons = {reason: self._reasons[reason] for reason in FINISH_REASONS}
-        return {"finish_reason": reasons, **self._unusual, "errors": dict(self._errors)}
+        return {"finish_reason": reasons, **self._unusual, **self._equal(), "errors": dict(self._errors)}
 
     def shares(self) -> dict[str, float]:
         """The measures of `params.AnswerGates`: shares of the answered rows, 0 to 1."""
-        answered = max(1, self._answered)
+        answered, equal = max(1, self._answered), self._equal()
         counts = {
             "empty": self._unusual["empty_responses"],
-            "equal": self._unusual["equal_responses"],
+            "equal": equal["equal_responses"],
             "thinking": self._unusual["left_thinking"],
             "cut": self._reasons["length"],
-            "equal_prompts": self._unusual["equal_prompts"],
+            "equal_prompts": equal["equal_prompts"],
         }
         return {name: count / answered for name, count in counts.items()}
 
@@ -86,6 +89,11 @@ class ResponseCounts:
             "response_tokens": self._response_tokens.summary(),
         }
 
+    def _equal(self) -> dict[str, int]:
+        """Answers and prompts that repeat another row's."""
+        repeated = {"equal_responses": self._answers, "equal_prompts": self._prompts}
+        return {name: numbers.added - numbers.count for name, numbers in repeated.items()}
+
     def _count(self, table: pa.Table) -> None:
         self._reasons.update(table.column("finish_reason").to_pylist())
         failed = pc.equal(table.column("finish_reason"), "error")
@@ -95,8 +103,8 @@ class ResponseCounts:
         spoken = [answer for answer in answers if answer.strip()]
         prompts = answered.column("prompt_hash").to_pylist()
         self._unusual["empty_responses"] += len(answers) - len(spoken)
-        self._unusual["equal_responses"] += len(spoken) - _new(self._answers, map(hash, spoken))
-        self._unusual["equal_prompts"] += len(prompts) - _new(self._prompts, prompts)
+        self._answers.add(map(hash, spoken))
+        self._prompts.add(prompts)
         self._unusual["left_thinking"] += sum(map(looks_like_thinking, spoken))
         self._unusual["control_token_prompts"] += pc.sum(answered.column("control_tokens")).as_py() or 0
         self._unusual["repetition_loops"] += sum(map(ends_in_loop, answers))
@@ -104,10 +112,3 @@ class ResponseCounts:
         self._unusual["stripped_thinking"] += pc.sum(answered.column("thinking")).as_py() or 0
         self._prompt_tokens.add(answered.column("prompt_tokens").to_pylist())
         self._response_tokens.add(answered.column("response_tokens").to_pylist())
-
-
-def _new(known: set[int], found: Iterable[int]) -> int:
-    """Add numbers to those that are known; returns how many are new."""
-    before = len(known)
-    known.update(found)
-    return len(known) - before

@@ -93,6 +93,35 @@ def test_rows_can_be_taken_in_any_order_and_more_than_once(tmp_path: Path) -> No
         assert work.take([]).equals(SCHEMA.empty_table())
 
 
+def test_what_is_committed_is_told_for_many_at_once(tmp_path: Path) -> None:
+    fill(tmp_path, ids(50), flush_rows=5)
+    with store(tmp_path, flush_rows=100) as work:
+        work.add(row(ids(51)[50]))
+        assert work.committed(ids(60)) == set(ids(50))  # the pending row is not on the disk
+        assert work.committed([*ids(3), "not there"]) == set(ids(3))
+        assert work.committed([]) == set()
+        assert sorted(work) == sorted(ids(50))
+
+
+def test_only_shards_of_the_range_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ordered = sorted(ids(50))
+    fill(tmp_path, ordered, flush_rows=10)  # five shards that follow one another
+    read: list[Path] = []
+    plain = shards.pq.read_table
+
+    def reading(path: Path, **settings: object) -> pa.Table:
+        read.append(path)
+        return plain(path, **settings)
+
+    monkeypatch.setattr(shards.pq, "read_table", reading)
+    with store(tmp_path) as work:
+        assert work.committed(ordered[12:15]) == set(ordered[12:15])
+        assert read == shard_files(tmp_path)[1:2]
+        read.clear()
+        assert work.take(ordered[18:22])["id"].to_pylist() == ordered[18:22]
+        assert sorted(read) == shard_files(tmp_path)[1:3]
+
+
 def test_whole_tables_count_like_rows(tmp_path: Path) -> None:
     with store(tmp_path, flush_rows=10) as work:
         work.add(row(ids(9)[8]))
@@ -230,9 +259,9 @@ def test_groups_stay_below_the_bound_and_large_shards_are_left(
     assert fill(many_shards, ids(200)) == []
     files = shard_files(many_shards)
     assert 1 < len(files) < 20
-    assert all(shards._bytes_in_memory(file) <= 1000 for file in files)
+    assert all(shards._Shard.of(file).size <= 1000 for file in files)
     monkeypatch.setattr(shards, "COMPACT_ABOVE", 1)
-    kept = {file for file in files if shards._bytes_in_memory(file) >= 500}
+    kept = {file for file in files if shards._Shard.of(file).size >= 500}
     assert fill(many_shards, ids(200)) == []
     assert kept
     assert kept <= set(shard_files(many_shards))
