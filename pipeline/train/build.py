@@ -14,6 +14,7 @@ from pipeline.backbone.sharding import load_sharded
 from pipeline.backbone.sizes import sizes_from_config
 from pipeline.core.artifacts import Artifact
 from pipeline.core.errors import nested_in
+from pipeline.core.run import work_dir
 from pipeline.encoder.folder.tensors import start_tensors
 from pipeline.encoder.passes.adapted import AdaptedQueryPass
 from pipeline.encoder.passes.plain import Passes
@@ -21,7 +22,7 @@ from pipeline.encoder.passes.select import make_passes
 from pipeline.encoder.student import input_embeddings, new_student
 from pipeline.encoder.token_init import token_init
 from pipeline.optim.batching import epoch_order
-from pipeline.train.data import TrainingRows, drop_loops, join, tokenize
+from pipeline.train.data import TrainingRows, drop_loops, read_joined, tokenize
 from pipeline.train.params import TrainParams
 from pipeline.train.reading import fit_reading
 from pipeline.train.refine import refine_alignment
@@ -40,11 +41,15 @@ def read_rows(
     Raises TrainingError if the artifacts do not belong together, or no row can be trained on with these params.
     """
     queries, responses, targets = artifacts
-    table = join(queries.read(name), responses.read(), targets.read())
-    if params.drop_loops:
-        joined, table = table.num_rows, drop_loops(table)
-        log.info("%s: %d of %d responses end in a repetition loop, left out", name, joined - table.num_rows, joined)
-    return tokenize(table, formatter, tokenizer, params.max_response_tokens, params.long_responses)
+    tables = read_joined(queries, responses, targets, name)
+    return tokenize(
+        drop_loops(tables, name) if params.drop_loops else tables,
+        formatter,
+        tokenizer,
+        params.max_response_tokens,
+        params.long_responses,
+        folder=work_dir("train"),
+    )
 
 
 def assemble(

@@ -1,34 +1,44 @@
-"""Training rows: queries, responses and targets joined by id, checked, tokenised once."""
+"""Training rows: queries, responses and targets joined by id, checked and tokenised once, a few rows at a time."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.backbone.control_tokens import ControlTokens
 from pipeline.backbone.prompting import PromptFormatter, eos_token_id
+from pipeline.core.artifacts import Artifact
 from pipeline.core.errors import TrainingError
-from pipeline.core.vectors import matrix
 from pipeline.generate.response_text import ends_in_loop
 from pipeline.train.losses import Batch
+from pipeline.train.row_files import TextRows, TokenRows, VectorRows
 
 log = logging.getLogger(__name__)
+
+READ_ROWS = 4096  # that are joined and tokenised together
+NAMED_IDS = 5
 
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """N rows, aligned: row ids, prompt ids, response ids (EOS included) and targets float32 `[N, e]`."""
+    """N rows, aligned: row ids, prompt ids, response ids (EOS included) and targets float32 `[N, e]`.
+
+    Columns may lie in memory or in files (`row_files`): rows are taken by number, and none is changed.
+    """
 
     ids: Sequence[str]
     query_ids: Sequence[Sequence[int]]
     response_ids: Sequence[Sequence[int]]
-    targets: np.ndarray
+    targets: Any
 
     def __len__(self) -> int:
         return len(self.query_ids)
@@ -40,14 +50,22 @@ class TrainingRows:
 
     def lengths(self, extra: int) -> np.ndarray:
         """Tokens `[N]` that each row sends through the backbone: query, response and `extra` others."""
-        return np.array([query + response + extra for query, response in self.sizes(range(len(self)))])
+        return self._query_lengths + self._response_lengths + extra
 
     def sizes(self, rows: Sequence[int]) -> list[tuple[int, int]]:
         """Query tokens and response tokens of these rows."""
-        return [(len(self.query_ids[row]), len(self.response_ids[row])) for row in rows]
+        return [(int(self._query_lengths[row]), int(self._response_lengths[row])) for row in rows]
+
+    @cached_property
+    def _query_lengths(self) -> np.ndarray:
+        return _lengths(self.query_ids)
+
+    @cached_property
+    def _response_lengths(self) -> np.ndarray:
+        return _lengths(self.response_ids)
 
     def head(self, count: int) -> "TrainingRows":
-        """The first `count` rows."""
+        """The first `count` rows, in memory."""
         return TrainingRows(self.ids[:count], self.query_ids[:count], self.response_ids[:count], self.targets[:count])
 
     def batch(self, rows: Sequence[int]) -> Batch:
@@ -59,24 +77,92 @@ class TrainingRows:
         )
 
 
+def _lengths(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Tokens of each row, int64 [N]."""
+    known = rows.lengths if isinstance(rows, TokenRows) else np.fromiter(map(len, rows), np.int64, len(rows))
+    return known.astype(np.int64)
+
+
+class _Along:
+    """Rows of an artifact, read once in the order of their ids, beside another table."""
+
+    def __init__(self, artifact: Artifact, columns: list[str]) -> None:
+        self._batches = artifact.batches(columns, READ_ROWS)
+        self._held: pa.Table | None = None
+        self._none = pq.read_schema(artifact.tables()[0]).empty_table().select(columns)
+
+    def of(self, ids: pa.ChunkedArray) -> pa.Table:
+        """Those with these ids, which are sorted and larger than all that were asked for before."""
+        wanted, found = ids.combine_chunks(), [self._none]
+        while (batch := self._held if self._held is not None else next(self._batches, None)) is not None:
+            found.append(batch.filter(pc.is_in(batch["id"], wanted)))
+            self._held = batch if batch["id"][-1].as_py() > wanted[-1].as_py() else None
+            if self._held is not None:
+                break
+        return pa.concat_tables(found)
+
+
 def join(queries: pa.Table, responses: pa.Table, targets: pa.Table) -> pa.Table:
     """Rows of `queries` that have a target, with the columns response, finish_reason and embedding.
 
     A query whose response failed or is blank has no target by design and is left out. Raises TrainingError if no query
     has a target, or one with a usable response has none.
     """
+    joined, without = _join(queries, responses, targets)
+    _check_some(joined.num_rows, queries.num_rows)
+    _Found().add(without).must_be_none("have a usable response but no target: run embed again")
+    return joined
+
+
+def read_joined(queries: Artifact, responses: Artifact, targets: Artifact, name: str) -> Iterator[pa.Table]:
+    """One table of the queries, joined as by `join`, some rows at a time; what `join` raises is raised at the end."""
+    answers, vectors = _Along(responses, ["id", "response", "finish_reason"]), _Along(targets, ["id", "embedding"])
+    without, rows, read = _Found(), 0, 0
+    for batch in queries.batches(["id", "text"], READ_ROWS, name):
+        joined, missing = _join(batch, answers.of(batch["id"]), vectors.of(batch["id"]))
+        without.add(missing)
+        rows, read = rows + joined.num_rows, read + batch.num_rows
+        if joined.num_rows:
+            yield joined
+    _check_some(rows, read)
+    without.must_be_none("have a usable response but no target: run embed again")
+
+
+def _join(queries: pa.Table, responses: pa.Table, targets: pa.Table) -> tuple[pa.Table, Sequence[str]]:
+    """The joined rows, and the ids of queries with a usable response and no target."""
     has_target = pc.is_in(queries["id"], targets["id"].combine_chunks())
     joined = queries.filter(has_target)
-    if not joined.num_rows:
-        raise TrainingError(f"none of {queries.num_rows} queries has a target: run generate and embed again")
     usable = pc.is_in(queries["id"], usable_ids(responses))
     without = queries.filter(pc.and_not(usable, has_target))
-    _check_none(without["id"], "have a usable response but no target: run embed again")
     for table, columns in ((responses, ("response", "finish_reason")), (targets, ("embedding",))):
         rows = pc.index_in(joined["id"], table["id"].combine_chunks())
         for column in columns:
             joined = joined.append_column(column, table[column].take(rows))
-    return joined
+    return joined, without["id"].to_pylist()
+
+
+def _check_some(joined: int, queries: int) -> None:
+    if not joined:
+        raise TrainingError(f"none of {queries} queries has a target: run generate and embed again")
+
+
+@dataclass
+class _Found:
+    """How many queries have a problem, and the first of them."""
+
+    count: int = 0
+    first: tuple[str, ...] = ()
+
+    def add(self, ids: Sequence[str]) -> Self:
+        self.count += len(ids)
+        self.first = (*self.first, *ids)[:NAMED_IDS]
+        return self
+
+    def must_be_none(self, problem: str, argument: str | None = None) -> None:
+        """Raises TrainingError if there are some."""
+        if self.count:
+            shown = ", ".join(self.first) + (", ..." if self.count > NAMED_IDS else "")
+            raise TrainingError(f"{self.count} queries {problem} (ids {shown})", argument=argument)
 
 
 def usable_ids(responses: pa.Table) -> pa.Array:
@@ -86,58 +172,70 @@ def usable_ids(responses: pa.Table) -> pa.Array:
     return responses["id"].filter(pc.invert(pc.or_(blank, failed))).combine_chunks()
 
 
-def _check_none(ids: Sequence[str] | pa.ChunkedArray, problem: str, argument: str | None = None) -> None:
-    """Raises TrainingError if there are queries with a problem."""
-    if len(ids):
-        shown = ", ".join(map(str, ids[:5]))
-        message = f"{len(ids)} queries {problem} (ids {shown}{', ...' if len(ids) > 5 else ''})"
-        raise TrainingError(message, argument=argument)
+def drop_loops(tables: Iterable[pa.Table], name: str) -> Iterator[pa.Table]:
+    """Joined tables of `name` without the rows whose response ends in a loop.
 
-
-def drop_loops(table: pa.Table) -> pa.Table:
-    """A joined table without the rows whose response ends in a loop; raises TrainingError if no row is left."""
-    others = table.filter(pa.array([not ends_in_loop(text) for text in table["response"].to_pylist()], pa.bool_()))
-    if not others.num_rows:
-        raise TrainingError(f"all {table.num_rows} responses end in a repetition loop", argument="drop_loops")
-    return others
+    Raises TrainingError at the end if no row was left.
+    """
+    read = left = 0
+    for table in tables:
+        kept = [not ends_in_loop(text) for text in table["response"].to_pylist()]
+        read, left = read + len(kept), left + sum(kept)
+        if any(kept):
+            yield table.filter(pa.array(kept, pa.bool_()))
+    log.info("%s: %d of %d responses end in a repetition loop, left out", name, read - left, read)
+    if not left:
+        raise TrainingError(f"all {read} responses end in a repetition loop", argument="drop_loops")
 
 
 def tokenize(
-    table: pa.Table,
+    tables: Iterable[pa.Table],
     formatter: PromptFormatter,
     tokenizer: PreTrainedTokenizerBase,
     max_response_tokens: int,
     long_responses: Literal["error", "cut"] = "error",
+    *,
+    folder: Path,
 ) -> TrainingRows:
-    """Tokenise a joined table.
+    """Tokenise joined tables, at least one row, into files in `folder`, which go with the process.
 
     A response ends with EOS only where the model itself stopped: one that was cut has no end to predict.
 
     Raises TrainingError if a response has no token, or is longer than `max_response_tokens` and may not be cut.
     """
-    ids, limit = table["id"].to_pylist(), max_response_tokens
-    prompts = formatter.batch(table["text"].to_pylist())
-    responses = table["response"].to_pylist()
-    answers = ControlTokens(tokenizer).encode(responses, add_special_tokens=False)["input_ids"]
-    _check_none(
-        [row for row, answer in zip(ids, answers, strict=True) if not answer], "have a response without a token"
-    )
-    eos, reasons = eos_token_id(tokenizer), table["finish_reason"].to_pylist()
-    ended = [[*answer, eos] if why == "stop" else answer for answer, why in zip(answers, reasons, strict=True)]
-    long = [row for row, answer in zip(ids, ended, strict=True) if len(answer) > limit]
+    limit, eos = max_response_tokens, eos_token_id(tokenizer)
+    ids, prompts, answers = list[pa.ChunkedArray](), TokenRows(folder), TokenRows(folder)
+    targets, control = VectorRows(folder), ControlTokens(tokenizer)
+    empty, long, longest, cut = _Found(), _Found(), 0, 0
+    for table in tables:
+        names, reasons = table["id"].to_pylist(), table["finish_reason"].to_pylist()
+        formatted = formatter.batch(table["text"].to_pylist())
+        encoded = control.encode(table["response"].to_pylist(), add_special_tokens=False)["input_ids"]
+        empty.add([row for row, answer in zip(names, encoded, strict=True) if not answer])
+        ended = [[*answer, eos] if why == "stop" else answer for answer, why in zip(encoded, reasons, strict=True)]
+        long.add([row for row, answer in zip(names, ended, strict=True) if len(answer) > limit])
+        longest, cut = max(longest, *map(len, ended)), cut + sum(prompt.truncated for prompt in formatted)
+        ids += table["id"].chunks
+        prompts.append([prompt.token_ids for prompt in formatted])
+        answers.append([answer[:limit] for answer in ended])
+        targets.append(_stored(table["embedding"]))
+    empty.must_be_none("have a response without a token")
     if long_responses == "error":
-        longest = max(map(len, ended), default=0)
-        _check_none(
-            long,
+        long.must_be_none(
             f"have a response, end token included, that is longer than {limit}; the longest has {longest}: raise the "
             "limit, or set long_responses: cut",
             argument="max_response_tokens",
         )
     lost = "end" if formatter.keep == "start" else "start"
-    _log_cut("queries", sum(prompt.truncated for prompt in prompts), "max_query_tokens", lost)
-    _log_cut("responses", len(long), "max_response_tokens", "end")
-    response_ids = [answer[:limit] for answer in ended]
-    return TrainingRows(ids, [prompt.token_ids for prompt in prompts], response_ids, matrix(table["embedding"]))
+    _log_cut("queries", cut, "max_query_tokens", lost)
+    _log_cut("responses", long.count, "max_response_tokens", "end")
+    return TrainingRows(TextRows(pa.chunked_array(ids)), prompts, answers, targets)
+
+
+def _stored(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of vectors in its own type, `[B, e]`."""
+    array = column.combine_chunks()
+    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1)
 
 
 def _log_cut(texts: str, count: int, limit: str, lost: str) -> None:
