@@ -1,13 +1,17 @@
 """Rows against time and memory of the data stages: collect, generate with the echo engine, embed with the hash teacher.
 
-    .venv/bin/python bench/memory.py [--rows 10000 100000 1000000]
+    .venv/bin/python bench/memory.py [--rows 10000 100000 1000000] [--train] [--width 64] [--keep DIR]
 
 Queries are random words of the backbone's vocabulary, 100 tokens each, with one near-duplicate in a hundred. The stages
-run as `dvc repro` starts them, in a scratch workspace; memory is the largest resident set of each process. The engine
-and the teacher are stubs on purpose: what is measured is everything around them.
+run as `dvc repro` starts them, in a scratch workspace; memory is the largest resident set of each process, and bytes a
+row are its growth from one size to the next. The engine and the teacher are stubs on purpose: what is measured is
+everything around them. The digests of the artifacts tell whether two versions of the code write the same bytes.
+--train adds the closed form and one step on a random backbone of one layer of 16 dimensions, which has the tokenizer.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,14 +20,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.common import BACKBONE, ROOT, prepare_models, show
+from bench.common import BACKBONE, ROOT, prepare_models, print_table
 
-STAGES = ("collect", "generate", "embed")
+STAGES = {"collect": "data/queries", "generate": "data/responses", "embed": "data/targets"}
+TRAIN = {"train": "models/encoder"}
 TOKENS = 100
 LIMIT_MIB = 2048
 
@@ -49,10 +55,23 @@ def write_queries(path: Path, rows: int) -> None:
             before = chosen
 
 
-def write_params(folder: Path) -> None:
+def tiny_backbone(folder: Path) -> None:
+    """A random model of next to nothing, with the real tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_params(folder: Path, backbone: Path, width: int) -> None:
     """A params file, in JSON, which is YAML."""
     params = {
-        "backbone": {"name": str(BACKBONE), "dtype": "float32"},
+        "backbone": {"name": str(backbone), "dtype": "float32"},
         "collect": {
             "local_dir": "sources",
             "sources": [{"kind": "local", "path": "queries.jsonl", "column": "text"}],
@@ -60,13 +79,20 @@ def write_params(folder: Path) -> None:
             "near_duplicates": {},
         },
         "generate": {"engine": "echo", "dtype": "float32", "max_new_tokens": TOKENS, "max_prompt_tokens": 512},
-        "embed": {"teacher": {"kind": "hash"}},
+        "embed": {"teacher": {"kind": "hash", "options": {"width": width}}},
+        "train": {
+            **{"compression_tokens": 10, "thought_tokens": 0, "template": "chat", "max_query_tokens": 512},
+            **{"max_response_tokens": 512, "align_weight": 1.0, "recon_weight": 1.0, "align_reduction": "mean"},
+            **{"warm_start": {"enabled": True, "rows": None, "ridge": 100.0}, "stop_after_steps": 1, "epochs": 1},
+            **{"learning_rate": 1e-5, "weight_decay": 0.0, "warmup_steps": 0, "batch_size": 32, "seed": 0},
+            **{"micro_batch_size": 64, "max_grad_norm": 1.0, "checkpoint_every": 100, "processes": 1},
+        },
     }
     (folder / "params.yaml").write_text(json.dumps(params), encoding="utf-8")
 
 
-def run_stage(stage: str, folder: Path) -> tuple[float, int]:
-    """Wall seconds and largest resident MiB of a stage.
+def run_stage(stage: str, folder: Path) -> dict[str, float]:
+    """Wall seconds, processor seconds and largest resident MiB of a stage.
 
     Raises:
         SystemExit: the stage failed.
@@ -79,45 +105,71 @@ def run_stage(stage: str, folder: Path) -> tuple[float, int]:
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{stage} failed:\n{(folder / f'{stage}.log').read_text()[-4000:]}")
-    return time.monotonic() - started, usage.ru_maxrss // 1024
+    seconds, processor = time.monotonic() - started, usage.ru_utime + usage.ru_stime
+    return {"seconds": round(seconds, 1), "cpu s": round(processor, 1), "MiB": usage.ru_maxrss // 1024}
 
 
-def measure(rows: int) -> dict[str, tuple[float, int]]:
-    """Seconds and MiB of each stage on so many rows."""
-    with tempfile.TemporaryDirectory() as name:
+def measure(rows: int, *, train: bool, width: int, keep: Path | None = None) -> list[dict[str, Any]]:
+    """A line for each stage on so many rows, in a workspace below `keep` or one that goes."""
+    workspace = contextlib.nullcontext(keep / str(rows)) if keep else tempfile.TemporaryDirectory()
+    with workspace as name:
         folder = Path(name)
-        (folder / "sources").mkdir()
+        (folder / "sources").mkdir(parents=True)
         # In a process of its own: what this one holds when it starts a stage counts as that stage's.
-        writer = multiprocessing.get_context("spawn").Process(
-            target=write_queries, args=(folder / "sources" / "queries.jsonl", rows)
-        )
-        writer.start()
-        writer.join()
-        write_params(folder)
-        return {stage: run_stage(stage, folder) for stage in STAGES}
+        _apart(write_queries, folder / "sources" / "queries.jsonl", rows)
+        if train:
+            _apart(tiny_backbone, folder / "backbone")
+        write_params(folder, folder / "backbone" if train else BACKBONE, width)
+        lines = []
+        for stage, out in {**STAGES, **(TRAIN if train else {})}.items():
+            measured = run_stage(stage, folder)
+            manifest = json.loads((folder / out / "manifest.json").read_text())
+            size = sum(file.stat().st_size for file in (folder / out).rglob("*"))
+            found = {"disk bytes/row": round(size / rows), "sha256": manifest["sha256"][:12]}
+            lines.append({"rows": rows, "stage": stage, **measured, **found})
+            print(lines[-1], file=sys.stderr)
+        return lines
+
+
+def _apart(work: Callable[..., None], *arguments: Any) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{work.__name__} failed")
+
+
+def growth(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Bytes of memory and processor time that a row adds, between successive sizes."""
+    lines = []
+    for stage in dict.fromkeys(line["stage"] for line in table):
+        sizes = [line for line in table if line["stage"] == stage]
+        for small, large in itertools.pairwise(sizes):
+            more = large["rows"] - small["rows"]
+            added = round((large["MiB"] - small["MiB"]) * 2**20 / more)
+            millis = round(1000 * (large["cpu s"] - small["cpu s"]) / more, 3)
+            span = {"stage": stage, "from": small["rows"], "to": large["rows"]}
+            lines.append({**span, "bytes/row": added, "cpu ms/row": millis})
+    return lines
 
 
 def main() -> None:
     """Measure each size and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--train", action="store_true", help="also the closed form")
+    parser.add_argument("--width", type=int, default=64, help="dimensions of a target")
+    parser.add_argument("--keep", type=Path, help="an empty folder for the workspaces; default: they go")
     arguments = parser.parse_args()
     prepare_models()
-    table: list[dict[str, Any]] = []
-    for rows in arguments.rows:
-        for stage, (seconds, mib) in measure(rows).items():
-            line = {
-                "rows": rows,
-                "stage": stage,
-                "seconds": round(seconds, 1),
-                "rows/s": round(rows / seconds),
-                "MiB": mib,
-            }
-            table.append(line)
-            print(line, file=sys.stderr)
+    settings = {"train": arguments.train, "width": arguments.width, "keep": arguments.keep}
+    table = [line for rows in arguments.rows for line in measure(rows, **settings)]
     peak = max(line["MiB"] for line in table)
-    result = {"peak_mib": peak, "within_2_gib": peak <= LIMIT_MIB, "stages": table}
-    show("data stages, stub engine and teacher", table, result)
+    print_table("data stages, stub engine and teacher", table)
+    result = {"peak_mib": peak, "within_2_gib": peak <= LIMIT_MIB, "stages": table, "growth": growth(table)}
+    if result["growth"]:
+        print_table("what a row adds", result["growth"])
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
