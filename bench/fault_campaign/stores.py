@@ -52,16 +52,18 @@ def _fill_store(journal: Journal) -> None:
     row_store.COMPACT_ABOVE = 3
     store = row_store.ShardStore(Path("store"), SCHEMA, {}, flush_rows=INTERVAL, flush_seconds=3600.0)
     with store:
+        finished = store.committed(_table()["id"].to_pylist())
         for row in _table().to_pylist():
-            if row["id"] not in store:
+            if row["id"] not in finished:
                 journal.add([row["id"]])
                 store.add(row)
 
 
 def _stored_rows() -> int:
     with ShardStore(Path("store"), SCHEMA, {}) as store:
-        wanted = _table()
-        return sum(store.take([row["id"]]).to_pylist() == [row] for row in wanted.to_pylist() if row["id"] in store)
+        wanted = {row["id"]: row for row in _table().to_pylist()}
+        finished = store.committed(wanted)
+        return sum(store.take([row_id]).to_pylist() == [wanted[row_id]] for row_id in finished)
 
 
 def _write_artifact(first: int, *, exchange: bool = True) -> None:

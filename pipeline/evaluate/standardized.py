@@ -6,6 +6,7 @@ deviation of queries that the system has read in the same way, they are embeddin
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -84,5 +85,5 @@ def standardization_bytes(transforms: Mapping[str, TargetTransform]) -> bytes:
 
 def training_texts(queries: Artifact) -> list[str]:
     """The first training queries by id, which is a hash: a sample that depends on no order."""
-    texts: list[str] = queries.read(TRAIN_TABLE, ["text"])["text"][:MOST_TEXTS].to_pylist()
-    return texts
+    batches = queries.batches(["text"], MOST_TEXTS, TRAIN_TABLE)
+    return list(islice(chain.from_iterable(batch["text"].to_pylist() for batch in batches), MOST_TEXTS))

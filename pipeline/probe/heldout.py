@@ -13,11 +13,11 @@ def heldout_rows() -> tuple[tuple[Artifact, ...], pa.Table]:
     The table also has `response`, `finish_reason`, `embedding`. Raises EvaluationError if no held-out query has a
     target.
     """
-    from pipeline.train.data import join
+    from pipeline.train.data import read_joined
 
     queries, responses, targets = (open_artifact(path, path.name) for path in (QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR))
     try:
-        table = join(queries.read(HELDOUT_TABLE), responses.read(), targets.read())
+        table = pa.concat_tables(read_joined(queries, responses, targets, HELDOUT_TABLE))
     except TrainingError as error:
         raise EvaluationError(f"held-out queries: {error}") from None
     return (queries, responses, targets), table

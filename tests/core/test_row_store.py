@@ -40,7 +40,9 @@ def store(root: Path, *, flush_rows: int = 10, **fingerprint: object) -> ShardSt
 def fill(root: Path, row_ids: Iterable[str], *, flush_rows: int = 10) -> list[str]:
     """Compute what is missing, as a stage does; returns the ids that were computed."""
     with store(root, flush_rows=flush_rows) as work:
-        missing = [row_id for row_id in row_ids if row_id not in work]
+        wanted = list(row_ids)
+        finished = work.committed(wanted)
+        missing = [row_id for row_id in wanted if row_id not in finished]
         for row_id in missing:
             work.add(row(row_id))
     return missing
@@ -314,8 +316,9 @@ root, log, delay = Path(sys.argv[1]), open(sys.argv[2], "a"), float(sys.argv[3])
 t.shards.COMPACT_ABOVE = 4
 with t.store(root, flush_rows=t.FLUSH_ROWS) as work:
     print("open", flush=True)
+    finished = work.committed(t.ids(600))
     for row_id in t.ids(600):
-        if row_id not in work:
+        if row_id not in finished:
             log.write(row_id + "\\n"); log.flush()
             work.add(t.row(row_id))
             time.sleep(delay)
