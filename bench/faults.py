@@ -1,10 +1,12 @@
 """Faults: stages and stores are killed, cut off from disk and power, and given damaged files, and must lose nothing.
 
-    python bench/faults.py            every change of the disk, 1,000 kills, 1,000 flips; hours, not run whole yet
-    python bench/faults.py --short    a sample, of the stores and the first stages, in a minute or two
+    python bench/faults.py                  every change of the disk, 1,000 random kills, 1,000 flips
+    python bench/faults.py --only train     one part: stores, a stage, damage or inputs
+    python bench/faults.py --short          a sample, of the stores and the first stages
 
 Every stage runs on tiny random models with the echo engine and the hash teacher; a run after a fault must end in the
 bytes of an undisturbed one. Processes are forked, which needs Linux. What the counts mean: `fault_campaign/tally.py`.
+Broken promises are printed as they are found.
 A kill may cost the rows since the last commit (one interval, 4 rows here); more are `rows_computed_twice`.
 
 Ctrl-C prints what was counted so far.
@@ -23,8 +25,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-# One thread each: a thread pool does not survive a fork, and nobody waits for a core.
-os.environ.update({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+# One thread each: a thread pool does not survive a fork, and nobody waits for a core. With a wait policy no stage looks
+# how busy the machine is, which takes a fifth of a second.
+os.environ.update({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"})
 os.environ.update({"HF_HUB_OFFLINE": "1", "PIPELINE_DEVICE": "cpu"})
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
