@@ -137,9 +137,9 @@ class Disk:
         self._synced[state.st_ino] = (state.st_size, state.st_mtime_ns)
 
     def _below(self, place: Any) -> bool:
-        if isinstance(place, int):
+        if isinstance(place, int):  # a file descriptor, or the mode of mkdir
             link = Path(f"/proc/self/fd/{place}")
-            place = link.readlink() if link.is_symlink() else ""
+            place = link.readlink() if link.is_symlink() else None
         if not isinstance(place, str | os.PathLike):
             return False
         return Path(os.fsdecode(place)).absolute().is_relative_to(self.root)

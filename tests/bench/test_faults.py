@@ -30,9 +30,10 @@ def test_the_short_campaign_breaks_no_promise() -> None:
 
 
 def write_twice(folder: Path) -> None:
-    """A file that is synced, and one that is not."""
+    """A file that is synced, and one that is not; what changes elsewhere does not count."""
     import os
 
+    (folder.parent / "elsewhere").mkdir(exist_ok=True)
     for name, content in (("safe", b"1234"), ("loose", b"5678")):
         with open(folder / name, "wb", buffering=0) as file:  # noqa: PTH123 - the shim is in `open`
             file.write(content)
@@ -52,13 +53,13 @@ def test_a_snapshot_is_what_a_kill_leaves(tmp_path: Path) -> None:
         write_twice(watched)
         snapshots.finish()
 
-    assert run(watch, tmp_path, log).code == 0, log.read_text()
+    assert run(watch, watched, log).code == 0, log.read_text()
     taken = {(state.kind, state.first): contents(Path(state.folder)) for state in read_states(states)}
     left = {}
     for fault in (Fault.KILL, Fault.POWER):
         for at in range(1, 6):
             (folder := tmp_path / f"{fault}-{at}").mkdir()
-            assert run(lambda: killed(folder, fault, at), tmp_path, log).killed  # noqa: B023 - called at once
+            assert run(lambda: killed(folder, fault, at), folder, log).killed  # noqa: B023 - called at once
             left[fault, at] = contents(folder)
     # Open, write, fsync; open, write: the half of a write, and of that half where it was not synced.
     assert left[Fault.KILL, 2] == {"safe": b"12"} and left[Fault.POWER, 2] == {"safe": b"1"}
