@@ -140,7 +140,7 @@ CHATS = [
 # --- JSON -----------------------------------------------------------------------------------------------------------
 
 HUGE = 2**70
-ARRAY = [{"text": "one"}, {"text": 'a "quoted" ], text'}, {"text": "three", "n": [{"x": [1]}]}]
+ARRAY: list[dict[str, Any]] = [{"text": "one"}, {"text": 'a "quoted" ], text'}, {"text": "three", "n": [{"x": [1]}]}]
 MANY = [f"text {row}, and enough of it to fill several pieces" for row in range(5000)]
 
 JSON = [
