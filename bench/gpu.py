@@ -292,7 +292,7 @@ def trainer(machine: Machine) -> None:
     from accelerate import Accelerator
 
     from pipeline.core.config import validate
-    from pipeline.train.build import warm_start_student
+    from pipeline.train.build import start_student
     from pipeline.train.data import TrainingRows
     from pipeline.train.params import TrainParams
     from pipeline.train.trainer import Trainer
@@ -318,7 +318,7 @@ def trainer(machine: Machine) -> None:
             run = Trainer(student, passes, train, params, accelerator, validation, {}, Path(folder) / "checkpoint")
             resumed = run.resume()
             if not resumed:
-                warm_start_student(run, model, [1, 2, 3])
+                start_student(run, model, [1, 2, 3])
             run.run()
             machine.report(label, {"resumed": resumed, "last": run.curve[-1], "held out": validation.curve[-1]})
 

@@ -166,13 +166,15 @@ class Study:
 
     def fit(self, setting: Setting, hidden: np.ndarray, targets: np.ndarray) -> tuple[Any, float]:
         """A student with the closed form of these rows, and the strength it took."""
+        from pipeline.train.states import States
         from pipeline.train.warm_start import Statistics, frame_rows, warm_start
 
         student = self.student(setting, targets.shape[1])
         statistics = Statistics(student.compression_tokens, student.hidden)
         for start in range(0, len(hidden), 1024):
             rows = range(start, min(start + 1024, len(hidden)))
-            statistics.add(rows, hidden[start : rows.stop], targets[start : rows.stop])
+            states = States.of(hidden[start : rows.stop], student.compression_tokens)
+            statistics.add(rows, states, targets[start : rows.stop])
         [prompt] = self.states.prompts(setting.template, [""])
         frame = frame_rows(self.words, prompt, student.compression_tokens)
         return student, warm_start(student, statistics, frame, self.norm, setting.strength)  # type: ignore[arg-type]

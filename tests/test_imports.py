@@ -193,6 +193,7 @@ LOADED_LATE = (
     "train.losses",
     "train.trainer",
     "train.refine",
+    "train.states",
     "train.warm_start",
     "readings.states",
 )

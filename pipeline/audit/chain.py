@@ -102,10 +102,12 @@ def check_share(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
     config = encoder.path / ENCODER_CONFIG if encoder else None
     if encoder is None or config is None or not config.is_file():
         return
-    stated = json.loads(config.read_text(encoding="utf-8")).get("response_share", 1.0)
-    wanted = (encoder.manifest.params.get("train") or {}).get("response_share", 1.0)
-    if stated != wanted:
-        findings.add(ENCODER, ENCODER_CONFIG, f"response_share is {stated}, the params of the manifest say {wanted}")
+    found, params = json.loads(config.read_text(encoding="utf-8")), encoder.manifest.params.get("train") or {}
+    stated = found.get("response_share", 1.0)
+    for name, usual in (("response_share", 1.0), ("response_form", "beside")):
+        here, wanted = found.get(name, usual), params.get(name, usual)
+        if here != wanted:
+            findings.add(ENCODER, ENCODER_CONFIG, f"{name} is {here}, the params of the manifest say {wanted}")
     if stated < 1 and READING_FILE not in encoder.manifest.files:
         findings.add(ENCODER, READING_FILE, f"is missing, which response_share {stated} needs")
 

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-Template = Literal["raw", "chat"]
+Template = Literal["raw", "chat", "echo"]
 DType = Literal["bfloat16", "float16", "float32"]
 Quantize = Literal["8bit", "4bit"]
 DTYPE_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 Keep = Literal["start", "end"]
+Pool = Literal["tokens", "text", "both"]  # what an embedding is the mean of: see `train.pool`
 
 # The files that decide what a model folder computes: weights, configs, tokenizer, modules, code.
 _IDENTITY_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja", "*.py")

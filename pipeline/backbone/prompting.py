@@ -2,7 +2,8 @@
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backbone.chat_template import PROBES, ChatTemplate
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+SLOT = "{text}"
+ECHO = f"Rewrite the sentence: {SLOT}, rewritten sentence: {SLOT}"
+"""A text twice (Springer et al. 2024): a causal model reads the second one with the whole text before it."""
+
+
 def join_instruction(instruction: str, text: str) -> str:
     """`instruction`, a space and `text`; the text alone where the instruction is empty."""
     return f"{instruction} {text}" if instruction else text
@@ -23,20 +29,29 @@ def join_instruction(instruction: str, text: str) -> str:
 
 @dataclass(frozen=True)
 class FormattedPrompt:
-    """Token ids of a prompt, whether its text was truncated, the remaining text, whether it spells control tokens."""
+    """A prompt.
+
+    Attributes:
+        truncated: whether its text was.
+        text: what remained of it.
+        control_tokens: whether it spells some.
+        second: where the second text stands among the tokens, of the template `echo`; else None.
+    """
 
     token_ids: list[int]
     truncated: bool
     text: str
     control_tokens: bool = False
+    second: slice | None = None
 
 
 class PromptFormatter:
     """Turns a text into the backbone's prompt tokens, at most `max_tokens` of them.
 
     `raw` is the text with the tokenizer's special tokens (as the paper trains); `chat` is the chat template with the
-    text as the user's turn and the start of the assistant's. Of a longer text the side `keep` is kept; the template
-    stays whole. A control token that a text spells is read as ordinary characters.
+    text as the user's turn and the start of the assistant's; `echo` is that with the text in it twice (`ECHO`). Of a
+    longer text the side `keep` is kept; the template stays whole. A control token that a text spells is read as
+    ordinary characters.
     """
 
     def __init__(
@@ -50,12 +65,13 @@ class PromptFormatter:
         """Raises BackboneError if the chat template cannot be used (see `ChatTemplate`) or alone exceeds the limit."""
         self._tokenizer, self._template, self._max_tokens, self.keep = tokenizer, template, max_tokens, keep
         self._control = ControlTokens(tokenizer)
-        self._chat = ChatTemplate(tokenizer, chat_template_kwargs or {}) if template == "chat" else None
+        self._twice = template == "echo"
+        self._chat = None if template == "raw" else ChatTemplate(tokenizer, chat_template_kwargs or {})
         empty, first, second = self._ids(["", *PROBES])
         if first == second:
             name = tokenizer.name_or_path
             raise BackboneError(f"the tokenizer of '{name}' reads {PROBES[0]!r} and {PROBES[1]!r} as the same tokens")
-        self._overhead = len(empty)
+        self._overhead, self._after = len(empty), shared_suffix(first, second)  # tokens around and after every text
         if self._overhead >= max_tokens:
             raise BackboneError(
                 f"the {template} template alone takes {self._overhead} tokens, the limit is {max_tokens}: raise it",
@@ -71,7 +87,9 @@ class PromptFormatter:
         return "" if self._chat is None else self._chat.render("")
 
     def batch(self, texts: Sequence[str], prefix: str = "") -> list[FormattedPrompt]:
-        """The prompts of several texts, tokenised together, each with `prefix` in front, which is never truncated.
+        """The prompts of several texts, tokenised together, each with `prefix` in front.
+
+        Where a long text keeps its end, or stands twice, the prefix is never truncated.
 
         Raises:
             BackboneError: `prefix` leaves a long text no room.
@@ -80,31 +98,40 @@ class PromptFormatter:
             return []
         # Four characters a token is already long; beyond this bound tokenising the rest is wasted work.
         limit = 64 * self._max_tokens
-        wholes = [prefix + text for text in texts]
-        if self.keep == "start":
-            bounded = [whole[:limit] for whole in wholes]
-        else:
-            bounded = [prefix + text[-limit:] for text in texts]
-        return [
-            FormattedPrompt(ids, len(left) < len(whole), left, self._control.within(left))
+        if self.keep == "start" and not self._twice:
+            texts, prefix = [prefix + text for text in texts], ""
+        bounded = [text[:limit] if self.keep == "start" else text[-limit:] for text in texts]
+        prompts = [
+            self._prompt(ids, len(left) < len(text), left, prefix)
             if len(ids) <= self._max_tokens
             else self._cut(left, prefix)
-            for whole, left, ids in zip(wholes, bounded, self._ids(bounded), strict=True)
+            for text, left, ids in zip(texts, bounded, self._ids(bounded, prefix), strict=True)
         ]
+        return self._with_second(prompts, prefix) if self._twice else prompts
+
+    def _prompt(self, ids: list[int], truncated: bool, text: str, prefix: str) -> FormattedPrompt:
+        return FormattedPrompt(ids, truncated, prefix + text, self._control.within(prefix + text))
+
+    def _with_second(self, prompts: Sequence[FormattedPrompt], prefix: str) -> list[FormattedPrompt]:
+        """The second text ends where the template goes on, and has as many tokens as it has alone, behind a space."""
+        alone = self._control.encode([f" {prompt.text[len(prefix) :]}" for prompt in prompts], add_special_tokens=False)
+        found = []
+        for prompt, ids in zip(prompts, alone["input_ids"], strict=True):
+            end = len(prompt.token_ids) - self._after
+            found.append(replace(prompt, second=slice(max(0, end - max(1, len(ids))), end)))
+        return found
 
     def _cut(self, text: str, prefix: str) -> FormattedPrompt:
-        if self.keep == "start":
-            offsets = self._offsets(text)
-            return self._fitted(self._overhead, len(offsets), lambda count: text[: offsets[count - 1][1]], "")
-        taken = len(self._ids([prefix])[0])
+        taken = self._length("", prefix) if prefix else self._overhead
         if taken >= self._max_tokens:
             raise BackboneError(
                 f"the instruction {prefix!r} takes {taken} tokens, template included, the limit is {self._max_tokens}, "
-                "which leaves none for a text that keeps its end: shorten the instruction or raise the limit"
+                "which leaves none for a text: shorten the instruction or raise the limit"
             )
-        body = text[len(prefix) :]
-        offsets = self._offsets(body)
-        return self._fitted(taken, len(offsets), lambda count: prefix + body[offsets[-count][0] :], prefix)
+        offsets = self._offsets(text)
+        if self.keep == "start":
+            return self._fitted(taken, len(offsets), lambda count: text[: offsets[count - 1][1]], prefix)
+        return self._fitted(taken, len(offsets), lambda count: text[offsets[-count][0] :], prefix)
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         """Where each token of the text begins and ends; of a slow tokenizer, which does not say it, each character."""
@@ -113,29 +140,38 @@ class PromptFormatter:
         encoded = self._control.encode([text], add_special_tokens=False, return_offsets_mapping=True)
         return list(encoded["offset_mapping"][0])
 
-    def _fitted(self, taken: int, total: int, left: Callable[[int], str], nothing: str) -> FormattedPrompt:
-        """`left(count)`, the text with `count` of its `total` pieces, for the largest that fits; else `nothing`."""
+    def _fitted(self, taken: int, total: int, left: Callable[[int], str], prefix: str) -> FormattedPrompt:
+        """`left(count)`, the text with `count` of its `total` pieces, for the largest count that fits; else no text."""
         if self._tokenizer.is_fast:
-            count = min(self._max_tokens - taken, total)
-            while count > 0 and (excess := self._length(left(count)) - self._max_tokens) > 0:
-                count -= excess
+            copies = 2 if self._twice else 1
+            count = min((self._max_tokens - taken) // copies, total)
+            while count > 0 and (excess := self._length(left(count), prefix) - self._max_tokens) > 0:
+                count -= -(-excess // copies)
         else:
-            count = bisect_right(range(1, total + 1), self._max_tokens, key=lambda count: self._length(left(count)))
-        text = left(count) if count > 0 else nothing
-        return FormattedPrompt(self._ids([text])[0], True, text, self._control.within(text))
+            pieces = range(1, total + 1)
+            count = bisect_right(pieces, self._max_tokens, key=lambda count: self._length(left(count), prefix))
+        text = left(count) if count > 0 else ""
+        return self._prompt(self._ids([text], prefix)[0], True, text, prefix)
 
-    def _length(self, text: str) -> int:
-        return len(self._ids([text])[0])
+    def _length(self, text: str, prefix: str) -> int:
+        return len(self._ids([text], prefix)[0])
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def _ids(self, texts: Sequence[str], prefix: str = "") -> list[list[int]]:
+        contents = [prefix + (text.join(ECHO.split(SLOT)) if self._twice else text) for text in texts]
         if self._chat is None:
-            return self._control.encode(texts)["input_ids"]
-        rendered = [self._chat.render(text) for text in texts]
+            return self._control.encode(contents)["input_ids"]
+        rendered = [self._chat.render(content) for content in contents]
         ids = token_ids(self._tokenizer, rendered, add_special_tokens=False)
-        for row, text in enumerate(texts):
-            if self._control.within(text):
-                ids[row] = self._control.encode_inside(self._chat.render, text)
+        for row, content in enumerate(contents):
+            if self._control.within(content):
+                ids[row] = self._control.encode_inside(self._chat.render, content)
         return ids
+
+
+def shared_suffix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens with which both end."""
+    pairs = zip(reversed(first), reversed(second), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def eos_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.backbone.loading import DTYPE_BYTES, BackboneParams, DType
+from pipeline.backbone.prompting import SLOT
 from pipeline.backbone.sizes import ModelSizes
 from pipeline.cli.plan import GB, AllParams, backbone_sizes, expected_rows
 from pipeline.core.schemas import TARGET_TYPES
 from pipeline.embed.teachers.registry import TEACHERS
-from pipeline.embed.teachers.template import SLOT, TEMPLATES
+from pipeline.embed.teachers.template import TEMPLATES
 from pipeline.evaluate.plan import EvaluationPlan, SuiteSize
 from pipeline.evaluate.registry import BUILT_IN, SystemEntry
 from pipeline.generate.engines.vllm_defaults import (
@@ -183,7 +184,8 @@ class CostModel:
         new = self.params.train.compression_tokens + self.params.train.thought_tokens
         match entry.kind:
             case "encoder" | "start":
-                return self._texts_seconds(self.sizes, size.tokens + size.texts * new, size.texts)
+                copies = 2 if self.params.train.template == "echo" else 1
+                return self._texts_seconds(self.sizes, copies * size.tokens + size.texts * new, size.texts)
             case "pooling":
                 return self._texts_seconds(self.sizes, size.tokens * TEMPLATES[entry.template].count(SLOT), size.texts)
             case "teacher":

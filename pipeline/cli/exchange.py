@@ -41,15 +41,20 @@ def import_official(
 def mix(
     model: ModelArgument,
     response_share: Annotated[float, typer.Option(help="Of the predicted response, above 0; 1 is the paper's.")],
+    response_form: Annotated[
+        str | None, typer.Option(help="beside or added (summed in one space).  [default: the encoder's]")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="The folder to write.  [default: MODEL itself]")] = None,
 ) -> None:
     """Change how much of an embedding is the predicted response; the rest is the encoder's own reading of the text."""
+    from pipeline.encoder.folder.config import ResponseForm
     from pipeline.encoder.folder.mix import mix as mix_encoder
     from pipeline.encoder.folder.read import read_config
 
     out = output or model
     rotated = read_config(model).rotated_width is not None
-    config = mix_encoder(model, response_share, out)
+    form = None if response_form is None else one_of(ResponseForm, response_form, "response_form")
+    config = mix_encoder(model, response_share, out, form)
     print(f"{model} -> {out}: response share {response_share}, embeddings of {config.embedding_width} dimensions")
     if rotated:
         print("note: the rotation was of the former embeddings and is gone; rotate again")

@@ -217,7 +217,8 @@ def _train_text(params: AllParams, rows: int | None) -> str:
     else:
         most = f", at most {train.stop_after_steps:,} steps" if train.stop_after_steps else ""
         count = f"{train.epochs} epochs in steps of {train.batch_size} rows{most}"
-    return f"{count}; {train.compression_tokens} compression + {train.thought_tokens} thought tokens, {train.template}"
+    read = train.template if train.pool == "tokens" else f"{train.template} pooled over {train.pool}"
+    return f"{count}; {train.compression_tokens} compression + {train.thought_tokens} thought tokens, {read}"
 
 
 def _train_memory(params: AllParams, sizes: ModelSizes | None) -> str:

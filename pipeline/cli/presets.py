@@ -22,11 +22,15 @@ from pipeline.embed.teachers.adapters import AdapterParams
 from pipeline.embed.teachers.registry import TRAINED
 from pipeline.teach.params import TeachParams
 from pipeline.teach.plan import fitting_rows
+from pipeline.train.params import TrainParams
 
 PRESETS_FILE = Path(__file__).with_name("presets.yaml")
 TEACHERS_FILE = Path(__file__).with_name("teachers.yaml")
+PAPER_FILE = Path(__file__).with_name("paper.yaml")
 # The paper's limit for queries and responses; what the released teachers were made for.
 TEACHER_TOKENS = 512
+# Sections whose defaults need not be written into a file.
+_MODELS: dict[str, type[Params]] = {"embed.teacher": TeacherParams, "train": TrainParams}
 
 
 class PresetTeacher(Params):
@@ -107,10 +111,10 @@ def preset_of(backbone: str) -> Preset | None:
     return next((preset for preset in presets().values() if preset.backbone.name == backbone), None)
 
 
-def switch(path: Path, name: str, memory: int, teacher: str | None = None) -> list[str]:
+def switch(path: Path, name: str, memory: int, teacher: str | None = None, *, paper: bool = False) -> list[str]:
     """Set the params of a preset in a params file for `memory` GB; returns the changes, one line each.
 
-    `teacher` is one of `teachers()`; None: the backbone's own.
+    `teacher` is one of `teachers()`; None: the backbone's own. `paper`: and the paper's settings, see `PAPER_FILE`.
 
     Raises:
         ParamsError: unknown preset, teacher or memory, or the file lacks a section that the preset sets.
@@ -128,7 +132,7 @@ def switch(path: Path, name: str, memory: int, teacher: str | None = None) -> li
     content = yaml.load(path.read_text(encoding="utf-8"))
     changes = [
         line
-        for place, values in _values(preset, other, memory, content).items()
+        for place, values in _values(preset, other, memory, content, paper=paper).items()
         for line in _set(_section(path, content, place), place, values)
     ]
     sink = StringIO()
@@ -137,7 +141,9 @@ def switch(path: Path, name: str, memory: int, teacher: str | None = None) -> li
     return changes
 
 
-def _values(preset: Preset, other: OtherTeacher | None, memory: int, content: Any) -> dict[str, dict[str, Any]]:
+def _values(
+    preset: Preset, other: OtherTeacher | None, memory: int, content: Any, *, paper: bool
+) -> dict[str, dict[str, Any]]:
     """The values to set, by section.
 
     Targets of an LLM2Vec are raw hidden states with norms in the hundreds: the paper's mean over dimensions balances
@@ -150,15 +156,19 @@ def _values(preset: Preset, other: OtherTeacher | None, memory: int, content: An
         "micro_batch_size": "auto",
     }
     warm_start = (content.get("train") or {}).get("warm_start") or {}
-    if warm_start.get("enabled"):
+    if warm_start.get("enabled") and not paper:
         del train["learning_rate"]
-    return {
+    values = {
         "backbone": preset.backbone.model_dump(include={"name", "revision", "dtype", "chat_template_kwargs"}),
         "embed.teacher": (other.params(memory) if other else preset.teacher_params(memory)).model_dump(),
         "embed": {"normalize": False, "dtype": "float16"},
         "train": train,
         **_teach_values(preset, memory, content),
     }
+    for place, own in (read_yaml(PAPER_FILE) if paper else {}).items():
+        if place != "train.heldout" or (content.get("train") or {}).get("heldout"):
+            values[place] = {**values.get(place, {}), **own}
+    return values
 
 
 def _teach_values(preset: Preset, memory: int, content: Any) -> dict[str, dict[str, Any]]:
@@ -181,12 +191,13 @@ def _section(path: Path, content: Any, place: str) -> CommentedMap:
 
 
 def _set(section: CommentedMap, place: str, values: dict[str, Any]) -> list[str]:
-    defaults = {key: field.get_default(call_default_factory=True) for key, field in TeacherParams.model_fields.items()}
+    fields = _MODELS[place].model_fields.items() if place in _MODELS else ()
+    defaults = {key: field.get_default(call_default_factory=True) for key, field in fields}
     changes, before = [], dict(section)
     for key in values:
         value = _keeping_pins(before, values, key)
         # What a file leaves to the default need not be written into it.
-        unset = place == "embed.teacher" and key not in section and value == defaults[key]
+        unset = key not in section and key in defaults and value == defaults[key]
         if unset or (key in section and section[key] == value):
             continue
         changes.append(f"{place}.{key}: {_shown(section.get(key))} -> {_shown(value)}")

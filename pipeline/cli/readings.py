@@ -33,6 +33,9 @@ def readings(
         typer.Option(help="Of the closed form: echo (reading of the answers) or stored (those in data/targets)."),
     ] = "echo",
     refine: Annotated[bool, typer.Option("--refine", help="Refine the closed form by contrast as well.")] = False,
+    form: Annotated[
+        str, typer.Option(help="How a share below 1 and the reading are joined: beside, or added in one space.")
+    ] = "beside",
     rows: Annotated[int, typer.Option(min=20, help="Most training queries that are read.")] = 4000,
     heldout: Annotated[int, typer.Option(min=2, help="Most held-out queries.")] = 500,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
@@ -43,12 +46,13 @@ def readings(
 
     setup_logging()
     with device_memory("evaluate.batch_tokens"):
+        from pipeline.encoder.folder.config import ResponseForm
         from pipeline.readings.build import Inputs, Request, Targets, run
 
-        defaults, chosen = Request(), one_of(Targets, targets, "targets")
+        defaults, chosen, joined = Request(), one_of(Targets, targets, "targets"), one_of(ResponseForm, form, "form")
         found = run(
             load(params, Inputs),
-            Request(suite, reading or (), share or defaults.shares, chosen, refine, rows, heldout),
+            Request(suite, reading or (), share or defaults.shares, chosen, refine, rows, heldout, joined),
         )
     if as_json:
         print(json.dumps(asdict(found), indent=2))

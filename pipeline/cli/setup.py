@@ -42,13 +42,14 @@ def backbone(
     teacher: Annotated[
         str | None, typer.Option(help="One of the teachers listed, in place of an LLM2Vec of the backbone.")
     ] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="Set the paper's settings of embed and train too.")] = False,
     path: ParamsOption = PARAMS_FILE,
 ) -> None:
     """Switch the params file to a backbone and its teacher. Comments and everything else stay."""
     from pipeline.cli.presets import presets, switch, teachers
 
     if name is not None:
-        changes = switch(path, name, memory, teacher)
+        changes = switch(path, name, memory, teacher, paper=paper)
         print("\n".join(changes) or f"{path} has these params already")
         return
     for known, preset in presets().items():

@@ -5,11 +5,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.backbone.loading import DType
+from pipeline.backbone.prompting import SLOT
 from pipeline.core.config import Params, check_unread_keys
 from pipeline.core.target_transform import TransformParams
 from pipeline.embed.teachers.adapters import AdapterParams
 from pipeline.embed.teachers.registry import COMMON_KEYS, TEACHERS
-from pipeline.embed.teachers.template import SLOT, TEMPLATES, Pooling, template_of
+from pipeline.embed.teachers.template import TEMPLATES, Pooling, template_of
 from pipeline.parallel.devices import Count
 
 TargetType = Literal["float16", "float32"]

@@ -1,14 +1,16 @@
-"""Hidden states to embeddings: the predicted response, the student's own reading of the text, or both side by side.
+"""Hidden states to embeddings: the predicted response, the student's own reading of the text, or both.
 
 The paper's embedding is the predicted response alone, a *response share* of 1. At a share a below 1
 
     embedding = L_r [a / L_p  x  prediction,  (1 - a) / L_r  x  reading]
 
 - prediction: `Student.embedding`, `[e]`
-- reading: the mean hidden state over the compression tokens, each dimension standardised over training queries, `[d]`
+- reading: the mean hidden state over the compression tokens, or what else is pooled, each dimension standardised over
+  training queries, `[d]`
 - L_p, L_r: their mean lengths over these queries, so that both parts have one mean length
 
 The inner product of two embeddings is then a^2 times that of the predictions plus (1 - a)^2 times that of the readings.
+In the form `added` the two are summed, `[d]`, which needs targets that are a reading of the backbone too.
 L_r in front changes no cosine, but classifiers with regularisation see the length. The map from the mean hidden state
 stays affine, so every export can carry it. `pipeline readings` measures this form before training.
 
@@ -16,6 +18,7 @@ A `Rotation` turns the embedding, so that its first dimensions hold most of it. 
 one affine map of the mean hidden state.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -23,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.encoder.folder.config import embedding_width
+from pipeline.encoder.folder.config import ResponseForm, embedding_width
 from pipeline.encoder.student import Student
 
 LEAST_VARIANCE = 1e-9
@@ -104,10 +107,15 @@ class EmbeddingHead:
     """Hidden states `[B, n, d]` at the compression tokens to embeddings `[B, width]`; see the module."""
 
     def __init__(
-        self, student: Student, share: float = 1.0, reading: Reading | None = None, rotation: Rotation | None = None
+        self,
+        student: Student,
+        share: float = 1.0,
+        reading: Reading | None = None,
+        rotation: Rotation | None = None,
+        form: ResponseForm = "beside",
     ) -> None:
         """`share` of the predicted response, 0 to 1; below 1 it needs a `reading`."""
-        self.student, self.share = student, share
+        self.student, self.share, self.form = student, share, form
         self.rotation = rotation.to(student.tokens.device) if rotation is not None else None
         self._reading = reading.to(student.tokens.device) if reading is not None else Reading.plain(student.hidden)
         prediction, own = (float(length) for length in self._reading.lengths)
@@ -118,21 +126,25 @@ class EmbeddingHead:
     def width(self) -> int:
         if self.rotation is not None:
             return len(self.rotation.bias)
-        return embedding_width(self.share, self.student.width, self.student.hidden)
+        return embedding_width(self.share, self.student.width, self.student.hidden, self.form)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, states: Tensor) -> Tensor:
+        """`[B, width]` of states as `Student` takes them."""
         if self.rotation is not None:
-            return hidden.float().mean(dim=1) @ self.rotation.weight.T + self.rotation.bias
+            return self.student.feature(states) @ self.rotation.weight.T + self.rotation.bias
         if self.share == 1:
-            return self.student.embedding(self.student.soft_prompts(hidden))
-        read = (hidden.float().mean(dim=1) - self._reading.mean) * self._reading_scale
+            return self._predicted(states)
+        read = (self.student.feature(states) - self._reading.mean) * self._reading_scale
         if self.share == 0:
             return read
-        predicted = self.student.embedding(self.student.soft_prompts(hidden)) * self.prediction_scale
-        return torch.cat([predicted, read], dim=1)
+        return self._joined([self._predicted(states) * self.prediction_scale, read], dim=1)
+
+    def _predicted(self, states: Tensor) -> Tensor:
+        _, embeddings = self.student(states)
+        return embeddings
 
     def predictions(self, embeddings: np.ndarray) -> np.ndarray:
-        """The predicted responses `[N, e]` in embeddings `[N, width]`, at a share above 0."""
+        """The predicted responses `[N, e]` in embeddings `[N, width]`, at a share above 0 and not `added`."""
         if self.rotation is not None:
             embeddings = embeddings @ self.rotation.prediction.cpu().numpy().T
         return embeddings if self.share == 1 else embeddings[:, : self.student.width] / self.prediction_scale
@@ -148,4 +160,7 @@ class EmbeddingHead:
         scale, mean = self._reading_scale.cpu().double(), self._reading.mean.cpu().double()
         parts = [(weight * self.prediction_scale, bias * self.prediction_scale)] if self.share > 0 else []
         parts.append((torch.diag(scale), -scale * mean))
-        return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
+        return self._joined([part for part, _ in parts], dim=0), self._joined([part for _, part in parts], dim=0)
+
+    def _joined(self, parts: Sequence[Tensor], dim: int) -> Tensor:
+        return torch.stack(list(parts)).sum(0) if self.form == "added" else torch.cat(list(parts), dim=dim)

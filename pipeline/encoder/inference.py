@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone.attention.segments import shared_prefix
-from pipeline.backbone.prompting import PromptFormatter, eos_token_id, join_instruction
+from pipeline.backbone.loading import Pool
+from pipeline.backbone.prompting import FormattedPrompt, PromptFormatter, eos_token_id, join_instruction
 from pipeline.core.artifacts import file_sha256
 from pipeline.core.errors import SourceError, TrainingError
 from pipeline.core.run import progress
@@ -19,6 +20,7 @@ from pipeline.encoder.folder.config import START_FILE, EncoderConfig
 from pipeline.encoder.folder.tensors import read_start
 from pipeline.encoder.head import EmbeddingHead, Reading, Rotation
 from pipeline.encoder.passes.packed import least_saved
+from pipeline.encoder.passes.plain import Pooled, pooled_of
 from pipeline.encoder.passes.prompt_reader import prompt_reader
 from pipeline.encoder.student import Student, new_student
 from pipeline.optim.batching import token_batches, token_budget
@@ -60,7 +62,7 @@ class Encoder:
         """
         self._folder = folder
         self.model, self.tokenizer, self.student, self.config = model, tokenizer, student.eval(), config
-        self.head = EmbeddingHead(student, config.response_share, reading, rotation)
+        self.head = EmbeddingHead(student, config.response_share, reading, rotation, config.response_form)
         self.width, self.max_tokens, self.identity = self.head.width, config.max_query_tokens, identity
         self._reader = prompt_reader(model if adapted is None else adapted)
         self._format = PromptFormatter(
@@ -89,6 +91,13 @@ class Encoder:
         identity = {"name": "start", "sha256": file_sha256(self._folder / START_FILE)} if self._folder else {}
         share = self.config.response_share
         return self._without_adapters(student.to(self.model.device), identity, share, reading)
+
+    def start_reading(self) -> Reading | None:
+        """The reading that training fitted before its first step, if it read with the new tokens that this one has."""
+        if self._folder is None or not (self._folder / START_FILE).is_file():
+            return None
+        start, reading = read_start(self._folder, self.config)
+        return reading if torch.equal(start.tokens, self.student.tokens.cpu()) else None
 
     def _new_student(self, seed: int) -> Student:
         return new_student(
@@ -152,7 +161,8 @@ class Encoder:
         """As `encode`, but returns the number of truncated texts in place of the warning."""
         self.width_of(space)  # checks before the work
         prompts, truncated = self._prompts(texts, instruction)
-        vectors = self._batched(prompts, batch_tokens, self.head, (self.width,), show_progress)
+        pooled = pooled_of(prompts, self.config.pool)
+        vectors = self._batched(prompts, batch_tokens, self.head, (self.width,), show_progress, pooled)
         return Embedded(self.in_space(space, vectors), truncated)
 
     def in_space(self, space: Space, embeddings: np.ndarray) -> np.ndarray:
@@ -171,6 +181,11 @@ class Encoder:
     def _transform_to(self, space: Space) -> TargetTransform | None:
         if space not in get_args(Space):
             raise SourceError(f"space is {space!r}: known are {' and '.join(map(repr, get_args(Space)))}")
+        if space == "teacher" and self.config.response_share < 1 and self.config.response_form == "added":
+            raise TrainingError(
+                "the teacher's space is that of the predicted response alone, which cannot be taken out of a sum: "
+                "`python -m pipeline mix --response-share 1` makes an encoder that gives it"
+            )
         return self._transform if space == "teacher" else None
 
     @cached_property
@@ -198,45 +213,52 @@ class Encoder:
         """Final-normed hidden states float32 `[len(texts), n, d]` at the compression tokens. See `encode`."""
         return self._at_tokens(texts, instruction, batch_tokens, lambda hidden: hidden)
 
+    def states(self, texts: Sequence[str], *, instruction: str = "", batch_tokens: int | None = None) -> np.ndarray:
+        """Hidden states as `Student` takes them: behind the mean that embeddings are made of, if it is another one."""
+        return self._at_tokens(texts, instruction, batch_tokens, lambda states: states, self.config.pool)
+
     def _at_tokens(
         self,
         texts: Sequence[str],
         instruction: str,
         batch_tokens: int | None,
         head: Callable[[Tensor], Tensor],
+        pool: Pool = "tokens",
     ) -> np.ndarray:
         prompts, truncated = self._prompts(texts, instruction)
         self.config.warn_of_truncated(truncated, len(texts))
-        return self._batched(prompts, batch_tokens, head, (self.config.compression_tokens, self.config.hidden))
+        shape = self.config.compression_tokens + (pool != "tokens"), self.config.hidden
+        return self._batched(prompts, batch_tokens, head, shape, pooled=pooled_of(prompts, pool))
 
-    def _prompts(self, texts: Sequence[str], instruction: str) -> tuple[list[list[int]], int]:
+    def _prompts(self, texts: Sequence[str], instruction: str) -> tuple[list[FormattedPrompt], int]:
         check_texts(texts)
-        # Without a template and a start token an empty text has no token: EOS represents it.
-        empty = [eos_token_id(self.tokenizer)]
         prompts = self._format.batch(texts, join_instruction(instruction, ""))
-        return [prompt.token_ids or empty for prompt in prompts], sum(prompt.truncated for prompt in prompts)
+        return prompts, sum(prompt.truncated for prompt in prompts)
 
     @torch.inference_mode()
     def _batched(
         self,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[FormattedPrompt],
         batch_tokens: int | None,
         head: Callable[[Tensor], Tensor],
         shape: tuple[int, ...],
         show_progress: bool = False,
+        pooled: Pooled | None = None,
     ) -> np.ndarray:
         result = np.empty((len(prompts), *shape), dtype=np.float32)
-        shared = shared_prefix(prompts)
+        # Without a template and a start token an empty text has no token: EOS represents it.
+        ids = [prompt.token_ids or [eos_token_id(self.tokenizer)] for prompt in prompts]
+        shared = min([shared_prefix(ids), *(span.start for span in (pooled.spans if pooled else ()))])
         if shared * (len(prompts) - 1) < least_saved(self.model.device):
             shared = 0
-        beginning = self._reader.begin(prompts[0][:shared] if shared else [])
-        rests = [ids[shared:] for ids in prompts]
-        batches = self._batches([len(ids) + beginning.read_again for ids in rests], batch_tokens)
+        beginning = self._reader.begin(ids[0][:shared] if shared else [])
+        rests = [row[shared:] for row in ids]
+        batches = self._batches([len(rest) + beginning.read_again for rest in rests], batch_tokens)
+        tokens, count = self.student.tokens, self.student.compression_tokens
         for rows in progress(batches, total=len(batches), desc="encode", unit="batch") if show_progress else batches:
-            hidden = self._reader.read(
-                beginning, [rests[row] for row in rows], self.student.tokens, self.student.compression_tokens
-            )
-            result[rows] = head(hidden).float().cpu().numpy()
+            own = pooled.take(rows) if pooled else None
+            states = self._reader.read(beginning, [rests[row] for row in rows], tokens, count, own)
+            result[rows] = head(states).float().cpu().numpy()
         self._check_finite(result)
         return result
 

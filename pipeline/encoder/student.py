@@ -15,7 +15,8 @@ from pipeline.encoder.token_init import TokenInit, vocabulary_rows
 class Student(nn.Module):
     """New tokens `[T + n, d]`, a reconstruction projection d -> d and an alignment projection d -> e, in float32.
 
-    The thought tokens stand before the compression tokens; only the latter are read out.
+    The thought tokens stand before the compression tokens; only the latter are read out. Where an embedding is made of
+    another mean than that over them (`train.pool`), it stands in front of their states.
     """
 
     def __init__(self, hidden: int, width: int, compression_tokens: int, thought_tokens: int = 0) -> None:
@@ -34,6 +35,17 @@ class Student(nn.Module):
     @property
     def width(self) -> int:
         return self.alignment.out_features
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Soft prompts `[B, n, d]` and embeddings `[B, e]` of states `[B, n, d]` or, with a mean in front, one more."""
+        mapped = self.soft_prompts(states)
+        pooled = mapped.shape[1] - self.compression_tokens
+        return mapped[:, pooled:], self.embedding(mapped[:, :pooled] if pooled else mapped)
+
+    def feature(self, states: Tensor) -> Tensor:
+        """What an embedding is made of, `[B, d]`: the mean in front of states, or that over the compression tokens."""
+        pooled = states.shape[1] - self.compression_tokens
+        return (states[:, :pooled] if pooled else states).float().mean(dim=1)
 
     def soft_prompts(self, hidden: Tensor) -> Tensor:
         """Soft prompts `[B, n, d]` of the final-normed hidden states `[B, n, d]` at the compression tokens."""

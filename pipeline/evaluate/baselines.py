@@ -19,8 +19,8 @@ import numpy as np
 
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import DType, identify
-from pipeline.backbone.prompting import join_instruction
-from pipeline.embed.teachers.template import SLOT, TEMPLATES, TemplateTokenizer
+from pipeline.backbone.prompting import SLOT, join_instruction
+from pipeline.embed.teachers.template import TEMPLATES, TemplateTokenizer
 from pipeline.evaluate.registry import BUILT_IN
 from pipeline.evaluate.system import BARE, BareSystem
 from pipeline.parallel.devices import Device

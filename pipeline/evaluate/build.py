@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.backbone.device import best_device, release_memory
 from pipeline.backbone.loading import BackboneParams, DType
-from pipeline.core.artifacts import Artifact, open_artifact
+from pipeline.core.artifacts import Artifact, open_artifact, read_manifest
 from pipeline.core.config import Params
 from pipeline.core.errors import EvaluationError, nested_in, section
 from pipeline.core.paths import ENCODER_DIR, QUERIES_DIR
@@ -33,13 +33,14 @@ from pipeline.evaluate.embedding_cache import CachedSystem
 from pipeline.evaluate.params import EvaluateParams, ModelParams
 from pipeline.evaluate.registry import BUILT_IN, SystemEntry, entry_of
 from pipeline.evaluate.standardized import StandardizedSystem, training_texts
-from pipeline.evaluate.system import BARE, BareSystem, InstructedSystem, System, SystemName
+from pipeline.evaluate.system import BARE, BareSystem, InstructedSystem, System, SystemName, innermost
 from pipeline.generate.answer_cache import Answers
 from pipeline.generate.engines.registry import ENGINES
 from pipeline.generate.params import GenerateParams
 from pipeline.parallel.devices import split_devices, worker_count
 
 if TYPE_CHECKING:
+    from pipeline.encoder.head import Reading
     from pipeline.encoder.inference import Encoder
     from pipeline.encoder.pool import ParallelEncoder
 
@@ -139,9 +140,26 @@ class Systems:
         entry = entry_of(system.name)
         if entry is None or not entry.standardized:
             return system
-        fitted = StandardizedSystem.fitted(system.name, system, self.training_texts())
+        known = self._fitted_by_training(system)
+        fitted = (
+            StandardizedSystem.of_reading(system.name, system, known)
+            if known
+            else StandardizedSystem.fitted(system.name, system, self.training_texts())
+        )
         self.standardizations[system.name] = fitted.transform
         return fitted
+
+    def _fitted_by_training(self, system: System) -> "Reading | None":
+        """The reading of an untrained student with which training began, so that no text is read for it again."""
+        from pipeline.encoder.inference import Encoder
+
+        encoder = getattr(innermost(system), "encoder", None)
+        reading = encoder.start_reading() if isinstance(encoder, Encoder) else None
+        if reading is None:
+            return None
+        params = read_manifest(self.encoder_dir).manifest.params
+        precision = params.get("backbone", {}).get("dtype"), params.get("train", {}).get("quantize")
+        return reading if precision == (self.dtype, None) else None
 
     def close(self) -> None:
         """Stop the engine behind the answers, if one runs."""

@@ -7,7 +7,7 @@ deviation of queries that the system has read in the same way, they are embeddin
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from pipeline.core.target_transform import TargetTransform, TransformParams
 from pipeline.embed.transform_fit import LEAST_ROWS, fit_transform
 from pipeline.evaluate.system import System, encode_finite
 from pipeline.tasks.instructions import Side
+
+if TYPE_CHECKING:
+    from pipeline.encoder.head import Reading
 
 STANDARDIZATION_FILE = "standardization.safetensors"
 MOST_TEXTS = 2_000
@@ -30,13 +33,12 @@ class StandardizedSystem:
 
     Attributes:
         name: of this system; the other keeps its own, and its embeddings in the cache.
-        texts: that the map was fitted on.
+        transform: fitted on training queries that `system` has read.
     """
 
     name: str
     system: System
     transform: TargetTransform
-    texts: int
 
     @classmethod
     def fitted(cls, name: str, system: System, texts: Sequence[str]) -> "StandardizedSystem":
@@ -48,7 +50,14 @@ class StandardizedSystem:
             raise EvaluationError(f"{name}: data/queries has {len(texts)} training queries, two at least are needed")
         vectors = encode_finite(system, texts, where="training queries")
         found = fit_transform(TransformParams(kind="standardize"), [vectors], unit_length=False)
-        return cls(name, system, found.transform, len(texts))
+        return cls(name, system, found.transform)
+
+    @classmethod
+    def of_reading(cls, name: str, system: System, reading: "Reading") -> "StandardizedSystem":
+        """As a reading does it that was fitted on training queries which `system` would read in the same way."""
+        mean, scale = reading.mean.numpy(), reading.scale.numpy()
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+        return cls(name, system, TargetTransform("standardize", False, mean, scale, inverse))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -56,7 +65,7 @@ class StandardizedSystem:
 
     @property
     def prompting(self) -> str:
-        return f"{self.system.prompting}; standardised over {self.texts} training queries"
+        return f"{self.system.prompting}; standardised over training queries"
 
     @property
     def embeddings_dtype(self) -> str:

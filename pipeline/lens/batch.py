@@ -130,7 +130,7 @@ def read_to_files(
 def _index(encoder: "Encoder", corpus: Path) -> Index:
     """The known texts. Their vectors must be predicted responses; the instruction before them may differ."""
     index = open_index(corpus)
-    beside = encoder.config.response_share < 1 and index.width == encoder.width
+    beside = index.width == encoder.width != encoder.config.width
     rotated = encoder.config.rotated_width is not None
     if beside or (rotated and corpus.is_file()):
         what = "rotated embeddings" if rotated else "readings beside predicted responses"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core.errors import EvaluationError
+from pipeline.core.errors import EvaluationError, TrainingError
 from pipeline.lens.decoding import Decoder
 from pipeline.lens.faithfulness import PairCosines, Summary, pair, summary
 from pipeline.lens.nearest import Index, nearest
@@ -53,16 +53,22 @@ def outputs_for_texts(encoder: "Encoder", texts: Sequence[str], instruction: str
     """All three outputs from one forward pass."""
     import torch
 
-    hidden = encoder.hidden_states(texts, instruction=instruction)
+    states = encoder.states(texts, instruction=instruction)
     with torch.inference_mode():
-        soft = encoder.student.soft_prompts(torch.from_numpy(hidden).to(encoder.model.device))
-    return outputs_for_soft_prompts(encoder, soft.float().cpu().numpy())._replace(hidden=hidden)
+        found = encoder.student(torch.from_numpy(states).to(encoder.model.device))
+    soft, embeddings = (part.float().cpu().numpy() for part in found)
+    return EncoderOutputs(states[:, -encoder.student.compression_tokens :], soft, embeddings)
 
 
 def outputs_for_soft_prompts(encoder: "Encoder", soft_prompts: Array) -> EncoderOutputs:
-    """The embeddings of stored soft prompts float32 `[B, n, d]`, whose hidden states are not known."""
+    """The embeddings of stored soft prompts float32 `[B, n, d]`, whose hidden states are not known.
+
+    Raises TrainingError if embeddings are not made of soft prompts.
+    """
     import torch
 
+    if encoder.config.pool != "tokens":
+        raise TrainingError(f"embeddings of this encoder (pool: {encoder.config.pool}) need the texts: give these")
     with torch.inference_mode():
         soft = torch.from_numpy(soft_prompts).to(encoder.model.device)
         return EncoderOutputs(None, soft_prompts, encoder.student.embedding(soft).float().cpu().numpy())

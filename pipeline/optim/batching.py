@@ -9,6 +9,8 @@ from typing import TypeVar
 import numpy as np
 
 T = TypeVar("T")
+# Rows of forward passes; weight 0: run because another process runs one, and not counted.
+OwnPasses = Sequence[tuple[Sequence[int], float]]
 
 # Tokens of one forward pass without autograd, by device.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}

@@ -18,6 +18,7 @@ from pipeline.core.errors import EvaluationError, ParamsError, nested_in, sectio
 from pipeline.core.paths import HELDOUT_TABLE, QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TRAIN_TABLE
 from pipeline.core.run import work_dir
 from pipeline.core.vectors import matrix
+from pipeline.encoder.folder.config import ResponseForm
 from pipeline.encoder.passes.prompt_reader import prompt_reader
 from pipeline.encoder.token_init import token_init
 from pipeline.evaluate.params import EvaluateParams
@@ -59,6 +60,7 @@ class Request:
         shares: of the predicted response.
         targets: of the closed form: the standardised echo reading of the answers, or those in data/targets.
         refine: the closed form too, as `train.refine` says or by its defaults.
+        form: how prediction and reading are joined at a share below 1; added only with the targets echo.
         rows: most training queries that are read; `heldout`: most held-out ones.
     """
 
@@ -69,6 +71,7 @@ class Request:
     refine: bool = False
     rows: int = 4000
     heldout: int = 500
+    form: ResponseForm = "beside"
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def run(inputs: Inputs, request: Request) -> Found:
         tasks_dir=work_dir("readings"),
         chunk_characters=CHUNK_CHARACTERS.get(device),
         refine=(inputs.train.refine or RefineParams()) if request.refine else None,
+        form=request.form,
         seed=inputs.train.seed,
         device=device,
     )
@@ -131,6 +135,8 @@ def _checked(request: Request) -> list[str]:
         )
     if wrong := [share for share in request.shares if not 0 < share <= 1]:
         raise ParamsError(f"{wrong[0]:g} must be above 0 and at most 1", argument="share")
+    if (request.form, request.targets) == ("added", "stored"):
+        raise ParamsError("added: only the targets echo lie in the space of readings", argument="form")
     return [name for name in READINGS if not request.readings or name in request.readings]
 
 
@@ -186,7 +192,7 @@ def _backbone(inputs: Inputs) -> FrozenBackbone:
         read=train.compression_tokens,
         template=train.template,
         chat_template_kwargs=params.chat_template_kwargs,
-        max_tokens=train.max_query_tokens,
+        max_tokens=train.max_query_tokens // (2 if train.template == "echo" else 1),
         batch_tokens=token_budget(inputs.evaluate.batch_tokens, device),
         identity={**identify(params.name, params.revision), "dtype": dtype},
     )

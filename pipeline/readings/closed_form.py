@@ -1,4 +1,4 @@
-"""From a reading to the embedding: standardised, in closed form to the answers' targets, or both side by side.
+"""From a reading to the embedding: standardised, in closed form to the answers' targets, or both.
 
 A share a of the embedding is the predicted response, 1 - a the standardised reading of the text itself:
 
@@ -6,6 +6,7 @@ A share a of the embedding is the predicted response, 1 - a the standardised rea
 
 p is the ridge regression of the target on the standardised reading r; |p| and |r| are mean lengths over the training
 rows, so the map from the hidden states to the embedding stays affine. a = 1 is the paper's, a = 0 the reading alone.
+In the form `added` both parts are summed: targets that are readings of the backbone have the readings' dimensions.
 The factor |r| in front plays no part in a cosine. A regularised classifier on the embeddings sees it: at unit length
 mteb's few-shot classifier loses .03 to .10 of its accuracy (docs/results.md).
 """
@@ -19,9 +20,11 @@ import numpy as np
 from pipeline.core.artifacts import bytes_sha256, digest_of
 from pipeline.core.target_transform import TargetTransform, TransformParams
 from pipeline.embed.transform_fit import fit_transform
+from pipeline.encoder.folder.config import ResponseForm
 from pipeline.train.params import RefineParams
 from pipeline.train.refine import refine
 from pipeline.train.ridge import LinearMap, fit_ridge
+from pipeline.train.states import States
 from pipeline.train.warm_start import Statistics, choose_strength
 
 VERSION = 1  # raise it when the same numbers embed differently: finished scores are then not reused
@@ -41,6 +44,7 @@ class Prediction:
         ridge: its strength, chosen by how well left-out rows find their targets.
         length: mean length of its predictions over the training rows; `reading_length` and `target_length` likewise.
         refined: by contrast, see `pipeline.train.refine`.
+        form: how a share below 1 and the reading are joined.
     """
 
     map: LinearMap
@@ -49,36 +53,40 @@ class Prediction:
     reading_length: float
     target_length: float
     refined: bool = False
+    form: ResponseForm = "beside"
 
     @property
     def digest(self) -> str:
         """sha256 (hex) over its numbers."""
         numbers = [bytes_sha256(np.ascontiguousarray(part).data) for part in (self.map.weight, self.map.bias)]
-        return digest_of([VERSION, *numbers, self.length, self.reading_length])
+        joined = [] if self.form == "beside" else [self.form]
+        return digest_of([VERSION, *numbers, self.length, self.reading_length, *joined])
 
     def embed(self, readings: np.ndarray, share: float) -> np.ndarray:
-        """Embeddings float32 of standardised readings `[N, d]`: `[N, e + d]`, or `[N, e]` at share 1."""
-        return self._beside(self.map(readings) / self.length, readings, share)
+        """Embeddings float32 of standardised readings `[N, d]`: `[N, e + d]`, or `[N, e]` at share 1 or added."""
+        return self._joined(self.map(readings) / self.length, readings, share)
 
     def answers(self, targets: np.ndarray, readings: np.ndarray, share: float) -> np.ndarray:
-        """Where the embeddings of queries should lie: targets `[N, e]` beside the readings `[N, d]` of the answers."""
-        return self._beside(targets / self.target_length, readings, share)
+        """Where the embeddings of queries should lie: targets `[N, e]` with the readings `[N, d]` of the answers."""
+        return self._joined(targets / self.target_length, readings, share)
 
-    def _beside(self, predicted: np.ndarray, readings: np.ndarray, share: float) -> np.ndarray:
+    def _joined(self, predicted: np.ndarray, readings: np.ndarray, share: float) -> np.ndarray:
         predicted = predicted * self.reading_length
         if share == 1:
             return predicted.astype(np.float32)
-        return np.hstack([share * predicted, (1 - share) * readings]).astype(np.float32)
+        parts = share * predicted, (1 - share) * readings
+        return (parts[0] + parts[1] if self.form == "added" else np.hstack(parts)).astype(np.float32)
 
 
-def fit_prediction(readings: np.ndarray, targets: np.ndarray) -> Prediction:
+def fit_prediction(readings: np.ndarray, targets: np.ndarray, form: ResponseForm = "beside") -> Prediction:
     """The closed form on the training rows: standardised readings `[N, d]` and targets `[N, e]`."""
     statistics = Statistics(1, readings.shape[1])
-    statistics.add(range(len(readings)), readings[:, None], targets)
+    statistics.add(range(len(readings)), States.of(readings[:, None], 1), targets)
     folds = statistics.folds()
     ridge = choose_strength(folds, LinearMap(np.eye(readings.shape[1]), np.zeros(readings.shape[1])))
     [fitted] = fit_ridge(reduce(add, (moments for moments, _, _ in folds)), [ridge])
-    return Prediction(fitted, ridge, _mean_length(fitted(readings)), _mean_length(readings), _mean_length(targets))
+    lengths = (_mean_length(fitted(readings)), _mean_length(readings), _mean_length(targets))
+    return Prediction(fitted, ridge, *lengths, form=form)
 
 
 def refine_prediction(

@@ -16,6 +16,7 @@ import numpy as np
 
 from pipeline.core.bootstrap import BootstrapParams, Sampled, delta_of, sample_statistic
 from pipeline.core.vectors import rank_own
+from pipeline.encoder.folder.config import ResponseForm
 from pipeline.evaluate.deltas import sampled_mean
 from pipeline.evaluate.embedding_cache import CachedSystem
 from pipeline.evaluate.run import run_systems
@@ -89,6 +90,7 @@ class Measurement:
         shares: of the predicted response, each above 0 and at most 1.
         hidden_dir: where states are kept; `tasks_dir`: where the results of finished tasks are.
         refine: how the closed form is refined as well; None: it is not.
+        form: how prediction and reading are joined at a share below 1.
         seed, device: of the refinement.
         chunk_characters: of texts that a kill loses at most.
     """
@@ -102,6 +104,7 @@ class Measurement:
     tasks_dir: Path
     chunk_characters: int | None = None
     refine: RefineParams | None = None
+    form: ResponseForm = "beside"
     seed: int = 0
     device: str = "cpu"
 
@@ -172,7 +175,7 @@ def _systems(
     if targets is None:
         return
     readings = standardize(found)
-    predictions = [fit_prediction(readings, targets)]
+    predictions = [fit_prediction(readings, targets, settings.form)]
     if settings.refine:
         arguments = (settings.refine, settings.seed, settings.device)
         predictions.append(refine_prediction(predictions[0], readings, targets, *arguments))

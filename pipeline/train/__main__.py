@@ -59,6 +59,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     on_cpu = best_device() == "cpu"  # accelerate goes to the CPU in silence where a GPU is not usable
     artifacts = [open_artifact(path, path.name) for path in (QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR)]
     identity = _checked_identity(backbone, artifacts[1])
+    _check_form(params, artifacts[2])
     tokenizer = load_tokenizer(backbone)
     with nested_in(names={"max_tokens": "max_query_tokens"}):
         formatter = PromptFormatter(
@@ -75,6 +76,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
         accelerator=Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]),
         checkpoint=_checkpoint_path(inputs, identity, artifacts),
         frame_ids=formatter("").token_ids,
+        identity=identity,
     )
     trainer.run()
     reading = fit_reading(trainer)
@@ -91,6 +93,14 @@ def _checked_identity(params: BackboneParams, responses: Artifact) -> dict[str, 
             f"{RESPONSES_DIR} was written by {wrote}, the backbone is {identity}: run generate and embed again"
         )
     return identity
+
+
+def _check_form(params: TrainParams, targets: Artifact) -> None:
+    from pipeline.core.target_transform import load_transform
+    from pipeline.encoder.folder.config import check_form
+
+    transform = load_transform(targets.path)
+    check_form(params.response_form, targets.manifest.models["teacher"], transform.identity if transform else None)
 
 
 def _checkpoint_path(inputs: Inputs, identity: dict[str, str], artifacts: Sequence[Artifact]) -> Path:

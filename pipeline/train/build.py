@@ -1,7 +1,7 @@
 """A trainer from params: rows, the frozen backbone, the student on it, the passes, the held-out rows, the start."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,19 @@ from pipeline.core.artifacts import Artifact
 from pipeline.core.errors import nested_in
 from pipeline.core.run import work_dir
 from pipeline.encoder.folder.tensors import start_tensors
+from pipeline.encoder.head import Reading
 from pipeline.encoder.passes.adapted import AdaptedQueryPass
 from pipeline.encoder.passes.plain import Passes
 from pipeline.encoder.passes.select import make_passes
 from pipeline.encoder.student import input_embeddings, new_student
 from pipeline.encoder.token_init import token_init
-from pipeline.optim.batching import epoch_order
 from pipeline.train.data import TrainingRows, drop_loops, read_joined, tokenize
 from pipeline.train.params import TrainParams
-from pipeline.train.reading import fit_reading
+from pipeline.train.reading import fit_reading, row_passes, sample
 from pipeline.train.refine import refine_alignment
 from pipeline.train.trainer import Trainer
 from pipeline.train.validation import Validation
-from pipeline.train.warm_start import READ_TOKENS, accumulate, frame_rows, warm_start
+from pipeline.train.warm_start import Statistics, accumulate, frame_rows, warm_start
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ def read_rows(
         tokenizer,
         params.max_response_tokens,
         params.long_responses,
+        params.pool,
         folder=work_dir("train"),
     )
 
@@ -62,6 +63,7 @@ def assemble(
     accelerator: Any,
     checkpoint: Path | None,
     frame_ids: Sequence[int],
+    identity: Mapping[str, str] | None = None,
 ) -> Trainer:
     """A trainer that is ready to run: at its last checkpoint, or at its start.
 
@@ -71,6 +73,7 @@ def assemble(
         accelerator: device and processes.
         checkpoint: file of the resumable state; None keeps none.
         frame_ids: the prompt of an empty query, for the closed-form start.
+        identity: of the backbone, by which hidden states of queries are kept on the disk; None keeps none.
 
     Raises:
         BackboneError: the backbone cannot be loaded or cannot do what the params ask.
@@ -105,11 +108,10 @@ def assemble(
         {} if adapted is None else adapter_parameters(adapted),
         checkpoint,
         sizes_from_config(backbone.config.to_dict()),
+        None if identity is None else {**identity, "dtype": str(backbone.dtype), "quantize": params.quantize},
     )
     if not trainer.resume():
-        if params.warm_start.enabled:
-            warm_start_student(trainer, backbone, frame_ids)
-        trainer.start = start_tensors(student, fit_reading(trainer))
+        start_student(trainer, backbone, frame_ids)
     return trainer
 
 
@@ -124,28 +126,30 @@ def _passes(params: TrainParams, backbone: Any, adapted: Any) -> Passes:
     return Passes(AdaptedQueryPass(query_pass, adapted), passes.response_pass)
 
 
-def warm_start_student(trainer: Trainer, backbone: Any, frame_ids: Sequence[int]) -> None:
-    """Give a trainer's student its closed-form start from at most `warm_start.rows` rows, which all processes share.
+def start_student(trainer: Trainer, backbone: Any, frame_ids: Sequence[int]) -> None:
+    """Give a trainer's student its start, in closed form if the params say so, and keep it with its reading."""
+    import torch
 
-    The ridge's strength becomes one of the trainer's facts.
-    """
-    student, rows, params, accelerator = trainer.student, trainer.rows, trainer.params, trainer.accelerator
-    chosen = np.sort(epoch_order(len(rows), 0, params.seed)[: params.warm_start.rows]).tolist()
-    statistics = accumulate(
-        student,
-        trainer.passes.query_pass,
-        rows,
-        chosen,
-        accelerator,
-        most_rows=trainer.limits.most_rows,
-        most_tokens=None if accelerator.device.type == "cpu" else READ_TOKENS,
-        even=params.shard_backbone,
-    )
-    if accelerator.is_main_process:
-        words = input_embeddings(backbone).float().cpu().numpy()
-        frame = frame_rows(words, frame_ids, student.compression_tokens)
-        norm = float(np.linalg.norm(words, axis=-1).mean())
-        trainer.facts["warm_start_ridge"] = warm_start(student, statistics, frame, norm, params.warm_start.ridge)
-        if params.refine:
-            refine_alignment(student, statistics.scored_rows(), params.refine, seed=params.seed)
+    if not trainer.params.warm_start.enabled:
+        trainer.start = start_tensors(trainer.student, fit_reading(trainer))
+        return
+    chosen = sample(trainer, trainer.params.warm_start.rows)
+    with row_passes(trainer) as passes:
+        statistics = Statistics(trainer.student.compression_tokens, trainer.student.hidden)
+        statistics = accumulate(statistics, trainer.rows, chosen, passes)
+    if trainer.accelerator.is_main_process:
+        warm_start_student(trainer, statistics, backbone, frame_ids)
     trainer.agree()
+    features, _ = statistics.scored_rows()
+    trainer.start = start_tensors(trainer.student, Reading.fit(trainer.student, torch.from_numpy(features)))
+
+
+def warm_start_student(trainer: Trainer, statistics: Statistics, backbone: Any, frame_ids: Sequence[int]) -> None:
+    """Give a trainer's student its closed-form start; the ridge's strength becomes one of the trainer's facts."""
+    student, params = trainer.student, trainer.params
+    words = input_embeddings(backbone).float().cpu().numpy()
+    frame = frame_rows(words, frame_ids, student.compression_tokens)
+    norm = float(np.linalg.norm(words, axis=-1).mean())
+    trainer.facts["warm_start_ridge"] = warm_start(student, statistics, frame, norm, params.warm_start.ridge)
+    if params.refine:
+        refine_alignment(student, statistics.scored_rows(), params.refine, seed=params.seed)

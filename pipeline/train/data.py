@@ -15,12 +15,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.backbone.control_tokens import ControlTokens
+from pipeline.backbone.loading import Pool
 from pipeline.backbone.prompting import PromptFormatter, eos_token_id
 from pipeline.core.artifacts import Artifact
 from pipeline.core.errors import TrainingError
+from pipeline.encoder.passes.plain import Pooled, pooled_of
 from pipeline.generate.response_text import ends_in_loop
 from pipeline.train.losses import Batch
-from pipeline.train.row_files import TextRows, TokenRows, VectorRows
+from pipeline.train.row_files import SpanRows, TextRows, TokenRows, VectorRows
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +34,15 @@ NAMED_IDS = 5
 class TrainingRows:
     """N rows, aligned: row ids, prompt ids, response ids (EOS included) and targets float32 `[N, e]`.
 
-    Columns may lie in memory or in files (`row_files`): rows are taken by number, and none is changed.
+    Columns may lie in memory or in files (`row_files`): rows are taken by number, and none is changed. `pooled` are the
+    tokens that embeddings are made of; None: the compression tokens.
     """
 
     ids: Sequence[str]
     query_ids: Sequence[Sequence[int]]
     response_ids: Sequence[Sequence[int]]
     targets: Any
+    pooled: Pooled | None = None
 
     def __len__(self) -> int:
         return len(self.query_ids)
@@ -66,15 +70,26 @@ class TrainingRows:
 
     def head(self, count: int) -> "TrainingRows":
         """The first `count` rows, in memory."""
-        return TrainingRows(self.ids[:count], self.query_ids[:count], self.response_ids[:count], self.targets[:count])
+        queries, pooled = self.queries(range(min(count, len(self))))
+        return TrainingRows(self.ids[:count], queries, self.response_ids[:count], self.targets[:count], pooled)
+
+    def queries(self, rows: Sequence[int]) -> tuple[list[Sequence[int]], Pooled | None]:
+        """Prompt ids of these rows, and what is pooled of them."""
+        return [self.query_ids[row] for row in rows], self.pooled.take(rows) if self.pooled else None
+
+    def prompts(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The same, as it serialises to JSON."""
+        ids, pooled = self.queries(rows)
+        if pooled is None:
+            return {"ids": ids}
+        spans = [(span.start, span.stop) for span in pooled.spans]
+        return {"ids": ids, "spans": spans, "with_tokens": pooled.with_tokens}
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The rows of one forward pass."""
-        return Batch(
-            [self.query_ids[row] for row in rows],
-            [self.response_ids[row] for row in rows],
-            torch.from_numpy(self.targets[list(rows)]),
-        )
+        queries, pooled = self.queries(rows)
+        responses = [self.response_ids[row] for row in rows]
+        return Batch(queries, responses, torch.from_numpy(self.targets[list(rows)]), pooled)
 
 
 def _lengths(rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -194,10 +209,13 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     max_response_tokens: int,
     long_responses: Literal["error", "cut"] = "error",
+    pool: Pool = "tokens",
     *,
     folder: Path,
 ) -> TrainingRows:
     """Tokenise joined tables, at least one row, into files in `folder`, which go with the process.
+
+    A `pool` other than "tokens" needs the template `echo`.
 
     A response ends with EOS only where the model itself stopped: one that was cut has no end to predict.
 
@@ -205,7 +223,7 @@ def tokenize(
     """
     limit, eos = max_response_tokens, eos_token_id(tokenizer)
     ids, prompts, answers = list[pa.ChunkedArray](), TokenRows(folder), TokenRows(folder)
-    targets, control = VectorRows(folder), ControlTokens(tokenizer)
+    targets, spans, control = VectorRows(folder), SpanRows(), ControlTokens(tokenizer)
     empty, long, longest, cut = _Found(), _Found(), 0, 0
     for table in tables:
         names, reasons = table["id"].to_pylist(), table["finish_reason"].to_pylist()
@@ -217,6 +235,8 @@ def tokenize(
         longest, cut = max(longest, *map(len, ended)), cut + sum(prompt.truncated for prompt in formatted)
         ids += table["id"].chunks
         prompts.append([prompt.token_ids for prompt in formatted])
+        if (pooled := pooled_of(formatted, pool)) is not None:
+            spans.append(pooled.spans)
         answers.append([answer[:limit] for answer in ended])
         targets.append(_stored(table["embedding"]))
     empty.must_be_none("have a response without a token")
@@ -229,7 +249,8 @@ def tokenize(
     lost = "end" if formatter.keep == "start" else "start"
     _log_cut("queries", cut, "max_query_tokens", lost)
     _log_cut("responses", long.count, "max_response_tokens", "end")
-    return TrainingRows(TextRows(pa.chunked_array(ids)), prompts, answers, targets)
+    what = None if pool == "tokens" else Pooled(spans, with_tokens=pool == "both")
+    return TrainingRows(TextRows(pa.chunked_array(ids)), prompts, answers, targets, what)
 
 
 def _stored(column: pa.ChunkedArray) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone.device import exact_dtype, sent
-from pipeline.encoder.passes.plain import Passes
+from pipeline.encoder.passes.plain import Passes, Pooled
 from pipeline.encoder.student import Student
 
 Reduction = Literal["mean", "sum"]
@@ -17,11 +17,12 @@ Reduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one forward pass: prompt ids, response ids (EOS included), targets float32 `[B, e]`."""
+    """Rows of one forward pass: prompt ids, response ids (EOS included), targets float32 `[B, e]`, what is pooled."""
 
     query_ids: Sequence[Sequence[int]]
     response_ids: Sequence[Sequence[int]]
     targets: Tensor
+    pooled: Pooled | None = None
 
     @property
     def response_tokens(self) -> int:
@@ -65,10 +66,9 @@ def loss_sums(
 
 def _query_side(student: Student, passes: Passes, batch: Batch, reduction: Reduction) -> tuple[Tensor, Tensor]:
     """Soft prompts `[B, n, d]` and the sum of the alignment loss, from one query pass."""
-    hidden = passes.query_pass(batch.query_ids, student.tokens, student.compression_tokens)
-    soft_prompts = student.soft_prompts(hidden)
-    targets = sent(batch.targets, hidden.device)
-    return soft_prompts, alignment_sum(student.embedding(soft_prompts), targets, reduction)
+    states = passes.query_pass(batch.query_ids, student.tokens, student.compression_tokens, batch.pooled)
+    soft_prompts, embeddings = student(states)
+    return soft_prompts, alignment_sum(embeddings, sent(batch.targets, states.device), reduction)
 
 
 def add_gradients(

@@ -5,9 +5,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.backbone.loading import Keep, Quantize, Template
+from pipeline.backbone.loading import Keep, Pool, Quantize, Template
 from pipeline.backbone.lora import LoraParams
 from pipeline.core.config import Params
+from pipeline.encoder.folder.config import ResponseForm
 from pipeline.encoder.token_init import TokenInitParams
 from pipeline.parallel.devices import Count
 
@@ -23,7 +24,7 @@ _NUMERIC = {
     "max_tokens_per_batch",
 }
 # Params of what is made of the trained student.
-_AFTER = {"response_share"}
+_AFTER = {"response_share", "response_form"}
 # Params that change no step already taken, if the schedule does not end with the run.
 _LENGTH = {"epochs", "stop_after_steps"}
 
@@ -79,6 +80,11 @@ class TrainParams(Params):
     token_start: TokenInitParams = Field(default_factory=TokenInitParams)
     lora: LoraParams | None = None
     template: Template
+    pool: Pool = Field(
+        default="tokens",
+        description="what an embedding is made of: the mean over the compression tokens, over the second text of "
+        "template echo, or over both",
+    )
     max_query_tokens: int = Field(ge=1)
     too_long: Literal["keep_start", "keep_end"] = Field(
         default="keep_start", description="of a query, or later a text, that is longer; as in generate"
@@ -119,6 +125,9 @@ class TrainParams(Params):
         le=1,
         description="of the embedding: 1 = the predicted response alone; below, the student's own reading beside it",
     )
+    response_form: ResponseForm = Field(
+        default="beside", description="of a share below 1: beside the reading, or added to it in one space"
+    )
     checkpoint_every: int = Field(ge=1, description="optimiser steps")
     processes: Count = "auto"
     shard_backbone: bool = Field(default=False, description="FSDP2: each process holds a share of the backbone")
@@ -144,6 +153,12 @@ class TrainParams(Params):
     def _refinement_has_a_start(self) -> Self:
         if self.refine and not self.warm_start.enabled:
             raise ValueError("refine needs the closed form: set warm_start.enabled to true, or refine to null")
+        return self
+
+    @model_validator(mode="after")
+    def _pooled_texts_stand_twice(self) -> Self:
+        if self.pool != "tokens" and self.template != "echo":
+            raise ValueError(f"pool {self.pool} is of the second text: it needs template echo, not {self.template}")
         return self
 
     @property

@@ -104,6 +104,35 @@ class VectorRows:
         return found
 
 
+class SpanRows(Sequence[slice]):
+    """Spans of N rows, eight bytes each in memory."""
+
+    def __init__(self) -> None:
+        self._ends: list[np.ndarray[Any, Any]] = [np.zeros((0, 2), np.int32)]
+
+    def append(self, spans: Sequence[slice]) -> None:
+        self._ends.append(np.array([(span.start, span.stop) for span in spans], np.int32).reshape(-1, 2))
+
+    @property
+    def _all(self) -> np.ndarray[Any, Any]:
+        if len(self._ends) > 1:
+            self._ends = [np.concatenate(self._ends)]
+        return self._ends[0]
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @overload
+    def __getitem__(self, row: int) -> slice: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[slice]: ...
+    def __getitem__(self, row: int | slice) -> slice | list[slice]:
+        if isinstance(row, slice):
+            return [self[at] for at in range(*row.indices(len(self)))]
+        start, stop = self._all[row]
+        return slice(int(start), int(stop))
+
+
 class TextRows(Sequence[str]):
     """Texts as one column, without an object a text."""
 

@@ -69,6 +69,7 @@ class Trainer:
         adapter: LoRA's trained tensors by name.
         checkpoint: file of the resumable state; None keeps none.
         sizes: of the backbone, to count operations; None counts none.
+        origin: what pins the backbone and its precision, by which hidden states are kept; None keeps none.
         curve: one dict a step: step, loss, align, recon (NaN if its weight is 0), learning_rate.
         facts: about the start, for the record; saved in checkpoints.
         start: the student before its first step, of `start_tensors`; saved in checkpoints.
@@ -83,6 +84,7 @@ class Trainer:
     adapter: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
     sizes: ModelSizes | None = None
+    origin: Mapping[str, Any] | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     start: Mapping[str, Any] = field(default_factory=dict)

@@ -1,18 +1,16 @@
 """Scores of the student on held-out rows during training, and the choice of the best one."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.backbone.device import exact_dtype
 from pipeline.core.vectors import rank_own
+from pipeline.optim.batching import OwnPasses
 from pipeline.train.params import Score
 
 log = logging.getLogger(__name__)
-
-# Row indices of forward passes; weight 0: run because another process runs one, and not counted.
-OwnPasses = Sequence[tuple[Sequence[int], float]]
 
 
 @dataclass(frozen=True)
@@ -97,11 +95,11 @@ def heldout_scores(rows: Any, own: OwnPasses, student: Any, passes: Any, acceler
     with torch.no_grad():
         for indices, weight in own:
             batch = rows.batch(indices)
-            hidden = passes.query_pass(batch.query_ids, student.tokens, student.compression_tokens)
-            soft_prompts = student.soft_prompts(hidden)
+            states = passes.query_pass(batch.query_ids, student.tokens, student.compression_tokens, batch.pooled)
+            soft_prompts, found = student(states)
             summed, count = passes.response_pass(soft_prompts, batch.response_ids)
             if weight:
-                embeddings[indices] = student.embedding(soft_prompts).float()
+                embeddings[indices] = found.float()
                 totals[0] += summed
                 totals[1] += count
     embeddings, totals = (accelerator.reduce(tensor, "sum") for tensor in (embeddings, totals))

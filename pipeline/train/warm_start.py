@@ -8,7 +8,7 @@ both projections at random.
 One query pass over the rows suffices, which the processes share: soft prompts are an affine map of hidden states, so
 the sums are taken of hidden states and mapped at the end, where one process solves the equations. Five folds of them
 choose the strength of the ridge. At d = e = 4096 that is 5 x (134 + 134) MB of sums, about 1 GB more while the
-equations are solved, and at most 330 MB of rows.
+equations are solved, and at most 330 MB of rows. What the pass gives is kept on the disk (`pipeline.train.states`).
 """
 
 import logging
@@ -22,16 +22,12 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from pipeline.backbone.device import release_memory
 from pipeline.core.errors import TrainingError
-from pipeline.core.run import is_out_of_memory, progress
 from pipeline.core.vectors import rank_own
-from pipeline.encoder.passes.plain import QueryPass
 from pipeline.encoder.student import Student
-from pipeline.optim.batching import dealt_passes, own_passes, parts
-from pipeline.optim.late import HostCopy
 from pipeline.train.data import TrainingRows
 from pipeline.train.ridge import LinearMap, Moments, fit_ridge
+from pipeline.train.states import RowPasses, States
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +39,6 @@ SPREAD = 0.5
 """Share of the input embeddings' mean norm by which soft prompts vary around the frame."""
 LEAST_OFFSET = 0.1
 """Share of the spread: directions in which positions differ by less on average stay, or they would swamp the rest."""
-READ_TOKENS = 32_000
-"""Tokens of queries that a GPU reads at a time: nothing is kept of them but keys and values."""
 _BLOCK = 1_000  # rows that wait for one matrix product
 
 
@@ -102,23 +96,23 @@ class Statistics:
     def __len__(self) -> int:
         return self._rows
 
-    def add(self, rows: Sequence[int], hidden: np.ndarray, targets: np.ndarray) -> None:
-        """Add a batch of B rows; raises TrainingError if a value is not finite.
+    def add(self, rows: Sequence[int], states: States, targets: np.ndarray) -> None:
+        """Add B rows; raises TrainingError if a value is not finite.
 
         Args:
             rows: their numbers, counted from 0 over all that will be added; they decide the folds.
-            hidden: `[B, n, d]` at the compression tokens.
+            states: of these rows.
             targets: `[B, e]`.
         """
-        _check_finite(rows, hidden, targets)
-        numbers, features = np.asarray(rows), hidden.mean(axis=1)
+        _check_finite(rows, states, targets)
+        numbers = np.asarray(rows)
         self._rows += len(numbers)
-        self._sums += hidden.sum(0, dtype=np.float64)
-        self._squares += float(np.square(hidden, dtype=np.float64).sum())
+        self._sums += states.sums
+        self._squares += states.squares
         for number, fold in enumerate(self._folds):
             at = numbers % FOLDS == number
             if at.any():
-                fold.add(numbers[at], features[at], targets[at])
+                fold.add(numbers[at], states.features[at], targets[at])
 
     def combine(self, accelerator: Any, width: int) -> None:
         """Make these the statistics of the rows of all processes; targets have `width` dimensions."""
@@ -155,82 +149,20 @@ class Statistics:
         return np.concatenate(features), np.concatenate(targets)
 
 
-def _check_finite(rows: Sequence[int], hidden: np.ndarray, targets: np.ndarray) -> None:
-    finite = np.isfinite(hidden).all((1, 2)) & np.isfinite(targets).all(1)
+def _check_finite(rows: Sequence[int], states: States, targets: np.ndarray) -> None:
+    finite = np.isfinite(states.features).all(1) & np.isfinite(targets).all(1)
     if not finite.all():
         wrong = [rows[index] for index in np.flatnonzero(~finite)]
-        raise TrainingError(f"warm start: hidden states or targets of rows {wrong[:5]} are not finite")
+        raise TrainingError(f"hidden states or targets of rows {wrong[:5]} are not finite")
 
 
-class QueryReader:
-    """Query passes, which are halved from the first one on that does not fit into memory."""
-
-    def __init__(self, student: Student, query_pass: QueryPass, *, may_halve: bool) -> None:
-        self._student, self._query_pass, self._may_halve, self._parts = student, query_pass, may_halve, 1
-
-    def __call__(self, queries: Sequence[Sequence[int]]) -> HostCopy:
-        """Hidden states `[B, n, d]` at the compression tokens."""
-        while (hidden := self._read(queries)) is None:
-            release_memory()
-            self._parts *= 2
-            log.info("memory is full, batches of queries are read in %d parts", self._parts)
-        return HostCopy(hidden)
-
-    def _read(self, queries: Sequence[Sequence[int]]) -> torch.Tensor | None:
-        size = -(-len(queries) // self._parts)
-        tokens, count = self._student.tokens, self._student.compression_tokens
-        try:
-            return torch.cat([self._query_pass(part, tokens, count) for part in parts(queries, size)])
-        except Exception as error:
-            if size == 1 or not (self._may_halve and is_out_of_memory(error)):
-                raise
-        return None
-
-
-@torch.inference_mode()
-def accumulate(
-    student: Student,
-    query_pass: QueryPass,
-    rows: TrainingRows,
-    chosen: Sequence[int],
-    accelerator: Any,
-    *,
-    most_rows: int,
-    most_tokens: int | None,
-    even: bool = False,
-) -> Statistics:
-    """Statistics of one query pass over the chosen rows, longest first, which the processes share.
-
-    A batch has at most `most_tokens` tokens, or `most_rows` rows where that is None. `even`: see `own_passes`.
-    """
-    statistics = Statistics(student.compression_tokens, student.hidden)
-    lengths = np.array([len(rows.query_ids[row]) + len(student.tokens) for row in chosen])
-    shares = dealt_passes(
-        range(len(chosen)),
-        lengths,
-        accelerator.num_processes,
-        most_rows=most_rows,
-        most_tokens=most_tokens,
-        padded=query_pass.padded,
-    )
-    own = own_passes(shares, accelerator.process_index, even=even)
-    read = QueryReader(student, query_pass, may_halve=not even)
-    # While the device reads a batch, the sums of the one before are taken on the host.
-    before: tuple[list[int], list[int], HostCopy] | None = None
-    for numbers, weight in progress(own, total=len(own), desc="warm start", unit="batch"):
-        at = [int(chosen[number]) for number in numbers]
-        hidden = read([rows.query_ids[row] for row in at])
-        _add(statistics, rows, before)
-        before = (numbers, at, hidden) if weight else None
-    _add(statistics, rows, before)
-    statistics.combine(accelerator, rows.width)
+def accumulate(statistics: Statistics, rows: TrainingRows, chosen: Sequence[int], passes: RowPasses) -> Statistics:
+    """Add the chosen rows, in one query pass that the processes share; returns the statistics of them all."""
+    for numbers, states in passes.read(rows, chosen):
+        # While the device reads a pass, the sums of the one before are taken on the host.
+        statistics.add(numbers, states, rows.targets[[chosen[number] for number in numbers]])
+    statistics.combine(passes.accelerator, rows.width)
     return statistics
-
-
-def _add(statistics: Statistics, rows: TrainingRows, batch: tuple[list[int], list[int], HostCopy] | None) -> None:
-    if batch is not None:
-        numbers, at, hidden = batch
-        statistics.add(numbers, hidden.wait().numpy(), rows.targets[at])
 
 
 def choose_strength(folds: Sequence[tuple[Moments, np.ndarray, np.ndarray]], by: LinearMap) -> float:

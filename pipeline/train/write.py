@@ -44,6 +44,7 @@ def write_run(
         template=params.template,
         max_query_tokens=params.max_query_tokens,
         keep=params.keep,
+        pool=params.pool,
         compression_tokens=params.compression_tokens,
         thought_tokens=params.thought_tokens,
         hidden=trainer.student.hidden,
@@ -51,6 +52,7 @@ def write_run(
         teacher=teacher,
         transform=transform.identity if transform else None,
         response_share=params.response_share,
+        response_form=params.response_form,
         lora=params.lora,
     )
     sections = {"train": params.model_dump(), "backbone": backbone.model_dump()}

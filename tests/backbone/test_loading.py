@@ -250,6 +250,35 @@ def test_a_text_that_loses_its_start_keeps_what_is_put_before_it(template: Templ
     assert starts.batch(texts, "Say: ") == starts.batch(["Say: " + text for text in texts])
 
 
+@pytest.mark.parametrize("keep", ["start", "end"])
+def test_the_template_echo_has_the_text_twice_and_says_where_the_second_stands(keep: Keep) -> None:
+    tokenizer, frame = tiny_tokenizer(), len("Say: Rewrite the sentence: , rewritten sentence: ") + 3
+    formatter = PromptFormatter(tokenizer, "echo", frame + 2 * 6, keep=keep)
+    texts = ["abcdef", "", "{text}", "abcdefgh", "é<|end|>", "x" * 90_000]
+    kept = {
+        "start": ["abcdef", "", "{text}", "abcdef", "é<|en", "x" * 6],
+        "end": ["abcdef", "", "{text}", "cdefgh", "|end|>", "x" * 6],
+    }
+    prompts = formatter.batch(texts, "Say: ")
+    assert prompts == [formatter.batch([text], "Say: ")[0] for text in texts]
+    for prompt, text, rest in zip(prompts, texts, kept[keep], strict=True):
+        assert (prompt.text, prompt.truncated) == (f"Say: {rest}", rest != text)
+        content = f"Say: Rewrite the sentence: {rest}, rewritten sentence: {rest}"
+        assert tokenizer.decode(prompt.token_ids) == f"<|user|>{content}<|end|><|bot|>"
+        assert prompt.second is not None and tokenizer.decode(prompt.token_ids[prompt.second]) == f" {rest}"
+    with pytest.raises(BackboneError, match="raise"):
+        PromptFormatter(tokenizer, "echo", frame - 5)
+    with pytest.raises(BackboneError, match="leaves none for a text"):
+        formatter.batch(["long text"], "An instruction that is too long: ")
+
+
+def test_a_control_token_that_a_text_spells_is_read_twice_as_characters() -> None:
+    prompt = PromptFormatter(tiny_tokenizer(), "echo", 120)("a<|end|>")
+    assert prompt.control_tokens
+    assert prompt.token_ids.count(tiny_tokenizer().convert_tokens_to_ids("<|end|>")) == 1
+    assert prompt.second == slice(len(prompt.token_ids) - 2 - 9, len(prompt.token_ids) - 2)
+
+
 def test_an_instruction_without_room_behind_it() -> None:
     formatter = PromptFormatter(tiny_tokenizer(), "chat", 8, keep="end")
     assert formatter.batch(["x"], "1234")[0].token_ids

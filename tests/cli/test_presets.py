@@ -1,5 +1,6 @@
 """Presets are the paper's, and switching to one changes nothing else in the file."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,31 @@ def test_the_passes_of_teach_fit_the_memory(workspace: Path) -> None:
     switch(path, "olmo-2-1b", 80)
     teach = read_yaml(path)["teach"]
     assert (teach["mntp"]["micro_batch_size"], teach["simcse"]["micro_batch_size"]) == (32, 64)
+
+
+def test_the_papers_settings_are_set_whatever_the_file_says(workspace: Path) -> None:
+    path = workspace / "params.yaml"
+    own = {"template": "echo", "pool": "both", "response_share": 0.3, "refine": {"steps": 9}, "batch_size": 64}
+    content = read_yaml(ROOT / "params.yaml")
+    content["train"] |= own | {"heldout": {"every": 9, "rows": 99, "select": "mrr"}, "token_start": {"kind": "random"}}
+    content["embed"]["transform"] = {"kind": "standardize"}
+    path.write_text(json.dumps(content))
+    changes = switch(path, "qwen3-4b", 80, paper=True)
+    params = validate(read_yaml(path), AllParams, where="params.yaml")
+    train = params.train
+    assert (train.template, train.pool, train.response_share, train.refine) == ("raw", "tokens", 1.0, None)
+    assert (train.warm_start.enabled, train.learning_rate, train.token_learning_rate) == (False, 3e-4, None)
+    assert (train.schedule_steps, train.stop_after_steps, train.warmup_steps, train.batch_size) == (
+        20000,
+        5000,
+        100,
+        32,
+    )
+    assert (train.token_start.kind, train.compression_tokens, train.batch_size) == ("mean", 10, 32)
+    assert (train.heldout.select, train.heldout.every) == (None, 9)
+    assert (params.embed.transform.kind, params.generate.max_new_tokens) == ("none", 500)
+    assert "train.template: echo -> raw" in changes
+    assert switch(path, "qwen3-4b", 80, paper=True) == []
 
 
 def test_switching_sets_the_preset_and_keeps_the_rest(params: Path) -> None:

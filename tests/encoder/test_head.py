@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pipeline.encoder.folder.config import ResponseForm
 from pipeline.encoder.head import EmbeddingHead, Reading
 from pipeline.encoder.student import Student
 
@@ -64,11 +65,26 @@ def test_the_cosine_is_the_weighted_one_of_rows_of_mean_length() -> None:
     assert float(torch.cosine_similarity(rows[0], rows[1], dim=0)) == pytest.approx(cosine)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_composed_map_is_the_head(share: float) -> None:
-    made = Student(hidden=5, width=3, compression_tokens=2)
+def test_added_in_one_space_both_parts_keep_their_weights() -> None:
+    made = Student(hidden=2, width=2, compression_tokens=2)  # predicts the states, turned by a right angle
+    with torch.no_grad():
+        for layer, weight in ((made.reconstruction, torch.eye(2)), (made.alignment, torch.tensor([[0.0, -1], [1, 0]]))):
+            layer.weight.copy_(weight)
+            layer.bias.zero_()
+    reading = Reading(torch.tensor([1.0, 0]), torch.ones(2), torch.tensor([4.0, 2]))
+    head = EmbeddingHead(made, 0.25, reading, form="added")
+    assert head.width == 2
+    with torch.no_grad():
+        found = head(tokens_of((3.0, 5.0)))
+    # A quarter of (-5, 3) at half its length, three quarters of (3, 5) less (1, 0).
+    assert found.tolist() == [[0.25 * -2.5 + 0.75 * 2, 0.25 * 1.5 + 0.75 * 5]]
+
+
+@pytest.mark.parametrize(("share", "form"), [(0.0, "beside"), (0.3, "beside"), (0.3, "added"), (1.0, "added")])
+def test_the_composed_map_is_the_head(share: float, form: ResponseForm) -> None:
+    made = Student(hidden=5, width=5 if form == "added" else 3, compression_tokens=2)
     hidden = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(0))
-    head = EmbeddingHead(made, share, Reading.fit(made, hidden.mean(1)))
+    head = EmbeddingHead(made, share, Reading.fit(made, hidden.mean(1)), form=form)
     weight, bias = head.composed()
     assert tuple(weight.shape) == (head.width, 5)
     with torch.no_grad():

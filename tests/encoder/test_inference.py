@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
-from pipeline.backbone.loading import BackboneParams, Keep, Template, identify, load_backbone, load_tokenizer
+from pipeline.backbone.loading import BackboneParams, Keep, Pool, Template, identify, load_backbone, load_tokenizer
 from pipeline.backbone.lora import LoraParams, adapter_parameters, add_adapter
 from pipeline.core.artifacts import create
 from pipeline.core.errors import BackboneError, TrainingError
@@ -30,14 +30,18 @@ from tests.conftest import tiny_model, tiny_tokenizer
 
 
 def make_encoder(
-    architecture: str = "qwen3", template: Template = "chat", max_query_tokens: int = 32, keep: Keep = "start"
+    architecture: str = "qwen3",
+    template: Template = "chat",
+    max_query_tokens: int = 32,
+    keep: Keep = "start",
+    pool: Pool = "tokens",
 ) -> Encoder:
     """An untrained encoder on a tiny backbone."""
     model = tiny_model(architecture)
     config = EncoderConfig(
         backbone={"name": "tiny"}, chat_template_kwargs={}, template=template,
-        max_query_tokens=max_query_tokens, keep=keep, compression_tokens=3, thought_tokens=1, hidden=32, width=5,
-        teacher={"name": "t"},
+        max_query_tokens=max_query_tokens, keep=keep, pool=pool, compression_tokens=3, thought_tokens=1,
+        hidden=32, width=5, teacher={"name": "t"},
     )  # fmt: skip
     student = new_student(model, 5, compression_tokens=3, thought_tokens=1, seed=0)
     return Encoder(model, tiny_tokenizer(), student, config, {"name": "tiny"})
@@ -96,6 +100,31 @@ def test_however_texts_are_batched_they_embed_as_the_definition_says(architectur
         np.testing.assert_allclose(found, expected, atol=2e-5, err_msg=str(limit))
 
 
+@pytest.mark.parametrize("pool", get_args(Pool))
+def test_a_text_that_stands_twice_is_read_the_second_time(pool: Pool) -> None:
+    """Against the backbone's own states of one text at a time, at places that are counted in characters."""
+    encoder = make_encoder("llama", "echo", max_query_tokens=120, pool=pool)
+    texts = ["same size", "a longer text than the others", "size same", "s", "", "long " * 40]
+    model, tokens, expected, kept = encoder.model, encoder.student.tokens, [], []
+    for text in texts:
+        kept.append(text[: (120 - len("Say: Rewrite the sentence: , rewritten sentence: ") - 3) // 2])
+        prompt = f"<|user|>Say: Rewrite the sentence: {kept[-1]}, rewritten sentence: {kept[-1]}<|end|><|bot|>"
+        ids = torch.tensor(encoder.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        embeds = torch.cat([model.get_input_embeddings()(ids), tokens])[None]
+        [states] = model.get_decoder()(inputs_embeds=embeds).last_hidden_state
+        second, new = states[len(ids) - 2 - len(kept[-1]) - 1 : len(ids) - 2], states[-3:]  # a space goes with a text
+        pooled = {"tokens": new, "text": second, "both": torch.cat([second, new])}[pool].mean(0)
+        soft = encoder.student.soft_prompts(new[None])
+        embedding = encoder.student.alignment(encoder.student.reconstruction(pooled))
+        expected.append((embedding.detach().numpy(), soft[0].detach().numpy()))
+    embeddings, soft_prompts = zip(*expected, strict=True)
+    for limit in (None, 1, 200):
+        found = encoder.encode(texts, instruction="Say:", batch_tokens=limit)
+        np.testing.assert_allclose(found, embeddings, atol=2e-5, err_msg=str(limit))
+    np.testing.assert_allclose(encoder.soft_prompts(texts, instruction="Say:"), soft_prompts, atol=2e-5)
+    assert len(kept[-1]) == 34 and kept[:5] == texts[:5]
+
+
 class CountingReader:
     """`PaddedReader` or `PackedReader` that counts the tokens of each pass."""
 
@@ -108,9 +137,11 @@ class CountingReader:
         self.begun.append(len(ids))
         return self.reader.begin(ids)
 
-    def read(self, beginning: Any, rests: Sequence[Sequence[int]], tokens: torch.Tensor, count: int) -> torch.Tensor:
+    def read(
+        self, beginning: Any, rests: Sequence[Sequence[int]], tokens: torch.Tensor, count: int, pooled: Any = None
+    ) -> torch.Tensor:
         self.read_rows.append([len(ids) for ids in rests])
-        return self.reader.read(beginning, rests, tokens, count)
+        return self.reader.read(beginning, rests, tokens, count, pooled)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -14,9 +14,16 @@ def test_embedding_is_mean_of_projected_soft_prompts() -> None:
         student.reconstruction.bias.fill_(1.0)
         student.alignment.weight.copy_(torch.tensor([[1.0, 10.0]]))
         student.alignment.bias.fill_(0.5)
-    soft = student.soft_prompts(torch.tensor([[[1.0, 1.0], [2.0, 0.0]]]))
+    states = torch.tensor([[[1.0, 1.0], [2.0, 0.0]]])
+    soft = student.soft_prompts(states)
     assert soft.tolist() == [[[3.0, 4.0], [5.0, 1.0]]]
     assert student.embedding(soft).tolist() == [[((3 + 40) + (5 + 10)) / 2 + 0.5]]
+    assert [part.tolist() for part in student(states)] == [soft.tolist(), student.embedding(soft).tolist()]
+    assert student.feature(states).tolist() == [[1.5, 0.5]]
+    # A mean in front is what the embedding is made of; the soft prompts stay those of the tokens.
+    pooled = torch.cat([torch.tensor([[[3.0, 2.0]]]), states], dim=1)
+    assert [part.tolist() for part in student(pooled)] == [soft.tolist(), [[(7 + 70) + 0.5]]]
+    assert student.feature(pooled).tolist() == [[3.0, 2.0]]
 
 
 def test_alignment_reductions_differ_by_the_width() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 import pipeline.evaluate.build as module
@@ -21,7 +22,7 @@ from pipeline.core.errors import TeacherError, TrainingError
 from pipeline.core.target_transform import TargetTransform
 from pipeline.embed.__main__ import app as embed_app
 from pipeline.embed.params import TeacherParams, TeacherSection
-from pipeline.encoder.folder.config import EncoderConfig
+from pipeline.encoder.folder.config import START_FILE, EncoderConfig
 from pipeline.evaluate.build import SystemInputs, Systems, make_answers, make_systems, manifest_params, own_instructions
 from pipeline.evaluate.run import run_systems
 from pipeline.evaluate.system import BareSystem, InstructedSystem, System, revision_of
@@ -217,7 +218,27 @@ def test_standardised_systems_are_fitted_on_the_training_texts(workspace: Path, 
         assert embeddings.shape == (3, 32)
         np.testing.assert_allclose(embeddings.mean(0), 0, atol=1e-4)
         np.testing.assert_allclose(embeddings.std(0), 1, atol=1e-3)
-        assert "standardised over 3 training queries" in prompting
+        assert "standardised over training queries" in prompting
+
+
+def test_the_untrained_student_is_standardised_as_training_did_it_where_that_read_the_same_way(
+    workspace: Path, tiny_backbone: Callable[..., Path]
+) -> None:
+    folder, name, texts = write_folder(Path("trained"), tiny_backbone("qwen3")), "untrained-standardized", ["a", "b"]
+
+    def transforms(**changes: Any) -> dict[str, Any]:
+        made = systems(encoder_dir=folder, training_texts=lambda: texts, **changes)
+        assert [system.encode(texts, "").shape for system in made.build([name])] == [(2, 32)] * len(made.seeds)
+        return made.standardizations
+
+    start = load_file(folder / START_FILE)
+    found = transforms(seeds=[2, 3])
+    np.testing.assert_array_equal(found[name].mean, start["reading.mean"])
+    np.testing.assert_array_equal(found[name].forward, start["reading.scale"])
+    np.testing.assert_allclose(found[name].inverse * found[name].forward, 1, rtol=1e-6)
+    # Other new tokens read otherwise, and so does another precision.
+    for other in (found[f"{name}-3"], transforms(seeds=[2], dtype="bfloat16")[name]):
+        assert np.abs(other.mean - start["reading.mean"]).max() > 1e-3
 
 
 def test_the_start_is_a_system_if_the_encoder_has_it(

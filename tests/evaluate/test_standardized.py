@@ -29,7 +29,7 @@ def test_each_dimension_is_over_its_mean_and_deviation_of_the_training_texts() -
     system = fitted()
     # Means 2, 20, 5 and deviations 1, 10, 0: what does not vary says nothing.
     np.testing.assert_allclose(system.encode(["c", "a"], ""), [[3, -2, 0], [-1, -1, 0]], atol=1e-6)
-    assert system.prompting == "none; standardised over 2 training queries"
+    assert system.prompting == "none; standardised over training queries"
     assert innermost(system).name == "echo"
 
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from pipeline.backbone.loading import BackboneParams, Keep, Template, identify, load_backbone, load_tokenizer
+from pipeline.backbone.loading import BackboneParams, Keep, Pool, Template, identify, load_backbone, load_tokenizer
 from pipeline.backbone.lora import LoraParams, adapter_parameters, add_adapter
 from pipeline.core.artifacts import create
 from pipeline.core.target_transform import TargetTransform
-from pipeline.encoder.folder.config import EncoderConfig
+from pipeline.encoder.folder.config import EncoderConfig, ResponseForm
 from pipeline.encoder.folder.tensors import start_tensors
 from pipeline.encoder.folder.write import write_encoder
 from pipeline.encoder.head import Reading
@@ -25,11 +25,14 @@ def write_folder(
     thought_tokens: int = 2,
     max_query_tokens: int = 64,
     keep: Keep = "start",
+    pool: Pool = "tokens",
     lora: LoraParams | None = None,
     width: int = 5,
     recorded: dict[str, str] | None = None,
     transform: TargetTransform | None = None,
     share: float = 1.0,
+    form: ResponseForm = "beside",
+    teacher: dict[str, Any] | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     **card: Any,
 ) -> Path:
@@ -40,16 +43,17 @@ def write_folder(
     config = EncoderConfig(
         backbone=recorded or identify(str(backbone), None), template=template,
         chat_template_kwargs=chat_template_kwargs or {}, max_query_tokens=max_query_tokens, keep=keep,
-        compression_tokens=compression_tokens,
-        thought_tokens=thought_tokens, hidden=student.hidden, width=width, teacher={"name": "t"}, lora=lora,
-        transform=transform.identity if transform else None, response_share=share,
+        compression_tokens=compression_tokens, pool=pool,
+        thought_tokens=thought_tokens, hidden=student.hidden, width=width, teacher=teacher or {"name": "t"}, lora=lora,
+        transform=transform.identity if transform else None, response_share=share, response_form=form,
     )  # fmt: skip
     adapter = adapter_parameters(add_adapter(model, **lora.model_dump(), seed=3)) if lora else None
     with torch.no_grad():
         for seed, (_, value) in enumerate(sorted((adapter or {}).items())):
             value.copy_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)))
     features = torch.randn(20, student.hidden, generator=torch.Generator().manual_seed(5)) + 1
-    reading, sections = Reading.fit(student, features), {"train": {"response_share": share}}
+    reading = Reading.fit(student, features)
+    sections = {"train": {"response_share": share, "response_form": form}, "backbone": {"dtype": params.dtype}}
     untrained = new_student(model, width, compression_tokens=compression_tokens, thought_tokens=thought_tokens, seed=2)
     trained: dict[str, Any] = {"adapter": adapter, "reading": reading, "start": start_tensors(untrained, reading)}
     with create(out, kind="encoder", params=sections) as writer:

@@ -25,6 +25,7 @@ from pipeline.encoder.folder.read import read_encoder
 from pipeline.export.merged.export import add_rows, export_merged, usage
 from pipeline.export.merged.folder import old_rope_keys
 from pipeline.export.merged.tokenizer import PROBES, Frame, find_frame
+from pipeline.export.official.export import export_official
 from tests.conftest import ROOT, tiny_model, tiny_tokenizer
 from tests.export.encoder_folders import write_folder
 from tests.vllm_server import vllm_serve
@@ -119,6 +120,15 @@ def test_the_folder_needs_nothing_of_ours(workspace: Path, tiny_backbone: Callab
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
     np.testing.assert_allclose(np.load("found.npy"), read_encoder(model).encode(["one", "two three"]), atol=1e-4)
+
+
+def test_a_text_that_stands_twice_is_refused(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    model = write_model(tiny_backbone("llama"), template="echo", max_query_tokens=96)
+    with pytest.raises(TrainingError, match="template echo"):
+        export_merged(model, Path("merged"), prompts=PROMPTS)
+    with pytest.raises(TrainingError, match="template echo"):
+        export_official(model, Path("official"))
+    assert not Path("merged").exists() and not Path("official").exists()
 
 
 def test_adapters_are_merged(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.backbone.loading import BackboneParams, Keep, Template, identify, load_backbone, load_tokenizer
+from pipeline.backbone.loading import BackboneParams, Keep, Pool, Template, identify, load_backbone, load_tokenizer
 from pipeline.backbone.lora import LoraParams
 from pipeline.core.artifacts import create, open_artifact
 from pipeline.core.errors import ArtifactError
@@ -125,10 +125,26 @@ def test_behind_a_transform_the_folder_embeds_in_the_trained_space(
     assert "transform `center`" in (Path("given") / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("pool", "keep"), [("both", "start"), ("text", "end")])
+def test_a_text_that_stands_twice_embeds_as_ours(
+    workspace: Path, tiny_backbone: Callable[..., Path], pool: Pool, keep: Keep
+) -> None:
+    folder = write(Path("echo"), tiny_backbone("qwen3"), template="echo", pool=pool, keep=keep)
+    encoder, model = read_encoder(folder), load(folder)
+    np.testing.assert_allclose(model.encode(TEXTS, batch_size=4), encoder.encode(TEXTS), atol=1e-5)
+    found = model.encode(TEXTS, prompt="Say: ")
+    np.testing.assert_allclose(found, encoder.encode(TEXTS, instruction="Say:"), atol=1e-5)
+    soft = torch.stack(model.encode(TEXTS, output_value="token_embeddings"))
+    np.testing.assert_allclose(soft, encoder.soft_prompts(TEXTS), atol=1e-4)
+
+
 def test_the_reading_beside_the_prediction_embeds_and_the_prediction_decodes(
     workspace: Path, tiny_backbone: Callable[..., Path]
 ) -> None:
-    folder = write(Path("mixed"), tiny_backbone("llama"), share=0.3)
+    folder = write(Path("mixed"), tiny_backbone("llama"), share=0.3, template="echo", pool="both")
+    added = write(Path("added"), tiny_backbone("llama"), share=0.3, form="added", width=32)
+    np.testing.assert_allclose(load(added).encode(TEXTS), read_encoder(added).encode(TEXTS), atol=1e-5)
+    assert load(added).get_embedding_dimension() == 32
     encoder, model = read_encoder(folder), load(folder)
     assert model.get_embedding_dimension() == 6 + 32
     np.testing.assert_allclose(model.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5)
@@ -497,7 +513,7 @@ def test_folders_that_are_damaged(workspace: Path, tiny_backbone: Callable[..., 
 
     fails("encoder_config.json lacks template, width", template=None, width=None)
     fails(r"alignment.bias has shape \[6\], encoder_config.json says \[7\]", width=7)
-    fails("template is 'own', known are raw and chat", template="own")
+    fails("template is 'own', known are raw, chat and echo", template="own")
     fails("keep is 'middle', known are start and end", keep="middle")
     fails("max_seq_length is 2, the chat template takes 3 by itself", max_query_tokens=2)
     (folder / "encoder_config.json").unlink()

@@ -7,8 +7,9 @@ import numpy as np
 
 from pipeline.backbone.loading import BackboneParams
 from pipeline.backbone.lora import adapter_parameters, add_adapter
+from pipeline.backbone.prompting import SLOT
 from pipeline.embed.teachers.bidirectional import make_bidirectional
-from pipeline.embed.teachers.template import SLOT, TemplateTokenizer, Tokens
+from pipeline.embed.teachers.template import TemplateTokenizer, Tokens
 from pipeline.teach.params import TeachParams
 from pipeline.teach.recipe import Recipe
 from tests.conftest import tiny_model, tiny_tokenizer

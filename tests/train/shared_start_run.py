@@ -14,9 +14,13 @@ import torch
 from pipeline.encoder.student import Student
 from pipeline.parallel.ranks import rank_process
 from pipeline.train.data import TrainingRows
-from pipeline.train.warm_start import accumulate, warm_start
+from pipeline.train.states import RowPasses
+from pipeline.train.warm_start import Statistics, accumulate, warm_start
 
 ROWS, TOKENS, HIDDEN, WIDTH = 403, 2, 6, 5
+
+
+Ids = Sequence[Sequence[int]]
 
 
 class RowByRow:
@@ -25,7 +29,9 @@ class RowByRow:
     padded = False
     _table = np.random.default_rng(1).normal(2.0, 1.0, (50, TOKENS, HIDDEN)).astype(np.float32)
 
-    def __call__(self, query_ids: Sequence[Sequence[int]], tokens: torch.Tensor, read: int) -> torch.Tensor:
+    def __call__(
+        self, query_ids: Sequence[Sequence[int]], tokens: torch.Tensor, read: int, _: Any = None
+    ) -> torch.Tensor:
         return torch.from_numpy(np.stack([np.tanh(self._table[list(ids)].sum(0) / 7) for ids in query_ids]))
 
 
@@ -40,7 +46,8 @@ def some_rows() -> TrainingRows:
 def run(accelerator: Any, rows: int) -> dict[str, np.ndarray]:
     """Sums over the first `rows` and the start that they give, in float64."""
     student = Student(HIDDEN, WIDTH, TOKENS).double()
-    statistics = accumulate(student, RowByRow(), some_rows(), range(rows), accelerator, most_rows=1, most_tokens=40)
+    passes = RowPasses(student, RowByRow(), accelerator, most_rows=1, most_tokens=40)
+    statistics = accumulate(Statistics(TOKENS, HIDDEN), some_rows(), range(rows), passes)
     found = {"rows": np.array(len(statistics)), "means": statistics.position_means}
     found["spread"] = np.array(statistics.spread)
     for number, (moments, features, targets) in enumerate(statistics.folds()):

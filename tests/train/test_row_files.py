@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.train.row_files import TextRows, TokenRows, VectorRows
+from pipeline.train.row_files import SpanRows, TextRows, TokenRows, VectorRows
 
 
 def test_token_rows_are_lists(tmp_path: Path) -> None:
@@ -48,3 +48,12 @@ def test_nothing_stays_in_the_folder(tmp_path: Path) -> None:
     column = TokenRows(tmp_path / "work")
     column.append([[1]])
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_spans_come_back_by_row() -> None:
+    spans = SpanRows()
+    spans.append([slice(2, 5), slice(0, 1)])
+    spans.append([slice(7, 9)])
+    assert list(spans) == spans[:] == [slice(2, 5), slice(0, 1), slice(7, 9)]
+    spans.append([])
+    assert len(spans) == 3 and spans[2] == slice(7, 9)

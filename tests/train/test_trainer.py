@@ -104,9 +104,9 @@ class CountedQueryPass:
         self.rows: list[int] = []
         trainer.passes.query_pass = self
 
-    def __call__(self, query_ids: Any, tokens: torch.Tensor, read: int) -> torch.Tensor:
+    def __call__(self, query_ids: Any, tokens: torch.Tensor, read: int, pooled: Any = None) -> torch.Tensor:
         self.rows.append(len(query_ids))
-        return self._pass(query_ids, tokens, read)
+        return self._pass(query_ids, tokens, read, pooled)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.2, 100.0])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.core.errors import TrainingError
+from pipeline.core.part_store import Parts
 from pipeline.core.vectors import rank_own
 from pipeline.encoder.student import Student
 from pipeline.parallel.launch import launch_ranks
 from pipeline.train.data import TrainingRows
 from pipeline.train.ridge import LinearMap, Moments, fit_ridge
+from pipeline.train.states import RowPasses, States
 from pipeline.train.warm_start import (
     FOLDS,
     STRENGTHS,
@@ -47,7 +50,7 @@ def batches(rows: int, size: int) -> Iterator[Sequence[int]]:
 def statistics_of(hidden: np.ndarray, targets: np.ndarray, size: int = 10**6) -> Statistics:
     statistics = Statistics(*hidden.shape[1:])
     for rows in batches(len(hidden), size):
-        statistics.add(rows, hidden[rows], targets[rows])
+        statistics.add(rows, States.of(hidden[rows], hidden.shape[1]), targets[rows])
     return statistics
 
 
@@ -104,7 +107,10 @@ def test_rows_that_are_not_finite_are_named() -> None:
     hidden, targets = linear_problem(20)
     hidden[3, 0, 0], targets[11, 2] = np.inf, np.nan
     with pytest.raises(TrainingError, match=r"rows \[3, 11\] are not finite"):
-        Statistics(4, 6).add(range(20), hidden, targets)
+        Statistics(4, 6).add(range(20), States.of(hidden, 4), targets)
+
+
+Ids = Sequence[Sequence[int]]
 
 
 class CountingQueryPass:
@@ -112,7 +118,9 @@ class CountingQueryPass:
 
     padded = False
 
-    def __call__(self, query_ids: Sequence[Sequence[int]], tokens: torch.Tensor, read: int) -> torch.Tensor:
+    def __call__(
+        self, query_ids: Sequence[Sequence[int]], tokens: torch.Tensor, read: int, _: Any = None
+    ) -> torch.Tensor:
         lengths = torch.tensor([float(len(ids)) for ids in query_ids])
         return lengths[:, None, None] + tokens[-read:]
 
@@ -122,14 +130,38 @@ def test_accumulate_takes_the_chosen_rows_with_their_targets() -> None:
     queries = [[0] * length for length in lengths]
     rows = TrainingRows(list("abcdef"), queries, [[1]] * 6, np.array(lengths, np.float32)[:, None] * 10)
     student = Student(hidden=2, width=1, compression_tokens=1)
-    statistics = accumulate(
-        student, CountingQueryPass(), rows, [0, 2, 3, 5], Accelerator(cpu=True), most_rows=3, most_tokens=None
-    )
+    passes = RowPasses(student, CountingQueryPass(), Accelerator(cpu=True), most_rows=3, most_tokens=None)
+    statistics = accumulate(Statistics(1, 2), rows, [0, 2, 3, 5], passes)
     total = sum(moments.mean * moments.count for moments, _, _ in statistics.folds())
     np.testing.assert_allclose(total, [19.0, 19.0])
     for moments, features, targets in statistics.folds():
         np.testing.assert_allclose(features[:, :1] * 10, targets)
         np.testing.assert_allclose(moments.mean[:1] * 10, moments.target_mean)
+
+
+def test_states_that_are_kept_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.train.states.PART_ROWS", {"cpu": 4, "cuda": 4})
+    lengths = [5, 1, 9, 3, 7, 2, 8, 4, 6]
+    rows = TrainingRows(list("abcdefghi"), [[0] * length for length in lengths], [[1]] * 9, np.ones((9, 1), "f4"))
+    student = Student(hidden=2, width=1, compression_tokens=2)
+
+    def read(most_rows: int) -> tuple[Statistics, list[int]]:
+        query_pass, kept = FullAbove(99), Parts(tmp_path, ".npz")
+        passes = RowPasses(student, query_pass, Accelerator(cpu=True), most_rows, most_tokens=None, kept=kept)
+        return accumulate(Statistics(2, 2), rows, range(9), passes), query_pass.read
+
+    first, passes = read(3)
+    assert passes == [3, 1, 3, 1, 1]
+    again, passes = read(2)  # cut into other passes
+    assert passes == []
+    np.testing.assert_array_equal(again.position_means, first.position_means)
+    assert (again.spread, len(again)) == (first.spread, 9)
+    for (moments, features, targets), (other, *expected) in zip(again.folds(), first.folds(), strict=True):
+        np.testing.assert_array_equal(moments.scatter, other.scatter)
+        np.testing.assert_array_equal(features, expected[0])
+        np.testing.assert_array_equal(targets, expected[1])
+    rows.query_ids[6].append(1)
+    assert read(3)[1] == [3, 1]  # the part that holds another prompt
 
 
 class FullAbove(CountingQueryPass):
@@ -139,7 +171,9 @@ class FullAbove(CountingQueryPass):
         self._rows = rows
         self.read: list[int] = []
 
-    def __call__(self, query_ids: Sequence[Sequence[int]], tokens: torch.Tensor, read: int) -> torch.Tensor:
+    def __call__(
+        self, query_ids: Sequence[Sequence[int]], tokens: torch.Tensor, read: int, _: Any = None
+    ) -> torch.Tensor:
         self.read.append(len(query_ids))
         if len(query_ids) > self._rows:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -152,8 +186,8 @@ def test_batches_are_of_tokens_longest_first_and_halved_where_memory_is_full() -
     student = Student(hidden=2, width=1, compression_tokens=1)
 
     def means(query_pass: CountingQueryPass) -> np.ndarray:
-        found = accumulate(student, query_pass, rows, range(10), Accelerator(cpu=True), most_rows=1, most_tokens=32)
-        return found.position_means
+        passes = RowPasses(student, query_pass, Accelerator(cpu=True), most_rows=1, most_tokens=32)
+        return accumulate(Statistics(1, 2), rows, range(10), passes).position_means
 
     roomy, tight = FullAbove(99), FullAbove(1)
     expected = means(roomy)

@@ -4,8 +4,9 @@ import logging
 
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import BackboneParams, DType, identify, load_backbone, load_tokenizer
+from pipeline.backbone.prompting import SLOT
 from pipeline.embed.teachers.pooling import PooledTeacher, check_positions
-from pipeline.embed.teachers.template import SLOT, Pooling, TemplateTokenizer
+from pipeline.embed.teachers.template import Pooling, TemplateTokenizer
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,12 @@ from typing import Any
 
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import BackboneParams, DType, identify, load_backbone, load_tokenizer
+from pipeline.backbone.prompting import SLOT
 from pipeline.core.errors import BackboneError, TeacherError, nested_in
 from pipeline.embed.teachers.adapters import TOKENIZER, AdapterParams, fetch_adapter, merge_adapter
 from pipeline.embed.teachers.bidirectional import check_bidirectional, make_bidirectional
 from pipeline.embed.teachers.pooling import PooledTeacher, check_positions
-from pipeline.embed.teachers.template import SLOT, Pooling, TemplateTokenizer
+from pipeline.embed.teachers.template import Pooling, TemplateTokenizer
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pipeline.backbone.control_tokens import ControlTokens
+from pipeline.backbone.prompting import ECHO, SLOT
 from pipeline.core.errors import TeacherError
 
 if TYPE_CHECKING:
@@ -22,11 +23,9 @@ if TYPE_CHECKING:
 
 Pooling = Literal["mean", "mean-all", "last"]
 
-SLOT = "{text}"
-
 TEMPLATES = {
     "text": SLOT,
-    "echo": f"Rewrite the sentence: {SLOT}, rewritten sentence: {SLOT}",
+    "echo": ECHO,
     "one-word": f'This sentence : "{SLOT}" means in one word:"',
 }
 

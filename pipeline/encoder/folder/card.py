@@ -79,7 +79,7 @@ dimensions, are not normalised, and are compared by cosine. {share}{order}"""
 
 _SHARE = """\
 The predicted response has a share of {share} in
-them; the rest is the standardised reading of the text itself, which stands beside it. """
+them; the rest is the standardised reading of the text itself, which {joined}. """
 
 _UNORDERED = """\
 They were not trained to be truncated to fewer
@@ -159,22 +159,26 @@ def with_results(card: str, tables: Sequence[str]) -> str:
 
 def with_config(card: str, before: "EncoderConfig", after: "EncoderConfig") -> str:
     """The card of an encoder whose response share or rotation became another one."""
-    for text in (_embeddings, _share_row):
+    for text in (_embeddings, _share_row, _form_row):
         card = card.replace(text(before), text(after))
     return card
 
 
 def _embeddings(config: "EncoderConfig") -> str:
-    share = config.response_share
+    share, joined = config.response_share, {"beside": "stands beside it", "added": "is added to it"}
     return _EMBEDDINGS.format(
         width=config.embedding_width,
-        share="" if share == 1 else _SHARE.format(share=share),
+        share="" if share == 1 else _SHARE.format(share=share, joined=joined[config.response_form]),
         order=_ORDERED if config.ordered else _UNORDERED,
     )
 
 
 def _share_row(config: "EncoderConfig") -> str:
     return _row("train.response_share", config.response_share)
+
+
+def _form_row(config: "EncoderConfig") -> str:
+    return _row("train.response_form", config.response_form)
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline.backbone.loading import Keep, Template
+from pipeline.backbone.loading import Keep, Pool, Template
 from pipeline.backbone.lora import LoraParams
 from pipeline.core.config import Params
+from pipeline.core.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,8 @@ ROTATION_FILE = "rotation.safetensors"
 START_FILE = "start.safetensors"
 ADAPTER = "adapter"
 
+ResponseForm = Literal["beside", "added"]
+
 
 class EncoderConfig(Params):
     """Everything that loading needs besides the tensors; `encoder_config.json` of the folder."""
@@ -28,6 +31,7 @@ class EncoderConfig(Params):
     template: Template
     max_query_tokens: int
     keep: Keep = "start"
+    pool: Pool = "tokens"
     compression_tokens: int
     thought_tokens: int
     hidden: int
@@ -35,6 +39,7 @@ class EncoderConfig(Params):
     teacher: dict[str, Any]
     transform: dict[str, str] | None = None
     response_share: float = Field(default=1.0, gt=0, le=1, description="of the embedding; the rest is the reading")
+    response_form: ResponseForm = Field(default="beside", description="how a share below 1 and the reading are joined")
     rotated_width: int | None = Field(
         default=None, ge=1, description="dimensions of rotated embeddings; null = as made"
     )
@@ -44,7 +49,8 @@ class EncoderConfig(Params):
     @property
     def embedding_width(self) -> int:
         """Dimensions of an embedding; `width` are those of the predicted response."""
-        return self.rotated_width or embedding_width(self.response_share, self.width, self.hidden)
+        made = embedding_width(self.response_share, self.width, self.hidden, self.response_form)
+        return self.rotated_width or made
 
     @property
     def ordered(self) -> bool:
@@ -68,11 +74,25 @@ class EncoderConfig(Params):
 
 def fingerprint(identity: Mapping[str, Any], config: EncoderConfig) -> dict[str, Any]:
     """What an embedding depends on besides its text: the weights (`identity`) and how a prompt is made of the text."""
-    apart = {"teacher", "origin", "transform"} | ({"response_share"} if config.response_share == 1 else set())
-    apart |= {"rotated_width"} if config.rotated_width is None else set()
+    apart = {"teacher", "origin", "transform"}
+    # Left out where they change nothing, so that what earlier versions embedded is found.
+    usual = {"response_share": 1, "pool": "tokens", "rotated_width": None}
+    apart |= {name for name, value in usual.items() if getattr(config, name) == value}
+    apart |= {"response_form"} if config.response_share == 1 or config.response_form == "beside" else set()
     return {**identity, "config": config.model_dump(exclude=apart)}
 
 
-def embedding_width(share: float, width: int, hidden: int) -> int:
+def embedding_width(share: float, width: int, hidden: int, form: ResponseForm = "beside") -> int:
     """Dimensions of an embedding at a response share, unrotated, of predictions `width` and hidden states `hidden`."""
-    return width * (share > 0) + hidden * (share < 1)
+    return width if form == "added" and 0 < share < 1 else width * (share > 0) + hidden * (share < 1)
+
+
+def check_form(form: ResponseForm, teacher: Mapping[str, Any], transform: Mapping[str, str] | None) -> None:
+    """Raises TrainingError if a prediction in the space of these targets cannot be added to a standardised reading."""
+    mean = teacher.get("kind") == "backbone" and teacher.get("pooling") == "mean"
+    if form == "added" and not (mean and (transform or {}).get("kind") == "standardize"):
+        raise TrainingError(
+            "added: the targets must be a reading of the backbone itself, its mean hidden states standardised "
+            "(embed.teacher.kind: backbone, embed.transform.kind: standardize): take the form beside",
+            argument="response_form",
+        )

@@ -8,16 +8,18 @@ import copy
 from pathlib import Path
 
 from pipeline.core.errors import TrainingError
-from pipeline.encoder.folder.config import READING_FILE, EncoderConfig
+from pipeline.encoder.folder.config import READING_FILE, EncoderConfig, ResponseForm, check_form
 from pipeline.encoder.folder.derive import derive, open_source
 from pipeline.encoder.folder.read import read_config
 
 
-def mix(model: Path, response_share: float, out: Path) -> EncoderConfig:
+def mix(model: Path, response_share: float, out: Path, form: ResponseForm | None = None) -> EncoderConfig:
     """Write the encoder folder `model` with another response share as `out`, which may be `model`; returns its config.
 
+    `form` None keeps that of the encoder.
+
     Raises:
-        TrainingError: the share is not in (0, 1], or the encoder has no reading.
+        TrainingError: the share is not in (0, 1], the encoder has no reading, or it cannot be added.
         ArtifactError: `model` is missing or damaged, or `out` exists.
     """
     if not 0 < response_share <= 1:
@@ -28,9 +30,12 @@ def mix(model: Path, response_share: float, out: Path) -> EncoderConfig:
             f"{model} has no {READING_FILE} (an imported encoder, or one of an older version): nothing can stand "
             "beside its predicted response; train again"
         )
-    config = read_config(model).model_copy(update={"response_share": response_share, "rotated_width": None})
+    before = read_config(model)
+    mixed = {"response_share": response_share, "response_form": form or before.response_form}
+    check_form(form or before.response_form, before.teacher, before.transform)
+    config = before.model_copy(update={**mixed, "rotated_width": None})
     params = copy.deepcopy(source.manifest.params)
-    params.setdefault("train", {})["response_share"] = response_share
+    params.setdefault("train", {}).update(mixed)
     params.pop("rotate", None)
     derive(source, out, config, params)
     return config

@@ -1,9 +1,10 @@
 """An LLM2Vec-Gen encoder as a module of sentence-transformers: `SentenceTransformer(folder, trust_remote_code=True)`.
 
 This file needs torch, transformers, safetensors and sentence-transformers (and peft for LoRA adapters), nothing else.
-A text runs through a frozen language model, followed by trained tokens; two trained projections make the embedding. At
-a `response_share` below 1 the standardised hidden states stand beside it; with a `rotated_width` all of it is rotated.
-The language model is loaded by the name and revision in `encoder_config.json`.
+A text runs through a frozen language model, followed by trained tokens; two trained projections make the embedding of
+their hidden states, or of the text's where it stands twice in its prompt (`pool`). At a `response_share` below 1 the
+standardised hidden states stand beside it; with a `rotated_width` all of it is rotated. The language model is loaded by
+the name and revision in `encoder_config.json`.
 
     SentenceTransformer(folder, trust_remote_code=True, model_kwargs={
         "backbone": "/models/llm",         # where the language model is; or LLM2VEC_GEN_BACKBONE in the environment
@@ -22,10 +23,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -44,6 +46,8 @@ ROTATION_FILE = "rotation.safetensors"
 ADAPTER = "adapter"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What a prompt of the template `echo` says of a text.
+ECHO = "Rewrite the sentence: {text}, rewritten sentence: {text}"
 BACKBONE_VARIABLE = "LLM2VEC_GEN_BACKBONE"
 
 _KEYS = {
@@ -71,8 +75,9 @@ class Head(_InFloat32):
     """T thought and n compression tokens `[T + n, d]`, and two projections, d -> d and d -> e.
 
     `share` is that of the predicted response in an embedding. Below 1, `reading` holds the mean and the scale of hidden
-    states `[d]`, and `lengths` of predictions and readings `[2]`. A `rotation` holds the whole map from the mean hidden
-    state to rotated embeddings: weight `[k, d]` and bias `[k]`.
+    states `[d]`, and `lengths` of predictions and readings `[2]`; the reading stands beside the response or is `added`
+    to it. A `rotation` holds the whole map from the mean hidden state to rotated embeddings: weight `[k, d]`, bias
+    `[k]`.
     """
 
     reading_mean: Tensor
@@ -89,9 +94,10 @@ class Head(_InFloat32):
         share: float = 1.0,
         reading: dict[str, Tensor] | None = None,
         rotation: dict[str, Tensor] | None = None,
+        added: bool = False,
     ) -> None:
         super().__init__()
-        self.share, self.rotated = share, bool(rotation)
+        self.share, self.rotated, self.added = share, bool(rotation), added
         for kind, tensors in (("reading", reading), ("rotation", rotation)):
             for name, value in (tensors or {}).items():
                 self.register_buffer(f"{kind}_{name}", value.float(), persistent=False)
@@ -114,7 +120,8 @@ class Head(_InFloat32):
             return predicted
         mean, scale, lengths = self.reading_mean, self.reading_scale, self.reading_lengths
         read = (hidden.to(mean.device, mean.dtype).mean(dim=1) - mean) * scale
-        return torch.cat([predicted * (self.share * lengths[1] / lengths[0]), read * (1 - self.share)], dim=1)
+        parts = predicted * (self.share * lengths[1] / lengths[0]), read * (1 - self.share)
+        return parts[0] + parts[1] if self.added else torch.cat(parts, dim=1)
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """The content of `reading.safetensors` or `rotation.safetensors`; empty without it."""
@@ -164,13 +171,17 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
                 found = f"{type(text).__name__}: {str(text)[:80]}"
                 # No TypeError: sentence-transformers would try again without the prompt.
                 raise ValueError(f"this encoder embeds texts, got a {found}")  # noqa: TRY004
-        rows, cut = self._prompts().batch(list(inputs), prompt or "")
+        prompts = self._prompts()
+        rows, cut = prompts.batch(list(inputs), prompt or "")
         self._count(cut)
-        width = max(map(len, rows), default=0)
+        width = max((len(row.ids) for row in rows), default=0)
         # Masked, so any token may stand in the padding: the tokenizer needs no pad token.
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], dtype=torch.long)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.long)
-        return {"input_ids": ids, "attention_mask": mask}
+        ids = torch.tensor([[0] * (width - len(row.ids)) + row.ids for row in rows], dtype=torch.long)
+        mask = torch.tensor([[0] * (width - len(row.ids)) + [1] * len(row.ids) for row in rows], dtype=torch.long)
+        features = {"input_ids": ids, "attention_mask": mask}
+        if self.encoder_config.get("pool", "tokens") != "tokens":
+            features["text_tokens"] = torch.tensor([[row.text_tokens, prompts.behind] for row in rows])
+        return features
 
     def _prompts(self) -> "_Prompts":
         config = self.encoder_config
@@ -191,7 +202,8 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
     def forward(self, features: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
         """Adds `sentence_embedding` and, as `token_embeddings`, the soft prompts `[B, n, d]`, in float32.
 
-        `input_ids` and `attention_mask` may be padded on either side.
+        `input_ids` and `attention_mask` may be padded on either side; `text_tokens` are those of the second text in
+        each prompt and those behind it.
         """
         count = self.encoder_config["compression_tokens"]
         ids, mask = _padded_left(features["input_ids"], features["attention_mask"])
@@ -206,9 +218,14 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         )
         hidden = output.last_hidden_state[:, -count:]
         soft = self.head.soft_prompts(hidden)
+        made_of, mapped = hidden, soft
+        if (pool := self.encoder_config.get("pool", "tokens")) != "tokens":
+            texts = output.last_hidden_state[:, : ids.shape[1]]
+            made_of = _pooled(texts, features["text_tokens"], hidden if pool == "both" else hidden[:, :0])
+            mapped = self.head.soft_prompts(made_of)
         return {
             **features,
-            "sentence_embedding": self.head.embedding(soft, hidden),
+            "sentence_embedding": self.head.embedding(mapped, made_of),
             "token_embeddings": soft,
             "attention_mask": mask[:, -count:],
         }
@@ -249,7 +266,8 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
     def get_embedding_dimension(self) -> int:
         """The width of an embedding."""
         config = self.encoder_config
-        return int(config.get("rotated_width") or config["width"] + (config["hidden"] if self.head.share < 1 else 0))
+        beside = config["hidden"] if self.head.share < 1 and not self.head.added else 0
+        return int(config.get("rotated_width") or config["width"] + beside)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Content of `encoder_config.json`."""
@@ -320,11 +338,21 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         return cls(backbone, tokenizer, head, config, adapter_config, content)
 
 
+class _Prompt(NamedTuple):
+    """Token ids, and how many of them are the second text's, of the template `echo`."""
+
+    ids: list[int]
+    text_tokens: int
+
+
 class _Prompts:
     """Texts as at most `limit` prompt tokens; of a longer text the side `keep` (start or end) is kept.
 
-    `raw` is the text with the tokenizer's special tokens, `chat` the tokenizer's chat template around it. A control
-    token that a text spells is read as ordinary characters.
+    `raw` is the text with the tokenizer's special tokens, `chat` the tokenizer's chat template around it, `echo` that
+    with the text in it twice. A control token that a text spells is read as ordinary characters.
+
+    Attributes:
+        behind: tokens that the template writes behind a text.
     """
 
     def __init__(
@@ -344,65 +372,65 @@ class _Prompts:
         self._splitting = re.compile("|".join(map(self._with_space, spellings)) or r"(?!)")
         if keep not in ("start", "end"):
             raise ValueError(f"{CONFIG_FILE}: keep is '{keep}', known are start and end")
-        if template not in ("raw", "chat"):
-            raise ValueError(f"{CONFIG_FILE}: template is '{template}', known are raw and chat")
-        if template == "chat" and not tokenizer.chat_template:
+        if template not in ("raw", "chat", "echo"):
+            raise ValueError(f"{CONFIG_FILE}: template is '{template}', known are raw, chat and echo")
+        if template != "raw" and not tokenizer.chat_template:
             raise ValueError("this encoder needs its tokenizer's chat template, and the folder has none")
+        self._twice = template == "echo"
         # Some templates print content parts only.
-        self._in_parts = template == "chat" and not self._prints_strings()
-        [self._frame] = self._ids([""])
-        if len(self._frame) >= limit:
-            raise ValueError(f"max_seq_length is {limit}, the {template} template takes {len(self._frame)} by itself")
+        self._in_parts = template != "raw" and not self._prints_strings()
+        frame, *probes = self._ids(["", "Copper 7315", "Velvet 2846"])
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(*map(reversed, probes), strict=False))
+        self.behind = sum(1 for _ in alike)
+        if len(frame) >= limit:
+            raise ValueError(f"max_seq_length is {limit}, the {template} template takes {len(frame)} by itself")
 
-    def batch(self, texts: list[str], prefix: str) -> tuple[list[list[int]], int]:
-        """Token ids of each text with `prefix` in front, and how many were truncated.
+    def batch(self, texts: list[str], prefix: str) -> tuple[list[_Prompt], int]:
+        """The prompt of each text with `prefix` in front, and how many were truncated.
 
-        `prefix` is never truncated; ValueError if it leaves no room for the text.
+        Where a text keeps its end, or stands twice, `prefix` is never truncated; ValueError if it leaves it no room.
         """
         # Four characters a token is already long; beyond this bound tokenising the rest is wasted work.
         most = 64 * self._limit
-        wholes = [prefix + text for text in texts]
-        if self._keep == "start":
-            bounded = [whole[:most] for whole in wholes]
-        else:
-            bounded = [prefix + text[-most:] for text in texts]
+        if self._keep == "start" and not self._twice:
+            texts, prefix = [prefix + text for text in texts], ""
+        bounded = [text[:most] if self._keep == "start" else text[-most:] for text in texts]
         rows, cut = [], 0
-        for whole, left, ids in zip(wholes, bounded, self._ids(bounded), strict=True):
+        for whole, left, ids in zip(texts, bounded, self._ids(bounded, prefix), strict=True):
             fits = len(ids) <= self._limit
             cut += not fits or len(left) < len(whole)
-            rows.append((ids if fits else self._cut(left, prefix)) or self._empty())
+            kept, ids = (left, ids) if fits else self._cut(left, prefix)
+            rows.append(_Prompt(ids or self._empty(), self._text_tokens(kept, len(ids)) if self._twice else 0))
         return rows, cut
 
-    def _cut(self, text: str, prefix: str) -> list[int]:
-        if self._keep == "start":
-            offsets = self._offsets(text)
-            return self._fitting(len(self._frame), offsets, lambda count: text[: offsets[count - 1][1]], self._frame)
-        [nothing] = self._ids([prefix])
+    def _text_tokens(self, text: str, most: int) -> int:
+        """As many as the text has by itself, behind a space."""
+        options = {"split_special_tokens": bool(self._spelt.search(text)), "verbose": False}
+        return min(max(1, len(self._tokenizer(f" {text}", add_special_tokens=False, **options)["input_ids"])), most)
+
+    def _cut(self, text: str, prefix: str) -> tuple[str, list[int]]:
+        """What fits of a text, and the ids of its prompt."""
+        [nothing] = self._ids([""], prefix)
         if len(nothing) >= self._limit:
             raise ValueError(
                 f"the prompt {prefix!r} takes {len(nothing)} tokens, template included, max_seq_length is "
-                f"{self._limit}, and of a text the end is kept: nothing is left for it"
+                f"{self._limit}: nothing is left for a text"
             )
-        behind = text[len(prefix) :]
-        offsets = self._offsets(behind)
-        return self._fitting(len(nothing), offsets, lambda count: prefix + behind[offsets[-count][0] :], nothing)
+        offsets = self._offsets(text)
+        copies = 2 if self._twice else 1
+        count = min((self._limit - len(nothing)) // copies, len(offsets))
+        while count > 0:
+            left = text[: offsets[count - 1][1]] if self._keep == "start" else text[offsets[-count][0] :]
+            [ids] = self._ids([left], prefix)
+            if len(ids) <= self._limit:
+                return left, ids
+            count -= -(-(len(ids) - self._limit) // copies)
+        return "", nothing
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         options = {"split_special_tokens": bool(self._spelt.search(text)), "verbose": False}
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **options)
         return list(encoding["offset_mapping"])
-
-    def _fitting(
-        self, taken: int, offsets: list[tuple[int, int]], left: Callable[[int], str], nothing: list[int]
-    ) -> list[int]:
-        """Ids of `left(count)` for the largest count that fits; else `nothing`."""
-        count = min(self._limit - taken, len(offsets))
-        while count > 0:
-            [ids] = self._ids([left(count)])
-            if len(ids) <= self._limit:
-                return ids
-            count -= len(ids) - self._limit
-        return nothing
 
     def _empty(self) -> list[int]:
         # Without a template and a start token an empty text has no token at all; EOS stands for it.
@@ -410,15 +438,16 @@ class _Prompts:
             raise ValueError("a text is empty, and the tokenizer names no EOS token to stand for it")
         return [int(self._tokenizer.eos_token_id)]
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def _ids(self, texts: list[str], prefix: str = "") -> list[list[int]]:
         if not texts:
             return []
         raw = self._template == "raw"
-        read = texts if raw else [self._rendered(text) for text in texts]
+        contents = [prefix + (text.join(ECHO.split("{text}")) if self._twice else text) for text in texts]
+        read = contents if raw else [self._rendered(content) for content in contents]
         rows = list(self._tokenizer(read, add_special_tokens=raw, verbose=False)["input_ids"])
-        for row, text in enumerate(texts):
-            if self._spelt.search(text):
-                rows[row] = self._plain(text, special=True) if raw else self._apart(text)
+        for row, content in enumerate(contents):
+            if self._spelt.search(content):
+                rows[row] = self._plain(content, special=True) if raw else self._apart(content)
         return rows
 
     def _apart(self, text: str) -> list[int]:
@@ -465,6 +494,18 @@ def _greedy(stops: list[int], max_new_tokens: int) -> GenerationConfig:
     )
 
 
+def _pooled(states: Tensor, text_tokens: Tensor, new: Tensor) -> Tensor:
+    """Mean `[B, 1, d]` over the second text of each prompt and states `[B, k, d]` of new tokens.
+
+    `states` `[B, T, d]` are padded on the left; `text_tokens` `[B, 2]` are those of the text, and those behind it.
+    """
+    from_end = torch.arange(states.shape[1], 0, -1, device=states.device) - 1
+    own, behind = text_tokens.to(states.device).T[:, :, None]
+    inside = ((from_end >= behind) & (from_end < behind + own)).float()
+    sums = torch.einsum("bt,btd->bd", inside, states.float()) + new.float().sum(1)
+    return (sums / (inside.sum(1, keepdim=True) + new.shape[1]))[:, None]
+
+
 def _padded_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The same rows with all padding in front, so that the new tokens follow the last token of each."""
     order = mask.ne(0).long().argsort(dim=1, stable=True)
@@ -499,7 +540,8 @@ def _load_head(config: dict[str, Any], files: dict[str, str | None]) -> Head:
             raise ValueError(f"the folder has no {name}")
     tokens = config["thought_tokens"] + config["compression_tokens"]
     reading, rotation = (load_file(files[name]) if name in files else None for name in (READING_FILE, ROTATION_FILE))
-    head = Head(config["hidden"], config["width"], tokens, config.get("response_share", 1.0), reading, rotation)
+    share, added = config.get("response_share", 1.0), config.get("response_form", "beside") == "added"
+    head = Head(config["hidden"], config["width"], tokens, share, reading, rotation, added)
     tensors, wanted = load_file(files[WEIGHTS_FILE]), head.state_dict()
     for name in sorted(tensors.keys() | wanted.keys()):
         found, expected = (list(part[name].shape) if name in part else None for part in (tensors, wanted))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.encoder.passes.plain import QueryPass
+from pipeline.encoder.passes.plain import Pooled, QueryPass
 
 
 class AdaptedQueryPass:
@@ -20,9 +20,11 @@ class AdaptedQueryPass:
         dropouts = [module for module in _dropouts(adapted) if isinstance(module, nn.Dropout)]
         self._dropouts = dropouts if any(module.p > 0 for module in dropouts) else []
 
-    def __call__(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
+    def __call__(
+        self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int, pooled: Pooled | None = None
+    ) -> Tensor:
         with self._dropout(query_ids, tokens) if torch.is_grad_enabled() else contextlib.nullcontext():
-            return self._query_pass(query_ids, tokens, read)
+            return self._query_pass(query_ids, tokens, read, pooled)
 
     @contextlib.contextmanager
     def _dropout(self, query_ids: Sequence[Sequence[int]], tokens: Tensor) -> Iterator[None]:

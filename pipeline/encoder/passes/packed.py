@@ -22,6 +22,7 @@ from pipeline.backbone.device import to_device
 from pipeline.backbone.fused import FusedKernels
 from pipeline.backbone.output_head import at_least_float32
 from pipeline.encoder.passes.activation_checkpointing import ContextFactory
+from pipeline.encoder.passes.plain import Pooled
 from pipeline.encoder.passes.response import ComposedResponsePass, ResponseBatch, ResponseLoss
 
 # Tokens that a forward pass of its own for the common beginning of a batch must save to pay: the pass launches every
@@ -68,14 +69,16 @@ class PackedBackbone:
         count: int,
         shared: int = 0,
         cache: DynamicCache | None = None,
+        pooled: Pooled | None = None,
     ) -> Tensor:
-        """Hidden states `[B, count, d]` of the last `count` of the new `tokens` `[N, d]` after each row of ids.
+        """Hidden states of the last `count` of the new `tokens` `[N, d]` after each row of ids, as `QueryPass` has it.
 
-        `cache` holds `shared` tokens that all rows continue.
+        `cache` holds `shared` tokens that all rows continue, and that no span of `pooled` holds.
         """
-        hidden, lengths = self._run(rows, tokens, shared, cache)
-        ends = torch.tensor(list(accumulate(lengths)), device=hidden.device)[:, None]
-        return at_least_float32(hidden[ends + torch.arange(-count, 0, device=hidden.device)])
+        states, lengths = self._run(rows, tokens, shared, cache)
+        ends = torch.tensor(list(accumulate(lengths)), device=states.device)[:, None]
+        hidden = at_least_float32(states[ends + torch.arange(-count, 0, device=states.device)])
+        return pooled.in_front(hidden, packed_spans(states, lengths, pooled.spans, shared)) if pooled else hidden
 
     def read_all(
         self, rows: Sequence[Sequence[int]], tokens: Tensor, shared: int = 0, cache: DynamicCache | None = None
@@ -92,6 +95,12 @@ class PackedBackbone:
         row = interleave(torch.split(words, [len(ids) for ids in rows]), [tokens.to(words.dtype)] * len(rows))
         lengths = [len(ids) + len(tokens) for ids in rows]
         return self.hidden(row, Segments.of(lengths, shared=shared), cache), lengths
+
+
+def packed_spans(states: Tensor, lengths: Sequence[int], spans: Sequence[slice], shared: int) -> list[Tensor]:
+    """States at the span of each of the rows that lie side by side in `states` `[T, d]`, without `shared` tokens."""
+    rows = torch.split(states, list(lengths))
+    return [row[span.start - shared : span.stop - shared] for row, span in zip(rows, spans, strict=True)]
 
 
 class _PackedCacheLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
@@ -134,8 +143,10 @@ class PackedQueryPass:
     def __init__(self, backbone: PackedBackbone) -> None:
         self._backbone = backbone
 
-    def __call__(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
-        return self._backbone.read(query_ids, tokens, read)
+    def __call__(
+        self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int, pooled: Pooled | None = None
+    ) -> Tensor:
+        return self._backbone.read(query_ids, tokens, read, pooled=pooled)
 
 
 class FrozenPackedQueryPass:
@@ -147,31 +158,36 @@ class FrozenPackedQueryPass:
         """`share_prefix`: the common beginning of a batch's queries, if any, runs once, in a forward of its own."""
         self._backbone, self._share_prefix = backbone, share_prefix
 
-    def __call__(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
+    def __call__(
+        self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int, pooled: Pooled | None = None
+    ) -> Tensor:
         rows, count = len(query_ids), len(tokens)
-        shared = self._shared(query_ids) if self._share_prefix else 0
-        cache = self._prefixes(query_ids, shared)
+        spans = pooled.spans if pooled else ()
+        shared = self._shared(query_ids, spans) if self._share_prefix else 0
+        lengths = [len(ids) - shared for ids in query_ids]
+        cache, queries = self._prefixes(query_ids, shared)
         new = tokens.to(self._backbone.embed.weight.dtype).repeat(rows, 1)
-        segments = Segments.of([count] * rows, [len(ids) - shared for ids in query_ids], shared)
-        hidden = self._backbone.hidden(new, segments, cache)
-        return at_least_float32(hidden.view(rows, count, -1)[:, -read:])
+        states = self._backbone.hidden(new, Segments.of([count] * rows, lengths, shared), cache)
+        hidden = at_least_float32(states.view(rows, count, -1)[:, -read:])
+        return pooled.in_front(hidden, packed_spans(queries, lengths, spans, shared)) if pooled else hidden
 
-    def _shared(self, query_ids: Sequence[Sequence[int]]) -> int:
-        shared = shared_prefix(query_ids)
+    def _shared(self, query_ids: Sequence[Sequence[int]], spans: Sequence[slice]) -> int:
+        """Tokens that the queries begin with and no span holds, if a pass of their own pays."""
+        shared = min([shared_prefix(query_ids), *(span.start for span in spans)])
         least = least_saved(self._backbone.embed.weight.device)
         return shared if shared * (len(query_ids) - 1) >= least else 0
 
     @torch.no_grad()
-    def _prefixes(self, query_ids: Sequence[Sequence[int]], shared: int) -> DynamicCache:
+    def _prefixes(self, query_ids: Sequence[Sequence[int]], shared: int) -> tuple[DynamicCache, Tensor]:
+        """Keys and values of the queries, and hidden states `[T, d]` of what follows their shared beginning."""
         cache = packed_cache()
         if shared:
             self._extend(cache, [query_ids[0][:shared]], 0)
-        self._extend(cache, [ids[shared:] for ids in query_ids], shared)
-        return cache
+        return cache, self._extend(cache, [ids[shared:] for ids in query_ids], shared)
 
-    def _extend(self, cache: DynamicCache, rows: Sequence[Sequence[int]], shared: int) -> None:
+    def _extend(self, cache: DynamicCache, rows: Sequence[Sequence[int]], shared: int) -> Tensor:
         segments = Segments.of([len(ids) for ids in rows], shared=shared)
-        self._backbone.hidden(self._backbone.embedded(rows), segments, cache)
+        return self._backbone.hidden(self._backbone.embedded(rows), segments, cache)
 
 
 def packed_response_pass(backbone: Any, loss: ResponseLoss, context: ContextFactory) -> ComposedResponsePass:

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from pipeline.backbone.output_head import at_least_float32
 from pipeline.backbone.prompting import pad_left, pad_right
 from pipeline.encoder.passes.activation_checkpointing import ContextFactory
+from pipeline.encoder.passes.plain import Pooled, padded_spans
 from pipeline.encoder.passes.response import ComposedResponsePass, ResponseBatch, ResponseLoss
 
 
@@ -26,9 +27,11 @@ class FrozenPaddedQueryPass:
     def __init__(self, backbone: Any) -> None:
         self._lm, self._embed = backbone, backbone.get_input_embeddings()
 
-    def __call__(self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int) -> Tensor:
+    def __call__(
+        self, query_ids: Sequence[Sequence[int]], tokens: Tensor, read: int, pooled: Pooled | None = None
+    ) -> Tensor:
         ids, mask = (tensor.to(self._embed.weight.device) for tensor in pad_left(query_ids))
-        cache = self._prefix(ids, mask)
+        cache, queries = self._prefix(ids, mask)
         new = tokens.to(self._embed.weight.dtype).expand(len(ids), -1, -1)
         output = self._lm.get_decoder()(
             inputs_embeds=new,
@@ -37,19 +40,21 @@ class FrozenPaddedQueryPass:
             past_key_values=cache,
             use_cache=True,
         )
-        return at_least_float32(output.last_hidden_state[:, -read:])
+        hidden = at_least_float32(output.last_hidden_state[:, -read:])
+        return pooled.in_front(hidden, padded_spans(queries, query_ids, pooled.spans)) if pooled else hidden
 
     @torch.no_grad()
-    def _prefix(self, ids: Tensor, mask: Tensor) -> DynamicCache:
+    def _prefix(self, ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor]:
+        """Keys and values of the queries, and their final-normed hidden states `[B, T, d]`."""
         cache = DynamicCache(config=self._lm.get_decoder().config)
-        self._lm.get_decoder()(
+        output = self._lm.get_decoder()(
             input_ids=ids,
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
             past_key_values=cache,
             use_cache=True,
         )
-        return cache
+        return cache, output.last_hidden_state
 
 
 def padded_response_pass(backbone: Any, loss: ResponseLoss, context: ContextFactory) -> ComposedResponsePass:

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from pipeline.backbone.attention.registry import GROUPS, with_packed_attention
 from pipeline.backbone.attention.segments import Segments
 from pipeline.encoder.passes.packed import PackedBackbone, packed_cache
-from pipeline.encoder.passes.plain import PlainQueryPass, QueryPass
+from pipeline.encoder.passes.plain import PlainQueryPass, Pooled, QueryPass
 from pipeline.encoder.passes.select import Comparison, packed_attentions, probe_ids
 
 
@@ -43,10 +43,19 @@ class PromptReader(Protocol):
         """Read what prompts begin with."""
         ...
 
-    def read(self, beginning: Beginning, rests: Sequence[Sequence[int]], tokens: Tensor, count: int) -> Tensor:
+    def read(
+        self,
+        beginning: Beginning,
+        rests: Sequence[Sequence[int]],
+        tokens: Tensor,
+        count: int,
+        pooled: Pooled | None = None,
+    ) -> Tensor:
         """Final-normed hidden states `[B, count, d]` of the last `count` new tokens, in float32 or better.
 
         `rests` are the ids of each prompt after its beginning, at least one; the new `tokens` `[N, d]` follow them.
+        With `pooled`, whose spans are of whole prompts and behind the beginning, a mean stands in front of the states,
+        `[B, 1 + count, d]`.
         """
         ...
 
@@ -70,8 +79,15 @@ class PackedReader:
         self._backbone.hidden(self._backbone.embedded([ids]), Segments.of([len(ids)]), cache)
         return Beginning(tuple(ids), _Unchanged(cache))
 
-    def read(self, beginning: Beginning, rests: Sequence[Sequence[int]], tokens: Tensor, count: int) -> Tensor:
-        return self._backbone.read(rests, tokens, count, len(beginning.ids), beginning.cache)
+    def read(
+        self,
+        beginning: Beginning,
+        rests: Sequence[Sequence[int]],
+        tokens: Tensor,
+        count: int,
+        pooled: Pooled | None = None,
+    ) -> Tensor:
+        return self._backbone.read(rests, tokens, count, len(beginning.ids), beginning.cache, pooled)
 
     def read_all(self, beginning: Beginning, rests: Sequence[Sequence[int]], tokens: Tensor) -> Sequence[Tensor]:
         return self._backbone.read_all(rests, tokens, len(beginning.ids), beginning.cache)
@@ -86,8 +102,15 @@ class PaddedReader:
     def begin(self, ids: Sequence[int]) -> Beginning:
         return Beginning(tuple(ids))
 
-    def read(self, beginning: Beginning, rests: Sequence[Sequence[int]], tokens: Tensor, count: int) -> Tensor:
-        return self._query_pass([[*beginning.ids, *ids] for ids in rests], tokens, count)
+    def read(
+        self,
+        beginning: Beginning,
+        rests: Sequence[Sequence[int]],
+        tokens: Tensor,
+        count: int,
+        pooled: Pooled | None = None,
+    ) -> Tensor:
+        return self._query_pass([[*beginning.ids, *ids] for ids in rests], tokens, count, pooled)
 
     def read_all(self, beginning: Beginning, rests: Sequence[Sequence[int]], tokens: Tensor) -> Sequence[Tensor]:
         lengths = [len(ids) + len(tokens) for ids in rests]
@@ -137,12 +160,13 @@ def _probe(backbone: Any) -> Callable[[PromptReader], list[Tensor]]:
     ids = iter(probe_ids(embed, 0, _SHARED + sum(_LENGTHS) + _NEW))
     beginning, *rests = (list(islice(ids, length)) for length in (_SHARED, *_LENGTHS))
     whole = [[*beginning, *rest] for rest in rests]
+    pooled = Pooled([slice(max(_SHARED, len(ids) - 3), len(ids)) for ids in whole], with_tokens=True)
     with torch.no_grad():
         tokens = embed(torch.tensor([*ids], device=embed.weight.device))
 
     @torch.inference_mode()
     def read(reader: PromptReader) -> list[Tensor]:
-        once = reader.read(reader.begin(beginning), rests, tokens, _NEW - 1)
-        return [torch.cat([once, reader.read(reader.begin([]), whole, tokens, _NEW - 1)])]
+        once = reader.read(reader.begin(beginning), rests, tokens, _NEW - 1, pooled)
+        return [torch.cat([once, reader.read(reader.begin([]), whole, tokens, _NEW - 1, pooled)])]
 
     return read

@@ -38,7 +38,7 @@ from pipeline.encoder.passes.packed import (
     packed_response_pass,
 )
 from pipeline.encoder.passes.padded import FrozenPaddedQueryPass, padded_response_pass
-from pipeline.encoder.passes.plain import Passes, QueryPass, ResponsePass, plain_passes
+from pipeline.encoder.passes.plain import Passes, Pooled, QueryPass, ResponsePass, plain_passes
 from pipeline.encoder.passes.response import FusedLoss, LogitsLoss, ResponseLoss
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,8 @@ class _Probe:
 
     def query_values(self, query_pass: QueryPass) -> list[Tensor]:
         tokens = self._rows(8, 3)
-        hidden = query_pass(self._query_ids, tokens, 2)
+        pooled = Pooled([slice(len(ids) - 2, len(ids)) for ids in self._query_ids], with_tokens=True)
+        hidden = query_pass(self._query_ids, tokens, 2, pooled)
         weights = torch.linspace(-1, 1, hidden.numel(), device=hidden.device).view_as(hidden)
         return [hidden.detach(), *torch.autograd.grad((hidden * weights).sum(), tokens)]
 

@@ -52,6 +52,10 @@ def find_frame(tokenizer: Any, template: Template, chat_template_kwargs: Mapping
 
     Raises TrainingError if they depend on the text, so that no post-processor can add them.
     """
+    if template == "echo":
+        raise TrainingError(
+            "template echo: a text stands twice in its prompt, which the checkpoint's tokenizer cannot write"
+        )
     if not getattr(tokenizer, "is_fast", False):
         raise TrainingError(f"tokenizer of '{tokenizer.name_or_path}' has no tokenizer.json: it cannot append tokens")
     formatter = PromptFormatter(tokenizer, template, UNBOUNDED, dict(chat_template_kwargs))

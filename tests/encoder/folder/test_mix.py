@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from typer.testing import CliRunner
 
 from pipeline.__main__ import app
 from pipeline.core.artifacts import open_artifact
+from pipeline.core.errors import TrainingError
+from pipeline.core.target_transform import TargetTransform
 from pipeline.encoder.encode_file import made_by
 from pipeline.encoder.folder.read import read_encoder
 from pipeline.lens import decode
@@ -62,6 +65,33 @@ def test_the_teachers_space_and_decoding_are_those_of_the_prediction(folder: Pat
     np.testing.assert_allclose(mixed.encode(TEXTS, space="teacher"), plain.encode(TEXTS), rtol=1e-5, atol=1e-6)
     assert decode(mixed, TEXTS, max_new_tokens=4) == decode(plain, TEXTS, max_new_tokens=4)
     assert made_by(mixed, "") != made_by(plain, "")
+
+
+OWN: dict[str, Any] = {"kind": "backbone", "pooling": "mean"}
+STANDARDIZED = TargetTransform("standardize", False, *[np.ones(32, np.float32)] * 3)
+
+
+def test_reading_and_prediction_are_added_where_the_teacher_is_a_reading_of_the_backbone(
+    workspace: Path, tiny_backbone: Callable[..., Path]
+) -> None:
+    own: dict[str, Any] = {"width": 32, "teacher": OWN, "transform": STANDARDIZED}
+    write_folder(Path("encoder"), tiny_backbone("qwen3"), **own)
+    trained = write_folder(Path("trained"), tiny_backbone("qwen3"), share=0.3, form="added", **own)
+    mix("encoder", "--response-share", "0.3", "--output", "beside")
+    assert "32 dimensions" in mix("beside", "--response-share", "0.3", "--response-form", "added", "--output", "mixed")
+    assert open_artifact(trained, "encoder").manifest == open_artifact(Path("mixed"), "encoder").manifest
+    beside, added = (read_encoder(Path(name)) for name in ("beside", "mixed"))
+    parts = beside.encode(TEXTS)
+    np.testing.assert_allclose(added.encode(TEXTS), parts[:, :32] + parts[:, 32:], rtol=1e-4, atol=1e-5)
+    assert made_by(added, "") != made_by(beside, "")
+    with pytest.raises(TrainingError, match="--response-share 1"):
+        added.encode(TEXTS, space="teacher")
+
+
+def test_a_prediction_in_another_space_cannot_be_added(folder: Path) -> None:
+    done = CliRunner().invoke(app, ["mix", "encoder", "--response-share", "0.3", "--response-form", "added"])
+    assert done.exit_code == 1
+    assert "--response-form" in done.output and "embed.teacher.kind: backbone" in done.output
 
 
 def test_the_start_stands_at_the_share_of_the_student(folder: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.encoder.passes.plain import plain_passes
+from pipeline.encoder.passes.plain import Pooled, plain_passes
 from tests.conftest import tiny_model
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3"]
@@ -19,6 +19,18 @@ def test_query_pass_ignores_padding(architecture: str) -> None:
     alone = torch.cat([passes.query_pass([short], tokens, read=3), passes.query_pass([long], tokens, read=3)])
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-4)
     assert together.shape == (2, 3, 32)
+
+
+@pytest.mark.parametrize("with_tokens", [False, True])
+def test_the_mean_over_a_span_stands_in_front(with_tokens: bool) -> None:
+    model = tiny_model("llama")
+    rows = model.get_input_embeddings()(torch.tensor([8, 9]))
+    queries, spans = [[5, 6, 7], [4, 3, 2, 1]], [slice(1, 3), slice(0, 1)]
+    found = plain_passes(model).query_pass(queries, rows, 1, Pooled(spans, with_tokens))
+    for row, (ids, span) in enumerate(zip(queries, spans, strict=True)):
+        [states] = model.get_decoder()(input_ids=torch.tensor([[*ids, 8, 9]])).last_hidden_state
+        pooled = torch.cat([states[span], states[-1:]]) if with_tokens else states[span]
+        torch.testing.assert_close(found[row], torch.stack([pooled.mean(0), states[-1]]), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.encoder.passes.plain import Passes, PlainQueryPass, PlainResponsePass, plain_passes
+from pipeline.encoder.passes.plain import Passes, PlainQueryPass, PlainResponsePass, Pooled, plain_passes
 from pipeline.encoder.passes.select import make_passes
 from pipeline.encoder.student import Student, new_student
 from tests.conftest import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
@@ -50,13 +50,14 @@ def trained(model: Any, thoughts: int, tokens: int) -> Student:
 
 
 def step(passes: Passes, student: Student, queries: Rows, responses: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of the paper and the gradients of everything trained."""
+    """The loss of the paper, with a mean over a query's end and the tokens, and the gradients of everything trained."""
     student.zero_grad()
-    hidden = passes.query_pass(queries, student.tokens, student.compression_tokens)
-    soft_prompts = student.soft_prompts(hidden)
+    pooled = Pooled([slice(max(0, len(ids) - 2), len(ids)) for ids in queries], with_tokens=True)
+    states = passes.query_pass(queries, student.tokens, student.compression_tokens, pooled)
+    soft_prompts, embeddings = student(states)
     recon, count = passes.response_pass(soft_prompts, responses)
     assert count == sum(map(len, responses))
-    loss = recon / count + student.embedding(soft_prompts).square().sum()
+    loss = recon / count + embeddings.square().sum()
     loss.backward()
     return loss.detach(), {name: value.grad.clone() for name, value in student.named_parameters()}
 
