@@ -118,10 +118,9 @@ class Generator:
             self.facts.reused_rows += len(self.store.committed(piece.to_pylist()))
         if self.facts.reused_rows:
             log.info("generate: %d of %d rows are already finished", self.facts.reused_rows, self.facts.rows)
-        with closing(ahead(self._missing(batches))) as windows:
-            missing = chain.from_iterable(windows)
-            if first := next(missing, None):
-                self._answer(chain([first], missing))
+        windows = filter(None, self._missing(batches))
+        if first := next(windows, None):
+            self._answer(first, windows)
         self.store.flush()
         self._check_answered(ids())
         self._check_failed()
@@ -134,7 +133,7 @@ class Generator:
             yield pa.concat_tables([self.store.take(done), failed]).sort_by("id")
 
     def _missing(self, batches: Iterable[pa.Table]) -> Iterator[list[_Query]]:
-        """The unfinished queries of each batch; they are made in a thread while the engine has the batch before."""
+        """The unfinished queries of each batch."""
         for batch in batches:
             rows = zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True)
             finished = self.store.committed(batch["id"].to_pylist())
@@ -151,14 +150,18 @@ class Generator:
             # The longest first: too little memory shows at once, and no long row is left alone at the end.
             yield sorted(queries, key=lambda query: -len(query.prompt.token_ids))
 
-    def _answer(self, queries: Iterator[_Query]) -> None:
+    def _answer(self, first: list[_Query], windows: Iterator[list[_Query]]) -> None:
+        """Let the engine answer; while it has a window of queries, a thread makes the next one."""
         started = monotonic()
         with closing(self.load_engine()) as engine:
             self.facts.startup_seconds = monotonic() - started
             log.info("generate: the engine started in %.1f s", self.facts.startup_seconds)
             started = monotonic()
             try:
-                self._pass(engine, queries, initial=self.facts.reused_rows)
+                # Not before the engine has started: it may fork.
+                with closing(ahead(windows)) as following:
+                    queries = chain(first, chain.from_iterable(following))
+                    self._pass(engine, queries, initial=self.facts.reused_rows)
                 if self.failed:
                     log.warning("generate: %d rows failed (%s), second try", len(self.failed), self._reasons())
                     self.facts.retried_rows = len(self.failed)
