@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--failures", type=float, default=2.0, help="of a node, a day")
     parser.add_argument("--restart", type=float, default=600.0, help="seconds until a node works again")
     parser.add_argument("--shard", type=int, nargs="+", default=[512, 4096, 65536], help="rows handed over together")
-    parser.add_argument("--writer", type=float, default=1600.0, help="rows a second that the driver commits")
+    parser.add_argument("--writer", type=float, default=3500.0, help="rows a second that the driver commits")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     corpus = Corpus(arguments.rows, arguments.prompt, arguments.answer)
