@@ -92,6 +92,10 @@ class WorkError(PipelineError):
     """The work directory is locked by another process, or the disk is full."""
 
 
+class BusyError(WorkError):
+    """The work directory is locked by another process."""
+
+
 class BackboneError(PipelineError):
     """The backbone or its tokenizer cannot be used."""
 

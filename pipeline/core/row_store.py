@@ -34,7 +34,7 @@ from pipeline.core.artifacts import (
     write_json,
     write_parquet,
 )
-from pipeline.core.errors import WorkError
+from pipeline.core.errors import BusyError, WorkError
 from pipeline.core.fault_points import fault_point
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ class ShardStore:
         """Open or create the store of `fingerprint` below `root`.
 
         Raises:
-            WorkError: another live process holds the store, or the disk refuses.
+            BusyError: another live process holds the store.
+            WorkError: the disk refuses.
         """
         self.path = root / digest_of({**fingerprint, "schema": str(schema)})[:16]
         self.schema = schema
@@ -269,12 +270,12 @@ class ShardStore:
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """A lock on work in `folder`, which also ends with its process; raises WorkError if another process has it."""
+    """A lock on work in `folder`, which also ends with its process; raises BusyError if another process has it."""
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise WorkError(
+        raise BusyError(
             f"{folder} is in use by another process{_holder(folder)}: wait for it or stop it (the lock goes with its "
             "process)"
         ) from None

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.artifacts import bytes_sha256, digest_of
-from pipeline.core.errors import EvaluationError, WorkError
+from pipeline.core.errors import BusyError, EvaluationError
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import progress
 from pipeline.core.schemas import TARGET_TYPES
@@ -130,7 +130,7 @@ class CachedSystem:
                 if self._root is not None:
                     schema = _schema(self.embeddings_dtype)
                     store = self._stack.enter_context(ShardStore(self._root, schema, self._fingerprint))
-            except WorkError as error:
+            except BusyError as error:
                 log.warning("%s embeds without its cache: %s", self.name, error)
             self._stored = _StoredEmbeddings(store)
         return self._stored

@@ -274,7 +274,8 @@ def _cache(work: Path, task: Any) -> Any:
             "findings": UNIT_SCORES_VERSION,
         }
     )
-    return mteb.ResultCache(work / key[:16])
+    with disk_errors(work):
+        return mteb.ResultCache(work / key[:16])
 
 
 def _seed_everything() -> None:

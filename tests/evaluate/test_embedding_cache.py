@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.backbone.prompting import join_instruction
-from pipeline.core.errors import EvaluationError
+from pipeline.core.errors import EvaluationError, WorkError
 from pipeline.core.row_store import ShardStore
 from pipeline.evaluate import embedding_cache
 from pipeline.evaluate.embedding_cache import CachedSystem
@@ -155,6 +155,17 @@ def test_a_store_in_use_is_done_without(tmp_path: Path, caplog: pytest.LogCaptur
     [warning] = caplog.messages
     assert warning.startswith("student embeds without its cache: ")
     assert f"in use by another process (pid {os.getpid()})" in warning
+
+
+def test_a_full_disk_is_no_store_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise WorkError("no space")
+
+    monkeypatch.setattr("pipeline.core.row_store.write_json", full)
+    system = LengthSystem()
+    with closing(CachedSystem(system, tmp_path)) as cached, pytest.raises(WorkError, match="no space"):
+        cached.encode(TEXTS, "")
+    assert not system.asked
 
 
 def test_a_score_is_made_of_what_is_kept(tmp_path: Path) -> None:

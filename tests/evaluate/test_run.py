@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.core.errors import EvaluationError
+from pipeline.core.errors import EvaluationError, WorkError
 from pipeline.evaluate.run import SystemResults, run_systems
 from pipeline.evaluate.summary import summary_table, task_scores
 from pipeline.tasks.instructions import load_instructions
@@ -225,6 +225,17 @@ def test_a_half_written_result_is_run_again(
     runs, scores = run([WordSystem()], folders[:1], tmp_path / "work")
     assert runs[0].computed == 1 and scores["student"]["find"] == 1.0
     assert "find.json is damaged: running find again" in caplog.text
+
+
+def test_a_full_disk_before_any_work_is_one_line(
+    tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mteb.ResultCache", full)
+    with pytest.raises(WorkError, match="cannot write .*work: No space left"):
+        run([WordSystem()], folders, tmp_path / "work")
 
 
 def test_missing_data_is_listed_at_once_and_before_any_work(tmp_path: Path, folders: list[Path]) -> None:
