@@ -4,6 +4,7 @@ import typer
 
 from pipeline.cli import exchange, look, setup, use
 from pipeline.cli.options import printing_errors
+from pipeline.cli.preview import try_
 from pipeline.cli.readings import readings
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="LLM2Vec-Gen: look at a run, and use what it made.")
@@ -13,6 +14,7 @@ for command in (
     look.compare,
     setup.params,
     setup.backbone,
+    try_,
     readings,
     use.encode,
     use.search,
@@ -25,7 +27,8 @@ for command in (
     exchange.export_merged,
     exchange.push,
 ):
-    app.command()(printing_errors(command))
+    # A keyword of Python has an underscore behind it.
+    app.command(command.__name__.strip("_").replace("_", "-"))(printing_errors(command))
 
 if __name__ == "__main__":
     app(prog_name="python -m pipeline")

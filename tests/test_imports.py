@@ -36,6 +36,7 @@ ORDERED = (
     "report",
     "compare",
     "export",
+    "preview",
     "cli",
 )
 STAGES = ("collect", "generate", "teach", "embed", "train", "evaluate", "probe", "report")

@@ -163,8 +163,7 @@ def prepare_child(journal: Journal) -> None:
 
     row_store.ShardStore.__init__ = store  # type: ignore[method-assign]
     for name, constant in (
-        ("pipeline.embed.targets", "CHUNK_TEXTS"),
-        ("pipeline.embed.__main__", "CHUNK_TEXTS"),
+        ("pipeline.embed.build", "CHUNK_TEXTS"),
         ("pipeline.evaluate.embedding_cache", "CHUNK_TEXTS"),
     ):
         if name in sys.modules:

@@ -245,15 +245,20 @@ def answer_seconds(sizes: ModelSizes, gpu: Gpu, dtype: DType, rows: int, prompt:
 
 def cost_lines(costs: Sequence[Cost], gpu: Gpu | None) -> list[str]:
     """The costs for people: a heading that names the assumptions, a line for each stage, the sums."""
-    lines = [*_heading(gpu)]
+    return [*_heading(gpu), *cost_table(costs)]
+
+
+def cost_table(costs: Sequence[Cost]) -> list[str]:
+    """A line for each stage, with the time of each system where there is one; the sums; what is left out."""
+    lines: list[str] = []
     for cost in costs:
-        lines.append(f"  {cost.stage:<22} {_time(cost.seconds):>8}  {_disk(cost.disk):>9}")
-        if gpu is not None and cost.systems:
-            shares = (f"{name} {_time(seconds)}" for name, seconds in cost.systems.items())
+        lines.append(f"  {cost.stage:<22} {time_text(cost.seconds):>8}  {_disk(cost.disk):>9}")
+        if any(seconds is not None for seconds in cost.systems.values()):
+            shares = (f"{name} {time_text(seconds)}" for name, seconds in cost.systems.items())
             lines.append(f"    of it {', '.join(shares)}")
     seconds = [cost.seconds for cost in costs if cost.seconds is not None]
     disk = sum(cost.disk or 0 for cost in costs)
-    lines.append(f"  {'together':<22} {_time(sum(seconds) if seconds else None):>8}  {_disk(disk):>9}")
+    lines.append(f"  {'together':<22} {time_text(sum(seconds) if seconds else None):>8}  {_disk(disk):>9}")
     return [
         *lines,
         "-: not known. Not estimated: collect, report, local tasks, other probes, examples of classifications.",
@@ -273,7 +278,8 @@ def _heading(gpu: Gpu | None) -> list[str]:
     ]
 
 
-def _time(seconds: float | None) -> str:
+def time_text(seconds: float | None) -> str:
+    """Seconds in the largest unit of which there is one; - where unknown."""
     if seconds is None:
         return "-"
     for unit, size in (("h", 3600), ("min", 60)):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from pipeline.collect.decontamination import find_contaminated
 from pipeline.collect.near_duplicates import NearDuplicateParams, find_near_duplicates
@@ -144,15 +145,21 @@ class Corpus:
         """Rows of each fate, in all and per source."""
         return count_fates(self._frame, self._labels)
 
+    def table(self, split: str) -> pa.Table:
+        """The rows of one split in schema QUERIES, sorted by id, all in memory; every fate is decided."""
+        return pa.concat_tables([QUERIES.empty_table(), *self._tables(split)])
+
     def write(self, out: ArtifactWriter) -> None:
         """Add the table of each split, and the list of removed rows if rows were compared."""
         with self._timed("write"):
             out.counts = self.counts()
             for name in SPLITS:
-                tables = split_tables(self._frame, self._spill, self._labels, name)
-                out.write_stream(f"{name}.parquet", tables, QUERIES)
+                out.write_stream(f"{name}.parquet", self._tables(name), QUERIES)
             if self._tokens is not None:
                 self._removals.write(out.path / REMOVED, self._frame, self._spill, self._labels)
+
+    def _tables(self, split: str) -> Iterator[pa.Table]:
+        return split_tables(self._frame, self._spill, self._labels, split)
 
     @contextlib.contextmanager
     def _timed(self, step: str) -> Iterator[None]:

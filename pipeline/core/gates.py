@@ -27,7 +27,7 @@ def check_gates(
         causes: what each measure counts, behind its value in a sentence, and what to do.
         error: class of the error, whose argument is `gates.<name>`.
     """
-    problems = _problems(gates, measured, causes)
+    problems = gate_problems(gates, measured, causes)
     if not problems:
         return
     [(name, first), *others] = problems.items()
@@ -38,11 +38,12 @@ def check_gates(
 
 def warn_of_gates(stage: str, gates: Params, measured: Mapping[str, float], causes: Mapping[str, str]) -> None:
     """Log every measure above its limit in the first rows of a run."""
-    for name, problem in _problems(gates, measured, causes).items():
+    for name, problem in gate_problems(gates, measured, causes).items():
         log.warning("%s: among the first rows %s; at its end gates.%s fails the stage", stage, problem, name)
 
 
-def _problems(gates: Params, measured: Mapping[str, float], causes: Mapping[str, str]) -> dict[str, str]:
+def gate_problems(gates: Params, measured: Mapping[str, float], causes: Mapping[str, str]) -> dict[str, str]:
+    """What is wrong with each measure above its limit, by its name; arguments as of `check_gates`."""
     limits: dict[str, float] = gates.model_dump()
     return {
         name: f"{value:.4g} {causes[name]}; the limit is {limits[name]:g}"

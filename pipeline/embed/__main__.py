@@ -6,52 +6,42 @@ python -m pipeline.embed [--params params.yaml]
 """
 
 import logging
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any
 
-import pyarrow as pa
 import typer
 
-from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import BackboneParams
 from pipeline.core import artifacts
 from pipeline.core.artifacts import Artifact
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import TeacherError, section
-from pipeline.core.gates import check_gates, warn_of_gates
+from pipeline.core.gates import check_gates
 from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TEACHER_DIR, TRAIN_TABLE
 from pipeline.core.row_store import ShardStore, locked
-from pipeline.core.run import RunRecord, device_memory, prepare_process, progress, record, user_errors, work_dir
+from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
 from pipeline.core.schemas import check_table, targets_schema
-from pipeline.core.vectors import Anisotropy
-from pipeline.embed.params import EmbedParams, TargetGates
+from pipeline.embed.build import BATCH_ROWS, make_embedder, make_finish
+from pipeline.embed.params import EmbedParams
 from pipeline.embed.statistics import CAUSES, TargetStatistics
 from pipeline.embed.targets import (
-    CHUNK_BATCHES,
-    CHUNK_TEXTS,
     COLUMNS,
     Embedder,
     Finish,
     UsableResponses,
-    among,
     fingerprint,
     rows_per_part,
     store_schema,
     target_params,
 )
-from pipeline.embed.teachers.pool import ParallelTeacher, open_teacher
+from pipeline.embed.teachers.pool import open_teacher
 from pipeline.embed.teachers.registry import TEACHERS
-from pipeline.embed.transform_fit import Fitted, fit_transform
-from pipeline.optim.batching import CHARACTERS_PER_TOKEN, token_budget
 
 log = logging.getLogger(__name__)
 
-BATCH_ROWS = 4096
 # What to lower where the memory of a device is full.
 MEMORY_PARAMS = ("embed.teacher.batch_tokens",)
 
@@ -90,13 +80,9 @@ def _embed(inputs: Inputs, responses: UsableResponses, read: Mapping[str, Artifa
     with open_teacher(params.teacher, inputs.backbone, params.data_parallel) as teacher:
         startup_seconds = monotonic() - started
         with ShardStore(work_dir("embed"), store_schema(teacher.width), fingerprint(teacher)) as store:
-            processes = teacher.processes if isinstance(teacher, ParallelTeacher) else 1
-            tokens = CHUNK_BATCHES * token_budget(params.teacher.batch_tokens, best_device()) * processes
-            look = partial(_warn, params.gates)
-            embedder = Embedder(store, teacher, CHUNK_TEXTS * processes, tokens * CHARACTERS_PER_TOKEN, look)
+            embedder = make_embedder(store, teacher, params)
             embedder.run(responses)
-            fitted = _fit(embedder, responses, read["queries"], params) if "queries" in read else None
-            finish = Finish(params.normalize, params.dtype, fitted.transform if fitted else None)
+            finish, fitted = make_finish(embedder, responses, _trained_on(read), params)
             counts, statistics = _write(embedder, responses, finish, params, read.values())
     log.info("targets: %s, lengths %s, anisotropy %s", counts, statistics.norms(), statistics.anisotropy.value)
     facts.update(
@@ -113,24 +99,10 @@ def _embed(inputs: Inputs, responses: UsableResponses, read: Mapping[str, Artifa
     )
 
 
-def _fit(embedder: Embedder, responses: UsableResponses, queries: Artifact, params: EmbedParams) -> Fitted:
-    """Fit `embed.transform` on the stored vectors of responses to training queries."""
-    raw = Finish(params.normalize, params.dtype)
-    before = Anisotropy()
-
-    def blocks() -> Iterator[Any]:
-        batches = queries.batches(["id"], BATCH_ROWS, TRAIN_TABLE)
-        trained_on = chain.from_iterable(batch["id"].to_pylist() for batch in batches)
-        tables = embedder.tables(among(responses, trained_on), BATCH_ROWS)
-        for table in progress(tables, total=None, desc="fit transform", unit="block"):
-            vectors = raw.vectors(table)
-            before.add(vectors)
-            yield vectors
-
-    fitted = fit_transform(params.transform, blocks(), unit_length=params.normalize)
-    fitted.facts["anisotropy_before"] = before.value
-    log.info("embed.transform: %s", fitted.facts)
-    return fitted
+def _trained_on(read: Mapping[str, Artifact]) -> Iterator[str]:
+    """The ids of the training queries in order, if these are read."""
+    batches = read["queries"].batches(["id"], BATCH_ROWS, TRAIN_TABLE) if "queries" in read else iter(())
+    return chain.from_iterable(batch["id"].to_pylist() for batch in batches)
 
 
 def _write(
@@ -151,12 +123,6 @@ def _write(
         out.counts = {**counts, "skipped": dict(responses.skipped)}
         check_gates(params.gates, statistics.measures(), CAUSES, TeacherError)
     return out.counts, statistics
-
-
-def _warn(gates: TargetGates, rows: pa.Table) -> None:
-    statistics = TargetStatistics()
-    deque(statistics.through([rows]), maxlen=0)
-    warn_of_gates("embed", gates, statistics.measures(), CAUSES)
 
 
 app = typer.Typer(add_completion=False)

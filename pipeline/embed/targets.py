@@ -31,9 +31,6 @@ log = logging.getLogger(__name__)
 
 VERSION = 4
 ID_BYTES = 72
-# What a teacher gets at once: about so many batches, at most so many texts. It sorts them by length, a kill loses them.
-CHUNK_BATCHES = 16
-CHUNK_TEXTS = 4096
 COLUMNS = ("id", "response", "finish_reason")
 LOOKED_UP_ROWS = 4096  # whose keys are looked up together
 MOST_ROWS = 2**18  # of a part; `PART_BYTES` alone would allow millions of narrow targets

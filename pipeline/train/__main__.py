@@ -16,7 +16,7 @@ from pipeline.backbone.loading import BackboneParams, identify
 from pipeline.core.artifacts import Artifact, digest_of, open_artifact
 from pipeline.core.code_digest import code_digest
 from pipeline.core.config import PARAMS_FILE, Params, load
-from pipeline.core.errors import TrainingError, nested_in, section
+from pipeline.core.errors import TrainingError, section
 from pipeline.core.paths import HELDOUT_TABLE, QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TRAIN_TABLE
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
 from pipeline.parallel.launch import launch_ranks
@@ -50,8 +50,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
 
     from pipeline.backbone.device import best_device
     from pipeline.backbone.loading import load_tokenizer
-    from pipeline.backbone.prompting import PromptFormatter
-    from pipeline.train.build import assemble, read_rows
+    from pipeline.train.build import assemble, query_formatter, read_rows
     from pipeline.train.reading import fit_reading
     from pipeline.train.write import run_facts, write_run
 
@@ -61,10 +60,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     identity = _checked_identity(backbone, artifacts[1])
     _check_form(params, artifacts[2])
     tokenizer = load_tokenizer(backbone)
-    with nested_in(names={"max_tokens": "max_query_tokens"}):
-        formatter = PromptFormatter(
-            tokenizer, params.template, params.max_query_tokens, backbone.chat_template_kwargs, params.keep
-        )
+    formatter = query_formatter(params, backbone, tokenizer)
     rows = read_rows(params, artifacts, TRAIN_TABLE, tokenizer, formatter)
     has_heldout = artifacts[0].read(HELDOUT_TABLE).num_rows > 0
     trainer = assemble(

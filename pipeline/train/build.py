@@ -1,11 +1,12 @@
 """A trainer from params: rows, the frozen backbone, the student on it, the passes, the held-out rows, the start."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.backbone.loading import BackboneParams, load_backbone
 from pipeline.backbone.lora import adapter_parameters, add_adapter
@@ -33,15 +34,35 @@ from pipeline.train.warm_start import Statistics, accumulate, frame_rows, warm_s
 log = logging.getLogger(__name__)
 
 
+def query_formatter(params: TrainParams, backbone: BackboneParams, tokenizer: Any) -> PromptFormatter:
+    """What makes a query the prompt that is trained on; raises BackboneError if the template cannot be used."""
+    with nested_in(names={"max_tokens": "max_query_tokens"}):
+        return PromptFormatter(
+            tokenizer, params.template, params.max_query_tokens, backbone.chat_template_kwargs, params.keep
+        )
+
+
 def read_rows(
     params: TrainParams, artifacts: Sequence[Artifact], name: str, tokenizer: Any, formatter: PromptFormatter
 ) -> TrainingRows:
-    """The rows of one table of the queries, joined and tokenised; `artifacts` are queries, responses and targets.
-
-    Raises TrainingError if the artifacts do not belong together, or no row can be trained on with these params.
-    """
+    """The rows of one table of the queries; `artifacts` are queries, responses and targets. Raises as `make_rows`."""
     queries, responses, targets = artifacts
     tables = read_joined(queries, responses, targets, name)
+    return make_rows(params, tables, name, tokenizer, formatter, work_dir("train"))
+
+
+def make_rows(
+    params: TrainParams,
+    tables: Iterable[pa.Table],
+    name: str,
+    tokenizer: Any,
+    formatter: PromptFormatter,
+    folder: Path,
+) -> TrainingRows:
+    """Joined tables tokenised into files in `folder`, which go with the process; `name` stands in the log.
+
+    Raises TrainingError if the tables do not belong together, or no row can be trained on with these params.
+    """
     return tokenize(
         drop_loops(tables, name) if params.drop_loops else tables,
         formatter,
@@ -49,7 +70,7 @@ def read_rows(
         params.max_response_tokens,
         params.long_responses,
         params.pool,
-        folder=work_dir("train"),
+        folder=folder,
     )
 
 

@@ -1,0 +1,1 @@
+"""A few rows through every stage, before a run spends hours."""
