@@ -19,6 +19,8 @@ STAGE_ARTIFACTS = {
 RESULTS_DIR = Path("results")
 EVALUATE_DIR = RESULTS_DIR / "evaluate"
 PROBE_DIR = RESULTS_DIR / "probe"
+# Figures while a stage runs, by stage.
+LIVE_DIR = RESULTS_DIR / "live"
 LOSS_CURVE = RESULTS_DIR / "train/loss.csv"
 HELDOUT_CURVE = RESULTS_DIR / "train/heldout.csv"
 REPORT_PAGES = (RESULTS_DIR / "report.html", RESULTS_DIR / "report.md")

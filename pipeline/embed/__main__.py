@@ -24,6 +24,7 @@ from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TEACHER
 from pipeline.core.row_store import ShardStore, locked
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
 from pipeline.core.schemas import check_table, targets_schema
+from pipeline.core.tracking import tracking
 from pipeline.embed.build import BATCH_ROWS, make_embedder, make_finish
 from pipeline.embed.params import EmbedParams
 from pipeline.embed.statistics import CAUSES, TargetStatistics
@@ -79,8 +80,11 @@ def _embed(inputs: Inputs, responses: UsableResponses, read: Mapping[str, Artifa
     started = monotonic()
     with open_teacher(params.teacher, inputs.backbone, params.data_parallel) as teacher:
         startup_seconds = monotonic() - started
-        with ShardStore(work_dir("embed"), store_schema(teacher.width), fingerprint(teacher)) as store:
-            embedder = make_embedder(store, teacher, params)
+        with (
+            ShardStore(work_dir("embed"), store_schema(teacher.width), fingerprint(teacher)) as store,
+            tracking(params.track, "embed", resume=len(store) > 0) as log_progress,
+        ):
+            embedder = make_embedder(store, teacher, params, log_progress)
             embedder.run(responses)
             finish, fitted = make_finish(embedder, responses, _trained_on(read), params)
             counts, statistics = _write(embedder, responses, finish, params, read.values())

@@ -12,6 +12,7 @@ from pipeline.backbone.device import best_device
 from pipeline.core.gates import warn_of_gates
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import progress
+from pipeline.core.tracking import Log, ProgressLog
 from pipeline.core.vectors import Anisotropy
 from pipeline.embed.params import EmbedParams, TargetGates
 from pipeline.embed.statistics import CAUSES, TargetStatistics
@@ -29,7 +30,9 @@ CHUNK_BATCHES = 16
 CHUNK_TEXTS = 4096
 
 
-def make_embedder(store: ShardStore, teacher: Teacher, params: EmbedParams) -> Embedder:
+def make_embedder(
+    store: ShardStore, teacher: Teacher, params: EmbedParams, log_progress: Log | None = None
+) -> Embedder:
     """An Embedder that gives each process of the teacher enough texts at once, and warns of `gates` early."""
     processes = teacher.processes if isinstance(teacher, ParallelTeacher) else 1
     tokens = CHUNK_BATCHES * token_budget(params.teacher.batch_tokens, best_device()) * processes
@@ -39,6 +42,7 @@ def make_embedder(store: ShardStore, teacher: Teacher, params: EmbedParams) -> E
         CHUNK_TEXTS * processes,
         tokens * CHARACTERS_PER_TOKEN,
         look=partial(_warn, params.gates),
+        track=ProgressLog(log_progress),
     )
 
 

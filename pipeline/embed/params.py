@@ -8,6 +8,7 @@ from pipeline.backbone.loading import DType
 from pipeline.backbone.prompting import SLOT
 from pipeline.core.config import Params, check_unread_keys
 from pipeline.core.target_transform import TransformParams
+from pipeline.core.tracking import Tracker
 from pipeline.embed.teachers.adapters import AdapterParams
 from pipeline.embed.teachers.registry import COMMON_KEYS, TEACHERS
 from pipeline.embed.teachers.template import TEMPLATES, Pooling, template_of
@@ -81,4 +82,5 @@ class EmbedParams(Params):
     transform: TransformParams = Field(default=TransformParams(), description="of the targets; see docs/targets.md")
     dtype: TargetType = Field(default="float16", description="of the stored targets")
     data_parallel: Count = Field(default="auto", description="teacher processes; auto: one a GPU")
+    track: Tracker | None = Field(default=None, exclude=True, description="progress and tokens a second, live")
     gates: TargetGates = Field(default=TargetGates(), description="what may be wrong with the targets")

@@ -23,6 +23,7 @@ from pipeline.core.row_store import ShardStore
 from pipeline.core.run import gpu_memory_mib, progress
 from pipeline.core.schemas import TARGET_TYPES, targets_schema
 from pipeline.core.target_transform import TargetTransform
+from pipeline.core.tracking import ProgressLog
 from pipeline.core.vectors import matrix
 from pipeline.embed.params import EmbedParams, TargetType
 from pipeline.embed.teachers.base import Teacher
@@ -112,6 +113,7 @@ class Embedder:
         chunk_texts: most texts that the teacher gets at once.
         chunk_characters: most characters of them, unless one text alone has more.
         look: gets the first vectors of the run, `FIRST_ROWS` or more, once (schema `store_schema`).
+        track: gets the progress.
     """
 
     store: ShardStore
@@ -119,6 +121,7 @@ class Embedder:
     chunk_texts: int
     chunk_characters: int
     look: Callable[[pa.Table], None] | None = None
+    track: ProgressLog = field(default_factory=lambda: ProgressLog(None))
     rows: int = 0
     computed_rows: int = 0
     computed_tokens: int = 0
@@ -144,6 +147,7 @@ class Embedder:
                 bar.update(len(chunk))
                 rate = self.computed_tokens / max(monotonic() - started, 1e-9)
                 bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+                self.track(int(bar.n), self.rows, rate)
         self.store.flush()
         self.computed_rows, self.seconds = missing, monotonic() - started
         self.gpu_memory_mib = gpu_memory_mib()

@@ -18,6 +18,7 @@ from pipeline.core.row_store import ShardStore
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
 from pipeline.core.schemas import RESPONSES, check_table
 from pipeline.core.sorted_ids import sorted_ids
+from pipeline.core.tracking import tracking
 from pipeline.generate.engines.registry import ENGINES, prepare_environment
 from pipeline.generate.generator import answer_content, make_generator, measured, rows_per_part
 from pipeline.generate.params import GenerateParams
@@ -48,8 +49,12 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
     queries = open_artifact(QUERIES_DIR, "queries")
     models = {"backbone": identify(inputs.backbone.name, inputs.backbone.revision)}
     content = answer_content(inputs.backbone, params)
-    with section("generate"), ShardStore(work_dir("generate"), STORE, {**models, **content}) as store:
-        generator = make_generator(inputs.backbone, params, store)
+    with (
+        section("generate"),
+        ShardStore(work_dir("generate"), STORE, {**models, **content}) as store,
+        tracking(params.track, "generate", resume=len(store) > 0) as log_progress,
+    ):
+        generator = make_generator(inputs.backbone, params, store, log_progress)
         generator.run(partial(sorted_ids, queries), queries.batches(["id", "text"], WINDOW_ROWS))
         parts = counts.through(generator.tables(sorted_ids(queries), rows_per_part(params.max_new_tokens)))
         with create(RESPONSES_DIR, kind="responses", params=content, models=models, inputs=[queries]) as out:

@@ -28,6 +28,7 @@ from pipeline.core.gates import FIRST_ROWS, warn_of_gates
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import gpu_memory_mib, progress
 from pipeline.core.sorted_ids import pieces
+from pipeline.core.tracking import Log, ProgressLog
 from pipeline.generate.engines.base import Completion, Engine, Prompt, Sampling
 from pipeline.generate.engines.registry import build_engine
 from pipeline.generate.params import GenerateParams
@@ -87,6 +88,7 @@ class Generator:
         drop_too_long: record a query that the formatter must cut as dropped, without an answer.
         strip_thinking: leave thinking out of the answers.
         look: gets the first `FIRST_ROWS` answered rows of the run, once (schema `response_counts.STORE`).
+        track: gets the progress.
     """
 
     store: ShardStore
@@ -98,6 +100,7 @@ class Generator:
     drop_too_long: bool = False
     strip_thinking: bool = True
     look: Callable[[pa.Table], None] | None = None
+    track: ProgressLog = field(default_factory=lambda: ProgressLog(None))
     facts: GenerationFacts = field(default_factory=GenerationFacts)
     failed: dict[str, dict[str, Any]] = field(default_factory=dict)
     _retries: dict[str, _Query] = field(default_factory=dict)
@@ -176,13 +179,14 @@ class Generator:
         started, tokens = monotonic(), 0
         with closing(self._completions(engine, queries, in_flight)) as completions:
             bar = progress(completions, total=self.facts.rows, desc="generate", initial=initial)
-            for completion in bar:
+            for done, completion in enumerate(bar, start=initial + 1):
                 self._record(completion, in_flight.pop(completion.id))
                 tokens += completion.response_tokens
                 bar.total = self.facts.rows - self.facts.dropped_rows
                 failed = f", {len(self.failed)} failed" if self.failed else ""
                 rate = tokens / max(monotonic() - started, 1e-9)
                 bar.set_postfix_str(f"{rate:.0f} tokens/s{failed}", refresh=False)
+                self.track(done, bar.total, rate)
 
     def _completions(
         self, engine: Engine, queries: Iterable[_Query], in_flight: dict[str, _Query]
@@ -288,7 +292,9 @@ def answer_content(backbone: BackboneParams, params: GenerateParams) -> dict[str
     return {"generate": params.content(), "chat_template_kwargs": backbone.chat_template_kwargs}
 
 
-def make_generator(backbone: BackboneParams, params: GenerateParams, store: ShardStore) -> Generator:
+def make_generator(
+    backbone: BackboneParams, params: GenerateParams, store: ShardStore, log_progress: Log | None = None
+) -> Generator:
     """A Generator by the sections `backbone` and `generate`, its engine not loaded yet.
 
     Raises BackboneError if the tokenizer cannot be used.
@@ -325,6 +331,7 @@ def make_generator(backbone: BackboneParams, params: GenerateParams, store: Shar
         drop_too_long=params.too_long == "drop",
         strip_thinking=params.strip_thinking,
         look=partial(_warn, params),
+        track=ProgressLog(log_progress),
     )
 
 

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from pipeline.backbone.loading import DType
 from pipeline.core.config import Params
+from pipeline.core.tracking import Tracker
 from pipeline.generate.engines.base import Sampling
 from pipeline.generate.engines.registry import ENGINES, EngineName
 from pipeline.parallel.devices import Count
@@ -44,6 +45,7 @@ class GenerateParams(Params):
     tensor_parallel: int = Field(default=1, ge=1, description="GPUs that share one copy of the weights")
     batch_invariant: bool = Field(default=False, description="vLLM on a GPU: equal answers in every batch, slower")
     options: dict[str, Any] = Field(default_factory=dict, description="the engine's own options")
+    track: Tracker | None = Field(default=None, exclude=True, description="progress and tokens a second, live")
     gates: AnswerGates = Field(default=AnswerGates(), description="what may be wrong with the answers")
 
     @property

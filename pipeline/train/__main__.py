@@ -19,6 +19,7 @@ from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import TrainingError, section
 from pipeline.core.paths import HELDOUT_TABLE, QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TRAIN_TABLE
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
+from pipeline.core.tracking import tracking
 from pipeline.parallel.launch import launch_ranks
 from pipeline.parallel.ranks import is_first, launched, rank_count, rank_process
 from pipeline.train.params import TrainParams
@@ -74,9 +75,11 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
         frame_ids=formatter("").token_ids,
         identity=identity,
     )
-    trainer.run()
+    first = trainer.accelerator.is_main_process
+    with tracking(params.track if first else None, "train", resume=bool(trainer.curve)) as trainer.track:
+        trainer.run()
     reading = fit_reading(trainer)
-    if trainer.accelerator.is_main_process:
+    if first:
         write_run(trainer, params, backbone, identity, tokenizer, artifacts, reading)
         run_record.update(**run_facts(trainer))
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from pipeline.backbone.loading import Keep, Pool, Quantize, Template
 from pipeline.backbone.lora import LoraParams
 from pipeline.core.config import Params
+from pipeline.core.tracking import Tracker
 from pipeline.encoder.folder.config import ResponseForm
 from pipeline.encoder.token_init import TokenInitParams
 from pipeline.parallel.devices import Count
@@ -129,6 +130,7 @@ class TrainParams(Params):
         default="beside", description="of a share below 1: beside the reading, or added to it in one space"
     )
     checkpoint_every: int = Field(ge=1, description="optimiser steps")
+    track: Tracker | None = Field(default=None, exclude=True, description="losses and held-out scores, live")
     processes: Count = "auto"
     shard_backbone: bool = Field(default=False, description="FSDP2: each process holds a share of the backbone")
     seed: int

@@ -30,6 +30,11 @@ class Throughput:
         if self.step_flops is not None:
             self.flops += self.step_flops(lengths)
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Of queries and responses; 0 before the first step."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
     def summary(self, processes: int) -> dict[str, Any]:
         """Tokens of queries and responses, seconds a step, tokens a second, operations, peak GPU memory here.
 
@@ -43,7 +48,7 @@ class Throughput:
         facts: dict[str, Any] = {
             "tokens": self.tokens,
             "seconds_per_step": round(self.seconds / self.steps, 4),
-            "tokens_per_second": round(self.tokens / self.seconds, 1),
+            "tokens_per_second": round(self.tokens_per_second, 1),
         }
         if self.step_flops is not None:
             facts["model_tflops"] = float(f"{self.flops / self.seconds / processes / 1e12:.4g}")

@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline.backbone.device import exact_dtype
 from pipeline.backbone.sizes import ModelSizes
 from pipeline.core.errors import TrainingError
+from pipeline.core.tracking import Log
 from pipeline.encoder.passes.plain import Passes
 from pipeline.encoder.student import Student
 from pipeline.optim.batching import dealt_passes, grouped, own_passes, steps
@@ -73,6 +74,7 @@ class Trainer:
         curve: one dict a step: step, loss, align, recon (NaN if its weight is 0), learning_rate.
         facts: about the start, for the record; saved in checkpoints.
         start: the student before its first step, of `start_tensors`; saved in checkpoints.
+        track: gets the losses of each step, and held-out scores; of the first process alone.
     """
 
     student: Student
@@ -88,6 +90,7 @@ class Trainer:
     curve: list[dict[str, float]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     start: Mapping[str, Any] = field(default_factory=dict)
+    track: Log | None = None
     _resumed: bool = field(default=False, init=False)
     _unread: "_Unread | None" = field(default=None, init=False)
 
@@ -247,9 +250,10 @@ class Trainer:
         if found.step == 0:
             log.info("first batch: alignment %.4g, reconstruction %.4g (before any update)", align, recon)
         recon = recon if self.params.recon_weight else math.nan
-        self.curve.append(
-            {"step": found.step + 1, "loss": loss, "align": align, "recon": recon, "learning_rate": found.rate}
-        )
+        figures = {"loss": loss, "align": align, "recon": recon, "learning_rate": found.rate}
+        self.curve.append({"step": found.step + 1, **figures})
+        if self.track is not None:
+            self.track({**figures, "tokens_per_second": self.throughput.tokens_per_second}, found.step + 1)
 
     def _finish_steps(self) -> None:
         """Wait for what was launched and read it."""
@@ -380,3 +384,8 @@ class Trainer:
             shares = self._dealt(range(len(rows)), rows.lengths(self.params.extra_tokens))
             own = own_passes(shares, self.accelerator.process_index, even=self.params.shard_backbone)
             self.validation.score(len(self.curve), own, self.student, self.passes, self.trained, self.accelerator)
+            if self.track is not None:
+                scores = {
+                    f"heldout/{name}": value for name, value in self.validation.curve[-1].items() if name != "step"
+                }
+                self.track(scores, len(self.curve))

@@ -97,6 +97,20 @@ def test_backbone_as_teacher(configure: Configure) -> None:
     np.testing.assert_allclose(lengths, 1.0, atol=2e-3)
 
 
+def test_live_progress_leaves_the_targets_as_they_are(configure: Configure) -> None:
+    configure()
+    write_responses(TEXTS[:20])
+    assert invoke().exit_code == 0
+    plain = folder_bytes(TARGETS_DIR)
+    shutil.rmtree(".work")
+    configure(embed={"track": "dvclive"})
+    assert invoke().exit_code == 0
+    assert folder_bytes(TARGETS_DIR) == plain
+    live = json.loads(Path("results/live/embed/metrics.json").read_text())
+    assert (live["rows"], live["progress"], live["step"]) == (20, 1.0, 20)
+    assert live["tokens_per_second"] > 0
+
+
 def test_changed_responses_compute_only_new_rows(configure: Configure) -> None:
     configure()
     write_responses(TEXTS[:20])

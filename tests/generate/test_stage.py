@@ -78,6 +78,20 @@ def test_one_response_a_query_of_both_splits(configure: Configure) -> None:
     assert answers[row_id(TEXTS[7])] == "stub answer: question number 7"
 
 
+def test_live_progress_leaves_the_responses_as_they_are(configure: Configure) -> None:
+    configure()
+    write_queries(TEXTS[:30])
+    assert invoke().exit_code == 0
+    plain = folder_bytes(RESPONSES_DIR)
+    shutil.rmtree(".work")
+    configure(track="dvclive")
+    assert invoke().exit_code == 0
+    assert folder_bytes(RESPONSES_DIR) == plain
+    live = json.loads(Path("results/live/generate/metrics.json").read_text())
+    assert (live["rows"], live["progress"], live["step"]) == (30, 1.0, 30)
+    assert live["tokens_per_second"] > 0
+
+
 def test_manifest_and_record_say_what_made_the_rows(configure: Configure) -> None:
     configure(options={"delay": 0.001}, max_failed_fraction=0.5)
     write_queries([*TEXTS[:30], "a long one " * 20])

@@ -59,6 +59,23 @@ def test_trains_an_encoder_that_loads(trained: Path, tiny_backbone: Callable[...
     assert [line.split(",")[0] for line in HELDOUT_CURVE.read_text().split()] == ["step", "0", "9"]
 
 
+def test_live_losses_leave_the_encoder_as_it_is(backbone: Path, finished: Path) -> None:
+    write_params(backbone, track="dvclive")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the finished run
+    run()
+    torch.set_num_threads(threads)
+    assert contents(ENCODER_DIR) == contents(finished / ENCODER_DIR)
+    plots = Path("results/live/train/plots/metrics")
+    losses = [line.split("\t")[-2:] for line in (plots / "loss.tsv").read_text().splitlines()[1:]]
+    curve = [line.split(",")[:2] for line in LOSS_CURVE.read_text().splitlines()[1:]]
+    assert [(int(step), float(loss)) for step, loss in losses] == [
+        (int(step), pytest.approx(float(loss), rel=1e-5)) for step, loss in curve
+    ]
+    heldout = (plots / "heldout/mrr.tsv").read_text().splitlines()[1:]
+    assert [line.split("\t")[-2] for line in heldout] == ["0", "9"]
+
+
 def test_an_encoder_behind_a_transform_embeds_in_both_spaces(backbone: Path) -> None:
     forward = np.linspace(1, 2, 24, dtype=np.float32).reshape(4, 6) + np.eye(4, 6, dtype=np.float32)
     transform = TargetTransform("whiten", False, np.arange(4, dtype=np.float32), forward, np.linalg.pinv(forward))
