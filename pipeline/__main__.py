@@ -6,12 +6,14 @@ from pipeline.cli import exchange, look, setup, use
 from pipeline.cli.options import printing_errors
 from pipeline.cli.preview import try_
 from pipeline.cli.readings import readings
+from pipeline.cli.sweep import sweep
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="LLM2Vec-Gen: look at a run, and use what it made.")
 for command in (
     look.audit,
     look.inspect,
     look.compare,
+    sweep,
     setup.params,
     setup.backbone,
     try_,

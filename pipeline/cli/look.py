@@ -83,15 +83,22 @@ def compare(
         raise ParamsError(f"{len(runs)} given: give two or more", argument="runs")
     if len(set(runs)) < len(runs):
         raise ParamsError(f"{', '.join(runs)}: one is named twice", argument="runs")
-    formats = {".html": "html", ".md": "markdown", ".json": "json"}
-    suffix = ".md" if output is None else output.suffix
-    if suffix not in formats:
-        raise ParamsError(f"'{output}' must end in {', '.join(formats)}", argument="output")
-    settings = BootstrapParams()
+    chosen, settings = comparison_format(output), BootstrapParams()
     found = compare_runs([open_run(name) for name in runs], settings, allow_different=allow_different)
-    text = to_json(to_dict(found)) if suffix == ".json" else render(found, formats[suffix], settings)
+    text = to_json(to_dict(found)) if chosen == "json" else render(found, chosen, settings)
     if output is None:
         print(text)
     else:
         write_bytes(output, text.encode())
         print(output)
+
+
+def comparison_format(output: Path | None) -> str:
+    """The format of a comparison by the file that it goes to; raises ParamsError about another ending."""
+    from pipeline.core.errors import ParamsError
+
+    formats = {".html": "html", ".md": "markdown", ".json": "json"}
+    suffix = ".md" if output is None else output.suffix
+    if suffix not in formats:
+        raise ParamsError(f"'{output}' must end in {', '.join(formats)}", argument="output")
+    return formats[suffix]

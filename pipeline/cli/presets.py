@@ -3,6 +3,7 @@
 The file keeps its comments, its order and everything that a preset does not name.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -127,13 +128,37 @@ def switch(path: Path, name: str, memory: int, teacher: str | None = None, *, pa
     if memory not in preset.teacher.batch_tokens:
         known = ", ".join(map(str, preset.teacher.batch_tokens))
         raise ParamsError(f"no batch sizes for {memory} GB (known: {known})", argument="memory")
+    return _edit(path, lambda content: _values(preset, other, memory, content, paper=paper))
+
+
+def lay_over(path: Path, changes: Mapping[str, Any]) -> list[str]:
+    """Set the values of nested mappings in a params file; returns the changes, one line each.
+
+    A mapping goes over the file's own key by key, anything else replaces it.
+    """
+    return _edit(path, lambda content: dict(_leaves(changes, content)))
+
+
+def _leaves(changes: Mapping[str, Any], content: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and values of each mapping of `changes` that is one in the file too."""
+    inner = {
+        key
+        for key, value in changes.items()
+        if value and isinstance(value, dict) and isinstance(content.get(key), CommentedMap)
+    }
+    if own := {key: value for key, value in changes.items() if key not in inner}:
+        yield place, own
+    for key in sorted(inner):
+        yield from _leaves(changes[key], content[key], f"{place}.{key}" if place else key)
+
+
+def _edit(path: Path, values: Callable[[Any], dict[str, dict[str, Any]]]) -> list[str]:
+    """Set values by their place in a file, of whose content they are a function; returns the changes."""
     read_yaml(path)  # says what is wrong with the file, if anything is
     yaml = _round_trip()
     content = yaml.load(path.read_text(encoding="utf-8"))
     changes = [
-        line
-        for place, values in _values(preset, other, memory, content, paper=paper).items()
-        for line in _set(_section(path, content, place), place, values)
+        line for place, found in values(content).items() for line in _set(_section(path, content, place), place, found)
     ]
     sink = StringIO()
     yaml.dump(content, sink)
@@ -183,7 +208,7 @@ def _teach_values(preset: Preset, memory: int, content: Any) -> dict[str, dict[s
 
 def _section(path: Path, content: Any, place: str) -> CommentedMap:
     section = content
-    for key in place.split("."):
+    for key in filter(None, place.split(".")):
         section = section.get(key)
         if not isinstance(section, CommentedMap):
             raise ParamsError(f"{path}: {place}: missing")
@@ -200,7 +225,7 @@ def _set(section: CommentedMap, place: str, values: dict[str, Any]) -> list[str]
         unset = key not in section and key in defaults and value == defaults[key]
         if unset or (key in section and section[key] == value):
             continue
-        changes.append(f"{place}.{key}: {_shown(section.get(key))} -> {_shown(value)}")
+        changes.append(f"{place}.{key}".lstrip(".") + f": {_shown(section.get(key))} -> {_shown(value)}")
         if key in section:
             section[key] = _replaced(section[key], value)
         else:
@@ -255,8 +280,7 @@ def _overwrite(before: CommentedMap, value: dict[str, Any]) -> None:
 def _node(value: Any) -> Any:
     match value:
         case float():
-            # As 3.0e-4, which YAML 1.1 and 1.2 both read as a number.
-            return _round_trip().load(f"{value:.1e}".replace("e-0", "e-"))
+            return _round_trip().load(_number(value))
         case list():
             return CommentedSeq(map(_node, value))
         case dict():
@@ -265,6 +289,12 @@ def _node(value: Any) -> Any:
             return flow
         case _:
             return value
+
+
+def _number(value: float) -> str:
+    """A number that YAML 1.1 and 1.2 both read as one: 0.35, and 3.0e-4 where Python writes 3e-04."""
+    short = f"{value:.1e}".replace("e-0", "e-")
+    return short if 0 < abs(value) < 1e-3 and float(short) == value else repr(value)
 
 
 def _shown(value: Any) -> str:
