@@ -56,18 +56,26 @@ class Storage:
         return np.asarray(quantize_embeddings(truncated, self.quantize, ranges=ranges))
 
     def compared(self, vectors: np.ndarray, ranges: np.ndarray | None = None) -> np.ndarray:
-        """Embeddings `[N, width]` as float32 vectors whose cosines are those of their stored values.
+        """Embeddings `[N, width]` as float32 vectors that can be had of their stored values.
 
-        Of int8 the values themselves; of binary 1 and -1 for each bit, so that a cosine is 1 - 2 x the share of bits
+        Of int8 the middle of each step; of binary 1 and -1 for each bit, so that a cosine is 1 - 2 x the share of bits
         that differ (the Hamming distance).
         """
         truncated = self.truncated(vectors)
         stored = self.quantized(truncated, ranges)
-        if self.quantize != "binary":
-            return stored.astype(np.float32)
+        if self.quantize == "int8" and ranges is not None:
+            return dequantized(stored, ranges)
+        if self.quantize is None:
+            return stored
         # sentence-transformers moves the packed bytes by 128 into int8.
         packed = (stored.astype(np.int16) + 128).astype(np.uint8)
         return np.unpackbits(packed, axis=1, count=truncated.shape[1]).astype(np.float32) * 2 - 1
+
+
+def dequantized(stored: np.ndarray, ranges: np.ndarray) -> np.ndarray:
+    """The middle of each value's step, float32 `[N, d]`, of int8 values `[N, d]` and their ranges `[2, d]`."""
+    lowest, highest = ranges.astype(np.float32)
+    return lowest + (stored.astype(np.float32) + 128.5) * ((highest - lowest) / 255)
 
 
 def ranges_of(blocks: Iterable[np.ndarray]) -> np.ndarray:

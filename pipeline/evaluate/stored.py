@@ -16,7 +16,7 @@ from pipeline.encoder.storage import Storage, ranges_of
 from pipeline.evaluate.system import System
 from pipeline.tasks.instructions import Side
 
-VERSION = 1  # raise it when the same embeddings are stored or compared otherwise
+VERSION = 2  # raise it when the same embeddings are stored or compared otherwise
 STUDENT = "student"
 MILLION = 1_000_000
 
@@ -54,7 +54,7 @@ class StoredSystem:
         self._ranges, self._seen = ranges_of(self._seen), None
 
     def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
-        """Float32 vectors whose cosines are those of stored ones; while `calibrate` reads, before quantisation."""
+        """Float32 vectors that can be had of the stored ones; while `calibrate` reads, before quantisation."""
         vectors = self.system.encode(texts, instruction, side)
         if self._seen is None:
             return self.storage.compared(vectors, self._ranges)

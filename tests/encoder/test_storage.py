@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.encoder.storage import Storage, ranges_of
+from pipeline.encoder.storage import Storage, dequantized, ranges_of
 
 VECTORS = np.array([[3, 4, -1, 0], [-3, 4, 2, 5], [3, -4, 0, 1]], np.float32)
 
@@ -40,8 +40,20 @@ def test_signs_are_compared_by_how_many_differ() -> None:
 def test_eight_bits_are_steps_of_the_ranges() -> None:
     ranges = ranges_of([VECTORS[:1], VECTORS[1:]])
     assert ranges.tolist() == [[-3, -4, -1, 0], [3, 4, 2, 5]]
-    found = Storage(quantize="int8").compared(VECTORS, ranges)
+    found = Storage(quantize="int8").quantized(VECTORS, ranges)
     # A step may round to the one below.
     np.testing.assert_allclose(found, [[127, 127, -128, -128], [-128, 127, 127, 127], [127, -128, -43, -77]], atol=1)
-    beyond = Storage(quantize="int8").compared(np.array([[9, -9, 9, -9]], np.float32), ranges)
+    beyond = Storage(quantize="int8").quantized(np.array([[9, -9, 9, -9]], np.float32), ranges)
     assert beyond.tolist() == [[127, -128, 127, -128]]
+
+
+def test_eight_bits_are_compared_by_the_middle_of_their_steps() -> None:
+    ranges = ranges_of([VECTORS])
+    found = Storage(quantize="int8").compared(VECTORS, ranges)
+    half = (ranges[1] - ranges[0]) / 255 / 2
+    ends = dequantized(np.array([[-128, 127, 0, 0]], np.int8), ranges)[0, :2]
+    np.testing.assert_allclose(ends, np.add([-3, 4], half[:2]), rtol=1e-6)
+    assert (np.abs(found - VECTORS) <= 1.01 * half).all()
+    # A dimension that does not vary comes back as it is.
+    flat = np.array([[2.0, 1.0], [2.0, 3.0]], np.float32)
+    np.testing.assert_allclose(Storage(quantize="int8").compared(flat, ranges_of([flat]))[:, 0], 2)

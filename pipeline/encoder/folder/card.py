@@ -87,7 +87,8 @@ dimensions."""
 
 _ORDERED = """\
 They are rotated: the first dimensions hold
-most of them, and `truncate_dim` of sentence-transformers keeps these."""
+most of them, and `truncate_dim` of sentence-transformers keeps these. int8 must be led back by its ranges before it is
+compared, and binary loses much: it weighs all dimensions alike."""
 
 _ADAPTED = """\
 `adapter/` holds LoRA adapters of rank {rank} with {parameters:,} parameters, under which the backbone embeds; answers
