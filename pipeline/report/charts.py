@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from textwrap import fill
 from typing import Any
 
 from pipeline.evaluate.comparison import Comparison
@@ -23,6 +24,8 @@ _PAGE_COLOURS = {
 # With more tasks than this, only the means by category are drawn.
 MOST_TASKS = 16
 LONGEST_NAME = 28
+# Characters that fit beside one another in a title.
+TITLE_LINE = 52
 # By verdict: colour, marker, filled or not, so that no reader depends on colour.
 _STYLES = {"better": (GOOD, "^", True), "worse": (BAD, "v", True)}
 _NOISE = (DIM, "o", False)
@@ -127,8 +130,13 @@ def forest_svg(lines: Sequence[ForestLine], label: str, scale: tuple[float, floa
         axes.set_ylim(len(lines) - 0.4, -0.6)
         axes.set_xlim(*scale)
         axes.locator_params(axis="x", nbins=5)
-        axes.set_title(plain(label), loc="left", x=0, fontsize=11)
+        _set_title(axes, label)
     return result[0]
+
+
+def _set_title(axes: Any, label: str) -> None:
+    """A title from the left edge of the chart, not of its axes: names of systems are long."""
+    axes.figure.suptitle(plain(fill(label, TITLE_LINE)), x=0.01, ha="left", fontsize=11)
 
 
 def _shortened(name: str) -> str:
@@ -148,5 +156,5 @@ def means_svg(means: Sequence[MeanScore], label: str) -> str:
         axes.set_yticks(range(len(means)), [plain(_shortened(found.system)) for found in means])
         axes.set_ylim(len(means) - 0.4, -0.6)
         axes.locator_params(axis="x", nbins=5)
-        axes.set_title(plain(label), loc="left", x=0, fontsize=11)
+        _set_title(axes, label)
     return result[0]

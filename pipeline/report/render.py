@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from pipeline.core.text import templates, visible
 from pipeline.evaluate.comparison import Cell, Comparison
@@ -46,7 +46,20 @@ def environment(format: str, *folders: Path) -> "Environment":
     found = templates(*folders, Path(__file__).parent)
     if format == "markdown":
         found.finalize = escape_markdown
-    by_name: list[Any] = [number, signed, interval, percent, label, seconds, size, hours, fence, total, curves]
+    by_name: list[Any] = [
+        number,
+        signed,
+        interval,
+        percent,
+        label,
+        breakable,
+        seconds,
+        size,
+        hours,
+        fence,
+        total,
+        curves,
+    ]
     found.filters.update({function.__name__: function for function in by_name})
     found.filters.update(spread=untrained_spread, forests=charts, means=means_chart)
     return found
@@ -103,6 +116,11 @@ def percent(value: float | None) -> str:
 def label(key: str) -> str:
     """A key in words: `backbone/refusal_rate_safe` becomes "backbone: refusal rate safe"."""
     return key.replace("/", ": ").replace("_", " ")
+
+
+def breakable(path: str) -> Markup:
+    """A path that may go on in the next line behind each slash."""
+    return escape(path).replace("/", Markup("/<wbr>"))
 
 
 def size(bytes: int) -> str:

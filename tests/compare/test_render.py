@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
+from pipeline.compare.render import short_names
 from tests.compare.runs import write_run
 
 
@@ -31,6 +33,19 @@ def test_each_format_has_scores_intervals_params_and_times(tmp_path: Path) -> No
     compare(first, other, "--output", str(record))
     cell = json.loads(record.read_text(encoding="utf-8"))["tables"]["suite demo"]["search"][1]
     assert cell["score"] == 0.625 and cell["verdict"] == "better" and cell["low"] == cell["high"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["/runs/a/small", "/runs/a/large"], ["small", "large"]),
+        (["runs/a", "runs/b/c"], ["a", "b/c"]),
+        (["main", "exp-1"], ["main", "exp-1"]),
+        (["runs", "runs/b"], ["runs", "runs/b"]),
+    ],
+)
+def test_columns_are_headed_by_what_differs(names: list[str], short: list[str]) -> None:
+    assert short_names(names) == short
 
 
 def test_mistakes_are_one_line_that_names_the_argument(tmp_path: Path) -> None:

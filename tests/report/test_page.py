@@ -107,7 +107,7 @@ def test_print_is_light_and_shows_what_is_folded(browser: Browser, page: Path) -
     browser.open(page, width=PRINTED, scheme="dark")
     shown = "[...document.querySelectorAll('pre')].filter(pre => pre.checkVisibility()).length"
     paper = "getComputedStyle(document.body).backgroundColor"
-    folded = browser.evaluate("document.querySelectorAll('details').length")
+    folded = browser.evaluate("document.querySelectorAll('details pre').length")
     assert folded > 3
     assert (browser.evaluate(shown), browser.evaluate(paper)) == (0, "rgb(20, 24, 28)")
     browser.scheme("dark", media="print")

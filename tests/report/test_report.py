@@ -17,6 +17,7 @@ from pipeline.report.__main__ import Inputs, run
 from pipeline.report.charts import curve_svg, running_mean
 from pipeline.report.content import gather
 from pipeline.report.render import (
+    breakable,
     escape_markdown,
     interval,
     label,
@@ -26,6 +27,7 @@ from pipeline.report.render import (
     render_markdown,
     seconds,
     signed,
+    size,
 )
 from pipeline.report.sections import audit_workspace
 from tests.report.toy_results import EVIL, NOT_DRAWN, RECORD, SAFETY, SUITE, SYSTEMS, content_of
@@ -71,7 +73,7 @@ def test_html_is_one_safe_file(made: Path) -> None:
 class Tags(HTMLParser):
     """Collects tags, ids and addresses, and checks that each tag is closed in order."""
 
-    VOID = {"meta", "br", "img", "link", "input"}
+    VOID = {"meta", "br", "wbr", "img", "link", "input"}
     LOADING = {"src", "href", "xlink:href", "srcset", "data", "action", "formaction", "poster", "ping", "background"}
 
     def __init__(self) -> None:
@@ -175,6 +177,8 @@ def test_durations_signs_and_cells() -> None:
     assert [seconds(value) for value in (3.21, 65, 7260)] == ["3.2 s", "1 min 5 s", "2 h 1 min"]
     assert (signed(0.5), signed(-0.5)) == ("+0.500", "−0.500")
     assert escape_markdown("a|b\n<c>") == "a\\|b &lt;c&gt;"
+    assert [size(value) for value in (72_000_000, 1_536_000_000, 384_000)] == ["72 MB", "1.54 GB", "0.384 MB"]
+    assert breakable("a/<b>") == "a/<wbr>&lt;b&gt;"
     assert (percent(None), percent(61.94), percent(-0.5)) == ("–", "61.9", "−0.5")
     assert label("backbone/refusal_rate_safe") == "backbone: refusal rate safe"
     assert interval(Cell(0.5, 0.1, -0.05, 0.25)) == "[−0.050, +0.250]"
