@@ -14,7 +14,7 @@ MODULE = "pipeline.encoder.folder.st_module"
 MODULE_CLASS = "LLM2VecGenEncoder"
 # sentence-transformers checks these before it loads anything. The lowest versions that the module file was run with.
 _REQUIREMENTS = {
-    "sentence-transformers": {"specifier": ">=6.2", "reason": "its module classes have moved"},
+    "sentence-transformers": {"specifier": ">=5.4", "reason": "its module classes have moved"},
     "transformers": {"specifier": ">=5.19", "reason": "earlier ones may tokenise or load a backbone otherwise"},
 }
 # What peft must be able to read.

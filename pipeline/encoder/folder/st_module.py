@@ -30,11 +30,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from sentence_transformers.base.modules import InputModule
 from sentence_transformers.util import load_dir_path
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+try:
+    from sentence_transformers.base.modules import InputModule
+except ModuleNotFoundError:
+    raise ImportError("this encoder needs sentence-transformers 5.4 or later") from None
 
 VERSION = 1
 
@@ -313,8 +318,12 @@ class LLM2VecGenEncoder(InputModule):  # type: ignore[misc]  # sentence-transfor
         Raises:
             ValueError: it is no encoder, or the language model is another than it was trained on.
             OSError: the language model cannot be loaded.
-            ImportError: the encoder has LoRA adapters, and peft is not installed.
+            ImportError: transformers is older than 5, or the encoder has LoRA adapters, and peft is not installed.
         """
+        # Version 4 loads a language model that 5 wrote with other position angles, without a word. Not every version of
+        # sentence-transformers reads the folder's own requirements.
+        if int(transformers.__version__.split(".")[0]) < 5:
+            raise ImportError(f"this encoder needs transformers 5 or later, {transformers.__version__} is installed")
         if backend != "torch":
             raise ValueError(f"backend '{backend}': this encoder runs on torch only")
         hub = {"token": token, "local_files_only": local_files_only}
