@@ -60,7 +60,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class StoredForm:
-    """The student's embeddings as an index stores them; `cells` have the student minus this form, by metric.
+    """The student's embeddings as an index stores them; `cells` have this form minus the whole student, by metric.
 
     `stored` is float32, int8 or binary, `bytes` those of a million vectors.
     """

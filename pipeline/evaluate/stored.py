@@ -6,12 +6,12 @@ the task finds them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
-from pipeline.core.bootstrap import Delta
+from pipeline.core.bootstrap import Delta, Verdict
 from pipeline.encoder.storage import Storage, ranges_of
 from pipeline.evaluate.system import System
 from pipeline.tasks.instructions import Side
@@ -19,6 +19,7 @@ from pipeline.tasks.instructions import Side
 VERSION = 2  # raise it when the same embeddings are stored or compared otherwise
 STUDENT = "student"
 MILLION = 1_000_000
+_OPPOSITE: dict[Verdict, Verdict] = {"better": "worse", "worse": "better"}
 
 
 class StoredSystem:
@@ -84,7 +85,8 @@ def stored_facts(
 ) -> list[dict[str, Any]]:
     """The student of `width` dimensions and its stored forms, for the record of a suite.
 
-    `metrics` are flat ones and `deltas` student minus stored form; bytes are those of a million vectors.
+    `metrics` are flat ones and `deltas` student minus stored form, in the record stored form minus student; bytes are
+    those of a million vectors.
     """
     return [
         {
@@ -92,10 +94,18 @@ def stored_facts(
             "dimensions": storage.truncate_dim or width,
             "bytes_per_million": storage.bytes(width) * MILLION,
             "scores": _of(name_of(storage), metrics),
-            "deltas": [asdict(delta) for delta in deltas if delta.system == name_of(storage)],
+            "deltas": [asdict(_turned(delta)) for delta in deltas if delta.system == name_of(storage)],
         }
         for storage in [Storage(), *storages]
     ]
+
+
+def _turned(delta: Delta) -> Delta:
+    """The difference from the other side."""
+    low, high = (None if end is None else 0.0 - end for end in (delta.high, delta.low))
+    return replace(
+        delta, delta=0.0 - delta.delta, low=low, high=high, verdict=_OPPOSITE.get(delta.verdict, delta.verdict)
+    )
 
 
 def _of(system: str, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -100,7 +100,7 @@ def test_smaller_vectors_have_a_table_of_their_own(systems: FakeSystems) -> None
     ]  # fmt: skip
     assert whole["scores"]["find"] == record["metrics"]["student/find"] == signs["scores"]["find"] == 1
     (lost,) = (delta for delta in cut["deltas"] if delta["metric"] == "find")
-    assert lost["delta"] == pytest.approx(1 - cut["scores"]["find"]) and lost["verdict"] == "better"
+    assert lost["delta"] == pytest.approx(cut["scores"]["find"] - 1) and lost["verdict"] == "worse"
     assert set(record["systems"]) == {"student", "teacher"}
     assert not any("student-" in metric for metric in record["metrics"])
     write_params(evaluate={**evaluate, "stored": [{"quantize": "int8"}, {"truncate_dim": 9}]})

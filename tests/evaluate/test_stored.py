@@ -88,7 +88,7 @@ def test_nothing_is_embedded_a_second_time(folders: list[Path], tmp_path: Path) 
 
 
 def test_the_record_says_what_a_million_vectors_take() -> None:
-    delta = Delta("mean/tasks", "student-int8", 0.01, -0.02, 0.04, "within noise", 30)
+    delta = Delta("mean/tasks", "student-int8", 0.03, 0.02, 0.04, "better", 30)
     metrics = {"student/mean/tasks": 0.6, "student-int8/mean/tasks": 0.59}
     whole, small = stored_facts([INT8], 384, metrics, [delta])
     assert whole == {
@@ -97,7 +97,8 @@ def test_the_record_says_what_a_million_vectors_take() -> None:
     }  # fmt: skip
     assert (small["stored"], small["bytes_per_million"]) == ("int8", 384_000_000)
     assert small["scores"] == {"mean/tasks": 0.59}
-    assert small["deltas"][0]["low"] == -0.02
+    lost = small["deltas"][0]
+    assert (lost["delta"], lost["low"], lost["high"], lost["verdict"]) == (-0.03, -0.04, -0.02, "worse")
 
 
 @pytest.mark.parametrize("storage", [Storage(quantize="binary"), Storage(truncate_dim=2)])

@@ -76,19 +76,6 @@ def test_a_folder_says_which_versions_it_needs_and_the_library_checks_them(
         load(folder)
 
 
-def test_an_older_transformers_is_refused(
-    workspace: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the folder itself: not every sentence-transformers reads its requirements."""
-    file = write(Path("encoder"), tiny_backbone("llama")) / "config_sentence_transformers.json"
-    file.write_text(
-        json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "requirements"})
-    )
-    monkeypatch.setattr("transformers.__version__", "4.56.2")
-    with pytest.raises(ImportError, match=r"needs transformers 5 or later, 4\.56\.2 is installed"):
-        load(file.parent)
-
-
 def test_a_folder_that_the_library_saved_again_has_a_portable_tokenizer(
     workspace: Path, tiny_backbone: Callable[..., Path]
 ) -> None:

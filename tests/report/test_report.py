@@ -283,7 +283,7 @@ def test_the_student_is_compared_with_the_best_untrained_reading_and_its_start(m
 
 
 def test_smaller_vectors_stand_beside_the_whole_ones(made: Path) -> None:
-    lost = {**NOT_DRAWN, "system": "student-binary", "delta": 0.03, "low": 0.01, "high": 0.05, "verdict": "better"}
+    lost = {**NOT_DRAWN, "system": "student-binary", "delta": -0.03, "low": -0.05, "high": -0.01, "verdict": "worse"}
     forms: list[dict[str, Any]] = [
         {"stored": "float32", "dimensions": 576, "bytes_per_million": 2_304_000_000, "deltas": []},
         {"stored": "binary", "dimensions": 576, "bytes_per_million": 72_000_000, "deltas": [lost]},
@@ -292,7 +292,7 @@ def test_smaller_vectors_stand_beside_the_whole_ones(made: Path) -> None:
     write_json(Path("results/evaluate/demo.json"), {"metrics": SUITE, "systems": SYSTEMS, "stored": forms, **RECORD})
     page = render_markdown(content_of())
     assert lines_of(page, "| float32") == ["| float32 | 576 | 2.3 GB | 0.500 |"]
-    assert lines_of(page, "| binary") == ["| binary | 576 | 72 MB | 0.470<br>+0.030 better<br>[+0.010, +0.050] |"]
+    assert lines_of(page, "| binary") == ["| binary | 576 | 72 MB | 0.470<br>−0.030 worse<br>[−0.050, −0.010] |"]
     assert "| stored as | dimensions | a million vectors | mean/tasks |" in page
     assert "72 MB" in render_html(content_of())
 
