@@ -126,7 +126,7 @@ def _short(folder: Path, tally: Tally) -> None:
             stages.at_changes(arena, stage, fault, [arena.changes[stage] * 3 // 4])
         stages.clock_back(arena, stage)
     damage.damage_artifacts(arena, flips=30, truncations=10)
-    damage.damage_stores(arena, flips=20, truncations=4)
+    damage.damage_stores(arena, flips=30, truncations=6)
     inputs.bad_inputs(arena)
 
 

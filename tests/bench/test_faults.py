@@ -26,7 +26,7 @@ def test_the_short_campaign_breaks_no_promise() -> None:
     broken = ("lost_rows", "rows_computed_twice", "flips_unnoticed", "truncations_unnoticed", "tracebacks")
     assert {key: found[key] for key in (*broken, "unexplained")} == dict.fromkeys((*broken, "unexplained"), 0)
     assert found["kills"] > 20 and found["power_cuts"] > 8 and found["full_disks"] > 8
-    assert found["flips"] >= 40 and found["races"] >= 2 and found["bad_inputs"] >= 20
+    assert found["flips"] > 30 and found["races"] >= 2 and found["bad_inputs"] >= 20
 
 
 def write_twice(folder: Path) -> None:
