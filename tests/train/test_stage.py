@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -255,11 +256,25 @@ def test_two_processes_take_the_steps_of_one(
 
 
 @pytest.mark.slow
-def test_processes_of_a_launcher_start_no_others(backbone: Path) -> None:
-    write_params(backbone, processes=2)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+def test_the_launchers_of_two_machines_take_the_steps_of_one_process(
+    trained: Path, tiny_backbone: Callable[..., Path]
+) -> None:
+    alone = np.loadtxt(LOSS_CURVE, delimiter=",", skiprows=1)
+    write_params(tiny_backbone("qwen3"), processes=7)  # nothing to those of a launcher
+    shutil.rmtree(".work")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free.getsockname()[1]}", "--rdzv_id", "1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *meeting]
+    command = [*launcher, "--local_addr", "127.0.0.1", "-m", "pipeline.train"]
     environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
-    subprocess.run([*launcher, "-m", "pipeline.train"], env=environment, check=True, timeout=300)
+    machines = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    try:
+        assert [machine.wait(timeout=300) for machine in machines] == [0, 0]
+    finally:
+        for machine in machines:
+            machine.kill()
+    np.testing.assert_allclose(np.loadtxt(LOSS_CURVE, delimiter=",", skiprows=1), alone, rtol=1e-4)
     assert json.loads(Path("results/train.json").read_text())["processes"] == 2
 
 
