@@ -12,7 +12,7 @@ from pipeline.core.tracking import Tracker
 from pipeline.embed.teachers.adapters import AdapterParams
 from pipeline.embed.teachers.registry import COMMON_KEYS, TEACHERS
 from pipeline.embed.teachers.template import TEMPLATES, Pooling, template_of
-from pipeline.parallel.devices import Count
+from pipeline.parallel.devices import Spread
 
 TargetType = Literal["float16", "float32"]
 
@@ -81,6 +81,8 @@ class EmbedParams(Params):
     normalize: bool = Field(default=False, description="scale targets to length 1; changes the balance of the losses")
     transform: TransformParams = Field(default=TransformParams(), description="of the targets; see docs/targets.md")
     dtype: TargetType = Field(default="float16", description="of the stored targets")
-    data_parallel: Count = Field(default="auto", description="teacher processes; auto: one a GPU")
+    data_parallel: Spread = Field(
+        default="auto", description="teacher processes; auto: one a GPU; ray: on the cluster of $RAY_ADDRESS"
+    )
     track: Tracker | None = Field(default=None, exclude=True, description="progress and tokens a second, live")
     gates: TargetGates = Field(default=TargetGates(), description="what may be wrong with the targets")

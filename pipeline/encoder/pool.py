@@ -1,4 +1,4 @@
-"""Several encoders, one process and one GPU each, behind the interface of one."""
+"""Several encoders, one process and one GPU each, behind the interface of one; also on a Ray cluster."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.backbone.device import best_device
 from pipeline.core.errors import EvaluationError
 from pipeline.core.run import progress
-from pipeline.parallel.devices import Device
+from pipeline.parallel.devices import Places
 from pipeline.parallel.text_pool import TextPool
 
 if TYPE_CHECKING:
@@ -27,15 +27,15 @@ _FACTS = attrgetter("width", "max_tokens", "identity", "config", "parameter_coun
 
 
 class ParallelEncoder:
-    """An encoder on each device; it has the attributes of `Encoder` that are given here, and only embeds."""
+    """An encoder in each place; it has the attributes of `Encoder` that are given here, and only embeds."""
 
-    def __init__(self, load: "Callable[[], Encoder]", devices: Sequence[Device]) -> None:
-        """Start a process on each device and wait until `load` (picklable) has loaded an encoder in each.
+    def __init__(self, load: "Callable[[], Encoder]", places: Places) -> None:
+        """Start a process in each place, which calls `load` (picklable); see `TextPool`.
 
         Raises:
             PipelineError: the error of loading an encoder, or EvaluationError if its process died.
         """
-        self._pool = TextPool(load, _FACTS, devices, job_texts=JOB_TEXTS, kind="encoder process", error=EvaluationError)
+        self._pool = TextPool(load, _FACTS, places, job_texts=JOB_TEXTS, kind="encoder process", error=EvaluationError)
         self.width, self.max_tokens, self.identity, self.config, self.parameter_count = self._pool.facts
 
     def encode(

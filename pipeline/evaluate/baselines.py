@@ -23,7 +23,7 @@ from pipeline.backbone.prompting import SLOT, join_instruction
 from pipeline.embed.teachers.template import TEMPLATES, TemplateTokenizer
 from pipeline.evaluate.registry import BUILT_IN
 from pipeline.evaluate.system import BARE, BareSystem
-from pipeline.parallel.devices import Device
+from pipeline.parallel.devices import Places
 from pipeline.tasks.instructions import Side
 
 if TYPE_CHECKING:
@@ -50,13 +50,13 @@ def pooled(name: str, encoder: "Encoder", batch_tokens: int | None = None) -> Ba
 
 @contextmanager
 def pooled_in_processes(
-    name: str, load: "Callable[[], Encoder]", batch_tokens: int | None, devices: Sequence[Device]
+    name: str, load: "Callable[[], Encoder]", batch_tokens: int | None, places: Places
 ) -> Iterator[BareSystem]:
     """`pooled` in several processes that share the texts of a call; `load` (picklable) runs in each of them."""
     from pipeline.embed.teachers.pool import ParallelTeacher
 
     load_teacher = partial(_pooling_teacher, name, load, batch_tokens)
-    with closing(ParallelTeacher(load_teacher, devices, batch_tokens)) as teacher:
+    with closing(ParallelTeacher(load_teacher, places, batch_tokens)) as teacher:
         yield _bare(name, teacher)
 
 

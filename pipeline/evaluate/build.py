@@ -37,7 +37,7 @@ from pipeline.evaluate.system import BARE, BareSystem, InstructedSystem, System,
 from pipeline.generate.answer_cache import Answers
 from pipeline.generate.engines.registry import ENGINES
 from pipeline.generate.params import GenerateParams
-from pipeline.parallel.devices import split_devices, worker_count
+from pipeline.parallel.devices import Places, places_for
 
 if TYPE_CHECKING:
     from pipeline.encoder.head import Reading
@@ -83,7 +83,7 @@ class Systems:
         teacher_prompt: what the teacher itself puts before a text.
         models: loads further systems by name.
         seeds: of untrained students; each seed is a system.
-        processes: each with the whole backbone and a GPU; more than one share the texts of a call.
+        places: of processes that each have the whole backbone and share the texts of a call; None: this process.
         trust_remote_code: let the backbone run code that comes with it.
         wrap: put around each system that is built, and closed after its turn.
         training_texts: gives the texts that standardised systems are fitted on.
@@ -99,7 +99,7 @@ class Systems:
     teacher_prompt: str = ""
     models: Mapping[SystemName, Callable[[], System]] = field(default_factory=dict)
     seeds: Sequence[int] = (0,)
-    processes: int = 1
+    places: Places | None = None
     trust_remote_code: bool = False
     wrap: Callable[[System], AbstractContextManager[System]] = nullcontext
     training_texts: Callable[[], Sequence[str]] = tuple
@@ -190,13 +190,13 @@ class Systems:
         return InstructedSystem(name, fingerprint(encoder.identity, encoder.config), encoder, self.batch_tokens)
 
     def _encoder_of(self, variant: Variant, stack: ExitStack) -> "Encoder | ParallelEncoder":
-        if self.processes == 1:
+        if self.places is None:
             found: Encoder = variant(self.encoder())
             return found
         from pipeline.encoder.pool import ParallelEncoder
 
         load = self._encoder_loader(variant)
-        return stack.enter_context(closing(ParallelEncoder(load, split_devices(self.processes))))
+        return stack.enter_context(closing(ParallelEncoder(load, self.places)))
 
     def _encoder_loader(self, variant: Variant = trained) -> "Callable[[], Encoder]":
         from pipeline.encoder.pool import encoder_loader
@@ -210,10 +210,9 @@ class Systems:
         )
 
     def _pooled(self, name: SystemName, stack: ExitStack) -> System:
-        if self.processes == 1:
+        if self.places is None:
             return pooled(name, self.encoder(), self.batch_tokens)
-        devices = split_devices(self.processes)
-        return stack.enter_context(pooled_in_processes(name, self._encoder_loader(), self.batch_tokens, devices))
+        return stack.enter_context(pooled_in_processes(name, self._encoder_loader(), self.batch_tokens, self.places))
 
     def _model(self, name: SystemName, _: ExitStack) -> System:
         self._drop_encoder()
@@ -252,7 +251,7 @@ def make_systems(inputs: SystemInputs) -> Systems:
     """
     params = inputs.evaluate
     with section("evaluate"), nested_in(names={"processes": "data_parallel"}):
-        processes = worker_count(params.data_parallel, gpus_each=1, error=EvaluationError)
+        places = places_for(params.data_parallel, error=EvaluationError)
     return Systems(
         encoder_dir=ENCODER_DIR,
         open_teacher=partial(_open_teacher, inputs),
@@ -263,7 +262,7 @@ def make_systems(inputs: SystemInputs) -> Systems:
         teacher_prompt=inputs.embed.teacher.prompt,
         models={name: partial(_load_model, name, model) for name, model in params.models.items()},
         seeds=params.seeds,
-        processes=processes,
+        places=places,
         trust_remote_code=inputs.backbone.trust_remote_code,
         wrap=partial(_with_cache, params),
         training_texts=cache(lambda: training_texts(queries_artifact())),

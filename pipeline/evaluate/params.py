@@ -11,7 +11,7 @@ from pipeline.core.config import Params
 from pipeline.embed.params import TargetType
 from pipeline.encoder.storage import Precision, Storage
 from pipeline.evaluate.registry import BUILT_IN
-from pipeline.parallel.devices import Count
+from pipeline.parallel.devices import Spread
 
 # First parts of metric keys that name no system.
 _TAKEN = ("delta", "reduction")
@@ -75,7 +75,10 @@ class EvaluateParams(Params):
         ge=1,
         description="tokens of one forward pass of a student, backbone-mean and echo; null = by the device",
     )
-    data_parallel: Count = Field(default="auto", description="processes that share the texts; auto: one a GPU")
+    data_parallel: Spread = Field(
+        default="auto",
+        description="processes that share the texts; auto: one a GPU; ray: on the cluster of $RAY_ADDRESS",
+    )
     dtype: DType = "bfloat16"
     seeds: list[int] = Field(default=[0], min_length=1, description="of the untrained students' random starts")
     model_name: str | None = Field(

@@ -4,35 +4,36 @@ Only finished answers enter the store. A failed row stays in memory, goes into t
 tried again by the next run; so an id never has two rows.
 """
 
-import hashlib
 import logging
-from array import array
+import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Generator as GeneratorOf
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
+from pathlib import Path
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.backbone.loading import BackboneParams, load_tokenizer
 from pipeline.backbone.prompting import PromptFormatter
-from pipeline.core.artifacts import PART_BYTES, write_json
+from pipeline.core.artifacts import PART_BYTES, disk_errors, write_json, write_parquet
 from pipeline.core.errors import EngineError, nested_in
 from pipeline.core.gates import FIRST_ROWS, warn_of_gates
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import gpu_memory_mib, progress
 from pipeline.core.sorted_ids import pieces
 from pipeline.core.tracking import Log, ProgressLog
-from pipeline.generate.engines.base import Completion, Engine, Prompt, Sampling
+from pipeline.generate.engines.base import Completion, Engine, Prompt, Query, Sampling, TextEngine
 from pipeline.generate.engines.registry import build_engine
 from pipeline.generate.params import GenerateParams
-from pipeline.generate.response_counts import CAUSES, DROPPED, MANY_CUT, STORE, ResponseCounts, failures
+from pipeline.generate.queries import QueryMaker
+from pipeline.generate.response_counts import CAUSES, MANY_CUT, STORE, ResponseCounts, failures
 from pipeline.generate.response_text import opens_thinking, strip_thinking
 from pipeline.parallel.prefetch import ahead
 
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 
 BYTES_PER_TOKEN = 8
 BYTES_PER_ROW = 256
+# In the store's folder: the rows that are left, for an engine that reads them itself.
+TODO = "todo"
 # Failures in one pass that end the run at once if they also exceed the limit: a long run would fail hours later.
 HOPELESS = 1000
 
@@ -70,10 +73,8 @@ class GenerationFacts:
         }
 
 
-class _Query(NamedTuple):
-    prompt: Prompt
-    truncated: bool
-    control_tokens: bool
+# Answers as they arrive, each with its query.
+_Answers = GeneratorOf[tuple[Query, Completion], None, None]
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Generator:
     track: ProgressLog = field(default_factory=lambda: ProgressLog(None))
     facts: GenerationFacts = field(default_factory=GenerationFacts)
     failed: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _retries: dict[str, _Query] = field(default_factory=dict)
+    _retries: dict[str, Query] = field(default_factory=dict)
     _first: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, ids: Callable[[], Iterable[pa.Array]], batches: Iterable[pa.Table]) -> None:
@@ -121,9 +122,9 @@ class Generator:
             self.facts.reused_rows += len(self.store.committed(piece.to_pylist()))
         if self.facts.reused_rows:
             log.info("generate: %d of %d rows are already finished", self.facts.reused_rows, self.facts.rows)
-        windows = filter(None, self._missing(batches))
-        if first := next(windows, None):
-            self._answer(first, windows)
+        missing = self._missing(batches)
+        if first := next(filter(self._wants_engine, missing), None):
+            self._answer(chain([first], missing))
         self.store.flush()
         self._check_answered(ids())
         self._check_failed()
@@ -135,52 +136,87 @@ class Generator:
             done = part.filter(pc.invert(pc.is_in(part, failed["id"].combine_chunks())))
             yield pa.concat_tables([self.store.take(done), failed]).sort_by("id")
 
-    def _missing(self, batches: Iterable[pa.Table]) -> Iterator[list[_Query]]:
-        """The unfinished queries of each batch."""
+    def _missing(self, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """The unfinished rows of each batch."""
         for batch in batches:
-            rows = zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True)
-            finished = self.store.committed(batch["id"].to_pylist())
-            missing = {row_id: text for row_id, text in rows if row_id not in finished}
-            queries = []
-            for row_id, formatted in zip(missing, self.formatter.batch(list(missing.values())), strict=True):
-                prompt = Prompt(row_id, formatted.token_ids, row_seed(self.seed, row_id), formatted.text)
-                query = _Query(prompt, formatted.truncated, formatted.control_tokens)
-                if query.truncated and self.drop_too_long:
-                    self.store.add(_row(query, "", "error", f"{DROPPED}: longer than max_prompt_tokens"))
-                    self.facts.dropped_rows += 1
-                else:
-                    queries.append(query)
-            # The longest first: too little memory shows at once, and no long row is left alone at the end.
-            yield sorted(queries, key=lambda query: -len(query.prompt.token_ids))
+            ids = batch["id"].to_pylist()
+            finished = self.store.committed(ids)
+            if len(finished) < len(ids):
+                yield batch.select(["id", "text"]).filter(pa.array([row_id not in finished for row_id in ids]))
 
-    def _answer(self, first: list[_Query], windows: Iterator[list[_Query]]) -> None:
-        """Let the engine answer; while it has a window of queries, a thread makes the next one."""
+    def _answer(self, tables: Iterator[pa.Table]) -> None:
         started = monotonic()
         with closing(self.load_engine()) as engine:
             self.facts.startup_seconds = monotonic() - started
             log.info("generate: the engine started in %.1f s", self.facts.startup_seconds)
             started = monotonic()
             try:
-                # Not before the engine has started: it may fork.
-                with closing(ahead(windows)) as following:
-                    queries = chain(first, chain.from_iterable(following))
-                    self._pass(engine, queries, initial=self.facts.reused_rows)
+                self._pass(self._first_try(engine, tables), initial=self.facts.reused_rows)
                 if self.failed:
                     log.warning("generate: %d rows failed (%s), second try", len(self.failed), self._reasons())
                     self.facts.retried_rows = len(self.failed)
                     retries, self.failed, self._retries = sorted(self._retries.items()), {}, {}
-                    self._pass(engine, (query for _, query in retries), initial=self.facts.rows - len(retries))
+                    again = self._asked(engine, (query for _, query in retries))
+                    self._pass(again, initial=self.facts.rows - len(retries))
             finally:
                 self.facts.generate_seconds = monotonic() - started
                 self.facts.gpu_memory_mib = gpu_memory_mib()
 
-    def _pass(self, engine: Engine, queries: Iterable[_Query], initial: int) -> None:
-        in_flight: dict[str, _Query] = {}
+    @property
+    def _make(self) -> QueryMaker:
+        return QueryMaker(self.formatter, self.seed, self.drop_too_long)
+
+    def _wants_engine(self, table: pa.Table) -> bool:
+        """Whether an engine must answer a row of the table; if not, all its rows are recorded as dropped."""
+        if not self.drop_too_long:
+            return True
+        queries = self._make(table)
+        wanted = not all(query.refused for query in queries)
+        for query in () if wanted else queries:
+            self._drop(query)
+        return wanted
+
+    def _first_try(self, engine: Engine, tables: Iterator[pa.Table]) -> _Answers:
+        if isinstance(engine, TextEngine):
+            folder = _written(tables, self.store.path / TODO)
+            for query, completion in engine.answer(folder, self._make, self.sampling):
+                if query.refused:
+                    self._drop(query)
+                else:
+                    yield query, completion
+            shutil.rmtree(folder)
+        else:
+            # A thread, and so not before the engine has started: it may fork.
+            with closing(ahead(self._windows(tables))) as windows:
+                yield from self._asked(engine, chain.from_iterable(windows))
+
+    def _windows(self, tables: Iterable[pa.Table]) -> Iterator[list[Query]]:
+        """The queries of each table; they are made in a thread while the engine has the table before."""
+        for table in tables:
+            queries = self._make(table)
+            for query in queries:
+                if query.refused:
+                    self._drop(query)
+            # The longest first: too little memory shows at once, and no long row is left alone at the end.
+            wanted = [query for query in queries if not query.refused]
+            yield sorted(wanted, key=lambda query: -len(query.prompt.token_ids))
+
+    def _asked(self, engine: Engine, queries: Iterable[Query]) -> _Answers:
+        in_flight: dict[str, Query] = {}
+
+        def prompts() -> Iterator[Prompt]:
+            for query in queries:
+                in_flight[query.prompt.id] = query
+                yield query.prompt
+
+        yield from ((in_flight.pop(found.id), found) for found in engine.generate(prompts(), self.sampling))
+
+    def _pass(self, answers: _Answers, initial: int) -> None:
         started, tokens = monotonic(), 0
-        with closing(self._completions(engine, queries, in_flight)) as completions:
-            bar = progress(completions, total=self.facts.rows, desc="generate", initial=initial)
-            for done, completion in enumerate(bar, start=initial + 1):
-                self._record(completion, in_flight.pop(completion.id))
+        with closing(answers):
+            bar = progress(answers, total=self.facts.rows, desc="generate", initial=initial)
+            for done, (query, completion) in enumerate(bar, start=initial + 1):
+                self._record(completion, query)
                 tokens += completion.response_tokens
                 bar.total = self.facts.rows - self.facts.dropped_rows
                 failed = f", {len(self.failed)} failed" if self.failed else ""
@@ -188,17 +224,11 @@ class Generator:
                 bar.set_postfix_str(f"{rate:.0f} tokens/s{failed}", refresh=False)
                 self.track(done, bar.total, rate)
 
-    def _completions(
-        self, engine: Engine, queries: Iterable[_Query], in_flight: dict[str, _Query]
-    ) -> GeneratorOf[Completion, None, None]:
-        def prompts() -> Iterator[Prompt]:
-            for query in queries:
-                in_flight[query.prompt.id] = query
-                yield query.prompt
+    def _drop(self, query: Query) -> None:
+        self.store.add(_row(query, "", "error", query.refused))
+        self.facts.dropped_rows += 1
 
-        yield from engine.generate(prompts(), self.sampling)
-
-    def _record(self, completion: Completion, query: _Query) -> None:
+    def _record(self, completion: Completion, query: Query) -> None:
         if completion.finish_reason == "error":
             self.failed[completion.id] = _row(query, "", "error", completion.error or "no reason given")
             self._retries[completion.id] = query
@@ -213,7 +243,7 @@ class Generator:
         self.store.add(row)
         self._look_at(row)
         self.facts.computed_rows += 1
-        self.facts.prompt_tokens += len(query.prompt.token_ids)
+        self.facts.prompt_tokens += query.columns["prompt_tokens"]
         self.facts.response_tokens += completion.response_tokens
 
     def _look_at(self, row: dict[str, Any]) -> None:
@@ -258,28 +288,30 @@ class Generator:
         return ", ".join(f"{count} x {reason}" for reason, count in failures(self.failed.values()).most_common(5))
 
 
-def _row(query: _Query, response: str, finish_reason: str, error: str | None = None) -> dict[str, Any]:
+def _written(tables: Iterable[pa.Table], folder: Path) -> Path:
+    """The folder, with these tables as its only files, each with its longest texts first; `number` counts the rows."""
+    shutil.rmtree(folder, ignore_errors=True)
+    rows = 0
+    for part, table in enumerate(tables):
+        longest_first = pc.array_sort_indices(pc.utf8_length(table["text"]).combine_chunks(), order="descending")
+        numbers = pa.array(range(rows, rows + table.num_rows), pa.int64())
+        rows += table.num_rows
+        with disk_errors(folder):
+            folder.mkdir(exist_ok=True)
+            write_parquet(table.take(longest_first).append_column("number", numbers), folder / f"{part:08d}.parquet")
+    return folder
+
+
+def _row(query: Query, response: str, finish_reason: str, error: str | None = None) -> dict[str, Any]:
     return {
+        **query.columns,
         "id": query.prompt.id,
         "response": response,
         "finish_reason": finish_reason,
-        "prompt_tokens": len(query.prompt.token_ids),
         "response_tokens": 0,
         "error": error,
-        "truncated": query.truncated,
-        "control_tokens": query.control_tokens,
         "thinking": False,
-        "prompt_hash": _prompt_hash(query.prompt.token_ids),
     }
-
-
-def _prompt_hash(token_ids: Sequence[int]) -> int:
-    return int.from_bytes(hashlib.sha256(array("q", token_ids).tobytes()).digest()[:8]) >> 1
-
-
-def row_seed(seed: int, row_id: str) -> int:
-    """The sampling seed of one row, below 2**63: the same in every batch and every run."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{row_id}".encode()).digest()[:8]) >> 1
 
 
 def rows_per_part(max_new_tokens: int) -> int:

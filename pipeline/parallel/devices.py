@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,9 @@ from pipeline.core.run import DEVICE_VARIABLE, own_cores
 log = logging.getLogger(__name__)
 
 Count = Annotated[int, Field(ge=1)] | Literal["auto"]
+# Of work that a Ray cluster can share too.
+Spread = Count | Literal["ray"]
+RAY: Final = "ray"
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,10 @@ class Device:
     name: str
     environment: Mapping[str, str] = field(default_factory=dict)
     cores: tuple[int, ...] = ()
+
+
+# Where workers run: on these devices of this machine, or on a Ray cluster.
+Places = Sequence[Device] | Literal["ray"]
 
 
 def visible_gpus() -> list[str]:
@@ -60,6 +67,18 @@ def worker_count(processes: Count, *, gpus_each: int, error: type[PipelineError]
             argument="processes",
         )
     return processes
+
+
+def places_for(processes: Spread, *, error: type[PipelineError]) -> Places | None:
+    """Where the workers of `processes` run, each with a GPU of its own; None: in this process.
+
+    Raises:
+        PipelineError: as `worker_count`.
+    """
+    if processes == RAY:
+        return RAY
+    count = worker_count(processes, gpus_each=1, error=error)
+    return None if count == 1 else split_devices(count)
 
 
 def split_devices(count: int, gpus_each: int = 1, *, on_cpu: bool = False) -> list[Device]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.backbone.prompting import PromptFormatter
@@ -16,9 +17,10 @@ from pipeline.core.errors import EngineError, ParamsError
 from pipeline.core.row_store import ShardStore
 from pipeline.core.schemas import RESPONSES, check_table
 from pipeline.generate import generator as generation
-from pipeline.generate.engines.base import Completion, Prompt, Sampling
-from pipeline.generate.generator import Generator, row_seed, rows_per_part
+from pipeline.generate.engines.base import Completion, MakeQueries, Prompt, Query, Sampling
+from pipeline.generate.generator import Generator, rows_per_part
 from pipeline.generate.params import GenerateParams
+from pipeline.generate.queries import row_seed
 from pipeline.generate.response_counts import STORE, ResponseCounts
 from tests.conftest import tiny_tokenizer
 
@@ -84,10 +86,11 @@ def run(tmp_path: Path) -> Callable[..., tuple[Generator, pa.Table]]:
         max_tokens: int = 64,
         part: int = 7,
         window: int = 100,
+        folder: str = "work",
         **settings: Any,
     ) -> tuple[Generator, pa.Table]:
         formatter = PromptFormatter(tiny_tokenizer(), "chat", max_tokens)
-        with ShardStore(tmp_path / "work", STORE, {"max_tokens": max_tokens}) as store:
+        with ShardStore(tmp_path / folder, STORE, {"max_tokens": max_tokens}) as store:
             generator = Generator(store, lambda: engine, formatter, SAMPLING, 5, limit, **settings)
             ids = sorted_ids(queries)
             generator.run(lambda: [ids[:3], ids[3:]], batches(queries, window))
@@ -192,6 +195,34 @@ def test_an_engine_that_ends_before_it_took_all_prompts_is_noticed(run: Run) -> 
 
     with pytest.raises(EngineError, match="no answer for 20 prompts, e.g. 00"):
         run(Lazy())
+
+
+TIMES = {"startup_seconds": 0, "generate_seconds": 0, "gpu_memory_mib": {}}
+
+
+class OnCluster(FakeEngine):
+    """Reads the rows itself."""
+
+    folder: Path
+
+    def answer(self, folder: Path, make: MakeQueries, sampling: Sampling) -> Iterator[tuple[Query, Completion]]:
+        self.folder, rows = folder, pa.concat_tables(pq.read_table(part) for part in sorted(folder.iterdir()))
+        assert rows["number"].to_pylist() == list(range(rows.num_rows))
+        queries = {query.prompt.id: query for query in make(rows)}
+        yield from ((query, Completion.failed(i, query.refused)) for i, query in queries.items() if query.refused)
+        asked = (query.prompt for query in queries.values() if not query.refused)
+        yield from ((queries[found.id], found) for found in self.generate(asked, sampling))
+
+
+def test_an_engine_that_reads_the_rows_itself_gives_the_same(run: Run) -> None:
+    texts = QUERIES | {"a": "long " * 20, "b": "long " * 20}
+    one, expected = run(FakeEngine(fails={"03": 1, "04": 2}), texts, drop_too_long=True, folder="one")
+    engine = OnCluster(fails={"03": 1, "04": 2})
+    found, table = run(engine, texts, drop_too_long=True, folder="cluster", window=8)
+    assert table.equals(expected)
+    assert {**vars(found.facts), **TIMES} == {**vars(one.facts), **TIMES}
+    assert (found.facts.computed_rows, found.facts.dropped_rows, found.facts.retried_rows) == (19, 2, 2)
+    assert not engine.folder.exists()
 
 
 def test_truncated_empty_and_looping_rows_are_counted_also_after_a_resume(run: Run) -> None:

@@ -42,3 +42,17 @@ def test_a_caller_that_stops_early_leaves_no_thread_behind() -> None:
     found.close()
     with pytest.raises(StopIteration):
         next(found)
+
+
+def test_an_item_that_takes_too_long() -> None:
+    never = Event()
+
+    def items() -> Iterator[int]:
+        yield 1
+        never.wait()
+
+    found = ahead(items(), seconds=0.1)
+    assert next(found) == 1
+    with pytest.raises(TimeoutError, match=r"0\.1 s"):
+        next(found)
+    never.set()

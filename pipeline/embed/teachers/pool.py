@@ -1,4 +1,4 @@
-"""Several teachers, one process and one GPU each, behind the interface of one."""
+"""Several teachers, one process and one GPU each, behind the interface of one; also on a Ray cluster."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -16,7 +16,7 @@ from pipeline.embed.teachers.base import Teacher
 from pipeline.embed.teachers.load import load_teacher
 from pipeline.embed.teachers.registry import TEACHERS
 from pipeline.optim.batching import CHARACTERS_PER_TOKEN, token_budget
-from pipeline.parallel.devices import Count, Device, split_devices, worker_count
+from pipeline.parallel.devices import Places, Spread, places_for
 from pipeline.parallel.text_pool import TextPool
 
 # Enough to fill a worker's batches with texts of like lengths, little enough that the workers end together.
@@ -25,10 +25,10 @@ JOB_TEXTS = 1024
 
 
 class ParallelTeacher:
-    """A `Teacher` on each device; `TextPool` divides the texts of a call among them."""
+    """A `Teacher` in each place; `TextPool` divides the texts of a call among them."""
 
-    def __init__(self, load: Callable[[], Teacher], devices: Sequence[Device], batch_tokens: int | None = None) -> None:
-        """Start a process for each device, which calls `load` (picklable), and wait until all teachers are loaded.
+    def __init__(self, load: Callable[[], Teacher], places: Places, batch_tokens: int | None = None) -> None:
+        """Start a process for each place, which calls `load` (picklable); see `TextPool`.
 
         A job is about `JOB_BATCHES` forward passes of `batch_tokens` (None: by the device).
 
@@ -38,7 +38,7 @@ class ParallelTeacher:
         self._pool = TextPool(
             load,
             describe,
-            devices,
+            places,
             job_texts=JOB_TEXTS,
             job_characters=JOB_BATCHES * CHARACTERS_PER_TOKEN * token_budget(batch_tokens, best_device()),
             kind="teacher process",
@@ -69,21 +69,21 @@ class ParallelTeacher:
 
 
 def open_teacher(
-    params: TeacherParams, backbone: BackboneParams, data_parallel: Count
+    params: TeacherParams, backbone: BackboneParams, data_parallel: Spread
 ) -> AbstractContextManager[Teacher]:
     """Load the teacher of the params: in this process, or in several that stop when the context ends.
 
-    `data_parallel` counts the processes; "auto" is one a visible GPU, and one on a CPU.
+    `data_parallel` counts the processes; "auto" is one a visible GPU, and one on a CPU; "ray" is a Ray cluster.
 
     Raises:
-        TeacherError: it cannot be loaded with these params, or there are too few GPUs.
+        TeacherError: it cannot be loaded with these params, there are too few GPUs, or Ray cannot be reached.
         BackboneError: the language model that it is built on cannot be loaded.
     """
-    count = 1
-    if data_parallel != "auto" or TEACHERS[params.kind].parallel:
-        with nested_in(names={"processes": "data_parallel"}):
-            count = worker_count(data_parallel, gpus_each=1, error=TeacherError)
     load = partial(load_teacher, params, backbone)
-    if count == 1:
+    if data_parallel == "auto" and not TEACHERS[params.kind].parallel:
         return nullcontext(load())
-    return closing(ParallelTeacher(load, split_devices(count), params.batch_tokens))
+    with nested_in(names={"processes": "data_parallel"}):
+        places = places_for(data_parallel, error=TeacherError)
+        if places is None:
+            return nullcontext(load())
+        return closing(ParallelTeacher(load, places, params.batch_tokens))

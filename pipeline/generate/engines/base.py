@@ -1,8 +1,11 @@
 """What every generation engine is: prompts in as token ids, completions out as they finish."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
+
+import pyarrow as pa
 
 from pipeline.backbone.loading import BackboneParams
 from pipeline.core.schemas import FinishReason
@@ -23,6 +26,19 @@ class Prompt:
     token_ids: list[int]
     seed: int
     text: str = ""
+
+
+@dataclass(frozen=True)
+class Query:
+    """A row to answer: its prompt, the columns of its stored row that the prompt decides, why no engine is asked."""
+
+    prompt: Prompt
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    refused: str | None = None
+
+
+# Makes the queries of a table's rows (`id`, `text`); picklable.
+MakeQueries = Callable[[pa.Table], list[Query]]
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,19 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class TextEngine(Engine, Protocol):
+    """An engine that makes the prompts too, on the machines that answer them."""
+
+    def answer(self, folder: Path, make: MakeQueries, sampling: Sampling) -> Iterator[tuple[Query, Completion]]:
+        """Yield the query and the completion of each row of the folder's Parquet files once, in any order.
+
+        Their columns are `id`, `text` and `number`, which counts the rows from 0. The completion of a refused query is
+        a failed one. Raises as `generate`.
+        """
+        ...
 
 
 class LoadableEngine(Engine, Protocol):

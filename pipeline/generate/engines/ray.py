@@ -1,251 +1,250 @@
-"""vLLM on a Ray cluster, through Ray Data's batch inference: one engine a GPU, or one over several.
+"""vLLM on a Ray cluster, by Ray Data's batch inference.
 
-Chunks of prompts are sent while earlier ones are worked on, and answers return chunk by chunk; the engines stay up
-from the first prompt to the last.
+    rows in Parquet files -> prompts, on CPUs -> vLLM, one engine a GPU or over several -> answers, block by block
+
+Ray Data keeps between `min_replicas` and `replicas` engines up while there are rows, and repeats the blocks of a
+machine that is lost. Every machine needs this package, the model, and the work folder under the same path.
 """
 
-import json
 import logging
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import islice
-from queue import Empty, SimpleQueue
-from threading import Event, Thread
-from time import monotonic
+import os
+import pickle
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from math import ceil
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pipeline.backbone.loading import BackboneParams, load_config, load_tokenizer
-from pipeline.core.errors import EngineError, describe
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.core.config import Params
+from pipeline.core.errors import EngineError
 from pipeline.core.schemas import FinishReason
-from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Sampling
-from pipeline.generate.engines.checks import split_fitting, stop_tokens
-from pipeline.generate.engines.ray_cluster import (
-    Connection,
-    Layout,
-    RayOptions,
-    choose_layout,
-    import_ray,
-    own_sigterm,
-    processor_config,
-    split_options,
-)
-from pipeline.generate.engines.vllm import VllmEngine
-from pipeline.parallel.reaper import Reaper
+from pipeline.generate.engines.base import Completion, EngineSetup, MakeQueries, Prompt, Query, Sampling
+from pipeline.generate.engines.checks import parse_options, too_long
+from pipeline.generate.engines.vllm import VllmEngine, check_arguments, fixed_arguments, known_arguments, stop_ids
+from pipeline.generate.engines.vllm_defaults import unseen_defaults
+from pipeline.generate.engines.vllm_environment import QUIET, SHARED_CPU
+from pipeline.parallel.prefetch import ahead
+from pipeline.parallel.ray_cluster import connected, last_error, quiet, worker_environment
 
 log = logging.getLogger(__name__)
 
-CLOSE_SECONDS = 10.0
-ERROR_LINE = re.compile(r"[\w.]+(Error|Exception)\b")
+# Logical CPUs that read rows, cut blocks and make prompts; with fewer Ray Data waits for ever.
+SPARE_CPUS = 3
+# Each stage of `ray.data.llm` passes on a row with an error, so it reaches no engine.
+ERROR = "__inference_error__"
+# `query` is a pickled `Query`: Ray Data makes floats of integers that share a column with a null.
+ROWS = pa.schema(
+    {"number": pa.int64(), "tokenized_prompt": pa.list_(pa.int64()), "query": pa.binary(), ERROR: pa.string()}
+)
 
 
+class RayOptions(Params):
+    """The options that are not vLLM's."""
+
+    address: str | None = Field(default=None, description="auto or host:port; null = $RAY_ADDRESS or a local Ray")
+    replicas: int | None = Field(default=None, ge=1, description="most engines; null = as many as the GPUs allow")
+    min_replicas: int | None = Field(default=None, ge=1, description="least engines; null = replicas")
+    chunk_rows: int = Field(default=32, ge=1, description="rows that go to an engine and come back together")
+    num_cpus: int | None = Field(default=None, ge=1, description="logical CPUs of a local Ray; null = enough")
+    env: dict[str, str] = Field(default_factory=dict, description="environment variables of the engines")
+    timeout_seconds: float = Field(default=3600.0, gt=0, description="longest wait for the next answers")
+
+
+@dataclass
 class RayEngine:
-    """Feeds one endless data set and reads its answers."""
+    """Answers by a data set that flows through the engines, which each call starts.
+
+    Attributes:
+        process: by the sampling: from a data set of `ROWS` to one of answers as `after` gives them.
+        stops: tokens that end an answer.
+        max_model_len: positions of a prompt and its answer together.
+        prompt_makers: most actors that make prompts.
+        connection: to Ray; closed with the engine.
+    """
 
     VERSION: ClassVar[int] = 1
     SPEED_OPTIONS: ClassVar[frozenset[str]] = VllmEngine.SPEED_OPTIONS | frozenset(RayOptions.model_fields)
 
-    def __init__(
-        self, backbone: BackboneParams, options: RayOptions, arguments: Mapping[str, Any], *, max_model_len: int
-    ) -> None:
-        """Connect to Ray or start it, start the engines and let one of them answer a token.
-
-        Args:
-            backbone: the model, in the dtype it runs in; a folder must have the same path on every machine.
-            options: of the cluster.
-            arguments: of vLLM's `EngineArgs`.
-            max_model_len: positions of a prompt and its answer together.
-
-        Raises:
-            EngineError: Ray cannot be reached, or no engine starts.
-        """
-        started = monotonic()
-        self._max_model_len = max_model_len
-        self._timeout, self._chunk_rows = options.timeout_seconds, options.chunk_rows
-        self._stops = stop_ids(backbone)
-        self._reaper, self._connection = Reaper(), Connection()
-        try:
-            with own_sigterm():
-                self._connection.open(options)
-                self._layout = choose_layout(self._connection.resources(), options, arguments)
-                self._start(backbone, options, arguments)
-        except BaseException:
-            self.close()
-            raise
-        log.info("engine ray: %d engines, the first up in %.0f s", self._layout.replicas, monotonic() - started)
+    process: Callable[[Sampling], Callable[[Any], Any]]
+    stops: Collection[int]
+    max_model_len: int
+    options: RayOptions
+    prompt_makers: int = 1
+    connection: ExitStack = field(default_factory=ExitStack)
 
     @classmethod
     def load(cls, setup: EngineSetup) -> Self:
-        """Connect to Ray and start the engines; options are `RayOptions` and arguments of vLLM's `EngineArgs`."""
-        import_ray()
+        """Connect to Ray or start it; options are `RayOptions` and arguments of vLLM's `EngineArgs`."""
         options, arguments = split_options(setup.options)
         arguments |= {"tensor_parallel_size": setup.tensor_parallel}
-        return cls(setup.backbone, options, arguments, max_model_len=setup.max_model_len)
+        devices = setup.tensor_parallel * int(arguments.get("pipeline_parallel_size", 1))
+        cpus = max(os.cpu_count() or 1, (options.replicas or 1) * devices + SPARE_CPUS)
+        here: dict[str, Any] = {"address": options.address, "cpus": options.num_cpus or cpus}
+        with ExitStack() as stack:
+            found = stack.enter_context(connected(error=EngineError, argument="options.address", **here))
+            replicas = choose_replicas(found, options, devices)
+            on_gpu = bool(found.get("GPU"))
+            arguments = unseen_defaults(on_gpu) | arguments | fixed_arguments(setup.backbone, setup.max_model_len)
+            process = partial(vllm_processor, setup.backbone.name, arguments, options, replicas, devices, on_gpu)
+            makers = max(1, (int(found["CPU"]) - replicas[1] * devices - SPARE_CPUS) // 2)
+            return cls(process, stop_ids(setup.backbone), setup.max_model_len, options, makers, stack.pop_all())
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Completion]:
-        """See `Engine.generate`; answers return chunk by chunk."""
-        waiting = iter(prompts)
-        in_flight: set[str] = set()
-        while True:
-            while len(in_flight) < self._layout.window_rows and (chunk := list(islice(waiting, self._chunk_rows))):
-                fitting, refused = split_fitting(chunk, sampling.max_new_tokens, self._max_model_len)
-                yield from refused
-                self._stream.send(fitting, sampling)
-                in_flight |= {prompt.id for prompt in fitting}
-            if not in_flight:
-                return
-            for row in self._stream.receive(self._timeout):
-                # A lost machine can return a row twice, and an abandoned call leaves rows behind.
-                if row["id"] in in_flight:
-                    in_flight.remove(row["id"])
-                    yield completion(row, sampling, self._stops)
-
-    def close(self) -> None:
-        """Stop the engines, and Ray if it was started here."""
-        if stream := getattr(self, "_stream", None):
-            stream.close()
-        self._connection.close()
-        self._reaper.close()
-
-    def _start(self, backbone: BackboneParams, options: RayOptions, arguments: Mapping[str, Any]) -> None:
-        config = processor_config(backbone, self._max_model_len, self._layout, options, arguments)
-        self._stream = Stream(config, self._layout, self._max_model_len)
-        first = Prompt("start", [min(self._stops, default=0)], 0)
-        self._stream.send([first], Sampling(max_new_tokens=1))
-        while not (rows := self._stream.receive(self._timeout)):
-            pass
-        if reason := rows[0].get("__inference_error__"):
-            raise EngineError(f"vLLM on Ray cannot answer with '{backbone.name}': {reason}")
-
-
-class Stream:
-    """The endless data set: chunks in, rows out. A thread reads, so that a wait can time out."""
-
-    def __init__(self, config: Any, layout: Layout, max_tokens: int) -> None:
-        """Start the data set; the engines of `config` start with it."""
+        """See `Engine.generate`; all prompts are taken before the first answer comes."""
         import ray
 
-        from pipeline.generate.engines import ray_feed
+        queries = list(map(Query, prompts))
+        if queries:
+            rows = rows_of(queries, range(len(queries)), sampling, self.max_model_len)
+            yield from (completion for _, completion in self._answers(ray.data.from_arrow(rows), sampling))
 
-        ray_feed.ship()
-        self._feed: Any = ray.remote(num_cpus=0)(ray_feed.Feed).remote()
-        self._chunk_rows, self._sent = layout.chunk_rows, 0
-        self._block_bytes = ray_feed.block_bytes(layout.chunk_rows, max_tokens)
-        self._open: dict[int, int] = {}
-        self._received: SimpleQueue[list[dict[str, Any]] | Exception] = SimpleQueue()
-        self._closing = Event()
-        batches = self._batches(config)
-        self._thread = Thread(target=self._read, args=[batches], name="ray-answers", daemon=True)
-        self._thread.start()
+    def answer(self, folder: Path, make: MakeQueries, sampling: Sampling) -> Iterator[tuple[Query, Completion]]:
+        """See `TextEngine.answer`."""
+        import ray
 
-    def send(self, prompts: list[Prompt], sampling: Sampling) -> None:
-        """Send at most `chunk_rows` prompts."""
-        from pipeline.generate.engines.ray_feed import chunk_table
-
-        if not prompts:
-            return
-        rows = [row_of(prompt, self._sent, sampling) for prompt in prompts]
-        self._feed.put.remote(self._sent, chunk_table(rows, self._chunk_rows, self._block_bytes))
-        self._open[self._sent] = len(rows)
-        self._sent += 1
-
-    def receive(self, timeout: float) -> list[dict[str, Any]]:
-        """The next block of answered rows, without padding.
-
-        Raises:
-            EngineError: the data set broke, or nothing arrived in `timeout` seconds.
-        """
-        try:
-            received = self._received.get(timeout=timeout)
-        except Empty:
-            raise EngineError(
-                f"Ray gave no answer for {timeout:g} s. `ray status` shows whether the cluster has what the engines "
-                "wait for",
-                argument="options.timeout_seconds",
-            ) from None
-        if isinstance(received, Exception):
-            raise EngineError(f"Ray stopped: {last_error(received)} (its logs are in its session folder)") from received
-        rows = [row for row in received if row["id"]]
-        self._acknowledge(rows)
-        return rows
+        texts = ray.data.read_parquet(str(folder.resolve()), ray_remote_args={"num_cpus": 0.5})
+        rows = texts.map_batches(
+            RowMaker,
+            fn_constructor_args=(make, sampling, self.max_model_len),
+            batch_size=self.options.chunk_rows,
+            batch_format="pyarrow",
+            concurrency=(1, self.prompt_makers),
+        )
+        yield from self._answers(rows, sampling)
 
     def close(self) -> None:
-        """End the data set, which stops its engines."""
-        self._closing.set()
-        self._feed.put.remote(self._sent, None)
-        self._thread.join(CLOSE_SECONDS)
+        """Stop what still runs; leave the cluster, or stop the Ray that was started here."""
+        self.connection.close()
 
-    def _acknowledge(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        for row in rows:
-            number = int(row["chunk"])
-            self._open[number] = self._open.get(number, 0) - 1
-            if self._open[number] == 0:
-                del self._open[number]
-                self._feed.answered.remote(number)
+    def _answers(self, rows: Any, sampling: Sampling) -> Iterator[tuple[Query, Completion]]:
+        from ray.data import DataContext
 
-    def _batches(self, config: Any) -> Iterator[Any]:
-        from ray.data import DataContext, read_datasource
-        from ray.data.llm import build_processor
-
-        from pipeline.generate.engines import ray_feed
-
-        context = DataContext.get_current()
-        context.target_max_block_size = self._block_bytes
-        context.enable_progress_bars = False
-        # Its own CPU share keeps Ray Data from merging this step with the reading: rows would wait for a full block.
-        process = build_processor(
-            config,
-            preprocess=ray_feed.before,
-            postprocess=ray_feed.after,
-            preprocess_map_kwargs={"num_cpus": 0.5},
-        )
-        source = read_datasource(ray_feed.Prompts(self._feed), override_num_blocks=1, num_cpus=0.1)
-        # Prefetching would hold the last block back until another one comes.
-        return iter(process(source).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
-
-    def _read(self, batches: Iterator[Any]) -> None:
+        DataContext.get_current().enable_progress_bars = False
+        answered = self.process(sampling)(rows.repartition(target_num_rows_per_block=self.options.chunk_rows))
+        # A block that Ray itself prefetched would lie here uncommitted.
+        blocks = answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         try:
-            for batch in batches:
-                self._received.put(batch.to_pylist())
-                if self._closing.is_set():
-                    break
-            else:
-                raise RuntimeError("the data set ended")
-        except Exception as error:
-            self._received.put(error)
+            for row in once(ahead(blocks, self.options.timeout_seconds)):
+                query: Query = pickle.loads(row["query"])
+                yield query, completion_of(row, query.prompt.id, sampling, self.stops)
+        except TimeoutError as late:
+            message = f"Ray: {late}; `ray status` shows what the engines wait for"
+            raise EngineError(message, argument="options.timeout_seconds") from None
+        except Exception as error:  # Ray's own kinds, and whatever an engine raises as it starts
+            raise EngineError(f"Ray stopped: {last_error(error)} (its logs are in its session folder)") from error
 
 
-def row_of(prompt: Prompt, chunk: int, sampling: Sampling) -> dict[str, Any]:
-    """A prompt as a row of the feed."""
-    arguments = json.dumps(sampling.arguments(prompt.seed))
-    return {"id": prompt.id, "chunk": chunk, "tokenized_prompt": prompt.token_ids, "sampling": arguments}
+class RowMaker:
+    """An actor that makes rows of `ROWS` of ids and texts."""
+
+    def __init__(self, make: MakeQueries, sampling: Sampling, max_model_len: int) -> None:
+        self._make, self._limits = make, (sampling, max_model_len)
+
+    def __call__(self, texts: pa.Table) -> pa.Table:
+        return rows_of(self._make(texts), texts["number"].to_pylist(), *self._limits)
 
 
-def completion(row: Mapping[str, Any], sampling: Sampling, stops: Collection[int]) -> Completion:
-    """An answered row. Ray Data drops vLLM's finish reason; it follows from the answer's length and last token."""
-    if error := row.get("__inference_error__"):
-        return Completion.failed(row["id"], (error.strip().splitlines() or ["no reason given"])[0])
+def rows_of(queries: Iterable[Query], numbers: Iterable[int], sampling: Sampling, max_model_len: int) -> pa.Table:
+    """Queries as a table of `ROWS`; those that no engine shall answer have an error."""
+
+    def row(query: Query, number: int) -> dict[str, Any]:
+        tokens = query.prompt.token_ids
+        reason = query.refused or too_long(len(tokens), sampling.max_new_tokens, max_model_len) or ""
+        return {"number": number, "tokenized_prompt": tokens, "query": pickle.dumps(query), ERROR: reason}
+
+    return pa.Table.from_pylist(list(map(row, queries, numbers)), schema=ROWS)
+
+
+def once(blocks: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
+    """Each row of the blocks at its first delivery, by `number`: Ray repeats blocks of a machine that it lost."""
+    came = bytearray()
+    for block in blocks:
+        for row in block.to_pylist():
+            number = int(row["number"])
+            came.extend(bytes(max(0, number + 1 - len(came))))
+            if not came[number]:
+                came[number] = 1
+                yield row
+
+
+def before(row: dict[str, Any], sampling: Sampling) -> dict[str, Any]:
+    """A row of `ROWS` as `ray.data.llm` takes it."""
+    return row | {"sampling_params": sampling.arguments(pickle.loads(row["query"]).prompt.seed)}
+
+
+def after(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns that are kept of an answered row; a row with an error keeps all."""
+    tokens = [*row["generated_tokens"]]
+    kept = {"number": row["number"], "query": row["query"], "text": row["generated_text"]}
+    return {**kept, "tokens": len(tokens), "last": int(tokens[-1]) if tokens else -1}
+
+
+def completion_of(row: Mapping[str, Any], row_id: str, sampling: Sampling, stops: Collection[int]) -> Completion:
+    """The completion of an answered row. Ray drops vLLM's finish reason; it follows from length and last token."""
+    if error := row.get(ERROR):
+        return Completion.failed(row_id, (error.strip().splitlines() or ["no reason given"])[0])
     tokens = int(row["tokens"])  # a float where another row of the block has an error
-    full = tokens >= sampling.max_new_tokens and row["last"] not in stops
-    reason: FinishReason = "length" if full else "stop"
-    return Completion(row["id"], row["text"], reason, tokens)
+    reason: FinishReason = "length" if tokens >= sampling.max_new_tokens and row["last"] not in stops else "stop"
+    return Completion(row_id, row["text"], reason, tokens)
 
 
-def last_error(error: Exception) -> str:
-    """The innermost error of Ray's, which is the last in its message, below the traceback."""
-    lines = str(error).strip().splitlines()
-    starts = [index for index, line in enumerate(lines) if ERROR_LINE.match(line)]
-    if not starts:
-        return describe(error)
-    return " ".join(line.strip() for line in lines[starts[-1] : starts[-1] + 2])[:500]
+def split_options(options: Mapping[str, Any]) -> tuple[RayOptions, dict[str, Any]]:
+    """Options as Ray's and vLLM's; raises EngineError if one is unknown, mistyped, or follows from other params."""
+    arguments = {name: value for name, value in options.items() if name not in RayOptions.model_fields}
+    check_arguments(arguments, known_arguments() if arguments else (), RayOptions.model_fields)
+    return parse_options({name: options[name] for name in options.keys() - arguments}, RayOptions), arguments
 
 
-def stop_ids(backbone: BackboneParams) -> frozenset[int]:
-    """The tokens at which vLLM ends an answer: EOS of the tokenizer, the config and the generation config."""
-    from transformers import GenerationConfig
+def choose_replicas(resources: Mapping[str, float], options: RayOptions, devices: int) -> tuple[int, int]:
+    """Least and most engines, of `devices` each, on a cluster with these resources; EngineError if they do not fit."""
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    most = options.replicas or max(gpus // devices, options.min_replicas or 1)
+    least = options.min_replicas or most
+    if least > most:
+        raise EngineError(f"{least}, above replicas ({most})", argument="options.min_replicas")
+    taken = least * devices
+    if 0 < gpus < taken or cpus < taken + SPARE_CPUS:
+        message = f"{least} engines take {taken} GPUs and {taken + SPARE_CPUS} logical CPUs, Ray has {gpus} and {cpus}"
+        how = "lower it, tensor_parallel or replicas, or raise num_cpus of a local Ray"
+        raise EngineError(f"{message}: {how}", argument="options.min_replicas")
+    log.info("engine ray: %d to %d engines (%d GPUs, %d for an engine)", least, most, gpus, devices)
+    return least, most
 
-    eos = [load_tokenizer(backbone).eos_token_id, load_config(backbone).eos_token_id]
-    try:
-        eos.append(GenerationConfig.from_pretrained(backbone.name, revision=backbone.revision).eos_token_id)
-    except OSError:
-        log.debug("'%s' has no generation config", backbone.name)
-    return frozenset(stop_tokens(*eos))
+
+def vllm_processor(
+    name: str,
+    arguments: Mapping[str, Any],
+    options: RayOptions,
+    replicas: tuple[int, int],
+    devices: int,
+    on_gpu: bool,
+    sampling: Sampling,
+) -> Any:
+    """`ray.data.llm` with engines of these arguments: token ids in, and no stage but the engine."""
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    quiet()
+    threads = None if on_gpu else max(1, (os.cpu_count() or 1) // replicas[0])
+    variables = QUIET | worker_environment(threads) | ({} if on_gpu else SHARED_CPU) | options.env
+    config = vLLMEngineProcessorConfig(
+        model_source=str(Path(name).resolve()) if Path(name).is_dir() else name,
+        engine_kwargs=dict(arguments),
+        batch_size=options.chunk_rows,
+        concurrency=replicas,
+        # Twice what runs at once: an engine stays busy during the last rows of a block.
+        max_concurrent_batches=max(2, ceil(2 * arguments["max_num_seqs"] / options.chunk_rows)),
+        placement_group_config={"bundles": [{"CPU": 1, "GPU": int(on_gpu)}] * devices},
+        runtime_env={"env_vars": variables},
+        should_continue_on_error=True,
+        log_engine_metrics=False,
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
+    )
+    little = {"preprocess_map_kwargs": {"num_cpus": 0.5}, "postprocess_map_kwargs": {"num_cpus": 0.5}}
+    return build_processor(config, preprocess=partial(before, sampling=sampling), postprocess=after, **little)

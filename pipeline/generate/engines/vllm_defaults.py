@@ -82,6 +82,12 @@ def cpu_choices(
     return choices | {"kv_cache_memory_bytes": Choice(size, reason)}
 
 
+def unseen_defaults(on_gpu: bool) -> dict[str, Any]:
+    """The arguments for an engine on another machine, whose memory is not known here."""
+    everywhere = {"enable_prefix_caching": True, "max_num_seqs": GPU_SEQUENCES if on_gpu else CPU_SEQUENCES}
+    return everywhere | ({} if on_gpu else {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES})
+
+
 def gpu_choices(gpu: Gpu | None, utilization: float | None = None) -> dict[str, Choice]:
     """The choices on a GPU (None: its memory is unknown); `utilization` is the user's share of its memory.
 

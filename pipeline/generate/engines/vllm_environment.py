@@ -29,6 +29,8 @@ THREAD_VARIABLES = (
 # vLLM's batch-invariant kernels need at least this compute capability.
 BATCH_INVARIANT_CAPABILITY = (8, 0)
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+# Of several engines that share a CPU.
+SHARED_CPU = {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
 
 
 def set_defaults(variables: Mapping[str, str]) -> None:
