@@ -137,7 +137,7 @@ def write_params(path: Path, backbone: Path, rows: int, tokens: int, engine: str
         "heldout_fraction": HELDOUT,
     }
     params["generate"] |= {"engine": engine, "max_new_tokens": tokens, "options": {}, "dtype": "bfloat16"}
-    params["train"]["max_query_tokens"] = MAX_TOKENS
+    params["train"] |= {"template": "chat", "pool": "tokens", "max_query_tokens": MAX_TOKENS}
     params["evaluate"] |= {"local_dir": "tasks", "dtype": "bfloat16"}
     params["suites"] = {
         "parts": {"local": list(TASKS)},
