@@ -16,6 +16,8 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ FORMAT_VERSION = 2
 READ_VERSIONS = (1, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 PART_BYTES = 128 * 2**20
+PIECES = 8
+"""A part is made in so many pieces, one in memory at a time: of an eighth, copies and compressed bytes cost little."""
 _PARQUET_OPTIONS: dict[str, Any] = {
     "compression": "zstd",
     "version": "2.6",
@@ -220,12 +224,17 @@ class ArtifactWriter:
                 file.write_table(pending.combine_chunks())
         self._schemas[name] = str(schema)
 
-    def write_parts(self, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-        """Add tables as `part-00000.parquet`, ...; no table at all gives one empty part."""
-        count = 0
-        for count, table in enumerate(tables, start=1):
-            self.write_table(f"part-{count - 1:05d}.parquet", table)
-        if not count:
+    def write_parts(self, tables: Iterable[pa.Table], schema: pa.Schema, rows: int | None = None) -> None:
+        """Add tables as `part-00000.parquet`, ...; no table at all gives one empty part.
+
+        With `rows` the tables follow one another, whatever their sizes, and are parts of so many rows together. A row
+        group is written as soon as its rows are there.
+        """
+        part = -1
+        numbered = enumerate(tables) if rows is None else _numbered(tables, rows)
+        for part, pieces in groupby(numbered, key=itemgetter(0)):
+            self.write_stream(f"part-{part:05d}.parquet", (table for _, table in pieces), schema)
+        if part < 0:
             self.write_table("part-00000.parquet", schema.empty_table())
 
     def finish(self, description: Mapping[str, Any]) -> None:
@@ -242,6 +251,16 @@ class ArtifactWriter:
             **description,
         )
         write_bytes(self.path / MANIFEST, manifest.to_bytes())
+
+
+def _numbered(tables: Iterable[pa.Table], rows: int) -> Iterator[tuple[int, pa.Table]]:
+    """Tables that follow one another, cut where a part of `rows` rows ends, each with the number of its part."""
+    done = 0
+    for table in tables:
+        while table.num_rows:
+            piece = table.slice(0, rows - done % rows)
+            yield done // rows, piece
+            done, table = done + piece.num_rows, table.slice(piece.num_rows)
 
 
 @contextlib.contextmanager

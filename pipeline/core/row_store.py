@@ -24,7 +24,6 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from pipeline.core.artifacts import (
-    PART_BYTES,
     bytes_sha256,
     digest_of,
     disk_errors,
@@ -42,6 +41,7 @@ log = logging.getLogger(__name__)
 # What a kill can cost: at most this much work, whichever comes first.
 FLUSH_ROWS = 4096
 FLUSH_SECONDS = 2.0
+SHARD_BYTES = 32 * 2**20  # of a merged shard, which is made in memory, several times over
 COMPACT_ABOVE = 64  # shards of one size class
 TINY_BYTES = 4 * 2**20
 _SHARD_PATTERN = "[0-9]*-*.parquet"
@@ -251,10 +251,10 @@ class ShardStore:
 
     def _compact(self) -> None:
         """Merge the shards of a size class once there are many, so that rows are rewritten a few times at most."""
-        for limit in (min(TINY_BYTES, PART_BYTES // 2), PART_BYTES // 2):
+        for limit in (min(TINY_BYTES, SHARD_BYTES // 2), SHARD_BYTES // 2):
             small = sorted((shard.path, shard.size) for shard in self._shards.values() if shard.size < limit)
             if len(small) > COMPACT_ABOVE:
-                for group in _groups(small, PART_BYTES):
+                for group in _groups(small, SHARD_BYTES):
                     if len(group) > 1:
                         self._merge(group)
 

@@ -117,10 +117,10 @@ def _write(
     width = embedder.teacher.width if transform is None else transform.width
     statistics, schema = TargetStatistics(), targets_schema(width, params.dtype)
     rows = rows_per_part(max(width, embedder.teacher.width), params.dtype)
-    tables = statistics.through(map(finish, embedder.tables(responses, rows)))
+    tables = statistics.through(map(finish, embedder.tables(responses, -(-rows // artifacts.PIECES))))
     models, made_with = {"teacher": embedder.teacher.identity}, target_params(params)
     with artifacts.create(TARGETS_DIR, kind="targets", params=made_with, models=models, inputs=inputs_read) as out:
-        out.write_parts((check_table(table, schema, str(TARGETS_DIR)) for table in tables), schema)
+        out.write_parts((check_table(table, schema, str(TARGETS_DIR)) for table in tables), schema, rows)
         if transform is not None:
             transform.save(out.path)
         counts = {"embedded": statistics.rows, "truncated_responses": statistics.truncated}

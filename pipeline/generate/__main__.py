@@ -9,7 +9,7 @@ import pyarrow as pa
 import typer
 
 from pipeline.backbone.loading import BackboneParams, identify
-from pipeline.core.artifacts import create, open_artifact
+from pipeline.core.artifacts import PIECES, create, open_artifact
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import EngineError, section
 from pipeline.core.gates import check_gates
@@ -56,9 +56,10 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
     ):
         generator = make_generator(inputs.backbone, params, store, log_progress)
         generator.run(partial(sorted_ids, queries), queries.batches(["id", "text"], WINDOW_ROWS))
-        parts = counts.through(generator.tables(sorted_ids(queries), rows_per_part(params.max_new_tokens)))
+        rows = rows_per_part(params.max_new_tokens)
+        tables = counts.through(generator.tables(sorted_ids(queries), -(-rows // PIECES)))
         with create(RESPONSES_DIR, kind="responses", params=content, models=models, inputs=[queries]) as out:
-            out.write_parts(map(_checked, parts), RESPONSES)
+            out.write_parts(map(_checked, tables), RESPONSES, rows)
             out.counts = counts.summary()
             log.info("responses: %s", counts.summary())
             facts.update(**_facts(params, counts), **generator.facts.summary())

@@ -63,7 +63,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     tokenizer = load_tokenizer(backbone)
     formatter = query_formatter(params, backbone, tokenizer)
     rows = read_rows(params, artifacts, TRAIN_TABLE, tokenizer, formatter)
-    has_heldout = artifacts[0].read(HELDOUT_TABLE).num_rows > 0
+    has_heldout = artifacts[0].read(HELDOUT_TABLE, ["id"]).num_rows > 0
     trainer = assemble(
         params,
         backbone,

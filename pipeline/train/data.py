@@ -60,6 +60,10 @@ class TrainingRows:
         """Query tokens and response tokens of these rows."""
         return [(int(self._query_lengths[row]), int(self._response_lengths[row])) for row in rows]
 
+    def query_lengths(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Query tokens of these rows, `[B]`."""
+        return self._query_lengths[rows]
+
     @cached_property
     def _query_lengths(self) -> np.ndarray:
         return _lengths(self.query_ids)

@@ -15,9 +15,9 @@ ROWS = 2_000
 """Training queries that a reading is fitted on: mean and deviation are then known to some 2 % of a deviation."""
 
 
-def sample(trainer: Trainer, most: int | None) -> list[int]:
+def sample(trainer: Trainer, most: int | None) -> np.ndarray:
     """At most `most` training rows by the seed, in their order; None: all."""
-    return sorted(int(row) for row in epoch_order(len(trainer.rows), 0, trainer.params.seed)[:most])
+    return np.sort(epoch_order(len(trainer.rows), 0, trainer.params.seed)[:most])
 
 
 @contextmanager

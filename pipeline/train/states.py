@@ -125,16 +125,17 @@ class RowPasses:
     even: bool = False
     kept: Parts | None = None
 
-    def read(self, rows: TrainingRows, chosen: Sequence[int]) -> Iterator[tuple[list[int], States]]:
+    def read(self, rows: TrainingRows, chosen: Sequence[int] | np.ndarray) -> Iterator[tuple[list[int], States]]:
         """Numbers, places in `chosen`, and states of this process's rows, the longest rows of a part first."""
-        lengths = np.array([query + len(self.student.tokens) for query, _ in rows.sizes(chosen)])
+        lengths = rows.query_lengths(chosen) + len(self.student.tokens)
         halved = HalvedPasses(self.student, self.query_pass, may_halve=not self.even)
         processes = self.accelerator.num_processes
         size = PART_ROWS.get(self.accelerator.device.type, PART_ROWS["cuda"]) * processes
         padded = self.query_pass.padded
         limits: dict[str, Any] = {"most_rows": self.most_rows, "most_tokens": self.most_tokens, "padded": padded}
-        cut = parts(range(len(chosen)), size)
-        for place, part in enumerate(progress(cut, total=len(cut), desc="read queries", unit="part")):
+        starts = range(0, len(chosen), size)
+        for place, start in enumerate(progress(starts, total=len(starts), desc="read queries", unit="part")):
+            part = range(start, min(start + size, len(chosen)))
             shares = dealt_passes(part, lengths, processes, **limits)
             own = own_passes(shares, self.accelerator.process_index, even=self.even)
             numbers = [numbers for numbers, _ in own]

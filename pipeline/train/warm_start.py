@@ -156,7 +156,9 @@ def _check_finite(rows: Sequence[int], states: States, targets: np.ndarray) -> N
         raise TrainingError(f"hidden states or targets of rows {wrong[:5]} are not finite")
 
 
-def accumulate(statistics: Statistics, rows: TrainingRows, chosen: Sequence[int], passes: RowPasses) -> Statistics:
+def accumulate(
+    statistics: Statistics, rows: TrainingRows, chosen: Sequence[int] | np.ndarray, passes: RowPasses
+) -> Statistics:
     """Add the chosen rows, in one query pass that the processes share; returns the statistics of them all."""
     for numbers, states in passes.read(rows, chosen):
         # While the device reads a pass, the sums of the one before are taken on the host.

@@ -82,10 +82,22 @@ def test_a_stream_of_no_tables_is_an_empty_table(tmp_path: Path) -> None:
 def test_parts_keep_their_order_and_no_rows_are_an_empty_part(tmp_path: Path) -> None:
     for name, parts in (("many", [table(2), table(1)]), ("none", [])):
         with create(tmp_path / name, kind="numbers", params={}) as out:
-            out.write_parts(parts, table().schema)
+            out.write_parts(parts, table(1).schema)
     assert open_artifact(tmp_path / "many", "numbers").read().column("value").to_pylist() == [2, 1]
     assert open_artifact(tmp_path / "none", "numbers").read().num_rows == 0
     assert [path.name for path in open_artifact(tmp_path / "none", "numbers").tables()] == ["part-00000.parquet"]
+
+
+@pytest.mark.parametrize("size", [100, 4096, 9500])
+def test_parts_of_so_many_rows_have_the_bytes_of_whole_tables(tmp_path: Path, size: int) -> None:
+    whole = table(*range(9500))
+    with create(tmp_path / "whole", kind="numbers", params={}) as out:
+        out.write_table("part-00000.parquet", whole.slice(0, 5000))
+        out.write_table("part-00001.parquet", whole.slice(5000))
+    pieces = [whole.slice(start, size) for start in range(0, whole.num_rows, size)]
+    with create(tmp_path / "cut", kind="numbers", params={}) as out:
+        out.write_parts([whole.slice(0, 0), *pieces], whole.schema, rows=5000)
+    assert snapshot(tmp_path / "whole") == snapshot(tmp_path / "cut")
 
 
 def test_an_error_in_the_block_leaves_the_old_artifact_and_no_scratch(tmp_path: Path) -> None:
@@ -181,7 +193,7 @@ def test_one_flipped_byte_is_found(tmp_path: Path, at: int) -> None:
 
 def test_every_difference_from_the_manifest_has_its_line(tmp_path: Path) -> None:
     with create(tmp_path / "out", kind="numbers", params={}) as out:
-        out.write_parts([table(1), table(2)], table().schema)
+        out.write_parts([table(1), table(2)], table(1).schema)
     first, second = open_artifact(tmp_path / "out", "numbers").tables()
     first.unlink()
     second.write_bytes(second.read_bytes()[:-10])

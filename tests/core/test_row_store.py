@@ -257,7 +257,7 @@ def test_shards_are_merged_while_rows_are_added(many_shards: Path) -> None:
 def test_groups_stay_below_the_bound_and_large_shards_are_left(
     many_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "PART_BYTES", 1000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1000)
     assert fill(many_shards, ids(200)) == []
     files = shard_files(many_shards)
     assert 1 < len(files) < 20
@@ -271,7 +271,7 @@ def test_groups_stay_below_the_bound_and_large_shards_are_left(
 
 def test_a_crash_in_the_middle_of_compaction_loses_nothing(many_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = table_bytes_without_compaction(many_shards)
-    monkeypatch.setattr(shards, "PART_BYTES", 1000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1000)
     unlink, removed = Path.unlink, []
 
     def crash(path: Path, missing_ok: bool = False) -> None:

@@ -39,14 +39,15 @@ class SumEngine:
 class Answering:
     """An actor that answers the rows of a block with a `SumEngine`, once `together` of them are up.
 
-    It leaves a file in `marks`, named by its process and its node.
+    It leaves a file in `marks`, named by its process and its node: when it was up, then each row with when it was done.
     """
 
     def __init__(self, marks: Path, delay: float, together: int) -> None:
         import ray
 
         self._engine, self._marks, self._together = SumEngine(delay), marks, together
-        (marks / f"{os.getpid()}-{ray.get_runtime_context().get_node_id()}").touch()
+        self._mark = marks / f"{os.getpid()}-{ray.get_runtime_context().get_node_id()}"
+        self._mark.write_text(f"up {time.time()}\n")
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         deadline = time.monotonic() + 60
@@ -61,15 +62,17 @@ class Answering:
         if not error:
             found = next(self._engine.generate([query.prompt], Sampling(4)))
             error = found.error or ""
+            with self._mark.open("a") as file:
+                file.write(f"{row['number']} {time.time()}\n")
         answer = {"text": found.text, "tokens": found.response_tokens} if found else {"text": "", "tokens": 0}
         return {"number": row["number"], "query": row["query"], "__inference_error__": error, "last": 2, **answer}
 
 
 def process(
-    marks: Path, replicas: tuple[int, int], delay: float, together: int = 1
+    marks: Path, replicas: tuple[int, int], delay: float, together: int = 1, cpus: int = 1
 ) -> Callable[[Sampling], Callable[[Any], Any]]:
-    """As `RayEngine.process`: between so many actors."""
-    arguments = {"fn_constructor_args": (marks, delay, together), "concurrency": replicas, "num_cpus": 1}
+    """As `RayEngine.process`: between so many actors of so many logical CPUs each."""
+    arguments = {"fn_constructor_args": (marks, delay, together), "concurrency": replicas, "num_cpus": cpus}
     return lambda _: lambda rows: rows.map_batches(Answering, batch_size=None, batch_format="pyarrow", **arguments)
 
 

@@ -5,8 +5,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import psutil
 import pyarrow as pa
 import pytest
 
+from bench.plan_scale import Cluster, simulate
 from pipeline.backbone.loading import BackboneParams
 from pipeline.backbone.prompting import PromptFormatter
 from pipeline.core.artifacts import open_artifact
@@ -104,17 +106,18 @@ def on_ray(cluster: Any, marks: Path) -> Iterator[Callable[..., RayEngine]]:
     with ExitStack() as stack:
         stack.enter_context(connected(error=EngineError, argument="address"))
 
-        def make(least: int, most: int) -> RayEngine:
-            made = process(marks, (least, most), 0.03, together=most)
-            return RayEngine(made, {2}, 2 * MOST_TOKENS, RayOptions(chunk_rows=4, timeout_seconds=60), prompt_makers=2)
+        def make(least: int, most: int, delay: float = 0.03, chunk_rows: int = 4, cpus: int = 1) -> RayEngine:
+            made = process(marks, (least, most), delay, together=most, cpus=cpus)
+            options = RayOptions(chunk_rows=chunk_rows, timeout_seconds=60)
+            return RayEngine(made, {2}, 2 * MOST_TOKENS, options, prompt_makers=2)
 
         yield make
 
 
-def generated(store: Path, engine: Any) -> tuple[Generator, pa.Table]:
-    """The rows of `TEXTS` as the stage makes them."""
-    ids = pa.array(sorted(TEXTS))
-    texts = pa.table({"id": ids, "text": [TEXTS[row_id] for row_id in ids.to_pylist()]})
+def generated(store: Path, engine: Any, asked: Mapping[str, str] = TEXTS) -> tuple[Generator, pa.Table]:
+    """The rows of some texts as the stage makes them."""
+    ids = pa.array(sorted(asked))
+    texts = pa.table({"id": ids, "text": [asked[row_id] for row_id in ids.to_pylist()]})
     with ShardStore(store, STORE, {}, flush_rows=8) as rows:
         formatter = PromptFormatter(tiny_tokenizer(), "chat", MOST_TOKENS)
         generator = Generator(rows, lambda: engine, formatter, Sampling(4), 5, 1.0, drop_too_long=True)
@@ -160,6 +163,45 @@ def test_interrupted_then_grown_and_losing_a_node_it_answers_as_one_engine(
     assert [run.facts.retried_rows for run in (one, found)] == [1, 1]
     assert sum(row["finish_reason"] == "error" for row in rows.to_pylist()) > 1
     assert not list((tmp_path / "ray").glob("*/todo"))
+
+
+@pytest.mark.parametrize("lost_at", [100, 155, 210])
+def test_a_lost_node_costs_what_the_plan_simulates(
+    cluster: Any, on_ray: Callable[..., RayEngine], marks: Path, tmp_path: Path, lost_at: int
+) -> None:
+    """Rows computed twice and time, against `bench/plan_scale.py` for the same rows, nodes and loss."""
+    rows, delay, shard, killed = 360, 0.05, 10, list[float]()
+
+    def lose_one(number: int) -> None:
+        if number == lost_at:
+            killed.append(time.time())
+            lose(cluster, nodes_of(marks))
+
+    texts = {f"{index:03d}": f"question {index}" for index in range(rows)}
+    engine = on_ray(3, 3, delay=delay, chunk_rows=shard, cpus=2)  # a node has room for one
+    generator, _ = generated(tmp_path / "ray", Watched(engine, lose_one), texts)
+    assert generator.facts.computed_rows == rows
+
+    up, computed = list[float](), dict[int, list[float]]()
+    for mark in marks.iterdir():
+        first, *others = (line.split() for line in mark.read_text().splitlines())
+        up.append(float(first[1]))
+        for number, at in others:
+            computed.setdefault(int(number), []).append(float(at))
+    assert len(computed) == rows
+    began, back = sorted(up)[2:4]
+    twice = sum(map(len, computed.values())) - rows
+    seconds = max(at for times in computed.values() for at in times) - began
+
+    nodes = Cluster(3, 1 / delay, shard, restart_seconds=back - killed[0], writer_rows_per_second=1e9)
+    plan = simulate(rows, nodes, chain([killed[0] - began], repeat(float("inf"))).__next__)
+    assert len(nodes_of(marks)) == 4
+    print(
+        f"{lost_at=} {twice=} {plan.recomputed_rows=} {seconds=:.2f} {plan.seconds=:.2f} {nodes.restart_seconds=:.2f}"
+    )
+    assert plan.failures == 1
+    assert abs(twice - plan.recomputed_rows) < shard
+    assert seconds == pytest.approx(plan.seconds, rel=0.3)
 
 
 def start_stage() -> "subprocess.Popen[str]":
