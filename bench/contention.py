@@ -82,24 +82,27 @@ def embed() -> Callable[[], object]:
 def evaluate() -> Callable[[], object]:
     """A student embeds 48 texts."""
     from pipeline.backbone.loading import BackboneParams, load_backbone, load_tokenizer
-    from pipeline.backbone.prompting import PromptFormatter
-    from pipeline.encoder.passes.prompt_reader import prompt_reader
+    from pipeline.encoder.folder.config import EncoderConfig
+    from pipeline.encoder.inference import Encoder
+    from pipeline.encoder.student import new_student
 
     params = BackboneParams(name=str(BACKBONE))
     model = load_backbone(params)
-    formatter = PromptFormatter(load_tokenizer(params), "chat", 256)
-    reader = prompt_reader(model)
-    rows = [prompt.token_ids for prompt in formatter.batch(demo_queries(48))]
-    tokens = model.get_input_embeddings().weight[:10].detach()
-
-    def read() -> None:
-        import torch
-
-        with torch.inference_mode():
-            for first in range(0, len(rows), 16):
-                reader.read(reader.begin([]), rows[first : first + 16], tokens, 10)
-
-    return read
+    student = new_student(model, 384, compression_tokens=10, thought_tokens=0, seed=0)
+    config = EncoderConfig(
+        backbone={"name": str(BACKBONE)},
+        chat_template_kwargs={},
+        template="chat",
+        max_query_tokens=256,
+        compression_tokens=10,
+        thought_tokens=0,
+        hidden=model.config.hidden_size,
+        width=384,
+        teacher={},
+    )
+    encoder = Encoder(model, load_tokenizer(params), student, config, {})
+    texts = demo_queries(48)
+    return lambda: encoder.embed(texts)
 
 
 def generate() -> Callable[[], object]:
