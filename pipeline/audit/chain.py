@@ -119,7 +119,7 @@ def check_transform(artifacts: Mapping[str, Artifact], findings: Findings) -> No
         return
     kind = (targets.manifest.params.get("transform") or {}).get("kind", "none")
     wanted = targets.manifest.files.get(TRANSFORM_FILE)
-    if (kind != "none") != (wanted is not None):
+    if kind != "auto" and (kind != "none") != (wanted is not None):
         findings.add(TARGETS, TRANSFORM_FILE, f"is {'here' if wanted else 'not here'}, the transform is {kind}")
     if encoder is not None and encoder.manifest.files.get(TRANSFORM_FILE) != wanted:
         findings.add(ENCODER, TRANSFORM_FILE, f"is not that of {TARGETS}: run train again")

@@ -288,6 +288,10 @@ def _scale_remark(params: AllParams) -> list[str]:
     elif TEACHERS[kind].raw_norms and not params.embed.normalize:
         fitting = "mean"
         reason = f"the dimensions of {kind} targets, with norms in the hundreds, drowns the reconstruction"
+    elif transform == "auto":
+        return [
+            f"train.align_reduction: sum fits {kind} targets if embed.transform auto leaves them, else mean: set it"
+        ]
     else:
         fitting = "sum"
         reason = (

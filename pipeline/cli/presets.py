@@ -172,8 +172,9 @@ def _values(
     """The values to set, by section.
 
     Targets of an LLM2Vec are raw hidden states with norms in the hundreds: the paper's mean over dimensions balances
-    the losses, and float16 holds them with more digits than bfloat16. Of unit-length vectors the sum does. Learning
-    rates are for the paper's random start; they would undo a warm start, so none is set then (docs/results-log.md).
+    the losses, and float16 holds them with more digits than bfloat16. Of unit-length vectors, untransformed, the sum
+    does. Learning rates are for the paper's random start; they would undo a warm start, so none is set then
+    (docs/results-log.md).
     """
     train: dict[str, Any] = {
         "align_reduction": "sum" if other else "mean",
@@ -186,7 +187,7 @@ def _values(
     values = {
         "backbone": preset.backbone.model_dump(include={"name", "revision", "dtype", "chat_template_kwargs"}),
         "embed.teacher": (other.params(memory) if other else preset.teacher_params(memory)).model_dump(),
-        "embed": {"normalize": False, "dtype": "float16"},
+        "embed": {"normalize": False, "dtype": "float16"} | ({"transform": {"kind": "none"}} if other else {}),
         "train": train,
         **_teach_values(preset, memory, content),
     }

@@ -26,7 +26,7 @@ TRANSFORM_FILE = "transform.safetensors"
 # Rows mapped at once, in float64.
 BLOCK_ROWS = 4096
 
-Kind = Literal["none", "center", "standardize", "whiten", "remove-components", "rotate"]
+Kind = Literal["auto", "none", "center", "standardize", "whiten", "remove-components", "rotate"]
 Space = Literal["trained", "teacher"]
 
 # The keys that only some kinds read; elsewhere they must keep their defaults.
@@ -41,7 +41,9 @@ _READ_BY: dict[str, tuple[Kind, ...]] = {
 class TransformParams(Params):
     """The map of the teacher's vectors to targets (`embed.transform`)."""
 
-    kind: Kind = "none"
+    kind: Kind = Field(
+        default="none", description="auto: standardize where the targets of training queries are anisotropic, else none"
+    )
     components: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="of remove-components: how many go; of whiten: how many stay, null = all"
     )

@@ -86,7 +86,7 @@ def _embed(inputs: Inputs, responses: UsableResponses, read: Mapping[str, Artifa
         ):
             embedder = make_embedder(store, teacher, params, log_progress)
             embedder.run(responses)
-            finish, fitted = make_finish(embedder, responses, _trained_on(read), params)
+            finish, transform_facts = make_finish(embedder, responses, _trained_on(read), params)
             counts, statistics = _write(embedder, responses, finish, params, read.values())
     log.info("targets: %s, lengths %s, anisotropy %s", counts, statistics.norms(), statistics.anisotropy.value)
     facts.update(
@@ -95,11 +95,11 @@ def _embed(inputs: Inputs, responses: UsableResponses, read: Mapping[str, Artifa
         histograms={"tokens": statistics.tokens.summary()},
         startup_seconds=round(startup_seconds, 2),
         **embedder.summary(),
-        width=embedder.teacher.width if fitted is None else fitted.transform.width,
+        width=embedder.teacher.width if finish.transform is None else finish.transform.width,
         **statistics.norms(),
         anisotropy=statistics.anisotropy.value,
         gates={name: round(value, 6) for name, value in statistics.measures().items()},
-        transform=fitted.facts if fitted else {"kind": "none"},
+        transform=transform_facts,
     )
 
 

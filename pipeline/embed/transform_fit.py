@@ -101,7 +101,7 @@ class Fitted(NamedTuple):
 
 
 def fit_transform(params: TransformParams, blocks: Iterable[np.ndarray], *, unit_length: bool) -> Fitted:
-    """The transform of the params (of any kind but none), fitted on vectors.
+    """The transform of the params (of any kind but none and auto), fitted on vectors.
 
     Args:
         params: section `embed.transform`.

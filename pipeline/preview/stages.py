@@ -161,12 +161,12 @@ def _embed(sections: Sections, found: Preview, scratch: Path) -> None:
     ):
         embedder = make_embedder(store, teacher, params)
         embedder.run(responses)
-        finish, fitted = make_finish(embedder, responses, (row.id for row in rows), params)
+        finish, transform_facts = make_finish(embedder, responses, (row.id for row in rows), params)
         [stored] = embedder.tables(rows, len(rows))
         statistics = TargetStatistics()
         [targets] = statistics.through([finish(stored)])
-    if fitted is not None:
-        found.notes.append(f"embed.transform {params.transform.kind} is fitted on these {len(rows)} rows alone")
+    if params.transform.kind != "none":
+        found.notes.append(f"embed.transform {transform_facts['kind']} is fitted on these {len(rows)} rows alone")
     for row_id, cut in zip(stored["id"].to_pylist(), stored["truncated"].to_pylist(), strict=True):
         if cut:
             found.cuts[row_id].append(f"the answer for the teacher, at embed.teacher.max_tokens {teacher.max_tokens}")

@@ -164,11 +164,22 @@ def test_a_mean_over_unit_length_targets_is_remarked(
     workspace: Path, normalize: bool, reduction: str, remarked: bool
 ) -> None:
     def change(content: dict[str, Any]) -> None:
-        content["embed"] |= {"teacher": {"kind": "backbone"}, "normalize": normalize}
+        content["embed"] |= {"teacher": {"kind": "backbone"}, "normalize": normalize, "transform": {"kind": "none"}}
         content["train"]["align_reduction"] = reduction
 
     remarks = make_plan(load_all(written(workspace, change)), workspace).remarks
     assert any("the reconstruction undoes a warm start: sum" in remark for remark in remarks) is remarked
+
+
+@pytest.mark.parametrize(("teacher", "remarked"), [("backbone", False), ("hash", True)])
+def test_what_fits_an_automatic_transform_of_unit_length_targets_is_not_known(
+    workspace: Path, teacher: str, remarked: bool
+) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["embed"] |= {"teacher": {"kind": teacher}, "transform": {"kind": "auto"}}
+
+    remarks = make_plan(load_all(written(workspace, change)), workspace).remarks
+    assert any("embed.transform auto" in remark for remark in remarks) is remarked
 
 
 @pytest.mark.parametrize("teacher", ["backbone", "hash"])

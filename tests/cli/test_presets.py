@@ -109,6 +109,7 @@ def test_the_authors_other_teacher_stands_behind_any_backbone(params: Path) -> N
     assert (teacher.kind, teacher.name) == ("sentence-transformers", "BAAI/bge-m3-unsupervised")
     assert (teacher.adapters, teacher.batch_tokens, content["embed"]["normalize"]) == ([], 32768, False)
     assert content["backbone"]["name"] == "Qwen/Qwen3-8B"
+    assert content["embed"]["transform"] == {"kind": "none"}
     # Vectors of length 1: the mean over dimensions would hardly train.
     assert "train.align_reduction: mean -> sum" in changes
     assert "train.align_reduction: sum -> mean" in switch(params, "qwen3-8b", 24)

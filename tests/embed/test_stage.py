@@ -171,6 +171,22 @@ def test_a_transform_is_fitted_on_the_training_rows_and_stored(configure: Config
     )
 
 
+def test_an_automatic_transform_leaves_targets_that_point_everywhere(configure: Configure) -> None:
+    write_queries(TEXTS[:200])
+    write_responses(TEXTS[:200])
+    configure(options={"width": 6})
+    assert invoke().exit_code == 0
+    raw = targets()
+    configure(options={"width": 6}, embed={"transform": {"kind": "auto"}})
+    result = invoke()
+    assert result.exit_code == 0, result.output
+    np.testing.assert_array_equal(targets(), raw)
+    assert set(open_artifact(TARGETS_DIR, "targets").manifest.files) == {"part-00000.parquet"}
+    found = facts()["transform"]
+    assert found["kind"] == "none"
+    assert abs(found["anisotropy_before"]) < 0.1
+
+
 def test_heldout_rows_never_influence_the_fit(configure: Configure) -> None:
     write_queries(TEXTS[:200])
     configure(options={"width": 6}, embed=whiten())
