@@ -182,7 +182,8 @@ def cached(cache: Path, name: str, compute: Callable[[], np.ndarray]) -> np.ndar
     """An array that is computed once."""
     file = cache / f"{name}.npy"
     if not file.exists():
-        np.save(file, compute())
+        np.save(file.with_suffix(".tmp.npy"), compute())
+        file.with_suffix(".tmp.npy").rename(file)
     return np.load(file)
 
 
