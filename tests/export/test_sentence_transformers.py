@@ -76,6 +76,27 @@ def test_a_folder_says_which_versions_it_needs_and_the_library_checks_them(
         load(folder)
 
 
+def test_versions_that_do_not_read_the_requirements_are_refused_by_the_module(
+    workspace: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line each, with the version that is needed and the one that is there."""
+    folder = write(Path("encoder"), tiny_backbone("llama"))
+    requirements = json.loads((folder / "config_sentence_transformers.json").read_text())["requirements"]
+    assert {name: each["specifier"] for name, each in requirements.items()} == {
+        "sentence-transformers": ">=5.4", "transformers": ">=5.19"
+    }  # fmt: skip
+    content = compile((folder / "st_module.py").read_text(), "st_module.py", "exec")
+    module: dict[str, Any] = {"__name__": "st_module"}
+    exec(content, module)
+    monkeypatch.setattr("transformers.__version__", "4.56.2")
+    with pytest.raises(ImportError, match=r"^[^\n]* transformers 5 or later, 4\.56\.2 is installed$"):
+        module["LLM2VecGenEncoder"].load(str(folder))
+    monkeypatch.setattr("sentence_transformers.__version__", "5.1.2")
+    monkeypatch.setitem(sys.modules, "sentence_transformers.base.modules", None)
+    with pytest.raises(ImportError, match=r"^[^\n]* sentence-transformers 5\.4 or later, 5\.1\.2 is installed$"):
+        exec(content, {"__name__": "st_module"})
+
+
 def test_a_folder_that_the_library_saved_again_has_a_portable_tokenizer(
     workspace: Path, tiny_backbone: Callable[..., Path]
 ) -> None:

@@ -13,7 +13,7 @@ from pipeline.tasks.instructions import Instructions, load_instructions
 MODULE = "pipeline.encoder.folder.st_module"
 MODULE_CLASS = "LLM2VecGenEncoder"
 # sentence-transformers checks these before it loads anything. The lowest versions that the module file was run with.
-_REQUIREMENTS = {
+REQUIREMENTS = {
     "sentence-transformers": {"specifier": ">=5.4", "reason": "its module classes have moved"},
     "transformers": {"specifier": ">=5.19", "reason": "earlier ones may tokenise or load a backbone otherwise"},
 }
@@ -43,7 +43,7 @@ def _config(lora: bool) -> dict[str, Any]:
         "prompts": st_prompts(load_instructions()),
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
-        "requirements": {**_REQUIREMENTS, **({"peft": _PEFT} if lora else {})},
+        "requirements": {**REQUIREMENTS, **({"peft": _PEFT} if lora else {})},
         # Under the names that sentence-transformers writes itself: it warns where an older one reads a newer folder.
         "__version__": {
             "sentence_transformers": version("sentence-transformers"),

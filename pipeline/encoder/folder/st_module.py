@@ -29,6 +29,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import sentence_transformers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -39,7 +40,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 try:
     from sentence_transformers.base.modules import InputModule
 except ModuleNotFoundError:
-    raise ImportError("this encoder needs sentence-transformers 5.4 or later") from None
+    raise ImportError(
+        f"this encoder needs sentence-transformers 5.4 or later, {sentence_transformers.__version__} is installed"
+    ) from None
 
 VERSION = 1
 
