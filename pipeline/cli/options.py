@@ -28,6 +28,13 @@ TidyOption = Annotated[
     bool, typer.Option("--tidy", help="Normalise texts as collect does: NFC, tidy spaces.  [default: as they stand]")
 ]
 PromptOption = Annotated[str, typer.Option(help="Instruction put before each text.")]
+CenterOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Subtract a mean embedding: corpus, that of the texts themselves; or the file where encode --center "
+        "corpus stored one."
+    ),
+]
 DTypeOption = Annotated[str, typer.Option(help=DTYPES)]
 BackboneOption = Annotated[
     str | None, typer.Option("--backbone", help="Where the backbone lies, in place of the recorded folder or hub name.")

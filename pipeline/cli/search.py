@@ -1,10 +1,15 @@
 """The passages of a corpus nearest to a query: `python -m pipeline search --model DIR --corpus FILE "query"`.
 
-Embeddings that `encode` wrote as Parquet, by the same encoder with the same instruction, are reused.
+Embeddings that `encode` wrote as Parquet, by the same encoder with the same instruction, are reused, centred or not:
+cosines are as asked for, since the mean is stored with them.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.core.errors import SourceError
@@ -13,13 +18,15 @@ from pipeline.core.readers.rows import parquet_batches
 from pipeline.core.run import progress
 from pipeline.core.text import visible
 from pipeline.core.vectors import matrix, top_k
-from pipeline.encoder.encode_file import not_made_by
+from pipeline.encoder.embedded_by import CORPUS, center_of, mean_of, not_made_by, read_center
 
 if TYPE_CHECKING:
     import numpy as np
     from rich.table import Table
 
     from pipeline.encoder.inference import Encoder
+
+    Array = np.ndarray[Any, Any]
 
 log = logging.getLogger(__name__)
 
@@ -44,25 +51,65 @@ def search(
     count: int = 5,
     instruction: str = "",
     document_instruction: str = "",
+    center: str | None = None,
 ) -> list[Hit]:
     """The `count` passages of largest cosine to the query, best first; of equal ones the first in the corpus.
 
-    A few hundred passages are in memory at a time.
+    `center` is subtracted from query and passages: "corpus" the mean embedding of the corpus, the path of what encode
+    wrote with a mean that one. A few hundred passages are in memory at a time.
 
     Raises:
-        SourceError: the query is empty, or the corpus is damaged or changes meanwhile.
+        SourceError: the query is empty, the corpus is damaged or changes meanwhile, or `center` names no mean of this
+            encoder's.
     """
     if not query.strip():
         raise SourceError("the query is empty: give some text to search for")
+    mean = None if center is None or center == CORPUS else read_center(encoder, Path(center))
     wanted = encoder.encode([query], instruction=instruction)
-    if _is_embedded(encoder, corpus, document_instruction):
-        log.info("%s holds embeddings by this encoder: nothing is embedded again", corpus.path)
-        vectors = _stored(corpus)
-    else:
-        vectors = _embedded(encoder, corpus, document_instruction)
-    rows, cosines = top_k(wanted, vectors, count)
+    with ExitStack() as stack:
+        vectors = _vectors(stack, encoder, corpus, document_instruction, again=center == CORPUS)
+        if center == CORPUS:
+            mean = _mean(corpus, vectors)
+        compared = vectors() if mean is None else (block - mean for block in vectors())
+        rows, cosines = top_k(wanted if mean is None else wanted - mean, compared, count)
     texts = _texts(corpus, set(rows[0].tolist()))
     return [Hit(row, score, texts[row]) for row, score in zip(rows[0].tolist(), cosines[0].tolist(), strict=True)]
+
+
+def _vectors(
+    stack: ExitStack, encoder: "Encoder", corpus: TextFile, instruction: str, *, again: bool
+) -> "Callable[[], Iterator[Array]]":
+    """Reads the embeddings of all passages in blocks, `again` as often as needed; `stack` frees what they lie in."""
+    if _is_embedded(encoder, corpus, instruction):
+        log.info("%s holds embeddings by this encoder: nothing is embedded again", corpus.path)
+        return partial(_stored, corpus)
+    made = partial(_embedded, encoder, corpus, instruction)
+    return stack.enter_context(_kept(made())) if again else made
+
+
+@contextmanager
+def _kept(blocks: "Iterator[Array]") -> "Iterator[Callable[[], Iterator[Array]]]":
+    """The blocks in a file without a name."""
+    import numpy as np
+
+    with TemporaryFile() as file:
+        for block in blocks:
+            np.save(file, block)
+        end = file.tell()
+
+        def read() -> "Iterator[Array]":
+            file.seek(0)
+            while file.tell() < end:
+                yield np.load(file)
+
+        yield read
+
+
+def _mean(corpus: TextFile, vectors: "Callable[[], Iterator[Array]]") -> "Array":
+    """The mean embedding of the corpus, as it is stored with it, else of its embeddings."""
+    [file, *others] = corpus.files
+    stored = None if others or file.format != ".parquet" else center_of(file.path)
+    return mean_of(vectors()) if stored is None else stored
 
 
 def _texts(corpus: TextFile, rows: set[int]) -> dict[int, str]:
@@ -72,7 +119,7 @@ def _texts(corpus: TextFile, rows: set[int]) -> dict[int, str]:
     return found
 
 
-def _embedded(encoder: "Encoder", corpus: TextFile, instruction: str) -> "Iterator[np.ndarray[Any, Any]]":
+def _embedded(encoder: "Encoder", corpus: TextFile, instruction: str) -> "Iterator[Array]":
     nothing: list[str] = []
     truncated = 0
     with progress(nothing, total=corpus.rows, desc="embed the corpus", unit="text") as bar:
@@ -89,17 +136,20 @@ def _is_embedded(encoder: "Encoder", corpus: TextFile, instruction: str) -> bool
     if corpus.files[0].format != ".parquet" or corpus.column != "text":
         return False
     for file in corpus.files:
-        reason = not_made_by(encoder, file.path, instruction)
+        reason = not_made_by(encoder, file.path, instruction, centered=True)
         if reason is not None:
             log.info("%s %s: its texts are embedded now", file, reason)
             return False
     return True
 
 
-def _stored(corpus: TextFile) -> "Iterator[np.ndarray[Any, Any]]":
+def _stored(corpus: TextFile) -> "Iterator[Array]":
+    """With the mean that a file's embeddings lack."""
     for file in corpus.files:
+        mean = center_of(file.path)
         for batch in parquet_batches(file, CHUNK_ROWS, ["embedding"]):
-            yield matrix(batch.column("embedding"))
+            vectors = matrix(batch.column("embedding"))
+            yield vectors if mean is None else vectors + mean
 
 
 def table(hits: Sequence[Hit]) -> "Table":

@@ -10,6 +10,7 @@ import typer
 
 from pipeline.cli.options import (
     BackboneOption,
+    CenterOption,
     ColumnOption,
     DTypeOption,
     InputOption,
@@ -48,6 +49,7 @@ def encode(
     quantize: Annotated[
         str | None, typer.Option(help="int8 (256 steps over the texts' range) or binary (signs, eight in a byte).")
     ] = None,
+    center: CenterOption = None,
     input_format: Annotated[
         str, typer.Option("--format", help="Of standard input: txt, jsonl, csv, parquet, jsonl.gz, ...")
     ] = "txt",
@@ -86,6 +88,7 @@ def encode(
             space=chosen,
             kept=kept,
             storage=storage,
+            center=center,
         )
     reused = f" ({done.kept} of them from the run before)" if done.kept else ""
     values = "bytes (eight dimensions each)" if quantize == "binary" else "dimensions"
@@ -117,6 +120,7 @@ def search(
     document_prompt: Annotated[
         str | None, typer.Option(help="Instruction put before each passage.  [default: as in the evaluation]")
     ] = None,
+    center: CenterOption = None,
     column: Annotated[str | None, typer.Option(help="Column of the passages.  [default: text]")] = None,
     tidy: TidyOption = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer decoded.")] = 64,
@@ -140,7 +144,15 @@ def search(
     with nested_in(names={"path": "corpus"}):
         passages = open_texts(corpus, column, tidy=tidy)
         encoder = load_encoder(model, dtype, backbone, allow_other_backbone, trust_remote_code)
-        hits = run_search(encoder, passages, text, count=count, instruction=instruction, document_instruction=document)
+        hits = run_search(
+            encoder,
+            passages,
+            text,
+            count=count,
+            instruction=instruction,
+            document_instruction=document,
+            center=center,
+        )
     Console().print(table(hits))
     from pipeline.lens import decode as run_decode
 

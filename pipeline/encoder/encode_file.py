@@ -1,8 +1,8 @@
 """Files of texts in, a file of embeddings out, of any size: `python -m pipeline encode`.
 
 The texts are embedded in chunks of a fixed number of rows, each stored before the next begins: a killed run continues
-after the last stored chunk, and the file has the same bytes. Truncation and quantisation happen when the file is
-written: other ones of the same embeddings compute nothing twice after a kill.
+after the last stored chunk, and the file has the same bytes. Centring, truncation and quantisation happen when the file
+is written: other ones of the same embeddings compute nothing twice after a kill.
 """
 
 import json
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.core.artifacts import ArtifactWriter, write_bytes
 from pipeline.core.errors import SourceError, nested_in
@@ -23,7 +22,7 @@ from pipeline.core.part_store import Parts, open_parts, whole_file
 from pipeline.core.readers import Columns, TextFile, check_not_read, open_columns
 from pipeline.core.run import progress
 from pipeline.core.target_transform import Space
-from pipeline.encoder.folder.config import fingerprint
+from pipeline.encoder.embedded_by import CORPUS, EMBEDDED_BY, center_facts, made_by, mean_of, read_center
 from pipeline.encoder.storage import Storage, ranges_of
 
 if TYPE_CHECKING:
@@ -36,8 +35,6 @@ OUTPUTS = (".npy", ".parquet")
 VERSION = 3
 # Texts of a part, by device: what a kill costs at most. Long enough that texts of like length meet.
 CHUNK_ROWS = {"cpu": 256, "cuda": 8192}
-# Key of a Parquet file's metadata: which encoder, and which instruction.
-EMBEDDED_BY = b"embedded_by"
 ALL = "all"
 AS_THEY_ARE = Storage()
 
@@ -82,39 +79,6 @@ def kept_columns(texts: TextFile, keep: str) -> Columns:
     return found
 
 
-def made_by(encoder: "Encoder", instruction: str, space: Space = "trained") -> dict[str, Any]:
-    """What decides an embedding besides its text, however its folder is called (serialises to JSON)."""
-    decides = fingerprint(encoder.identity, encoder.config)
-    facts = {"encoder": {key: value for key, value in decides.items() if key != "name"}, "instruction": instruction}
-    return facts if space == "trained" else {**facts, "space": space, "transform": encoder.config.transform}
-
-
-def not_made_by(encoder: "Encoder", path: Path, instruction: str | None = None) -> str | None:
-    """Why a Parquet file does not hold embeddings that `encoder` makes in its trained space: the end of a sentence.
-
-    None if it does; `instruction` None accepts any.
-    """
-    schema = pq.read_schema(path)
-    written = (schema.metadata or {}).get(EMBEDDED_BY)
-    if written is None or "embedding" not in schema.names:
-        return "holds no embeddings that encode wrote"
-    try:
-        theirs = json.loads(written)
-        another = theirs["encoder"] != made_by(encoder, "")["encoder"]
-        otherwise = instruction is not None and theirs["instruction"] != instruction
-        changed = theirs.get("transform") is not None
-        stored = theirs.get("storage")
-    except (ValueError, TypeError, KeyError):
-        return "does not say what made its embeddings: its metadata is damaged"
-    if another:
-        return "holds embeddings by another encoder (other weights, or texts are read in another way)"
-    if changed:
-        return "holds embeddings in the teacher's space (encode --space teacher)"
-    if stored is not None:
-        return "holds embeddings that were truncated or quantised"
-    return "holds embeddings with another instruction" if otherwise else None
-
-
 def encode_file(
     encoder: "Encoder",
     texts: TextFile,
@@ -126,21 +90,25 @@ def encode_file(
     space: Space = "trained",
     kept: Columns | None = None,
     storage: Storage = AS_THEY_ARE,
+    center: str | None = None,
 ) -> Encoded:
     """Embed all texts of a file; float32 [rows, width] as .npy, or .parquet with the columns `text` and `embedding`.
 
     `output` appears when it is complete and replaces a file there; `chunk_rows` None is `CHUNK_ROWS` of the device; see
-    `Encoder.encode` for the other options. `kept` columns of the input stand before the text in Parquet.
+    `Encoder.encode` for the other options. `kept` columns of the input stand before the text in Parquet. `center`
+    "corpus" subtracts the mean embedding of these texts and stores it (in the metadata of a Parquet file, beside a .npy
+    as `NAME.center.npy`); the path of what was so written subtracts that mean, as from queries.
 
     Raises:
-        SourceError: an unknown output format, the output is the input, the input is damaged or changes meanwhile, or
-            `storage` has more dimensions than the embeddings.
+        SourceError: an unknown output format, the output is the input, the input is damaged or changes meanwhile,
+            `storage` has more dimensions than the embeddings, or `center` names no mean of this encoder's.
         TrainingError: see `Encoder.encode`.
         WorkError: the disk is full, or another process does the same work.
     """
     check_output(output, texts.path, keeps=kept is not None)
     width = encoder.width_of(space)
     storage.check(width)
+    given = None if center is None or center == CORPUS else read_center(encoder, Path(center), space)
     device = encoder.model.device.type
     rows = chunk_rows or CHUNK_ROWS.get(device, CHUNK_ROWS["cuda"])
     conditions = {
@@ -157,11 +125,11 @@ def encode_file(
         parts = _Embeddings(opened, width)
         embed = partial(encoder.embed, instruction=instruction, batch_tokens=batch_tokens, space=space)
         reused, truncated = _embed(embed, texts, parts, rows)
-        stored = _Stored(texts, parts, rows, storage)
+        stored = _Stored(texts, parts, rows, storage, given, own=center == CORPUS)
         with whole_file(output) as unfinished:
             if output.suffix == ".npy":
                 _write_npy(unfinished, stored)
-                _write_ranges(output, stored.ranges)
+                _write_beside(output, ranges=stored.ranges, center=stored.center if center == CORPUS else None)
             else:
                 origin = made_by(encoder, instruction, space) | stored.facts()
                 _write_parquet(unfinished, stored, origin, kept)
@@ -230,18 +198,30 @@ def _changed(texts: TextFile) -> SourceError:
 class _Stored:
     """All embeddings as the file will hold them, in chunks."""
 
-    def __init__(self, texts: TextFile, parts: _Embeddings, rows: int, storage: Storage) -> None:
-        """Read through the embeddings once if their ranges are needed."""
-        self.texts, self.rows, self._parts, self._storage = texts, rows, parts, storage
+    def __init__(
+        self,
+        texts: TextFile,
+        parts: _Embeddings,
+        rows: int,
+        storage: Storage,
+        center: "np.ndarray[Any, Any] | None" = None,
+        *,
+        own: bool = False,
+    ) -> None:
+        """Read through the embeddings once if their `own` mean is to be subtracted, and once if ranges are needed."""
+        self.texts, self.rows, self._parts, self._storage, self.center = texts, rows, parts, storage, center
         self.width, self.dtype = storage.values(parts.width), storage.dtype
+        if own:
+            self.center = mean_of(found for _, found in parts.read(texts, rows))
         self.ranges = ranges_of(found for _, found in self._floats()) if storage.quantize == "int8" else None
 
     def facts(self) -> dict[str, Any]:
-        """What a reader of the file must know of its storage, if it is not the usual one (serialises to JSON)."""
+        """What a reader of the file must know of centring and storage, if not as usual (serialises to JSON)."""
+        center = {} if self.center is None else center_facts(self.center)
         if self._storage == AS_THEY_ARE:
-            return {}
+            return center
         ranges = {} if self.ranges is None else {"ranges": self.ranges.tolist()}
-        return {"storage": asdict(self._storage) | ranges}
+        return {"storage": asdict(self._storage) | ranges} | center
 
     def chunks(self) -> "Iterator[tuple[list[str], np.ndarray[Any, Any]]]":
         """Texts, and their embeddings `[B, width]`; raises SourceError if the input has changed."""
@@ -251,7 +231,7 @@ class _Stored:
     def _floats(self) -> "Iterator[tuple[list[str], np.ndarray[Any, Any]]]":
         count = 0
         for chunk, found in self._parts.read(self.texts, self.rows):
-            yield chunk, self._storage.truncated(found)
+            yield chunk, self._storage.truncated(found if self.center is None else found - self.center)
             count += len(chunk)
         if count != self.texts.rows:
             raise _changed(self.texts)
@@ -268,14 +248,15 @@ def _write_npy(path: Path, stored: _Stored) -> None:
             file.write(embeddings.tobytes())
 
 
-def _write_ranges(output: Path, ranges: "np.ndarray[Any, Any] | None") -> None:
-    """Beside a .npy of int8 its ranges, smallest and largest value of each dimension `[2, width]`."""
-    if ranges is not None:
-        import numpy as np
+def _write_beside(output: Path, **arrays: "np.ndarray[Any, Any] | None") -> None:
+    """What a .npy of embeddings cannot hold: of int8 the ranges `[2, width]` of dimensions, the mean `[width]`."""
+    import numpy as np
 
-        sink = BytesIO()
-        np.save(sink, ranges)
-        write_bytes(output.with_suffix(".ranges.npy"), sink.getvalue())
+    for name, values in arrays.items():
+        if values is not None:
+            sink = BytesIO()
+            np.save(sink, values)
+            write_bytes(output.with_suffix(f".{name}.npy"), sink.getvalue())
 
 
 def _write_parquet(path: Path, stored: _Stored, origin: dict[str, Any], kept: Columns | None) -> None:

@@ -20,7 +20,7 @@ from pipeline.core.part_store import Parts, open_parts, whole_file
 from pipeline.core.run import progress
 from pipeline.core.text import templates, visible
 from pipeline.core.vectors import matrix
-from pipeline.encoder.encode_file import made_by, not_made_by
+from pipeline.encoder.embedded_by import made_by, not_made_by
 from pipeline.lens.decoding import Decoder, EngineName, open_decoder
 from pipeline.lens.faithfulness import Summary, check_teacher
 from pipeline.lens.nearest import Index, check_width, open_index

@@ -16,7 +16,8 @@ from pipeline.__main__ import app
 from pipeline.cli.search import Hit, search, table
 from pipeline.core.errors import SourceError
 from pipeline.core.readers import open_texts
-from pipeline.encoder.encode_file import EMBEDDED_BY, encode_file
+from pipeline.encoder.embedded_by import EMBEDDED_BY
+from pipeline.encoder.encode_file import encode_file
 from pipeline.encoder.inference import Embedded
 from tests.encoder.test_encode_file import LengthEncoder, expected, reading
 
@@ -72,6 +73,27 @@ def test_a_corpus_that_encode_wrote_is_not_embedded_again(workspace: Path, caplo
         assert encoder.calls[1:] == [["bb"], ["a", "bb", "ccc"]]
     assert "nothing is embedded again" in caplog.text
     assert "holds embeddings with another instruction: its texts are embedded now" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["in.txt", "plain.parquet", "centred.parquet"])
+def test_centring_changes_who_is_nearest(workspace: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    monkeypatch.setattr(searching, "CHUNK_ROWS", 2)
+    texts = ["a", "bbbbbb", "b"]  # 1 97 1, 6 98 1, 1 98 1: their mean is 8/3 293/3 1
+    Path("in.txt").write_text("".join(f"{text}\n" for text in texts))
+    for output, center in (("plain.parquet", None), ("centred.parquet", "corpus")):
+        encode_file(LengthEncoder(), open_texts(Path("in.txt")), Path(output), center=center)  # type: ignore[arg-type]
+    corpus, encoder = open_texts(Path(form)), LengthEncoder()
+    # "bbbb" is 4 98 1: less the mean 4/3 1/3 0, as the second text 10/3 1/3 0 and not as the first, -5/3 -2/3 0.
+    found = search(encoder, corpus, "bbbb", center="corpus")  # type: ignore[arg-type]
+    assert [hit.text for hit in found] == ["bbbbbb", "b", "a"]
+    cosine = (4 * 10 + 1) / np.sqrt((4 * 4 + 1) * (10 * 10 + 1))
+    assert found[0].score == pytest.approx(cosine, abs=1e-4)
+    assert found[2].score == pytest.approx(-(4 * 5 + 2) / np.sqrt(17 * 29), abs=1e-4)
+    assert len([call for call in encoder.calls if call != ["bbbb"]]) == (2 if form == "in.txt" else 0)
+    by_file = search(encoder, corpus, "bbbb", center="centred.parquet")  # type: ignore[arg-type]
+    np.testing.assert_allclose([hit.score for hit in by_file], [hit.score for hit in found], atol=1e-4)
+    plain = search(encoder, corpus, "bbbb", count=3)  # type: ignore[arg-type]
+    assert min(hit.score for hit in plain) > 0.99
 
 
 @pytest.mark.parametrize("metadata", [b"{", b"[]", b'{"encoder": {}}'])

@@ -1,5 +1,6 @@
 """A file embedded in chunks: what is on the disk after a kill, and what the finished file holds."""
 
+import hashlib
 import json
 import os
 import signal
@@ -20,7 +21,8 @@ from pipeline.core.errors import SourceError, WorkError
 from pipeline.core.readers import open_texts
 from pipeline.core.row_store import lock_folder
 from pipeline.core.run import work_dir
-from pipeline.encoder.encode_file import EMBEDDED_BY, encode_file, kept_columns, not_made_by
+from pipeline.encoder.embedded_by import EMBEDDED_BY, not_made_by
+from pipeline.encoder.encode_file import encode_file, kept_columns
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.encoder.inference import Embedded
 from pipeline.encoder.storage import Storage
@@ -433,3 +435,69 @@ def test_a_real_encoder_in_chunks_is_the_encoder(encoder_folder: Path) -> None:
     encoder = read_encoder(encoder_folder)
     encode_file(encoder, open_texts(Path("in.txt")), Path("out.npy"), chunk_rows=4)
     np.testing.assert_allclose(np.load("out.npy"), encoder.encode(texts), atol=1e-5)
+
+
+def test_the_mean_of_the_texts_is_subtracted_and_stored(workspace: Path) -> None:
+    Path("in.txt").write_text("a\nccc\n")  # 1 97 1 and 3 99 1: their mean is 2 98 1
+    encode("out.parquet", center="corpus")
+    stored = np.stack(pl.read_parquet("out.parquet")["embedding"].to_numpy())
+    np.testing.assert_array_equal(stored, [[-1, -1, 0], [1, 1, 0]])
+    said = json.loads(pq.read_schema("out.parquet").metadata[EMBEDDED_BY])["center"]
+    assert said["mean"] == [2.0, 98.0, 1.0]
+    assert said["sha256"] == hashlib.sha256(np.array([2, 98, 1], np.float32).tobytes()).hexdigest()
+    encode("out.npy", center="corpus")
+    np.testing.assert_array_equal(np.load("out.npy"), stored)
+    np.testing.assert_array_equal(np.load("out.center.npy"), [2, 98, 1])
+
+
+@pytest.mark.parametrize("center", ["out.parquet", "out.center.npy"])
+def test_queries_are_centred_with_the_stored_mean(workspace: Path, center: str) -> None:
+    Path("in.txt").write_text("a\nccc\n")
+    encode(center.replace(".center", ""), center="corpus")
+    Path("queries.txt").write_text("bb\n")
+    encode("queries.parquet", source="queries.txt", center=center)
+    assert pl.read_parquet("queries.parquet")["embedding"].to_list() == [[0.0, 0.0, 0.0]]
+    encode("queries.npy", source="queries.txt", center=center)
+    assert not Path("queries.center.npy").exists()
+
+
+def test_centring_comes_before_truncation(workspace: Path) -> None:
+    Path("in.txt").write_text("a\nccc\n")
+    encode("out.npy", center="corpus", storage=Storage(truncate_dim=2))
+    np.testing.assert_allclose(np.load("out.npy"), np.array([[-1, -1], [1, 1]]) / np.sqrt(2), rtol=1e-6)
+    assert np.load("out.center.npy").shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("center", "problem"),
+    [
+        ("corpora", "corpora cannot be read"),
+        ("in.txt", r"in\.txt cannot be read"),
+        ("plain.parquet", r"plain\.parquet holds no mean"),
+        ("other.parquet", "by another encoder"),
+        ("behind.parquet", "in another space"),
+        ("plain.npy", r"shape \[2, 3\], the mean has \[3\]"),
+        ("torn.parquet", r"torn\.parquet cannot be read"),
+    ],
+)
+def test_a_mean_that_is_none_of_the_encoders(workspace: Path, center: str, problem: str) -> None:
+    Path("in.txt").write_text("a\nccc\n")
+    encode("plain.parquet")
+    encode("plain.npy")
+    encode("other.parquet", reading({"max_query_tokens": 8}), center="corpus")
+    encode("behind.parquet", space="teacher", center="corpus")
+    encode("torn.parquet", center="corpus")
+    table = pq.read_table("torn.parquet")
+    said = table.schema.metadata[EMBEDDED_BY].replace(b"98.0", b"97.0")
+    pq.write_table(table.replace_schema_metadata({EMBEDDED_BY: said}), "torn.parquet")
+    with pytest.raises(SourceError, match=f"center: .*{problem}.*: give corpus, or a file"):
+        encode("out.npy", center=center)
+    assert not Path("out.npy").exists()
+
+
+def test_centred_embeddings_are_others(workspace: Path) -> None:
+    write()
+    encode("out.parquet", center="corpus")
+    encoder: Any = LengthEncoder()
+    assert not_made_by(encoder, Path("out.parquet")) == "holds centred embeddings (encode --center)"
+    assert not_made_by(encoder, Path("out.parquet"), centered=True) is None

@@ -12,7 +12,7 @@ from pipeline.__main__ import app
 from pipeline.core.artifacts import open_artifact
 from pipeline.core.errors import TrainingError
 from pipeline.core.target_transform import TargetTransform
-from pipeline.encoder.encode_file import made_by
+from pipeline.encoder.embedded_by import made_by
 from pipeline.encoder.folder.read import read_encoder
 from pipeline.lens import decode
 from tests.encoder.test_inference import write

@@ -12,7 +12,7 @@ from pipeline.__main__ import app
 from pipeline.core.artifacts import open_artifact
 from pipeline.core.target_transform import TargetTransform
 from pipeline.core.vectors import unit_rows
-from pipeline.encoder.encode_file import made_by
+from pipeline.encoder.embedded_by import made_by
 from pipeline.encoder.folder.read import read_encoder
 from pipeline.encoder.folder.rotate import fit_rotation
 from pipeline.encoder.head import EmbeddingHead, Reading
