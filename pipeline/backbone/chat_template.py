@@ -1,4 +1,4 @@
-"""A tokenizer's chat template around one user turn, checked before it is used.
+"""A tokenizer's chat template around one user turn, behind a system turn if there is one, checked before it is used.
 
 Templates are programs that others wrote. Some print only content parts and drop a plain string; some print today's
 date, so that equal work differs from day to day; some fail on a wrong argument.
@@ -25,15 +25,19 @@ _TWO_DAYS = (date(2001, 2, 3), date(2023, 11, 28))
 class ChatTemplate:
     """Renders a text as the user's turn, and the start of the assistant's."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any], system: str | None = None
+    ) -> None:
         """Render a few texts.
 
         Args:
             tokenizer: has the template.
             kwargs: variables of the template; `strftime_now: "2026-11-29"` is what a template gets as today's date.
+            system: the system turn; None: none, of which some templates make one of their own.
 
         Raises:
-            BackboneError: there is no template, it fails, it leaves the text out, or it prints today's date.
+            BackboneError: there is no template, it fails, it leaves the text or the system turn out, or it prints
+                today's date.
         """
         self._tokenizer = tokenizer
         self._name = f"the chat template of '{tokenizer.name_or_path}'"
@@ -46,7 +50,11 @@ class ChatTemplate:
             raise BackboneError(f"chat_template_kwargs may not set {', '.join(taken)}: the pipeline itself does")
         self._today = _as_date(kwargs.get(TODAY))
         self._kwargs = {key: value for key, value in kwargs.items() if key != TODAY}
+        self._system: str | None = None
         self._in_parts = self._wants_parts()
+        if system is not None:
+            self._system = system
+            self._check_system(system)
         self._check_date()
 
     def render(self, text: str) -> str:
@@ -54,12 +62,16 @@ class ChatTemplate:
         return self._render(text, self._today, in_parts=self._in_parts)
 
     def _render(self, text: str, today: date | None, *, in_parts: bool) -> str:
-        content: Any = [{"type": "text", "text": text}] if in_parts else text
+        turns = {} if self._system is None else {"system": self._system}
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": content}] if in_parts else content}
+            for role, content in (turns | {"user": text}).items()
+        ]
         clock = {} if today is None else {TODAY: datetime.combine(today, time()).strftime}
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    [{"role": "user", "content": content}],
+                    messages,
                     tokenize=False,
                     add_generation_prompt=True,
                     **self._kwargs,
@@ -89,6 +101,14 @@ class ChatTemplate:
             f"{self._name} leaves the user's text out: {prompts[0]!r} for {PROBES[0]!r}, whether it is a string or "
             "a content part. Use another tokenizer or template raw"
         )
+
+    def _check_system(self, system: str) -> None:
+        try:
+            prompt = self.render(PROBES[0])
+        except BackboneError as error:
+            raise BackboneError(f"{error.message}; without a system turn it does not", argument="system") from error
+        if not all(turn.strip().lower() in prompt.lower() for turn in (system, PROBES[0])):
+            raise BackboneError(f"{self._name} leaves a turn out: {prompt!r} for {system!r}", argument="system")
 
     def _check_date(self) -> None:
         if self._today is not None:

@@ -49,9 +49,9 @@ class PromptFormatter:
     """Turns a text into the backbone's prompt tokens, at most `max_tokens` of them.
 
     `raw` is the text with the tokenizer's special tokens (as the paper trains); `chat` is the chat template with the
-    text as the user's turn and the start of the assistant's; `echo` is that with the text in it twice (`ECHO`). Of a
-    longer text the side `keep` is kept; the template stays whole. A control token that a text spells is read as
-    ordinary characters.
+    text as the user's turn, behind the `system` turn if there is one, and the start of the assistant's; `echo` is that
+    with the text in it twice (`ECHO`). Of a longer text the side `keep` is kept; the template stays whole. A control
+    token that a text spells is read as ordinary characters.
     """
 
     def __init__(
@@ -61,12 +61,14 @@ class PromptFormatter:
         max_tokens: int,
         chat_template_kwargs: dict[str, Any] | None = None,
         keep: Keep = "start",
+        system: str | None = None,
     ) -> None:
         """Raises BackboneError if the chat template cannot be used (see `ChatTemplate`) or alone exceeds the limit."""
         self._tokenizer, self._template, self._max_tokens, self.keep = tokenizer, template, max_tokens, keep
+        self.system = system
         self._control = ControlTokens(tokenizer)
         self._twice = template == "echo"
-        self._chat = None if template == "raw" else ChatTemplate(tokenizer, chat_template_kwargs or {})
+        self._chat = None if template == "raw" else ChatTemplate(tokenizer, chat_template_kwargs or {}, system)
         empty, first, second = self._ids(["", *PROBES])
         if first == second:
             name = tokenizer.name_or_path

@@ -352,6 +352,7 @@ def make_generator(
             params.max_prompt_tokens,
             backbone.chat_template_kwargs,
             keep="end" if params.too_long == "keep_end" else "start",
+            system=params.system,
         )
     return Generator(
         store=store,

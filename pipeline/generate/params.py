@@ -31,6 +31,7 @@ class GenerateParams(Params):
 
     engine: EngineName
     dtype: DType = Field(description="of the weights that generate")
+    system: str | None = Field(default=None, description="system turn before each query; null = none of ours")
     max_new_tokens: int = Field(ge=1)
     max_prompt_tokens: int = Field(ge=1, description="template included")
     too_long: TooLong = Field(default="keep_start", description="what happens to a longer query")
@@ -60,5 +61,7 @@ class GenerateParams(Params):
         excluded = {"max_failed_fraction", "data_parallel", "tensor_parallel", "gates"}
         if self.temperature == 0:
             excluded |= {"seed", "top_p"}
+        if self.system is None:  # rows from before there was one keep their fingerprint
+            excluded |= {"system"}
         versions = {"version": VERSION, "engine_version": engine.VERSION}
         return self.model_dump(exclude=excluded) | versions | {"options": options, "stub": bool(entry.stub)}

@@ -38,7 +38,8 @@ class QueryMaker:
             "control_tokens": formatted.control_tokens,
             "prompt_hash": _prompt_hash(formatted.token_ids),
         }
-        prompt = Prompt(row_id, formatted.token_ids, row_seed(self.seed, row_id), formatted.text)
+        seed = row_seed(self.seed, row_id)
+        prompt = Prompt(row_id, formatted.token_ids, seed, formatted.text, self.formatter.system)
         refused = self.drop_too_long and formatted.truncated
         return Query(prompt, columns, f"{DROPPED}: longer than max_prompt_tokens" if refused else None)
 

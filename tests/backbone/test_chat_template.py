@@ -80,6 +80,37 @@ def test_a_template_that_fails_is_one_line(template: str, kwargs: dict[str, Any]
     assert "\n" not in str(caught.value)
 
 
+ROLES = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+def test_a_system_turn_stands_before_the_users() -> None:
+    assert ChatTemplate(tiny_tokenizer(ROLES), {}, "Be brief.").render("one") == "system: Be brief.\nuser: one\n"
+    assert ChatTemplate(tiny_tokenizer(ROLES), {}, "").render("one") == "system: \nuser: one\n"
+    assert ChatTemplate(tiny_tokenizer(ROLES), {}).render("one") == "user: one\n"
+
+
+def test_a_template_of_parts_gets_the_system_turn_as_a_part() -> None:
+    parts = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}|{% endfor %}{% endfor %}"
+    assert ChatTemplate(tiny_tokenizer(parts), {}, "Be brief.").render("one") == "Be brief.|one|"
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ messages[-1]['content'] }}", "leaves a turn out: 'Copper 7315' for 'Be brief.'"),
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + ROLES,
+            "TemplateError: no system role; without a system turn it does not",
+        ),
+    ],
+)
+def test_a_template_without_a_system_turn_refuses_one(template: str, why: str) -> None:
+    ChatTemplate(tiny_tokenizer(template), {})
+    with pytest.raises(BackboneError, match=why) as caught:
+        ChatTemplate(tiny_tokenizer(template), {}, "Be brief.")
+    assert caught.value.argument == "system"
+
+
 @pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "conversation", "messages", "return_dict"])
 def test_arguments_of_the_pipeline_are_no_variables(name: str) -> None:
     with pytest.raises(BackboneError, match=f"chat_template_kwargs may not set {name}"):

@@ -362,6 +362,7 @@ def test_speed_and_tolerance_do_not_change_the_content() -> None:
     assert params(gates={"empty": 0.9}).content() == base
     assert speed.content() == base
     assert base["stub"] is True
+    assert "system" not in base  # as before there was one
     assert params(seed=1, top_p=0.5).content() == base  # greedy reads neither
     assert params(seed=1, temperature=1.0).content() != params(temperature=1.0).content()
     for change in (
@@ -369,6 +370,8 @@ def test_speed_and_tolerance_do_not_change_the_content() -> None:
         {"max_prompt_tokens": 9},
         {"dtype": "bfloat16"},
         {"too_long": "drop"},
+        {"system": ""},
+        {"system": "Be brief."},
     ):
         assert params(**change).content() != base
     assert params(engine="vllm", options={"max_num_seqs": 9}).content() == params(engine="vllm").content()

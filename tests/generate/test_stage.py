@@ -155,6 +155,31 @@ def test_changed_params_reuse_nothing(configure: Configure) -> None:
         assert facts()["reused_rows"] == 0
 
 
+def test_a_system_turn_is_in_the_prompt_the_manifest_and_the_fingerprint(configure: Configure) -> None:
+    configure()
+    write_queries(TEXTS[:20])
+    assert invoke().exit_code == 0
+    plain = open_artifact(RESPONSES_DIR, "responses")
+    tokens = plain.read()["prompt_tokens"].to_pylist()
+    assert "system" not in plain.manifest.params["generate"]
+    configure(system="Be kind")
+    assert invoke().exit_code == 0
+    found = open_artifact(RESPONSES_DIR, "responses")
+    assert found.manifest.params["generate"]["system"] == "Be kind"
+    assert facts()["reused_rows"] == 0
+    # The template's <|user|> and <|end|> are a token each, and each character is one.
+    longer = [after - len("Be kind") - 2 for after in found.read()["prompt_tokens"].to_pylist()]
+    assert longer == tokens
+
+
+def test_a_system_turn_that_the_template_leaves_out(configure: Configure, tiny_backbone: Callable[..., Path]) -> None:
+    folder = Path(shutil.copytree(tiny_backbone("llama"), "deaf"))
+    (folder / "chat_template.jinja").write_text("<|user|>{{ messages[-1]['content'] }}<|end|><|bot|>")
+    configure(backbone=folder, system="Be kind")
+    write_queries(TEXTS[:5])
+    fails("generate.system: the chat template of")
+
+
 @pytest.mark.parametrize(
     ("policy", "answer", "error"),
     [

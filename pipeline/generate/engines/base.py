@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 class Prompt:
     """One row to complete.
 
-    `seed` makes its sampling independent of its batch; `text` is the user's turn inside `token_ids`, for text
-    interfaces.
+    `seed` makes its sampling independent of its batch; `text` is the user's turn inside `token_ids` and `system` the
+    turn before it, for text interfaces.
     """
 
     id: str
     token_ids: list[int]
     seed: int
     text: str = ""
+    system: str | None = None
 
 
 @dataclass(frozen=True)

@@ -174,8 +174,11 @@ class OpenAIEngine:
             return await self._client.completions.create(prompt=prompt.token_ids, **arguments)
         if kwargs := self._backbone.chat_template_kwargs:
             arguments["extra_body"] = {"chat_template_kwargs": kwargs} | arguments["extra_body"]
-        turn: Any = {"role": "user", "content": prompt.text}
-        return await self._client.chat.completions.create(messages=[turn], **arguments)
+        turns = {} if prompt.system is None else {"system": prompt.system}
+        messages: Any = [
+            {"role": role, "content": content} for role, content in (turns | {"user": prompt.text}).items()
+        ]
+        return await self._client.chat.completions.create(messages=messages, **arguments)
 
     def _completion(self, prompt: Prompt, response: Any) -> Completion:
         choices = getattr(response, "choices", None)

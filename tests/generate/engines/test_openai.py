@@ -83,6 +83,13 @@ def test_one_answer_a_prompt_by_chat(server: FakeEndpoint) -> None:
     assert "seed" not in request
 
 
+def test_chat_sends_the_system_turn(server: FakeEndpoint) -> None:
+    with closing(engine(server)) as loaded:
+        list(loaded.generate([Prompt("a", [1], 0, "why?", "Be brief.")], SAMPLING))
+    [request] = server.asked()
+    assert request["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "why?"}]
+
+
 def test_completions_sends_our_tokens_and_a_seed_of_each_row(server: FakeEndpoint) -> None:
     found = answers(server, 3, Sampling(8, temperature=0.7, top_p=0.9), api="completions", extra_body={"top_k": 5})
     assert found["q2"].text == "answer: [5, 6, 2]"
