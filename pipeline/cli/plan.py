@@ -20,7 +20,7 @@ from pipeline.cli.presets import preset_of
 from pipeline.collect.params import CollectParams
 from pipeline.core.artifacts import read_manifest
 from pipeline.core.config import EntryName, Params, read_yaml, validate
-from pipeline.core.errors import ArtifactError, EvaluationError, ParamsError
+from pipeline.core.errors import ArtifactError, EvaluationError, ParamsError, section
 from pipeline.core.paths import QUERIES_DIR, REPORT_PAGES
 from pipeline.core.readers import HubSource, LocalSource
 from pipeline.core.sources import is_within
@@ -37,7 +37,7 @@ from pipeline.tasks.instructions import load_instructions
 from pipeline.tasks.suites import SuiteParams
 from pipeline.teach.params import TeachParams
 from pipeline.teach.plan import teach_memory_line
-from pipeline.train.params import TrainParams, planned_steps
+from pipeline.train.params import TrainParams, check_instructions, planned_steps
 from pipeline.train.plan import memory_line, memory_remarks
 
 GB = 1e9
@@ -91,7 +91,10 @@ def make_plan(params: AllParams, root: Path = Path()) -> Plan:
     Raises:
         EvaluationError: mteb does not know a task or benchmark (of teach.quality too), or a task has no instruction.
         ParamsError: evaluate.instructions names a file that is missing or has mistakes.
+        TrainingError: train.template does not fit the instructions of collect.sources.
     """
+    with section("train"):
+        check_instructions(params.train.template, [source.instruction for source in params.collect.sources])
     sizes = backbone_sizes(params.backbone, root)
     rows, known = expected_rows(params, root)
     plan = Plan()

@@ -1,7 +1,9 @@
 """A corpus from its sources to its splits; its texts stay on disk.
 
 Rows are dropped by length or as duplicates while sources are read, then by checks of their text, by words shared with
-the evaluation, and as near duplicates. Each step sees only the rows that the steps before it left.
+the evaluation, and as near duplicates. Each step sees only the rows that the steps before it left. A source's
+instruction is put before its texts when they are written: the steps look at the texts alone. A text under two
+instructions is two queries, and no duplicate.
 """
 
 import contextlib
@@ -14,8 +16,8 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.collect.decontamination import find_contaminated
-from pipeline.collect.near_duplicates import NearDuplicateParams, find_near_duplicates
-from pipeline.collect.ngrams import TokenFile, TokenHasher
+from pipeline.collect.near_duplicates import NearDuplicateParams, find_near_duplicates, instruction_salt
+from pipeline.collect.ngrams import Hashes, TokenFile, TokenHasher
 from pipeline.collect.rows import (
     SPLITS,
     count_fates,
@@ -35,6 +37,7 @@ from pipeline.core.readers import HubSource, LocalSource
 from pipeline.core.run import progress
 from pipeline.core.schemas import QUERIES
 from pipeline.core.sources import SourceDigests
+from pipeline.core.text import normalize_text
 
 # Texts that are read together: at most so many rows, and about so many characters.
 BATCH_ROWS = 4096
@@ -58,6 +61,7 @@ class Corpus:
         self.source_digests: dict[str, str] = {}
         self._sources = sources
         self._labels = [source.label for source in sources]
+        self._instructions = [normalize_text(source.instruction) for source in sources]
         self._spill = Spill(scratch)
         self._tokens = TokenFile(scratch / "words") if compared else None
         self._frame = to_frame(0, [])
@@ -78,7 +82,8 @@ class Corpus:
                 with nested_in(f"sources.{number}"):
                     rows = progress(digests.read(source), total=None, desc=f"read {source.label}")
                     for texts in _batched(rows):
-                        frame = drop_lengths(to_frame(number, texts), min_chars=min_chars, max_chars=max_chars)
+                        frame = to_frame(number, texts, self._instructions[number])
+                        frame = drop_lengths(frame, min_chars=min_chars, max_chars=max_chars)
                         left = np.flatnonzero(undecided(frame))
                         self._spill.add(first + left, frame["id"].gather(left), frame["text"].gather(left))
                         frames.append(frame.drop("text"))
@@ -125,7 +130,7 @@ class Corpus:
     def drop_near_duplicates(self, params: NearDuplicateParams) -> None:
         with self._timed("near_duplicates"):
             tokens = self._compared()
-            found = find_near_duplicates(tokens, ~undecided(self._frame)[tokens.rows], params)
+            found = find_near_duplicates(tokens, ~undecided(self._frame)[tokens.rows], params, self._salts(tokens.rows))
             self._removals.add_near_duplicates(found, self._frame["id"])
             self._frame = set_fate(self._frame, found.rows, "near_duplicate")
 
@@ -133,6 +138,13 @@ class Corpus:
         if self._tokens is None:
             raise ValueError("rows can be compared only if `compared` was set")
         return self._tokens
+
+    def _salts(self, rows: Rows) -> Hashes | None:
+        """Of the instruction of each row; None where there is none."""
+        if not any(self._instructions):
+            return None
+        salts = np.array([instruction_salt(each) for each in self._instructions], np.uint64)
+        return salts[self._frame["source"].gather(rows).to_numpy()]
 
     def sample(self, rows: int, *, seed: int, weights: Sequence[float] | None) -> None:
         """Keep `rows` rows, shared out among the sources by their weights, if any."""
@@ -156,10 +168,10 @@ class Corpus:
             for name in SPLITS:
                 out.write_stream(f"{name}.parquet", self._tables(name), QUERIES)
             if self._tokens is not None:
-                self._removals.write(out.path / REMOVED, self._frame, self._spill, self._labels)
+                self._removals.write(out.path / REMOVED, self._frame, self._spill, self._labels, self._instructions)
 
     def _tables(self, split: str) -> Iterator[pa.Table]:
-        return split_tables(self._frame, self._spill, self._labels, split)
+        return split_tables(self._frame, self._spill, self._labels, self._instructions, split)
 
     @contextlib.contextmanager
     def _timed(self, step: str) -> Iterator[None]:

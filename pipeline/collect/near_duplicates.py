@@ -28,6 +28,7 @@ from pipeline.collect.ngrams import Hashes, HashRows, TokenFile, mix, ngrams
 from pipeline.collect.spill import Mask, Rows
 from pipeline.core.artifacts import disk_errors
 from pipeline.core.config import Params
+from pipeline.core.text import query_id
 
 SEED = 42
 MISSED = 1e-3  # probability, at most, that no band of a pair at the threshold agrees
@@ -63,22 +64,30 @@ def library() -> dict[str, Any]:
     return {"library": "rensa", "algorithm_version": RMinHash.ALGORITHM_VERSION}
 
 
-def find_near_duplicates(tokens: TokenFile, skipped: Mask, params: NearDuplicateParams) -> NearDuplicates:
+def find_near_duplicates(
+    tokens: TokenFile, skipped: Mask, params: NearDuplicateParams, salts: Hashes | None = None
+) -> NearDuplicates:
     """The near duplicates among the rows of a token file; the row numbers give the order.
 
-    `skipped` rows are not compared, bool [N], by position in `tokens`.
+    By position in `tokens`: `skipped` rows are not compared, bool [N]; rows of different `salts`, uint64 [N], are
+    nothing to each other.
     """
+
+    def shingled(start: int, rows: HashRows) -> HashRows:
+        found = ngrams(rows, params.ngram)
+        return found if salts is None else HashRows(found.hashes ^ salts[start + found.owners()], found.offsets)
+
     with _Signatures(tokens.folder, len(tokens), params) as signatures:
         for start, batch in tokens.batches():
             stop = start + len(batch.offsets) - 1
-            shingles_of = ngrams(batch.without(skipped[start:stop]), params.ngram)
+            shingles_of = shingled(start, batch.without(skipped[start:stop]))
             signatures.write(start, _minhash(shingles_of, params.permutations))
         candidates = np.flatnonzero(_shares_a_bucket(signatures, skipped))
         in_order = np.argsort(tokens.rows[candidates])
         buckets = _bucket_numbers(signatures, candidates)[in_order]
         sketches = signatures.sketches(candidates)[in_order]
         candidates = candidates[in_order]
-    shingles = lru_cache(4096)(lambda position: np.unique(ngrams(tokens.at(position), params.ngram).hashes))
+    shingles = lru_cache(4096)(lambda position: np.unique(shingled(position, tokens.at(position)).hashes))
     pairs = list(_greedy(candidates, buckets, sketches, shingles, params))
     repeats, originals, similarity = zip(*pairs, strict=True) if pairs else ((), (), ())
     return NearDuplicates(
@@ -86,6 +95,11 @@ def find_near_duplicates(tokens: TokenFile, skipped: Mask, params: NearDuplicate
         tokens.rows[np.array(originals, dtype=np.int64)],
         np.array(similarity, dtype=np.float64),
     )
+
+
+def instruction_salt(instruction: str) -> int:
+    """The salt of the texts under an instruction, below 2**64; 0 of none."""
+    return int(query_id(instruction)[:16], 16) if instruction else 0
 
 
 def band_rows(threshold: float, permutations: int) -> int:

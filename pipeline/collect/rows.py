@@ -1,8 +1,9 @@
 """The fate of each text: filtered, duplicate, sampled out, or in a split.
 
-A query's id is a hash of its normalised text. Sampling and split depend on the id and the seed alone: a growing corpus
-moves no query from one split to the other. The frames have one row a text, in reading order, without the text itself:
-`source` (its number), `id` (as a number, a third of its bytes as text), and `fate`, null while undecided: 19 bytes.
+A query's id is a hash of its normalised text, its source's instruction included. Sampling and split depend on the id
+and the seed alone: a growing corpus moves no query from one split to the other. The frames have one row a text, in
+reading order, without the text itself: `source` (its number), `id` (as a number, a third of its bytes as text), and
+`fate`, null while undecided: 19 bytes.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from fractions import Fraction
 import numpy as np
 import polars as pl
 
+from pipeline.backbone.prompting import join_instruction
 from pipeline.collect.spill import Mask, Rows, prefixes
 from pipeline.core.text import normalize_text, query_id
 
@@ -32,13 +34,13 @@ FATE = pl.Enum(FATES)
 _DUPLICATE_PARTS = 16  # of the ids, in which repeated ones are looked for one after another
 
 
-def to_frame(source: int, texts: Sequence[str]) -> pl.DataFrame:
-    """Raw texts of a source as a frame with the normalised `text`."""
+def to_frame(source: int, texts: Sequence[str], instruction: str = "") -> pl.DataFrame:
+    """Raw texts of a source as a frame with the normalised `text`, and the id of it behind the `instruction`."""
     normal = [normalize_text(text) for text in texts]
     columns = {
         "source": [source] * len(normal),
         "text": normal,
-        "id": (int(query_id(text), 16) for text in normal),
+        "id": (int(query_id(join_instruction(instruction, text)), 16) for text in normal),
         "fate": [None] * len(normal),
     }
     return pl.DataFrame(columns, schema={"source": pl.UInt16, "text": pl.String, "id": pl.UInt128, "fate": FATE})

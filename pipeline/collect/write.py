@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from pipeline.backbone.prompting import join_instruction
 from pipeline.collect.decontamination import Contamination, shared_words
 from pipeline.collect.near_duplicates import NearDuplicates
 from pipeline.collect.rows import as_text
@@ -19,14 +20,23 @@ from pipeline.core.schemas import QUERIES, check_table
 REMOVED = "removed.jsonl"
 
 
-def split_tables(frame: pl.DataFrame, spill: Spill, labels: list[str], split: str) -> Iterator[pa.Table]:
+def split_tables(
+    frame: pl.DataFrame, spill: Spill, labels: list[str], instructions: list[str], split: str
+) -> Iterator[pa.Table]:
     """The rows of one split ("train", "heldout") in schema QUERIES, sorted by id across the tables.
+
+    Labels and instructions are those of the sources.
 
     Raises ContractError if a table breaks the schema or the order. Every fate in `frame` is decided.
     """
     for rows in _sorted_rows(frame, spill, (frame["fate"] == split).to_numpy()):
         sources = pl.Series(labels, dtype=pl.String).gather(rows["source"])
-        columns = [rows["id"], rows["text"], sources]
+        texts = rows["text"]
+        if any(instructions):
+            pairs = zip(rows["source"], texts, strict=True)
+            joined = [join_instruction(instructions[source], text) for source, text in pairs]
+            texts = pl.Series(joined, dtype=pl.String)
+        columns = [rows["id"], texts, sources]
         table = pa.Table.from_arrays([column.to_arrow().cast(pa.string()) for column in columns], schema=QUERIES)
         check_table(table, QUERIES, f"the {split} split")
         yield table
@@ -56,14 +66,15 @@ class Removals:
         pairs = zip(map(as_text, ids.gather(found.originals)), found.similarity.tolist(), strict=True)
         self._near.update(zip(found.rows.tolist(), pairs, strict=True))
 
-    def write(self, path: Path, frame: pl.DataFrame, spill: Spill, labels: list[str]) -> None:
+    def write(self, path: Path, frame: pl.DataFrame, spill: Spill, labels: list[str], instructions: list[str]) -> None:
         """Write one JSON object a row, sorted by id: `id`, `source`, `text`, `reason`, and the match."""
         chosen = np.zeros(frame.height, bool)
         chosen[[*self._contaminated, *self._near]] = True
         with disk_errors(path), path.open("w", encoding="utf-8") as file:
             for rows in _sorted_rows(frame, spill, chosen):
                 for row in rows.iter_rows(named=True):
-                    line = {"id": row["id"], "source": labels[row["source"]], "text": row["text"]}
+                    text = join_instruction(instructions[row["source"]], row["text"])
+                    line = {"id": row["id"], "source": labels[row["source"]], "text": text}
                     line |= self._reason(row["row"], row["text"])
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

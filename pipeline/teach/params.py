@@ -92,6 +92,9 @@ class TeachParams(Params):
     def _sources_are_read(self) -> Self:
         if (self.corpus == "sources") != bool(self.sources):
             raise ValueError(f"corpus {self.corpus} with {len(self.sources)} sources: they go together")
+        for number, source in enumerate(self.sources):
+            if source.instruction:
+                raise ValueError(f"sources.{number}.instruction: a teacher learns from bare texts, leave it out")
         return self
 
     def phase(self, name: PhaseName) -> PhaseParams:

@@ -22,7 +22,7 @@ from pipeline.core.run import RunRecord, device_memory, prepare_process, record,
 from pipeline.core.tracking import tracking
 from pipeline.parallel.launch import launch_ranks
 from pipeline.parallel.ranks import is_first, launched, rank_count, rank_process
-from pipeline.train.params import TrainParams
+from pipeline.train.params import TrainParams, check_instructions
 
 # For processes that wait while the first one reads a large backbone from a slow disk; NCCL gives up after 10 minutes.
 PATIENCE = timedelta(hours=2)
@@ -60,6 +60,8 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     artifacts = [open_artifact(path, path.name) for path in (QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR)]
     identity = _checked_identity(backbone, artifacts[1])
     _check_form(params, artifacts[2])
+    sources = artifacts[0].manifest.params.get("sources", [])
+    check_instructions(params.template, [source.get("instruction", "") for source in sources])
     tokenizer = load_tokenizer(backbone)
     formatter = query_formatter(params, backbone, tokenizer)
     rows = read_rows(params, artifacts, TRAIN_TABLE, tokenizer, formatter)

@@ -1,6 +1,7 @@
 """Section `train` of params.yaml."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -8,6 +9,7 @@ from pydantic import Field, model_validator
 from pipeline.backbone.loading import Keep, Pool, Quantize, Template
 from pipeline.backbone.lora import LoraParams
 from pipeline.core.config import Params
+from pipeline.core.errors import TrainingError
 from pipeline.core.tracking import Tracker
 from pipeline.encoder.folder.config import ResponseForm
 from pipeline.encoder.token_init import TokenInitParams
@@ -187,3 +189,11 @@ def planned_steps(rows: int, params: TrainParams) -> int:
     """Optimiser steps that the params ask for."""
     steps = math.ceil(rows / params.batch_size) * params.epochs
     return min(steps, params.stop_after_steps) if params.stop_after_steps else steps
+
+
+def check_instructions(template: Template, instructions: Iterable[str]) -> None:
+    """Raises TrainingError if the template would repeat an instruction of collect's sources."""
+    number = next((number for number, instruction in enumerate(instructions) if instruction), None)
+    if template == "echo" and number is not None:
+        message = f"echo repeats collect.sources.{number}.instruction, which an evaluation writes once: take chat"
+        raise TrainingError(message, argument="template")

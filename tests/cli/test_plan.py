@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from pipeline.cli.plan import AllParams, backbone_sizes, expected_rows, load_all, make_plan
 from pipeline.core.artifacts import create
 from pipeline.core.config import read_yaml
-from pipeline.core.errors import ParamsError
+from pipeline.core.errors import ParamsError, TrainingError
 from tests.conftest import ROOT
 
 
@@ -55,6 +55,15 @@ def test_all_mistakes_of_all_sections_come_at_once(workspace: Path) -> None:
         "suites.mteb-eng-v2: ",
     ):
         assert part in message, part
+
+
+def test_an_instruction_that_training_would_repeat_is_refused(workspace: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["collect"]["sources"][0]["instruction"] = "Explain:"
+        content["train"]["template"] = "echo"
+
+    with pytest.raises(TrainingError, match=r"train\.template: echo repeats collect\.sources\.0\.instruction"):
+        make_plan(load_all(written(workspace, change)))
 
 
 def test_sizes_from_a_local_config(workspace: Path, tiny_backbone: Any) -> None:

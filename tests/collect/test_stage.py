@@ -123,6 +123,24 @@ def test_of_two_sources_with_the_same_text_the_first_counts(collect: Collect) ->
     assert sorted({*sources[0], *sources[1]}) == ["more.jsonl", "queries.jsonl"]
 
 
+def test_an_instruction_stands_before_the_texts_of_its_source(collect: Collect) -> None:
+    write(questions(30))
+    write([*questions(20), "x", " "], "more.jsonl")
+    asked = LOCAL | {"path": "more.jsonl", "instruction": " Say  the same as: "}
+    assert collect(sources=[LOCAL, asked], near_duplicates=NEAR).exit_code == 0
+    found = rows("train") | rows("heldout")
+    # A question under the instruction is another query than the question, and no duplicate of it.
+    assert sorted(found.values()) == sorted([*questions(30), *(f"Say the same as: {each}" for each in questions(20))])
+    assert all(row_id == query_id(text) for row_id, text in found.items())
+    manifest = open_artifact(QUERIES_DIR, "queries").manifest
+    assert [source.get("instruction") for source in manifest.params["sources"]] == [None, " Say  the same as: "]
+    counts = manifest.counts["more.jsonl"]
+    assert (counts["empty"], counts["too_short"]) == (1, 1)  # the text counts, not its instruction
+    findings = Findings()
+    check_rows({"data/queries": open_artifact(QUERIES_DIR, "queries")}, findings)
+    assert not findings.items
+
+
 def test_without_a_token_limit_no_tokenizer_is_loaded(collect: Collect, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.collect.selection.load_tokenizer", None)
     write(questions(30))
@@ -218,6 +236,20 @@ def test_what_the_evaluation_reads_goes_and_is_listed(evaluated: Collect) -> Non
     retrieval_folder(Path("tasks/words"), extra=["changed"])
     assert evaluated().exit_code == 0
     assert open_artifact(QUERIES_DIR, "queries").manifest.models["evaluation"] != manifest.models["evaluation"]
+
+
+def test_an_instruction_hides_no_text_of_the_evaluation_and_no_near_duplicate(evaluated: Collect) -> None:
+    write(questions(40))
+    write(["apple: what is it?", "What is a pear?", "what is a pear ?"], "more.jsonl")
+    sources = [LOCAL, LOCAL | {"path": "more.jsonl", "instruction": "Explain:"}]
+    assert evaluated(sources=sources, near_duplicates=NEAR).exit_code == 0
+    assert {row["text"]: row["reason"] for row in removed()} == {
+        "Explain: apple: what is it?": "contaminated", "Explain: what is a pear ?": "near_duplicate",
+    }  # fmt: skip
+    [repeated] = [row for row in removed() if row["reason"] == "near_duplicate"]
+    assert (repeated["id"], repeated["kept"]) == (
+        query_id("Explain: what is a pear ?"), query_id("Explain: What is a pear?"),
+    )  # fmt: skip
 
 
 def test_a_contaminated_row_does_not_stand_for_its_near_duplicates(evaluated: Collect) -> None:

@@ -105,3 +105,9 @@ def test_the_plan_estimates_memory_and_knows_the_names_of_tasks() -> None:
 def test_sources_go_with_the_corpus_that_reads_them() -> None:
     with pytest.raises(Exception, match="corpus sources with 0 sources: they go together"):
         plan_with(corpus="sources")
+
+
+def test_a_teacher_learns_from_bare_texts() -> None:
+    source = {"kind": "local", "path": "a.txt", "instruction": "Summarize:"}
+    with pytest.raises(Exception, match=r"teach: .*sources\.0\.instruction: a teacher learns from bare texts"):
+        plan_with(corpus="sources", sources=[source])

@@ -18,9 +18,17 @@ import torch
 from safetensors.numpy import load_file
 
 from pipeline.backbone.loading import BackboneParams, identify, load_backbone
-from pipeline.core.artifacts import file_sha256, open_artifact
+from pipeline.core.artifacts import create, file_sha256, open_artifact
 from pipeline.core.errors import TrainingError
-from pipeline.core.paths import ENCODER_DIR, HELDOUT_CURVE, LOSS_CURVE, QUERIES_DIR, TARGETS_DIR
+from pipeline.core.paths import (
+    ENCODER_DIR,
+    HELDOUT_CURVE,
+    HELDOUT_TABLE,
+    LOSS_CURVE,
+    QUERIES_DIR,
+    TARGETS_DIR,
+    TRAIN_TABLE,
+)
 from pipeline.core.target_transform import TRANSFORM_FILE, TargetTransform
 from pipeline.core.vectors import matrix
 from pipeline.encoder.folder.mix import mix
@@ -29,6 +37,7 @@ from pipeline.encoder.inference import Encoder
 from pipeline.optim.late import HostCopy
 from pipeline.train.__main__ import main
 from pipeline.train.data import TrainingRows
+from pipeline.train.params import check_instructions
 from pipeline.train.states import HalvedPasses
 from pipeline.train.trainer import Trainer
 from tests.toy_workspace import write_manifest
@@ -193,6 +202,18 @@ def test_what_is_pooled_of_a_second_text_is_trained_on(backbone: Path, pool: str
     targets = matrix(open_artifact(TARGETS_DIR, "targets").read()["embedding"])[:20]
     predicted = encoder.at_start().encode(queries, space="teacher")
     assert np.square(predicted - targets).sum() < 0.3 * np.square(targets - targets.mean(0)).sum()
+
+
+def test_an_instruction_is_not_repeated(backbone: Path, fails: Callable[..., None]) -> None:
+    sources = [{"kind": "local", "path": "a.txt"}, {"kind": "local", "path": "b.txt", "instruction": "Explain:"}]
+    table = {name: open_artifact(QUERIES_DIR, "queries").read(name) for name in (TRAIN_TABLE, HELDOUT_TABLE)}
+    with create(QUERIES_DIR, kind="queries", params={"sources": sources}) as out:
+        for name, rows in table.items():
+            out.write_table(name, rows)
+    write_params(backbone, template="echo")
+    fails("train.template", "collect.sources.1.instruction")
+    check_instructions("chat", ["", "Explain:"])
+    check_instructions("echo", ["", ""])
 
 
 def test_what_is_pooled_must_stand_twice(backbone: Path, fails: Callable[..., None]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from pipeline.core.config import Params
 from pipeline.core.errors import SourceError, first_line
@@ -19,14 +19,24 @@ log = logging.getLogger(__name__)
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 
-class LocalSource(Params):
+class _Source(Params):
+    instruction: str = Field(default="", description="of collect: put before each text, as those of the evaluation are")
+    limit: int | None = Field(default=None, ge=1, description="read the first rows only")
+    weight: float | None = Field(default=None, gt=0, description="its share of the sample; for all sources or none")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without an instruction nothing says that there could be one: equal queries keep their manifest."""
+        found: dict[str, Any] = handler(self)
+        return found if self.instruction else {key: value for key, value in found.items() if key != "instruction"}
+
+
+class LocalSource(_Source):
     """Files of queries; their ending says the format."""
 
     kind: Literal["local"]
     path: str = Field(description="a file, a folder or a pattern (shards/*.jsonl.gz), relative to local_dir")
     column: str | None = Field(default=None, description="null: text; a .txt file has no columns")
-    limit: int | None = Field(default=None, ge=1, description="read the first rows only")
-    weight: float | None = Field(default=None, gt=0, description="its share of the sample; for all sources or none")
 
     @property
     def label(self) -> str:
@@ -34,7 +44,7 @@ class LocalSource(Params):
         return self.path
 
 
-class HubSource(Params):
+class HubSource(_Source):
     """A data set of the Hugging Face hub, streamed: no row waits for the download of all, and none is stored twice."""
 
     kind: Literal["hub"]
@@ -43,8 +53,6 @@ class HubSource(Params):
     config: str | None = None
     split: str = "train"
     revision: str | None = Field(default=None, description="commit on the hub; pin it")
-    limit: int | None = Field(default=None, ge=1, description="read the first rows only")
-    weight: float | None = Field(default=None, gt=0, description="its share of the sample; for all sources or none")
 
     @property
     def label(self) -> str:
