@@ -72,8 +72,14 @@ def _check_queries(artifact: Artifact, findings: Findings) -> pa.Array | None:
 
 def _check_responses(artifact: Artifact, findings: Findings) -> Responses | None:
     name = RESPONSES
-    if not all(_check_schema(name, path, schemas.RESPONSES, artifact, findings) for path in artifact.tables()):
+    samples = schemas.samples_of(artifact.manifest.params)
+    schema = schemas.responses_schema(samples)
+    if not all(_check_schema(name, path, schema, artifact, findings) for path in artifact.tables()):
         return None
+    if samples > 1:
+        for batch in (batch for path in artifact.tables() for batch in _batches(path)):
+            many = pc.greater(pc.list_value_length(batch.column(schemas.SAMPLES.name)), samples - 1)
+            findings.add_rows(name, batch.column("id").filter(many).to_pylist(), f"has more than {samples} answers")
     ids = _ids(name, artifact.tables(), findings)
     usable = [_usable(batch, findings) for path in artifact.tables() for batch in _batches(path)]
     _check_count(name, artifact, len(ids), findings)

@@ -103,6 +103,11 @@ class CostModel:
         return found + [self._evaluate(stage, size, by_teacher[stage]) for stage, size in read.items()]
 
     @property
+    def _answers(self) -> int | None:
+        """To all queries."""
+        return None if self.rows is None else self.rows * self.params.generate.samples_per_query
+
+    @property
     def _trained_width(self) -> int | None:
         """Of the targets, and of the systems in their space."""
         transform = self.params.embed.transform
@@ -119,7 +124,7 @@ class CostModel:
         return 2.0 * (self.sizes.parameters() + other)
 
     def _generate(self) -> Cost:
-        generate, rows = self.params.generate, self.rows
+        generate, rows = self.params.generate, self._answers
         if rows is None:
             return Cost("generate", None, None)
         disk = 2 * rows * (BYTES_PER_ROW + BYTES_PER_TOKEN * generate.max_new_tokens)
@@ -132,15 +137,15 @@ class CostModel:
         return Cost("teach", self._compute_seconds(flops), None)
 
     def _embed(self) -> Cost:
-        embed, rows = self.params.embed, self.rows
-        if rows is None:
+        embed, rows, targets = self.params.embed, self._answers, self.rows
+        if rows is None or targets is None:
             return Cost("embed", None, None)
         seconds = self._read_seconds(self.teacher, rows * embed.teacher.max_tokens, embed.teacher.max_tokens)
         if self.teacher_width is None or self._trained_width is None:
             return Cost("embed", seconds, None)
         # The work folder keeps the teacher's own vectors, in float32.
         number = TARGET_TYPES[embed.dtype].bit_width // 8
-        return Cost("embed", seconds, rows * (self.teacher_width * FLOAT32 + self._trained_width * number))
+        return Cost("embed", seconds, rows * self.teacher_width * FLOAT32 + targets * self._trained_width * number)
 
     def _train(self) -> Cost:
         train, sizes = self.params.train, self.sizes

@@ -165,7 +165,9 @@ def _tokens(rows: int | None, each: int) -> str:
 def _generate_text(params: AllParams, rows: int | None) -> str:
     generate = params.generate
     how = "greedy" if generate.temperature == 0 else f"temperature {generate.temperature}"
-    return f"{generate.engine}, {how}; {_tokens(rows, generate.max_new_tokens)} written"
+    if generate.samples_per_query > 1:
+        how += f", {generate.samples_per_query} samples a query"
+    return f"{generate.engine}, {how}; {_tokens(rows, generate.samples_per_query * generate.max_new_tokens)} written"
 
 
 def _generate_memory(params: AllParams, sizes: ModelSizes | None) -> str:
@@ -203,7 +205,8 @@ def _embed_text(params: AllParams, rows: int | None) -> str:
     scaled = ", scaled to length 1" if embed.normalize else ""
     if embed.transform.kind != "none":
         scaled += f", transform {embed.transform.kind}{' and rotate' * embed.transform.rotate}"
-    return f"{embed.teacher.kind}{scaled}; {_tokens(rows, embed.teacher.max_tokens)} read"
+    most = params.generate.samples_per_query * embed.teacher.max_tokens
+    return f"{embed.teacher.kind}{scaled}; {_tokens(rows, most)} read"
 
 
 def _teacher_text(params: AllParams) -> str:

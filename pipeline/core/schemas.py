@@ -6,11 +6,13 @@
 | data/responses/*.parquet              | one a query           | `id` |
 | data/targets/*.parquet                | one a usable response | `id` |
 
-Next to the queries, `removed.jsonl` lists near duplicates and contaminated queries that were left out, and why.
+Responses may have the column `SAMPLES` too. Next to the queries, `removed.jsonl` lists near duplicates and contaminated
+queries that were left out, and why.
 Every table is sorted by `id` across its files, and an id occurs once.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -37,6 +39,20 @@ RESPONSES = pa.schema(
         pa.field("error", pa.string()),  # why, where finish_reason is "error"
     ]
 )
+
+# Behind the others where `generate.samples_per_query` asks for several answers: the usable ones besides `response`.
+SAMPLES = pa.field("samples", pa.list_(_required("item", pa.string())), nullable=False)
+
+
+def responses_schema(samples: int) -> pa.Schema:
+    """Of the responses with so many answers a query."""
+    return RESPONSES if samples == 1 else RESPONSES.append(SAMPLES)
+
+
+def samples_of(params: Mapping[str, Any]) -> int:
+    """Answers a query of responses whose manifest has these params."""
+    return int(params.get("generate", {}).get("samples_per_query", 1))
+
 
 TARGET_TYPES = {"float16": pa.float16(), "float32": pa.float32()}
 

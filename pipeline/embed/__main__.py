@@ -23,7 +23,7 @@ from pipeline.core.gates import check_gates
 from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TEACHER_DIR, TRAIN_TABLE
 from pipeline.core.row_store import ShardStore, locked
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
-from pipeline.core.schemas import check_table, targets_schema
+from pipeline.core.schemas import SAMPLES, check_table, samples_of, targets_schema
 from pipeline.core.tracking import tracking
 from pipeline.embed.build import BATCH_ROWS, make_embedder, make_finish
 from pipeline.embed.params import EmbedParams
@@ -68,7 +68,9 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
         read["queries"] = artifacts.open_artifact(QUERIES_DIR, "queries")
     if TEACHERS[inputs.embed.teacher.kind].trained_here:
         read["teacher"] = artifacts.open_artifact(TEACHER_DIR, "teacher")
-    responses = UsableResponses(lambda: read["responses"].batches([*COLUMNS], BATCH_ROWS))
+    samples = samples_of(read["responses"].manifest.params)
+    columns = [*COLUMNS, SAMPLES.name] if samples > 1 else [*COLUMNS]
+    responses = UsableResponses(lambda: read["responses"].batches(columns, BATCH_ROWS), samples)
     if next(iter(responses), None) is None:
         raise TeacherError(f"{RESPONSES_DIR} holds no usable response to embed: {dict(responses.skipped)}")
     with locked(work_dir("embed")):  # before minutes are spent on loading a teacher
@@ -117,7 +119,8 @@ def _write(
     width = embedder.teacher.width if transform is None else transform.width
     statistics, schema = TargetStatistics(), targets_schema(width, params.dtype)
     rows = rows_per_part(max(width, embedder.teacher.width), params.dtype)
-    tables = statistics.through(map(finish, embedder.tables(responses, -(-rows // artifacts.PIECES))))
+    held = -(-rows // (artifacts.PIECES * responses.samples))
+    tables = statistics.through(map(finish, embedder.tables(responses, held)))
     models, made_with = {"teacher": embedder.teacher.identity}, target_params(params)
     with artifacts.create(TARGETS_DIR, kind="targets", params=made_with, models=models, inputs=inputs_read) as out:
         out.write_parts((check_table(table, schema, str(TARGETS_DIR)) for table in tables), schema, rows)

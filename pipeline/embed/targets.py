@@ -1,14 +1,16 @@
 """The teacher embeds every usable response into a resumable store; targets are made of the stored vectors.
 
 The store is keyed by query and response text, so only a response that changed is embedded again. Keys begin as the ids
-do, so targets of neighbouring ids lie side by side.
+do, so targets of neighbouring ids lie side by side. Of several samples a query's vector is the mean of the teacher's,
+before anything is scaled or transformed.
 """
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, groupby, islice, repeat
+from operator import attrgetter
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from pipeline.core.errors import TeacherError
 from pipeline.core.gates import FIRST_ROWS
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import gpu_memory_mib, progress
-from pipeline.core.schemas import TARGET_TYPES, targets_schema
+from pipeline.core.schemas import SAMPLES, TARGET_TYPES, targets_schema
 from pipeline.core.target_transform import TargetTransform
 from pipeline.core.tracking import ProgressLog
 from pipeline.core.vectors import matrix
@@ -66,7 +68,7 @@ def store_key(row_id: str, text: str) -> str:
 
 
 class Row(NamedTuple):
-    """A usable response and its key in the store."""
+    """A usable response and its key in the store; those of one query follow one another."""
 
     id: str
     key: str
@@ -76,19 +78,22 @@ class Row(NamedTuple):
 class UsableResponses:
     """The responses that did not fail and are not blank; each iteration reads them again, one batch at a time.
 
-    `batches` gives tables of `COLUMNS`. `skipped` counts the other responses of the last iteration, by reason.
+    `batches` gives tables of `COLUMNS`, and of `SAMPLES` where there are several `samples` a query. `skipped` counts
+    the other responses of the last iteration, by reason.
     """
 
-    def __init__(self, batches: Callable[[], Iterable[pa.Table]]) -> None:
-        self._batches = batches
+    def __init__(self, batches: Callable[[], Iterable[pa.Table]], samples: int = 1) -> None:
+        self._batches, self.samples = batches, samples
         self.skipped: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Row]:
         self.skipped = Counter({"error": 0, "empty": 0})
         for batch in self._batches():
-            for row_id, text, finish in zip(*(batch[name].to_pylist() for name in COLUMNS), strict=True):
+            others = batch[SAMPLES.name].to_pylist() if self.samples > 1 else repeat([], batch.num_rows)
+            columns = (batch[name].to_pylist() for name in COLUMNS)
+            for row_id, text, finish, more in zip(*columns, others, strict=True):
                 if finish != "error" and text.strip():
-                    yield Row(row_id, store_key(row_id, text), text)
+                    yield from (Row(row_id, store_key(row_id, answer), answer) for answer in (text, *more))
                 else:
                     self.skipped["error" if finish == "error" else "empty"] += 1
 
@@ -153,12 +158,12 @@ class Embedder:
         self.gpu_memory_mib = gpu_memory_mib()
 
     def tables(self, responses: Iterable[Row], rows_per_table: int) -> Iterator[pa.Table]:
-        """Stored vectors of the responses in their order (schema `store_schema`), `rows_per_table` rows a table."""
-        pairs = ((row.id, row.key) for row in responses)
-        while chunk := list(islice(pairs, rows_per_table)):
-            rows = self.store.take([key for _, key in chunk])
+        """A vector of each query with responses, in order (schema `store_schema`), `rows_per_table` rows a table."""
+        queries = ((row_id, [row.key for row in rows]) for row_id, rows in groupby(responses, attrgetter("id")))
+        while chunk := list(islice(queries, rows_per_table)):
+            rows = self.store.take([key for _, keys in chunk for key in keys])
             ids = pa.array([row_id for row_id, _ in chunk], pa.string())
-            yield rows.set_column(0, self.store.schema.field("id"), ids)
+            yield means(rows, [len(keys) for _, keys in chunk]).set_column(0, self.store.schema.field("id"), ids)
 
     def summary(self) -> dict[str, Any]:
         """Counts and times of the run, for results/."""
@@ -175,7 +180,9 @@ class Embedder:
 
     def _looked_up(self, responses: Iterable[Row]) -> Iterator[tuple[list[Row], set[str]]]:
         """The responses, `LOOKED_UP_ROWS` at a time, with the keys of those that the store has."""
-        rows = iter(responses)
+        # An answer that was sampled twice is embedded once.
+        same = ({row.key: row for row in rows}.values() for _, rows in groupby(responses, attrgetter("id")))
+        rows = chain.from_iterable(same)
         while some := list(islice(rows, LOOKED_UP_ROWS)):
             yield some, self.store.committed(row.key for row in some)
 
@@ -220,6 +227,25 @@ class Embedder:
         if sum(part.num_rows for part in self._first) >= FIRST_ROWS:
             self.look(pa.concat_tables(self._first))
             self.look, self._first = None, []
+
+
+def means(rows: pa.Table, counts: Sequence[int]) -> pa.Table:
+    """The mean vector of each `counts` rows of a table of `store_schema`: their tokens in all, truncated if one is."""
+    if len(counts) == rows.num_rows:
+        return rows
+    starts = np.cumsum([0, *counts[:-1]])
+    vectors = np.add.reduceat(matrix(rows["embedding"]), starts) / np.array(counts, np.float32)[:, None]
+    columns = {
+        "embedding": pa.FixedSizeListArray.from_arrays(
+            pa.array(vectors.reshape(-1)), type=rows.schema.field("embedding").type
+        ),
+        "tokens": pa.array(np.add.reduceat(rows["tokens"].to_numpy(), starts), pa.int32()),
+        "truncated": pa.array(np.logical_or.reduceat(rows["truncated"].to_numpy(zero_copy_only=False), starts)),
+    }
+    found = rows.take(pa.array(starts))
+    for name, column in columns.items():
+        found = found.set_column(rows.schema.get_field_index(name), rows.schema.field(name), column)
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """Stage generate: data/queries -> data/responses, the backbone's own answers. `python -m pipeline.generate`."""
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import pyarrow as pa
 import typer
 
 from pipeline.backbone.loading import BackboneParams, identify
@@ -16,7 +16,7 @@ from pipeline.core.gates import check_gates
 from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
-from pipeline.core.schemas import RESPONSES, check_table
+from pipeline.core.schemas import check_table, responses_schema
 from pipeline.core.sorted_ids import sorted_ids
 from pipeline.core.tracking import tracking
 from pipeline.generate.engines.registry import ENGINES, prepare_environment
@@ -56,10 +56,12 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
     ):
         generator = make_generator(inputs.backbone, params, store, log_progress)
         generator.run(partial(sorted_ids, queries), queries.batches(["id", "text"], WINDOW_ROWS))
-        rows = rows_per_part(params.max_new_tokens)
+        samples = params.samples_per_query
+        schema, rows = responses_schema(samples), rows_per_part(params.max_new_tokens * samples)
         tables = counts.through(generator.tables(sorted_ids(queries), -(-rows // PIECES)))
-        with create(RESPONSES_DIR, kind="responses", params=content, models=models, inputs=[queries]) as out:
-            out.write_parts(map(_checked, tables), RESPONSES, rows)
+        made_with = _manifest_params(content, samples)
+        with create(RESPONSES_DIR, kind="responses", params=made_with, models=models, inputs=[queries]) as out:
+            out.write_parts((check_table(table, schema, str(RESPONSES_DIR)) for table in tables), schema, rows)
             out.counts = counts.summary()
             log.info("responses: %s", counts.summary())
             facts.update(**_facts(params, counts), **generator.facts.summary())
@@ -73,9 +75,10 @@ def _facts(params: GenerateParams, counts: ResponseCounts) -> dict[str, Any]:
     return {**facts, **({"stub": stub} if stub else {})}
 
 
-def _checked(table: pa.Table) -> pa.Table:
-    check_table(table, RESPONSES, str(RESPONSES_DIR))
-    return table
+def _manifest_params(content: Mapping[str, Any], samples: int) -> dict[str, Any]:
+    """What decides the responses: what decides an answer, and how many there are."""
+    more = {"samples_per_query": samples} if samples > 1 else {}
+    return {**content, "generate": content["generate"] | more}
 
 
 app = typer.Typer(add_completion=False)

@@ -100,7 +100,7 @@ class Answers:
             with section("generate"):
                 generator = self._make(store)
                 load = generator.load_engine
-                generator = replace(generator, load_engine=lambda: self._shared(load), look=None)
+                generator = replace(generator, load_engine=lambda: self._shared(load), look=None, samples=1)
                 generator.run(lambda: [ids], _windows(texts))
         finally:
             if not self.keeps_engine:

@@ -35,6 +35,7 @@ from pipeline.generate.params import GenerateParams
 from pipeline.generate.queries import QueryMaker
 from pipeline.generate.response_counts import CAUSES, MANY_CUT, STORE, ResponseCounts, failures
 from pipeline.generate.response_text import opens_thinking, strip_thinking
+from pipeline.generate.samples import gathered, is_first, sampled_ids, sampled_rows
 from pipeline.parallel.prefetch import ahead
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class Generator:
         max_failed_fraction: share of failed rows (0 to 1) above which the run fails.
         drop_too_long: record a query that the formatter must cut as dropped, without an answer.
         strip_thinking: leave thinking out of the answers.
+        samples: answers to each query, see `samples.py`; counts and limits are of these.
         look: gets the first `FIRST_ROWS` answered rows of the run, once (schema `response_counts.STORE`).
         track: gets the progress.
     """
@@ -100,6 +102,7 @@ class Generator:
     max_failed_fraction: float
     drop_too_long: bool = False
     strip_thinking: bool = True
+    samples: int = 1
     look: Callable[[pa.Table], None] | None = None
     track: ProgressLog = field(default_factory=lambda: ProgressLog(None))
     facts: GenerationFacts = field(default_factory=GenerationFacts)
@@ -117,21 +120,30 @@ class Generator:
         Raises:
             EngineError: the engine broke or too many rows failed; finished rows are kept.
         """
-        for piece in ids():
+        for piece in self._sampled(ids()):
             self.facts.rows += len(piece)
             self.facts.reused_rows += len(self.store.committed(piece.to_pylist()))
         if self.facts.reused_rows:
             log.info("generate: %d of %d rows are already finished", self.facts.reused_rows, self.facts.rows)
-        missing = self._missing(batches)
+        missing = self._missing(sampled_rows(batch, self.samples) for batch in batches)
         if first := next(filter(self._wants_engine, missing), None):
             self._answer(chain([first], missing))
         self.store.flush()
-        self._check_answered(ids())
+        self._check_answered(self._sampled(ids()))
         self._check_failed()
 
     def tables(self, ids: Iterable[pa.Array], rows_per_table: int) -> Iterator[pa.Table]:
-        """Rows of the sorted `ids` in schema `response_counts.STORE`, in tables of `rows_per_table` rows."""
-        for part in pieces(ids, rows_per_table):
+        """Rows of the sorted `ids` in schema `response_counts.STORE`, in tables of `rows_per_table` rows.
+
+        With several samples they have the column `SAMPLES` too.
+        """
+        return gathered(self._rows(ids, rows_per_table * self.samples), self.samples)
+
+    def _sampled(self, ids: Iterable[pa.Array]) -> Iterator[pa.Array]:
+        return (sampled_ids(piece, self.samples) for piece in ids)
+
+    def _rows(self, ids: Iterable[pa.Array], rows_per_table: int) -> Iterator[pa.Table]:
+        for part in pieces(self._sampled(ids), rows_per_table):
             failed = pa.Table.from_pylist([self.failed[i] for i in part.to_pylist() if i in self.failed], schema=STORE)
             done = part.filter(pc.invert(pc.is_in(part, failed["id"].combine_chunks())))
             yield pa.concat_tables([self.store.take(done), failed]).sort_by("id")
@@ -247,7 +259,7 @@ class Generator:
         self.facts.response_tokens += completion.response_tokens
 
     def _look_at(self, row: dict[str, Any]) -> None:
-        if self.look is None or self.facts.computed_rows >= FIRST_ROWS:
+        if self.look is None or self.facts.computed_rows >= FIRST_ROWS or not is_first(row["id"]):
             return
         self._first.append(row)
         if len(self._first) == FIRST_ROWS:
@@ -363,6 +375,7 @@ def make_generator(
         max_failed_fraction=params.max_failed_fraction,
         drop_too_long=params.too_long == "drop",
         strip_thinking=params.strip_thinking,
+        samples=params.samples_per_query,
         look=partial(_warn, params),
         track=ProgressLog(log_progress),
     )

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from pipeline.backbone.loading import DType
 from pipeline.core.config import Params
@@ -37,6 +37,9 @@ class GenerateParams(Params):
     too_long: TooLong = Field(default="keep_start", description="what happens to a longer query")
     temperature: float = Field(default=0.0, ge=0, description="0 = greedy")
     top_p: float = Field(default=1.0, gt=0, le=1)
+    samples_per_query: int = Field(
+        default=1, ge=1, le=100, description="answers; a target is the mean of their embeddings"
+    )
     seed: int = Field(default=0, ge=0, description="of sampling; each row has its own, derived from this and its id")
     strip_thinking: bool = Field(default=True, description="leave thinking out of the answers")
     max_failed_fraction: float = Field(
@@ -49,16 +52,23 @@ class GenerateParams(Params):
     track: Tracker | None = Field(default=None, exclude=True, description="progress and tokens a second, live")
     gates: AnswerGates = Field(default=AnswerGates(), description="what may be wrong with the answers")
 
+    @field_validator("samples_per_query")
+    @classmethod
+    def _samples_differ(cls, samples: int, info: ValidationInfo) -> int:
+        if samples > 1 and info.data.get("temperature") == 0:
+            raise ValueError(f"{samples} greedy answers would be one: set a temperature above 0, or 1 sample")
+        return samples
+
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
     def content(self) -> dict[str, Any]:
-        """The params that decide the bytes of a row: all but those of speed and tolerance."""
+        """The params that decide the bytes of an answer: all but those of speed, tolerance and number."""
         entry = ENGINES[self.engine]
         engine = entry.engine()
         options = {key: value for key, value in self.options.items() if key not in engine.SPEED_OPTIONS}
-        excluded = {"max_failed_fraction", "data_parallel", "tensor_parallel", "gates"}
+        excluded = {"max_failed_fraction", "data_parallel", "tensor_parallel", "gates", "samples_per_query"}
         if self.temperature == 0:
             excluded |= {"seed", "top_p"}
         if self.system is None:  # rows from before there was one keep their fingerprint

@@ -56,11 +56,11 @@ class ResponseCounts:
         self._answers, self._prompts = Distinct(), Distinct()
 
     def through(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """Count the tables (schema `STORE`) and yield them in schema `RESPONSES`."""
+        """Count the tables (schema `STORE`) and yield them without what was counted."""
         for table in tables:
             for start in range(0, table.num_rows, COUNTED_ROWS):
                 self._count(table.slice(start, COUNTED_ROWS))
-            yield table.select(RESPONSES.names)
+            yield table.drop_columns([field.name for field in _COUNTED])
 
     def summary(self) -> dict[str, Any]:
         reasons = {reason: self._reasons[reason] for reason in FINISH_REASONS}

@@ -139,10 +139,10 @@ def _generate(sections: Sections, found: Preview, scratch: Path) -> None:
     found.speeds["generate"] = Speed(
         facts.computed_rows, facts.response_tokens, facts.generate_seconds, startup_seconds=facts.startup_seconds
     )
-    if failed > params.max_failed_fraction * len(ids):
+    if failed > params.max_failed_fraction * facts.rows:
         reason = next(iter(generator.failed.values()))["error"]
         limit = f"the limit is max_failed_fraction {params.max_failed_fraction:g}"
-        found.problems.append(f"generate: {failed} of {len(ids)} rows failed, e.g. {reason}; {limit}")
+        found.problems.append(f"generate: {failed} of {facts.rows} rows failed, e.g. {reason}; {limit}")
     shares = measured(params, counts)
     if MANY_CUT < shares["cut"] <= params.gates.cut:
         found.notes.append(f"{shares['cut']:.0%} of the answers end at generate.max_new_tokens {params.max_new_tokens}")
@@ -151,7 +151,7 @@ def _generate(sections: Sections, found: Preview, scratch: Path) -> None:
 
 def _embed(sections: Sections, found: Preview, scratch: Path) -> None:
     params = sections.embed.model_copy(update={"teacher": _teacher(sections.embed.teacher, found)})
-    responses = UsableResponses(lambda: [found.answers])
+    responses = UsableResponses(lambda: [found.answers], sections.generate.samples_per_query)
     rows = list(responses)
     if not rows:
         raise TeacherError(f"no answer is usable: {dict(responses.skipped)}")

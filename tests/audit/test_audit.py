@@ -17,6 +17,7 @@ from pipeline.audit.findings import SHOWN_PER_CHECK, Finding, Findings
 from pipeline.audit.lock import dvc_md5
 from pipeline.backbone.loading import identify
 from pipeline.core.artifacts import file_sha256, read_manifest
+from pipeline.core.schemas import SAMPLES
 from pipeline.core.target_transform import TRANSFORM_FILE, TargetTransform
 from tests.toy_workspace import (
     EMPTY,
@@ -137,6 +138,25 @@ def test_a_query_without_response(made: Path) -> None:
 def test_a_usable_response_without_target(made: Path) -> None:
     rewrite(made, "data/targets", PART0, drop(USABLE[0]), rows=2)
     assert lines() == [f"data/targets {USABLE[0]}: this usable response has no target"]
+
+
+def test_samples_belong_to_responses_that_say_so(made: Path) -> None:
+    """Five rows, two a part, with two samples each beside the answer."""
+    more = {"params": {"generate": {"samples_per_query": 3}}}
+    for part in range(3):
+        rewrite(made, "data/responses", f"part-{part:05d}.parquet", with_samples(2))
+    assert any("schema is" in line for line in lines())
+    edit_manifest(made, "data/responses", **more)
+    assert not [line for line in lines() if "schema is" in line or "answers" in line]
+    rewrite(made, "data/responses", PART0, lambda table: with_samples(3)(table.drop_columns(["samples"])))
+    first, second = sorted(IDS.values())[:2]
+    assert [line for line in lines() if "answers" in line] == [
+        f"data/responses {row}: has more than 3 answers" for row in (first, second)
+    ]
+
+
+def with_samples(count: int):
+    return lambda table: table.append_column(SAMPLES, pa.array([["x"] * count] * table.num_rows, SAMPLES.type))
 
 
 def test_failed_and_blank_responses_must_not_have_a_target(made: Path) -> None:

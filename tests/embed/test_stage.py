@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner, Result
 
 from pipeline.core import fault_points
-from pipeline.core.artifacts import open_artifact
-from pipeline.core.schemas import check_table, targets_schema
+from pipeline.core.artifacts import create, open_artifact
+from pipeline.core.schemas import check_table, responses_schema, targets_schema
 from pipeline.core.target_transform import load_transform
-from pipeline.core.vectors import anisotropy
+from pipeline.core.vectors import anisotropy, matrix
 from pipeline.embed.__main__ import app
 from pipeline.embed.teachers.stub import HashTeacher
 from tests.stage_runs import (
+    RESPONSE,
     folder_bytes,
     kept_rows,
     row_id,
@@ -85,6 +87,24 @@ def test_one_target_a_usable_response(configure: Configure) -> None:
     norms = np.linalg.norm(vectors, axis=1)
     assert facts()["norm_mean"] == pytest.approx(norms.mean(), abs=1e-4)
     assert facts()["norm_std"] == pytest.approx(norms.std(), abs=1e-4)
+
+
+def test_a_target_is_the_mean_over_the_samples_of_its_query(configure: Configure) -> None:
+    configure(options={"width": 8})
+    rows = [
+        {"id": row_id(text), "response": text, **RESPONSE, "samples": [f"{text} again", text]} for text in TEXTS[:9]
+    ]
+    with create(Path("data/responses"), kind="responses", params={"generate": {"samples_per_query": 3}}) as out:
+        table = pa.Table.from_pylist(sorted(rows, key=lambda row: row["id"]), schema=responses_schema(3))
+        out.write_parts([table], responses_schema(3))
+    assert invoke().exit_code == 0
+    table = open_artifact(TARGETS_DIR, "targets").read()
+    check_table(table, targets_schema(8, "float32"), "targets")
+    texts = sorted(TEXTS[:9], key=row_id)
+    said, again = (HashTeacher(width=8).embed(given) for given in (texts, [f"{text} again" for text in texts]))
+    np.testing.assert_allclose(matrix(table["embedding"]), (2 * said + again) / 3, rtol=1e-5)
+    assert facts()["counts"] == {"embedded": 9, "truncated_responses": 0, "skipped": {"error": 0, "empty": 0}}
+    assert facts()["computed_rows"] == 18
 
 
 def test_backbone_as_teacher(configure: Configure) -> None:

@@ -13,6 +13,7 @@ from pipeline.core.errors import TeacherError
 from pipeline.core.row_store import ShardStore
 from pipeline.core.schemas import RESPONSES, check_table, targets_schema
 from pipeline.core.target_transform import TargetTransform, TransformParams
+from pipeline.core.vectors import matrix
 from pipeline.embed.params import EmbedParams, TeacherParams
 from pipeline.embed.statistics import TargetStatistics
 from pipeline.embed.targets import (
@@ -121,6 +122,32 @@ def test_a_changed_answer_is_embedded_anew_and_an_unchanged_one_is_not(run: Run)
     table = run(teacher, {"a": "no", "b": "no", "c": "yes"})
     assert teacher.asked == ["no"]
     assert table.to_pydict() == {"id": ["a", "b", "c"], "embedding": [[6.0, 8.0], [6.0, 8.0], [9.0, 12.0]]}
+
+
+@pytest.mark.parametrize(("normalize", "scale"), [(False, 1.0), (True, 1 / 15)])
+def test_a_querys_vector_is_the_mean_over_its_samples(tmp_path: Path, normalize: bool, scale: float) -> None:
+    """Of lengths 1, 4, 4 the mean is 3, so [9, 12]; one is longer than the teacher reads."""
+    table = pa.table(
+        {
+            "id": ["00", "01", "02"],
+            "response": ["x", "x" * 8, "failed"],
+            "finish_reason": ["stop", "length", "error"],
+            "samples": [["x" * 4, "x" * 4], [], []],
+        }
+    )
+    usable, teacher = UsableResponses(lambda: [table], samples=3), LengthTeacher()
+    with ShardStore(tmp_path / "work", store_schema(2), {}) as store:
+        embedder = Embedder(store, teacher, chunk_texts=4, chunk_characters=1000)
+        embedder.run(usable)
+        assert embedder.rows == embedder.computed_rows == len(store) == 3  # equal samples of a query are one row
+        [stored] = embedder.tables(usable, 5)
+        [one, two] = embedder.tables(usable, 1)
+    assert pa.concat_tables([one, two]).equals(stored)
+    assert stored["id"].to_pylist() == ["00", "01"]
+    assert (stored["tokens"].to_pylist(), stored["truncated"].to_pylist()) == ([9, 7], [False, True])
+    assert matrix(stored["embedding"]).tolist() == [[9.0, 12.0], [24.0, 32.0]]
+    targets = matrix(Finish(normalize, "float32")(stored)["embedding"])
+    np.testing.assert_allclose(targets[0], np.array([9, 12]) * scale, rtol=1e-6)
 
 
 def test_normalised_targets_have_length_one(run: Run) -> None:

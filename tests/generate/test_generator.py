@@ -351,6 +351,29 @@ def test_each_row_has_its_own_seed_in_every_run(run: Run) -> None:
     assert 0 <= row_seed(5, "00") < 2**63
 
 
+def test_samples_have_seeds_of_their_own_and_more_of_them_compute_the_new_ones(run: Run) -> None:
+    one = FakeEngine()
+    run(one)
+    three = FakeEngine(fails={"03.01": 2})
+    generator, table = run(three, samples=3, window=7)
+    assert {prompt.id for prompt in three.asked} == {
+        f"{row_id}.{number}" for row_id in QUERIES for number in ("01", "02")
+    }
+    assert {prompt.id: prompt.seed for prompt in three.asked}["07.02"] == row_seed(5, "07.02")
+    assert (generator.facts.rows, generator.facts.reused_rows, generator.facts.computed_rows) == (60, 20, 39)
+    assert table["id"].to_pylist() == sorted(QUERIES)
+    assert table["response"].to_pylist() == run(FakeEngine())[1]["response"].to_pylist()
+    assert [len(more) for more in table["samples"].to_pylist()] == [2, 2, 2, 1, *[2] * 16]
+    assert counts(table)["equal_prompts"] == 0  # samples of a query are no repetition
+
+
+def test_the_first_samples_alone_are_looked_at(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.generate.generator.FIRST_ROWS", 10)
+    looked: list[pa.Table] = []
+    run(FakeEngine(), samples=3, look=looked.append)
+    assert all("." not in row_id for table in looked for row_id in table["id"].to_pylist())
+
+
 def params(**keys: Any) -> GenerateParams:
     content = {"engine": "echo", "dtype": "float32", "max_new_tokens": 4, "max_prompt_tokens": 8} | keys
     return validate(content, GenerateParams, where="params.yaml")
@@ -364,6 +387,7 @@ def test_speed_and_tolerance_do_not_change_the_content() -> None:
     assert base["stub"] is True
     assert "system" not in base  # as before there was one
     assert params(seed=1, top_p=0.5).content() == base  # greedy reads neither
+    assert params(temperature=1.0, samples_per_query=3).content() == params(temperature=1.0).content()
     assert params(seed=1, temperature=1.0).content() != params(temperature=1.0).content()
     for change in (
         {"temperature": 1.0},
@@ -379,7 +403,13 @@ def test_speed_and_tolerance_do_not_change_the_content() -> None:
     assert (quantised["options"], quantised["stub"]) == ({"quantization": "fp8"}, False)
 
 
-@pytest.mark.parametrize("wrong", [{"top_p": 0.0}, {"temperature": -1.0}, {"seed": -1}, {"engine": "vlm"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"top_p": 0.0}, {"temperature": -1.0}, {"seed": -1}, {"engine": "vlm"}),
+        *({"samples_per_query": 3}, {"samples_per_query": 0}),
+    ],
+)
 def test_values_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ParamsError, match=next(iter(wrong))):
         params(**wrong)

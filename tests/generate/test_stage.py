@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from pipeline.core.artifacts import open_artifact
 from pipeline.core.paths import RESPONSES_DIR
-from pipeline.core.schemas import RESPONSES, check_table
+from pipeline.core.schemas import RESPONSES, check_table, responses_schema
 from pipeline.generate.__main__ import app
 from tests.stage_runs import (
     finish,
@@ -153,6 +153,32 @@ def test_changed_params_reuse_nothing(configure: Configure) -> None:
         configure(**keys)
         invoke()
         assert facts()["reused_rows"] == 0
+
+
+def test_several_samples_of_a_query(configure: Configure) -> None:
+    configure(temperature=0.7)
+    write_queries(TEXTS[:20])
+    assert invoke().exit_code == 0
+    one = open_artifact(RESPONSES_DIR, "responses")
+    rows = one.read()
+    configure(temperature=0.7, samples_per_query=3)
+    assert invoke().exit_code == 0
+    assert (facts()["reused_rows"], facts()["computed_rows"]) == (20, 40)
+    three = open_artifact(RESPONSES_DIR, "responses")
+    table = check_table(three.read(), responses_schema(3), "responses")
+    assert table.drop_columns(["samples"]).equals(rows)
+    # The stub says the same to a prompt each time.
+    assert table["samples"].to_pylist() == [[text, text] for text in table["response"].to_pylist()]
+    assert three.manifest.params == {
+        **one.manifest.params, "generate": one.manifest.params["generate"] | {"samples_per_query": 3},
+    }  # fmt: skip
+    assert (three.manifest.rows, three.manifest.counts) == (20, one.manifest.counts)
+
+
+def test_samples_that_would_be_one(configure: Configure) -> None:
+    configure(samples_per_query=3)
+    write_queries(TEXTS[:20])
+    fails("generate.samples_per_query: Value error, 3 greedy answers would be one")
 
 
 def test_a_system_turn_is_in_the_prompt_the_manifest_and_the_fingerprint(configure: Configure) -> None:
