@@ -175,6 +175,20 @@ def test_several_samples_of_a_query(configure: Configure) -> None:
     assert (three.manifest.rows, three.manifest.counts) == (20, one.manifest.counts)
 
 
+def test_a_real_engine_gives_the_same_samples_in_every_batch_and_order(configure: Configure) -> None:
+    keys: dict[str, Any] = {"engine": "transformers", "max_new_tokens": 6, "temperature": 1.0, "samples_per_query": 3}
+    write_queries(TEXTS[:6])
+    found = []
+    for batch_size in (1, 5):
+        configure(**keys, options={"batch_size": batch_size})
+        assert invoke().exit_code == 0
+        found.append(open_artifact(RESPONSES_DIR, "responses").read())
+        shutil.rmtree(".work")
+    assert found[0].equals(found[1])
+    answers = [[row["response"], *row["samples"]] for row in found[0].to_pylist()]
+    assert all(len(set(each)) == len(each) > 1 for each in answers)
+
+
 def test_samples_that_would_be_one(configure: Configure) -> None:
     configure(samples_per_query=3)
     write_queries(TEXTS[:20])
