@@ -4,18 +4,22 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from bench.fault_campaign import workspace as tiny
 from pipeline.__main__ import app
 from pipeline.cli.presets import presets
 from pipeline.cli.sweep import absolute_models, changed_params, experiment_name
+from pipeline.compare.runs import open_run
 from pipeline.core.config import read_yaml
 from pipeline.core.errors import ParamsError
 from tests.conftest import ROOT
+from tests.stage_runs import write_params
 
 
 @pytest.fixture
@@ -122,8 +126,8 @@ def run(*command: str) -> str:
 
 
 @pytest.fixture
-def project(params: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A git repository whose pipeline is one quick stage, and a file of params for each of three seeds."""
+def repository(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The workspace, for git and DVC with settings of their own."""
     settings = {
         "PYTHONPATH": str(ROOT), "DVC_NO_ANALYTICS": "1", "DVC_GLOBAL_CONFIG_DIR": str(workspace / ".g"),
         "DVC_SITE_CACHE_DIR": str(workspace / ".s"),
@@ -131,21 +135,31 @@ def project(params: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> P
     }  # fmt: skip
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    (workspace / "dvc.yaml").write_text(STAGE)
-    (workspace / "stage.py").write_text(CODE)
-    (workspace / ".gitignore").write_text("/.g\n/.s\n/seeds\n/results/evaluate/demo\n__pycache__\n")
-    (workspace / "seeds").mkdir()
-    for seed in (1, 2, 9):
-        (workspace / f"seeds/seed-{seed}.yaml").write_text(f"train: {{seed: {seed}}}\n")
+    (workspace / ".gitignore").write_text("/.g\n/.s\n/.work\n/sets\n/results/evaluate/demo\n__pycache__\n")
+    (workspace / "sets").mkdir()
+    return workspace
+
+
+def commit_all() -> None:
     run("git", "init", "--quiet")
     run(sys.executable, "-m", "dvc", "init", "--quiet")
     run("git", "add", "--all")
     run("git", "commit", "--quiet", "--message", "a project")
-    return workspace
+
+
+@pytest.fixture
+def project(params: Path, repository: Path) -> Path:
+    """A git repository whose pipeline is one quick stage, and a file of params for each of three seeds."""
+    (repository / "dvc.yaml").write_text(STAGE)
+    (repository / "stage.py").write_text(CODE)
+    for seed in (1, 2, 9):
+        (repository / f"sets/seed-{seed}.yaml").write_text(f"train: {{seed: {seed}}}\n")
+    commit_all()
+    return repository
 
 
 def sweep(*names: str) -> "subprocess.CompletedProcess[str]":
-    files = [f"seeds/{name}.yaml" for name in names]
+    files = [f"sets/{name}.yaml" for name in names]
     command = [sys.executable, "-m", "pipeline", "sweep", *files, "--output", "compare.json"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -167,3 +181,28 @@ def test_a_sweep_ends_in_the_comparison(project: Path) -> None:
     assert metrics["results/live/evaluate/metrics.json"]["data"] == {"loss": 0.5, "step": 1}
     again = sweep("seed-1", "seed-2")
     assert again.returncode == 1 and "dvc exp remove" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_every_stage_on_each_backbone(repository: Path, tiny_backbone: Callable[..., Path]) -> None:
+    """The pipeline as it is, on tiny random backbones of two architectures, a few texts and one task."""
+    names = ["llama", "qwen3"]
+    tiny.make(repository, tiny_backbone("llama"))
+    params = read_yaml(Path("params.yaml"))
+    params["backbone"]["revision"] = None
+    write_params(**params, teach=read_yaml(ROOT / "params.demo.yaml")["teach"])
+    shutil.copytree(ROOT / "pipeline", "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
+    for name in names:
+        Path(f"sets/{name}.yaml").write_text(f"backbone: {{name: {tiny_backbone(name)}}}\n")
+    commit_all()
+    done = sweep(*names)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(Path("compare.json").read_text())
+    assert found["runs"] == names
+    assert found["params"] == {"backbone.name": [str(tiny_backbone(name)) for name in names]}
+    assert set(found["tables"]) == {"suite small", "probe safety"}
+    scores = [cell["score"] for cell in found["tables"]["suite small"]["mean/tasks"]]
+    records = [open_run(name).records()["evaluate small"] for name in names]
+    assert scores == pytest.approx([record["metrics"]["student/mean/tasks"] for record in records])
+    assert scores[0] != scores[1]

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from pipeline.__main__ import app
 from pipeline.compare.render import short_names
 from tests.compare.runs import write_run
+from tests.report.browser import OVERFLOW, TOO_WIDE, Browser
 
 
 def compare(*arguments: str) -> str:
@@ -33,6 +34,21 @@ def test_each_format_has_scores_intervals_params_and_times(tmp_path: Path) -> No
     compare(first, other, "--output", str(record))
     cell = json.loads(record.read_text(encoding="utf-8"))["tables"]["suite demo"]["search"][1]
     assert cell["score"] == 0.625 and cell["verdict"] == "better" and cell["low"] == cell["high"] == 0.5
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_of_four_runs_fits_a_phone_and_a_screen(browser: Browser, tmp_path: Path, width: int) -> None:
+    params = "seed: {}\nfrom: [{{path: " + "a-long-path/" * 12 + "{}}}]\n"
+    names = ["run-0", "run-1", "run-2", "with-a-long-name-" * 4]
+    runs = [
+        str(write_run(tmp_path / name, [index / 4, 0.5], ranks=[1, 2], params=params.format(index, index)))
+        for index, name in enumerate(names)
+    ]
+    page = tmp_path / "runs.html"
+    compare(*runs, "--output", str(page))
+    browser.open(page, width=width)
+    assert (browser.evaluate(TOO_WIDE), browser.evaluate(OVERFLOW)) == ([], 0)
+    assert (browser.problems(), browser.requests()) == ([], [page.as_uri()])
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,14 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 # Of the page's own making: what a page without scripts could still report or fetch.
 PROBLEMS = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
 SECONDS = 60.0
+# Elements that reach out of the window; what a scrolling container holds may.
+TOO_WIDE = """
+[...document.body.querySelectorAll('*')]
+  .filter(element => !element.parentElement.closest('.scroll'))
+  .filter(element => element.getBoundingClientRect().right > innerWidth + 1)
+  .map(element => element.outerHTML.slice(0, 80))
+"""
+OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 # The browser reads commands from 3 and writes answers to 4.
 AT_3_AND_4 = """
 import fcntl, os, sys

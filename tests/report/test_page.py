@@ -9,7 +9,7 @@ import pytest
 from pipeline.core.artifacts import write_json
 from pipeline.report.render import render_html
 from pipeline.report.sections import audit_workspace
-from tests.report.browser import Browser
+from tests.report.browser import OVERFLOW, TOO_WIDE, Browser
 from tests.report.toy_results import RECORD, SUITE, SYSTEMS, content_of
 from tests.toy_workspace import write_manifest
 
@@ -17,14 +17,6 @@ WIDTHS = [390, 1280]
 PRINTED = 718  # A4 between a browser's margins
 LONG = "a-task-" + "whose-name-is-long-" * 6
 
-# Elements that reach out of the window; what a scrolling container holds may.
-TOO_WIDE = """
-[...document.body.querySelectorAll('*')]
-  .filter(element => !element.parentElement.closest('.scroll'))
-  .filter(element => element.getBoundingClientRect().right > innerWidth + 1)
-  .map(element => element.outerHTML.slice(0, 80))
-"""
-OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 # Each text with its contrast to what is behind it; WCAG AA asks for 4.5.
 CONTRASTS = """
 (() => {
