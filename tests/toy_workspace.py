@@ -74,11 +74,16 @@ def _response(text: str) -> dict[str, Any]:
     }
 
 
-def write_targets(root: Path, teacher: dict[str, str] = TEACHER) -> None:
-    rows = [{"id": row, "embedding": [0.5, float(index), -1.0]} for index, row in enumerate(USABLE)]
-    schema = targets_schema(WIDTH, "float32")
-    inputs = [read_manifest(root / "data/responses")]
-    with create(root / "data/targets", kind="targets", params={}, models={"teacher": teacher}, inputs=inputs) as writer:
+def write_targets(root: Path, teacher: dict[str, str] = TEACHER, *, queries: bool = False) -> None:
+    rows: list[dict[str, Any]] = [
+        {"id": row, "embedding": [0.5, float(index), -1.0]} for index, row in enumerate(USABLE)
+    ]
+    for row in rows if queries else ():
+        row["query_embedding"] = [-value for value in row["embedding"]]
+    schema = targets_schema(WIDTH, "float32", queries=queries)
+    made: dict[str, Any] = {"params": {"queries": True} if queries else {}, "models": {"teacher": teacher}}
+    made["inputs"] = [read_manifest(root / "data/responses")]
+    with create(root / "data/targets", kind="targets", **made) as writer:
         writer.write_parts(parts(rows, schema), schema)
 
 

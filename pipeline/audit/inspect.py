@@ -14,6 +14,7 @@ from rich.table import Table
 from pipeline.core.artifacts import Artifact, read_manifest
 from pipeline.core.errors import ArtifactError
 from pipeline.core.paths import RESULTS_DIR, STAGE_ARTIFACTS
+from pipeline.core.schemas import QUERY_EMBEDDING
 
 TENSORS = {stage: STAGE_ARTIFACTS[stage] for stage in ("teach", "train")}
 TABLES = {stage: path for stage, path in STAGE_ARTIFACTS.items() if stage not in TENSORS}
@@ -118,7 +119,15 @@ def _embedding_facts(row: dict[str, Any]) -> dict[str, Any]:
     if "embedding" not in row:
         return row
     vector = np.asarray(row["embedding"], dtype=np.float32)
-    return {"dimensions": vector.size, "norm": round(float(np.linalg.norm(vector)), 4), "first values": _first(vector)}
+    facts = {"dimensions": vector.size, "norm": _norm(vector), "first values": _first(vector)}
+    if QUERY_EMBEDDING in row:
+        query = np.asarray(row[QUERY_EMBEDDING], dtype=np.float32)
+        facts |= {"norm of the query's": _norm(query), "its first values": _first(query)}
+    return facts
+
+
+def _norm(vector: "np.ndarray[Any, Any]") -> float:
+    return round(float(np.linalg.norm(vector)), 4)
 
 
 def _first(vector: "np.ndarray[Any, Any]") -> str:
@@ -149,8 +158,8 @@ def _head(artifact: Artifact, count: int) -> list[dict[str, Any]]:
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    embedding = row.pop("embedding", None)
-    return row if embedding is None else row | _embedding_facts({"embedding": embedding})
+    vectors = {name: row.pop(name) for name in ("embedding", QUERY_EMBEDDING) if name in row}
+    return row | _embedding_facts(vectors) if vectors else row
 
 
 def _tensors_table(artifact: Artifact) -> Table:

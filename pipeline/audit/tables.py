@@ -108,19 +108,20 @@ def _check_targets(artifact: Artifact, findings: Findings) -> pa.Array | None:
         findings.add(name, "", f"column 'embedding' is {kind}, expected a fixed-size list")
         return None
     dtype = "float16" if pa.types.is_float16(kind.value_type) else "float32"
-    schema = targets_schema(kind.list_size, dtype)
+    schema = targets_schema(kind.list_size, dtype, queries=bool(artifact.manifest.params.get("queries")))
     if not all(_check_schema(name, path, schema, artifact, findings) for path in paths):
         return None
     ids = _ids(name, paths, findings)
     for path in paths:
         for batch in _batches(path):
-            findings.add_rows(name, _not_finite(batch), "embedding holds NaN or infinite values")
+            for column in schema.names[1:]:
+                findings.add_rows(name, _not_finite(batch, column), f"{column} holds NaN or infinite values")
     _check_count(name, artifact, len(ids), findings)
     return ids
 
 
-def _not_finite(batch: pa.RecordBatch) -> list[str]:
-    rows = np.flatnonzero(~np.isfinite(matrix(batch.column("embedding"))).all(axis=1))
+def _not_finite(batch: pa.RecordBatch, column: str) -> list[str]:
+    rows = np.flatnonzero(~np.isfinite(matrix(batch.column(column))).all(axis=1))
     return batch.column("id").take(pa.array(rows)).to_pylist()
 
 

@@ -140,12 +140,15 @@ class CostModel:
         embed, rows, targets = self.params.embed, self._answers, self.rows
         if rows is None or targets is None:
             return Cost("embed", None, None)
-        seconds = self._read_seconds(self.teacher, rows * embed.teacher.max_tokens, embed.teacher.max_tokens)
+        queries = targets if embed.queries else 0
+        texts = rows + queries
+        seconds = self._read_seconds(self.teacher, texts * embed.teacher.max_tokens, embed.teacher.max_tokens)
         if self.teacher_width is None or self._trained_width is None:
             return Cost("embed", seconds, None)
         # The work folder keeps the teacher's own vectors, in float32.
         number = TARGET_TYPES[embed.dtype].bit_width // 8
-        return Cost("embed", seconds, rows * self.teacher_width * FLOAT32 + targets * self._trained_width * number)
+        made = (targets + queries) * self._trained_width * number
+        return Cost("embed", seconds, texts * self.teacher_width * FLOAT32 + made)
 
     def _train(self) -> Cost:
         train, sizes = self.params.train, self.sizes

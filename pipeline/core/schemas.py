@@ -6,8 +6,8 @@
 | data/responses/*.parquet              | one a query           | `id` |
 | data/targets/*.parquet                | one a usable response | `id` |
 
-Responses may have the column `SAMPLES` too. Next to the queries, `removed.jsonl` lists near duplicates and contaminated
-queries that were left out, and why.
+Responses may have the column `SAMPLES` too, targets `QUERY_EMBEDDING` where `embed.queries` asks for it. Next to the
+queries, `removed.jsonl` lists near duplicates and contaminated queries that were left out, and why.
 Every table is sorted by `id` across its files, and an id occurs once.
 """
 
@@ -55,13 +55,14 @@ def samples_of(params: Mapping[str, Any]) -> int:
 
 
 TARGET_TYPES = {"float16": pa.float16(), "float32": pa.float32()}
+QUERY_EMBEDDING = "query_embedding"  # the column of the queries' own embeddings, where the teacher gave them
 
 
-def targets_schema(width: int, dtype: str) -> pa.Schema:
-    """Targets of `width` dimensions stored as `dtype` ("float16" or "float32")."""
-    return pa.schema(
-        [_required("id", pa.string()), _required("embedding", pa.list_(_required("item", TARGET_TYPES[dtype]), width))]
-    )
+def targets_schema(width: int, dtype: str, *, queries: bool = False) -> pa.Schema:
+    """Targets of `width` dimensions stored as `dtype` ("float16" or "float32"), with those of the queries if asked."""
+    vector = pa.list_(_required("item", TARGET_TYPES[dtype]), width)
+    columns = ["embedding", QUERY_EMBEDDING] if queries else ["embedding"]
+    return pa.schema([_required("id", pa.string()), *(_required(name, vector) for name in columns)])
 
 
 def check_table(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:

@@ -1,4 +1,4 @@
-"""embed: data/responses -> data/targets, the teacher's embeddings of the responses
+"""embed: data/responses -> data/targets, the teacher's embeddings of the responses, and of their queries if asked
 
 `embed.transform` is fitted on the responses to training queries (data/queries).
 
@@ -7,6 +7,7 @@ python -m pipeline.embed [--params params.yaml]
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from heapq import merge
 from itertools import chain
 from pathlib import Path
 from time import monotonic
@@ -20,7 +21,14 @@ from pipeline.core.artifacts import Artifact
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import TeacherError, section
 from pipeline.core.gates import check_gates
-from pipeline.core.paths import QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TEACHER_DIR, TRAIN_TABLE
+from pipeline.core.paths import (
+    HELDOUT_TABLE,
+    QUERIES_DIR,
+    RESPONSES_DIR,
+    TARGETS_DIR,
+    TEACHER_DIR,
+    TRAIN_TABLE,
+)
 from pipeline.core.row_store import ShardStore, locked
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
 from pipeline.core.schemas import SAMPLES, check_table, samples_of, targets_schema
@@ -32,6 +40,7 @@ from pipeline.embed.targets import (
     COLUMNS,
     Embedder,
     Finish,
+    QueriesOf,
     UsableResponses,
     fingerprint,
     rows_per_part,
@@ -64,20 +73,27 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
         WorkError: the disk is full, or another process does the same work.
     """
     read = {"responses": artifacts.open_artifact(RESPONSES_DIR, "responses")}
-    if inputs.embed.transform.kind != "none":
+    if inputs.embed.queries or inputs.embed.transform.kind != "none":
         read["queries"] = artifacts.open_artifact(QUERIES_DIR, "queries")
     if TEACHERS[inputs.embed.teacher.kind].trained_here:
         read["teacher"] = artifacts.open_artifact(TEACHER_DIR, "teacher")
     samples = samples_of(read["responses"].manifest.params)
     columns = [*COLUMNS, SAMPLES.name] if samples > 1 else [*COLUMNS]
     responses = UsableResponses(lambda: read["responses"].batches(columns, BATCH_ROWS), samples)
+    queries = QueriesOf(responses, lambda: _texts(read["queries"])) if inputs.embed.queries else None
     if next(iter(responses), None) is None:
         raise TeacherError(f"{RESPONSES_DIR} holds no usable response to embed: {dict(responses.skipped)}")
     with locked(work_dir("embed")):  # before minutes are spent on loading a teacher
-        _embed(inputs, responses, read, facts)
+        _embed(inputs, responses, queries, read, facts)
 
 
-def _embed(inputs: Inputs, responses: UsableResponses, read: Mapping[str, Artifact], facts: RunRecord) -> None:
+def _embed(
+    inputs: Inputs,
+    responses: UsableResponses,
+    queries: QueriesOf | None,
+    read: Mapping[str, Artifact],
+    facts: RunRecord,
+) -> None:
     params = inputs.embed
     started = monotonic()
     with open_teacher(params.teacher, inputs.backbone, params.data_parallel) as teacher:
@@ -87,9 +103,9 @@ def _embed(inputs: Inputs, responses: UsableResponses, read: Mapping[str, Artifa
             tracking(params.track, "embed", resume=len(store) > 0) as log_progress,
         ):
             embedder = make_embedder(store, teacher, params, log_progress)
-            embedder.run(responses)
+            embedder.run(responses, *([] if queries is None else [queries]))
             finish, transform_facts = make_finish(embedder, responses, _trained_on(read), params)
-            counts, statistics = _write(embedder, responses, finish, params, read.values())
+            counts, statistics = _write(embedder, responses, queries, finish, params, read.values())
     log.info("targets: %s, lengths %s, anisotropy %s", counts, statistics.norms(), statistics.anisotropy.value)
     facts.update(
         teacher=teacher.identity,
@@ -111,22 +127,40 @@ def _trained_on(read: Mapping[str, Artifact]) -> Iterator[str]:
     return chain.from_iterable(batch["id"].to_pylist() for batch in batches)
 
 
+def _texts(queries: Artifact) -> Iterator[tuple[str, str]]:
+    """Ids and texts of all queries, in the order of ids."""
+    return merge(*(_pairs(queries, table) for table in (TRAIN_TABLE, HELDOUT_TABLE)))
+
+
+def _pairs(queries: Artifact, table: str) -> Iterator[tuple[str, str]]:
+    for batch in queries.batches(["id", "text"], BATCH_ROWS, table):
+        yield from zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True)
+
+
 def _write(
-    embedder: Embedder, responses: UsableResponses, finish: Finish, params: EmbedParams, inputs_read: Iterable[Artifact]
+    embedder: Embedder,
+    responses: UsableResponses,
+    queries: QueriesOf | None,
+    finish: Finish,
+    params: EmbedParams,
+    inputs_read: Iterable[Artifact],
 ) -> tuple[dict[str, Any], TargetStatistics]:
     """Write the targets; returns their counts, also those of the manifest, and their statistics."""
     transform = finish.transform
     width = embedder.teacher.width if transform is None else transform.width
-    statistics, schema = TargetStatistics(), targets_schema(width, params.dtype)
-    rows = rows_per_part(max(width, embedder.teacher.width), params.dtype)
+    statistics, schema = TargetStatistics(), targets_schema(width, params.dtype, queries=queries is not None)
+    rows = rows_per_part(max(width, embedder.teacher.width) * (1 if queries is None else 2), params.dtype)
     held = -(-rows // (artifacts.PIECES * responses.samples))
-    tables = statistics.through(map(finish, embedder.tables(responses, held)))
+    stored = embedder.tables(responses, held)
+    made = map(finish, stored) if queries is None else map(finish.beside, stored, embedder.tables(queries, held))
+    tables = statistics.through(made)
     models, made_with = {"teacher": embedder.teacher.identity}, target_params(params)
     with artifacts.create(TARGETS_DIR, kind="targets", params=made_with, models=models, inputs=inputs_read) as out:
         out.write_parts((check_table(table, schema, str(TARGETS_DIR)) for table in tables), schema, rows)
         if transform is not None:
             transform.save(out.path)
         counts = {"embedded": statistics.rows, "truncated_responses": statistics.truncated}
+        counts |= {} if queries is None else {"truncated_queries": statistics.truncated_queries}
         out.counts = {**counts, "skipped": dict(responses.skipped)}
         check_gates(params.gates, statistics.measures(), CAUSES, TeacherError)
     return out.counts, statistics

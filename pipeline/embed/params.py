@@ -78,6 +78,9 @@ class EmbedParams(Params):
     """Section `embed`."""
 
     teacher: TeacherParams
+    queries: bool = Field(
+        default=False, description="embed the queries too, for train.response_form added with any teacher"
+    )
     normalize: bool = Field(default=False, description="scale targets to length 1; changes the balance of the losses")
     transform: TransformParams = Field(default=TransformParams(), description="of the targets; see docs/targets.md")
     dtype: TargetType = Field(default="float16", description="of the stored targets")

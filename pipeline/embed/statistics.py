@@ -10,7 +10,9 @@ import pyarrow.compute as pc
 
 from pipeline.core.distinct import Distinct
 from pipeline.core.histogram import Histogram
+from pipeline.core.schemas import QUERY_EMBEDDING
 from pipeline.core.vectors import Anisotropy, matrix
+from pipeline.embed.targets import QUERY_TRUNCATED
 
 # Measure of a gate -> what it counts and what to do.
 CAUSES = {
@@ -24,10 +26,14 @@ ODD_FACTOR = 10.0
 
 @dataclass
 class TargetStatistics:
-    """Statistics so far: `tokens` that the teacher read of each text, texts that it `truncated`, lengths of vectors."""
+    """Statistics so far: `tokens` that the teacher read of each text, texts that it `truncated`, lengths of vectors.
+
+    Of queries beside the responses it counts those that were truncated alone.
+    """
 
     rows: int = 0
     truncated: int = 0
+    truncated_queries: int = 0
     tokens: Histogram = field(default_factory=Histogram)
     anisotropy: Anisotropy = field(default_factory=Anisotropy)
     _sum: float = field(default=0.0, repr=False)
@@ -36,11 +42,11 @@ class TargetStatistics:
     _distinct: Distinct = field(default_factory=Distinct, repr=False)
 
     def through(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """Count the tables (schema `targets.store_schema`) and pass on their columns of `schemas.targets_schema`."""
+        """Count the tables of `targets.Finish` and pass on their columns of `schemas.targets_schema`."""
         for table in tables:
             if table.num_rows:
                 self._add(table)
-            yield table.select(["id", "embedding"])
+            yield table.select([name for name in ("id", "embedding", QUERY_EMBEDDING) if name in table.column_names])
 
     def norms(self) -> dict[str, float]:
         """`norm_mean` and `norm_std` so far."""
@@ -72,4 +78,6 @@ class TargetStatistics:
         self._sum += float(np.sqrt(squares).sum())
         self._squares += float(squares.sum())
         self.truncated += pc.sum(table.column("truncated")).as_py()
+        if QUERY_TRUNCATED in table.column_names:
+            self.truncated_queries += pc.sum(table.column(QUERY_TRUNCATED)).as_py()
         self.tokens.add(table.column("tokens").to_pylist())

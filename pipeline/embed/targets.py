@@ -23,7 +23,7 @@ from pipeline.core.errors import TeacherError
 from pipeline.core.gates import FIRST_ROWS
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import gpu_memory_mib, progress
-from pipeline.core.schemas import SAMPLES, TARGET_TYPES, targets_schema
+from pipeline.core.schemas import QUERY_EMBEDDING, SAMPLES, TARGET_TYPES, targets_schema
 from pipeline.core.target_transform import TargetTransform
 from pipeline.core.tracking import ProgressLog
 from pipeline.core.vectors import matrix
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 4
 ID_BYTES = 72
+QUERY_TRUNCATED = "query_truncated"
 COLUMNS = ("id", "response", "finish_reason")
 LOOKED_UP_ROWS = 4096  # whose keys are looked up together
 MOST_ROWS = 2**18  # of a part; `PART_BYTES` alone would allow millions of narrow targets
@@ -48,7 +49,8 @@ def fingerprint(teacher: Teacher) -> dict[str, Any]:
 
 def target_params(params: EmbedParams) -> dict[str, Any]:
     """What decides how targets are made of stored vectors, for the manifest."""
-    return {"version": VERSION, **params.model_dump(include={"normalize", "transform", "dtype"})}
+    queries = {"queries": True} if params.queries else {}
+    return {"version": VERSION, **queries, **params.model_dump(include={"normalize", "transform", "dtype"})}
 
 
 def store_schema(width: int, dtype: TargetType = "float32") -> pa.Schema:
@@ -63,12 +65,12 @@ def rows_per_part(width: int, dtype: TargetType) -> int:
 
 
 def store_key(row_id: str, text: str) -> str:
-    """The store's id of a query's response."""
+    """The store's id of a query's response, or of the query itself."""
     return row_id[:16] + bytes_sha256(text.encode())[:16]
 
 
 class Row(NamedTuple):
-    """A usable response and its key in the store; those of one query follow one another."""
+    """A usable response, or a query, and its key in the store; the responses to one query follow one another."""
 
     id: str
     key: str
@@ -87,7 +89,7 @@ class UsableResponses:
         self.skipped: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Row]:
-        self.skipped = Counter({"error": 0, "empty": 0})
+        skipped = self.skipped = Counter({"error": 0, "empty": 0})  # of this iteration: two may run at once
         for batch in self._batches():
             others = batch[SAMPLES.name].to_pylist() if self.samples > 1 else repeat([], batch.num_rows)
             columns = (batch[name].to_pylist() for name in COLUMNS)
@@ -95,7 +97,7 @@ class UsableResponses:
                 if finish != "error" and text.strip():
                     yield from (Row(row_id, store_key(row_id, answer), answer) for answer in (text, *more))
                 else:
-                    self.skipped["error" if finish == "error" else "empty"] += 1
+                    skipped["error" if finish == "error" else "empty"] += 1
 
 
 def among(rows: Iterable[Row], ids: Iterable[str]) -> Iterator[Row]:
@@ -107,6 +109,25 @@ def among(rows: Iterable[Row], ids: Iterable[str]) -> Iterator[Row]:
             wanted = next(following, None)
         if row.id == wanted:
             yield row
+
+
+@dataclass(frozen=True)
+class QueriesOf:
+    """The query of the `responses` to each, in their order; each iteration reads both again.
+
+    `texts` gives ids and texts of all queries, sorted by id. Iterating raises TeacherError if a query is missing.
+    """
+
+    responses: Iterable[Row]
+    texts: Callable[[], Iterator[tuple[str, str]]]
+
+    def __iter__(self) -> Iterator[Row]:
+        following = self.texts()
+        for row_id, _ in groupby(self.responses, attrgetter("id")):
+            found, text = next((pair for pair in following if pair[0] >= row_id), ("", ""))
+            if found != row_id:
+                raise TeacherError(f"{row_id} has a response and is no query: run generate again", argument="queries")
+            yield Row(row_id, store_key(row_id, text), text)
 
 
 @dataclass
@@ -134,27 +155,29 @@ class Embedder:
     gpu_memory_mib: dict[str, int] = field(default_factory=dict)
     _first: list[pa.Table] = field(default_factory=list)
 
-    def run(self, responses: Iterable[Row]) -> None:
-        """Embed the responses (iterated twice) that the store lacks.
+    def run(self, *texts: Iterable[Row]) -> None:
+        """Embed the responses, then what else is given (each iterated twice), that the store lacks.
 
         Raises TeacherError if an embedding is unusable; finished rows are kept.
         """
         self.rows, missing = 0, 0
-        for rows, finished in self._looked_up(responses):
+        for rows, finished in chain.from_iterable(map(self._looked_up, texts)):
             self.rows, missing = self.rows + len(rows), missing + len(rows) - len(finished)
         if missing < self.rows:
             log.info("embed: %d of %d rows are done already", self.rows - missing, self.rows)
-        started = monotonic()
+        started, self.computed_rows = monotonic(), 0
         bar: tqdm[Row] = progress([], total=self.rows, desc="embed", unit="text", initial=self.rows - missing)
         with bar:
-            for chunk in self._chunks(self._missing(responses)):
-                self._embed(chunk)
-                bar.update(len(chunk))
-                rate = self.computed_tokens / max(monotonic() - started, 1e-9)
-                bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-                self.track(int(bar.n), self.rows, rate)
-        self.store.flush()
-        self.computed_rows, self.seconds = missing, monotonic() - started
+            for some in texts:
+                for chunk in self._chunks(self._missing(some)):
+                    self._embed(chunk)
+                    self.computed_rows += len(chunk)
+                    bar.update(len(chunk))
+                    rate = self.computed_tokens / max(monotonic() - started, 1e-9)
+                    bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+                    self.track(int(bar.n), self.rows, rate)
+                self.store.flush()  # a query may be its own answer
+        self.seconds = monotonic() - started
         self.gpu_memory_mib = gpu_memory_mib()
 
     def tables(self, responses: Iterable[Row], rows_per_table: int) -> Iterator[pa.Table]:
@@ -273,6 +296,12 @@ class Finish:
         values = pa.array(cast(table.column("id").to_pylist(), vectors, self.dtype).reshape(-1))
         embeddings = pa.FixedSizeListArray.from_arrays(values, type=schema.field("embedding").type)
         return table.set_column(1, schema.field("embedding"), embeddings).cast(schema)
+
+    def beside(self, table: pa.Table, queries: pa.Table) -> pa.Table:
+        """As a call, with the targets of the `queries` of the same rows, stored in the same way, beside the others."""
+        made = self(queries)
+        beside = self(table).append_column(made.field("embedding").with_name(QUERY_EMBEDDING), made["embedding"])
+        return beside.append_column(QUERY_TRUNCATED, queries["truncated"])
 
 
 def check_vectors(ids: Sequence[str], vectors: np.ndarray, width: int) -> None:

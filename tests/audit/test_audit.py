@@ -251,6 +251,33 @@ def test_tensors_must_be_readable(made: Path) -> None:
     assert line.startswith("models/encoder student.safetensors: is not readable")
 
 
+def with_queries(made: Path) -> str:
+    """Targets of the queries beside those of the responses; their first file."""
+    write_targets(made, queries=True)
+    edit_manifest(made, "data/targets")
+    assert lines() == []
+    return f"data/targets/{PART0}"
+
+
+def test_a_changed_target_of_a_query_is_found(made: Path) -> None:
+    file = Path(with_queries(made))
+    content = file.read_bytes()
+    flip_byte(file, len(content) // 2)
+    (line,) = lines()
+    assert line.startswith(f"data/targets {PART0}: sha256 is ")
+    file.write_bytes(content)
+    rewrite(made, "data/targets", PART0, set_cell("query_embedding", 1, [0.0, float("nan"), 0.0]))
+    assert lines() == [f"data/targets {USABLE[1]}: query_embedding holds NaN or infinite values"]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_targets_of_queries_are_there_if_the_params_say_so(made: Path, asked: bool) -> None:
+    write_targets(made, queries=not asked)
+    edit_manifest(made, "data/targets", params={"queries": asked})
+    found = lines()
+    assert found and all("data/targets" in line and "query_embedding" in line for line in found)
+
+
 def test_a_text_that_is_not_the_one_of_its_id(made: Path) -> None:
     rewrite(made, "data/queries", "train.parquet", set_cell("text", 0, "another text"))
     first = min(IDS[text] for text in TEXTS["train"])

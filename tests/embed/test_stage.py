@@ -364,3 +364,90 @@ def test_the_first_thousand_vectors_warn_before_the_end(
     fails("embed.gates.equal")
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len([line for line in warnings if "repeat another row's" in line and "gates.equal" in line]) == 1
+
+
+# --- the queries' own embeddings ------------------------------------------------------------------------------------
+
+QUERIES = {"queries": True}
+
+
+def query_targets() -> np.ndarray[Any, Any]:
+    """Of `TEXTS[:200]`, in their order."""
+    table = open_artifact(TARGETS_DIR, "targets").read()
+    found = dict(zip(table["id"].to_pylist(), table["query_embedding"].to_pylist(), strict=True))
+    return np.array([found[row_id(text)] for text in TEXTS[:200] if row_id(text) in found], np.float32)
+
+
+def write_answers(count: int) -> None:
+    """Answers in capitals, and three that are none: a failed one, a blank one, and one that repeats its query."""
+    answers: dict[str, dict[str, Any]] = {text: {"response": text.upper()} for text in TEXTS[:count]}
+    answers[TEXTS[4]] = {"response": "", "finish_reason": "error", "error": "out of luck"}
+    answers |= {TEXTS[5]: {"response": " "}, TEXTS[6]: {"response": TEXTS[6]}}
+    write_responses(TEXTS[:count], **answers)
+
+
+def test_the_teacher_embeds_the_queries_too(configure: Configure) -> None:
+    write_queries(TEXTS[:200])
+    write_answers(200)
+    configure(options={"width": 6}, embed=QUERIES)
+    result = invoke()
+    assert result.exit_code == 0, result.output
+    artifact, usable = open_artifact(TARGETS_DIR, "targets"), [text for text in TEXTS[:200] if text not in TEXTS[4:6]]
+    check_table(artifact.read(), targets_schema(6, "float32", queries=True), "targets")
+    teacher = HashTeacher(width=6)
+    np.testing.assert_array_equal(query_targets(), teacher.embed(usable))
+    answers = [text if text == TEXTS[6] else text.upper() for text in usable]
+    np.testing.assert_array_equal(targets(usable), teacher.embed(answers))
+    assert (artifact.manifest.rows, artifact.manifest.params["queries"]) == (198, True)
+    counts = {"embedded": 198, "truncated_responses": 0, "truncated_queries": 0, "skipped": {"error": 1, "empty": 1}}
+    assert artifact.manifest.counts == counts
+    assert set(artifact.manifest.inputs) == {"data/responses", "data/queries"}
+    assert (facts()["computed_rows"], facts()["reused_rows"]) == (2 * 198 - 1, 1)  # one query is its own answer
+
+    configure(options={"width": 6})
+    assert invoke().exit_code == 0
+    assert open_artifact(TARGETS_DIR, "targets").read().column_names == ["id", "embedding"]
+    assert "queries" not in open_artifact(TARGETS_DIR, "targets").manifest.params
+    assert facts()["computed_rows"] == 0
+
+
+def test_the_transform_of_the_responses_maps_the_queries_too(configure: Configure) -> None:
+    write_queries(TEXTS[:200])
+    write_answers(200)
+    configure(options={"width": 6}, embed={**QUERIES, **whiten(components=3)})
+    assert invoke().exit_code == 0
+    transform = load_transform(TARGETS_DIR)
+    assert transform is not None
+    raw = HashTeacher(width=6).embed([text for text in TEXTS[:200] if text not in TEXTS[4:6]])
+    np.testing.assert_allclose(query_targets(), transform(raw), atol=1e-6)
+
+
+@pytest.mark.parametrize("point", ["row_store.committed:1", "artifact.commit:1"])
+def test_a_killed_run_resumes_with_the_queries(
+    point: str, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_queries(TEXTS)
+    write_answers(len(TEXTS))
+    configure(embed=QUERIES)
+    monkeypatch.setenv("PIPELINE_WORK_DIR", "elsewhere")
+    assert invoke().exit_code == 0
+    uninterrupted = folder_bytes(TARGETS_DIR)
+    shutil.rmtree(TARGETS_DIR)
+    monkeypatch.delenv("PIPELINE_WORK_DIR")
+    with monkeypatch.context() as killing:
+        killing.setenv(fault_points.VARIABLE, point)
+        process = start("embed")
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    kept, every = kept_rows("embed"), 2 * (len(TEXTS) - 2) - 1
+    assert kept == every if point.startswith("artifact") else 0 < kept < every
+    invoke()
+    assert folder_bytes(TARGETS_DIR) == uninterrupted
+    assert facts()["computed_rows"] == every - kept
+
+
+def test_an_answer_to_no_query_is_named(configure: Configure) -> None:
+    write_queries(TEXTS[1:30])
+    write_answers(30)
+    configure(embed=QUERIES)
+    fails(f"embed.queries: {row_id(TEXTS[0])} has a response and is no query")
