@@ -38,7 +38,7 @@ from pipeline.tasks.suites import SuiteParams
 from pipeline.teach.params import TeachParams
 from pipeline.teach.plan import teach_memory_line
 from pipeline.train.params import TrainParams, check_instructions, planned_steps
-from pipeline.train.plan import memory_line, memory_remarks
+from pipeline.train.plan import check_response_form, memory_line, memory_remarks
 
 GB = 1e9
 # Transforms after which each dimension has variance 1, whatever the teacher: a mean over them that starts at 1.
@@ -91,10 +91,11 @@ def make_plan(params: AllParams, root: Path = Path()) -> Plan:
     Raises:
         EvaluationError: mteb does not know a task or benchmark (of teach.quality too), or a task has no instruction.
         ParamsError: evaluate.instructions names a file that is missing or has mistakes.
-        TrainingError: train.template does not fit the instructions of collect.sources.
+        TrainingError: train.template does not fit the instructions of collect.sources, or train.response_form embed.
     """
     with section("train"):
         check_instructions(params.train.template, [source.instruction for source in params.collect.sources])
+        check_response_form(params.train, params.embed)
     sizes = backbone_sizes(params.backbone, root)
     rows, known = expected_rows(params, root)
     plan = Plan()
@@ -206,7 +207,7 @@ def _embed_text(params: AllParams, rows: int | None) -> str:
     if embed.transform.kind != "none":
         scaled += f", transform {embed.transform.kind}{' and rotate' * embed.transform.rotate}"
     most = params.generate.samples_per_query * embed.teacher.max_tokens
-    return f"{embed.teacher.kind}{scaled}; {_tokens(rows, most)} read"
+    return f"{embed.teacher.kind}{scaled}; {_tokens(rows, most)} read{', and the queries' * embed.queries}"
 
 
 def _teacher_text(params: AllParams) -> str:

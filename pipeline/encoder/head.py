@@ -10,7 +10,9 @@ The paper's embedding is the predicted response alone, a *response share* of 1. 
 - L_p, L_r: their mean lengths over these queries, so that both parts have one mean length
 
 The inner product of two embeddings is then a^2 times that of the predictions plus (1 - a)^2 times that of the readings.
-In the form `added` the two are summed, `[d]`, which needs targets that are a reading of the backbone too.
+In the form `added` the two are summed, `[e]`. Targets that are a reading of the backbone have the reading's space; for
+others the reading is first mapped into theirs, by the closed form to the teacher's embeddings of the queries, and L_r
+is the mean length of what that gives.
 L_r in front changes no cosine, but classifiers with regularisation see the length. The map from the mean hidden state
 stays affine, so every export can carry it. `pipeline readings` measures this form before training.
 
@@ -19,7 +21,7 @@ one affine map of the mean hidden state.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -40,12 +42,16 @@ class Reading:
     Attributes:
         mean: of the mean hidden state over the compression tokens, `[d]`.
         scale: one over its standard deviation, `[d]`; 0 where it does not vary.
-        lengths: mean length of predictions and of standardised readings, `[2]`.
+        lengths: mean length of predictions and of standardised readings, `[2]`; with a map also of mapped ones, `[3]`.
+        weight: of the map from standardised readings to the targets' space, `[e, d]`; None without one.
+        bias: of the map, `[e]`.
     """
 
     mean: Tensor
     scale: Tensor
     lengths: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -65,12 +71,31 @@ class Reading:
         """Of `hidden` dimensions, which leaves hidden states as they are."""
         return cls(torch.zeros(hidden), torch.ones(hidden), torch.ones(2))
 
+    @property
+    def to_targets(self) -> tuple[Tensor, Tensor] | None:
+        """Weight and bias of the map, if there is one."""
+        return None if self.weight is None or self.bias is None else (self.weight, self.bias)
+
+    def standardized(self, features: Tensor) -> Tensor:
+        """Of mean hidden states `[N, d]`, float64 on the CPU."""
+        return (features.cpu().double() - self.mean.cpu().double()) * self.scale.cpu().double()
+
+    def with_map(self, weight: Tensor, bias: Tensor, features: Tensor) -> "Reading":
+        """With a map to the targets' space, float64 on the CPU; the mean length of what it gives is over `features`."""
+        length = (self.standardized(features) @ weight.T + bias).norm(dim=1).mean().clamp(min=1e-9)
+        lengths = torch.cat([self.lengths, length[None].float()])
+        return replace(self, lengths=lengths, weight=weight.float(), bias=bias.float())
+
     def tensors(self) -> dict[str, Tensor]:
         """By name, on the CPU."""
-        return {each.name: getattr(self, each.name).cpu().contiguous() for each in fields(self)}
+        return {name: value.cpu().contiguous() for name, value in self._parts()}
 
     def to(self, device: Any) -> "Reading":
-        return Reading(*(getattr(self, each.name).to(device) for each in fields(self)))
+        return Reading(**{name: value.to(device) for name, value in self._parts()})
+
+    def _parts(self) -> list[tuple[str, Tensor]]:
+        found = [(each.name, getattr(self, each.name)) for each in fields(self)]
+        return [(name, value) for name, value in found if value is not None]
 
 
 @dataclass(frozen=True)
@@ -118,7 +143,8 @@ class EmbeddingHead:
         self.student, self.share, self.form = student, share, form
         self.rotation = rotation.to(student.tokens.device) if rotation is not None else None
         self._reading = reading.to(student.tokens.device) if reading is not None else Reading.plain(student.hidden)
-        prediction, own = (float(length) for length in self._reading.lengths)
+        self._map = self._reading.to_targets if form == "added" else None
+        prediction, own = (float(self._reading.lengths[at]) for at in (0, 1 if self._map is None else 2))
         self.prediction_scale = 1.0 if share == 1 else share * own / prediction
         self._reading_scale = self._reading.scale * (1 - share)
 
@@ -137,6 +163,9 @@ class EmbeddingHead:
         read = (self.student.feature(states) - self._reading.mean) * self._reading_scale
         if self.share == 0:
             return read
+        if self._map is not None:
+            weight, bias = self._map
+            read = torch.addmm(bias * (1 - self.share), read, weight.T)
         return self._joined([self._predicted(states) * self.prediction_scale, read], dim=1)
 
     def _predicted(self, states: Tensor) -> Tensor:
@@ -159,7 +188,11 @@ class EmbeddingHead:
             return weight, bias
         scale, mean = self._reading_scale.cpu().double(), self._reading.mean.cpu().double()
         parts = [(weight * self.prediction_scale, bias * self.prediction_scale)] if self.share > 0 else []
-        parts.append((torch.diag(scale), -scale * mean))
+        read = torch.diag(scale), -scale * mean
+        if self._map is not None:
+            by, own = (part.cpu().double() for part in self._map)
+            read = by @ read[0], by @ read[1] + own * (1 - self.share)
+        parts.append(read)
         return self._joined([part for part, _ in parts], dim=0), self._joined([part for _, part in parts], dim=0)
 
     def _joined(self, parts: Sequence[Tensor], dim: int) -> Tensor:

@@ -27,7 +27,7 @@ from pipeline.embed.build import make_embedder, make_finish
 from pipeline.embed.params import EmbedParams, TeacherParams
 from pipeline.embed.statistics import CAUSES as TARGET_CAUSES
 from pipeline.embed.statistics import TargetStatistics
-from pipeline.embed.targets import UsableResponses, fingerprint, store_schema
+from pipeline.embed.targets import QueriesOf, Row, UsableResponses, fingerprint, store_schema
 from pipeline.embed.teachers.pool import open_teacher
 from pipeline.embed.teachers.registry import TEACHERS
 from pipeline.generate.engines.registry import ENGINES
@@ -36,6 +36,7 @@ from pipeline.generate.params import GenerateParams
 from pipeline.generate.response_counts import CAUSES as ANSWER_CAUSES
 from pipeline.generate.response_counts import MANY_CUT, STORE, ResponseCounts
 from pipeline.train.params import HeldoutParams, TrainParams, WarmStartParams
+from pipeline.train.plan import check_response_form
 
 if TYPE_CHECKING:
     from pipeline.train.data import TrainingRows
@@ -159,12 +160,13 @@ def _embed(sections: Sections, found: Preview, scratch: Path) -> None:
         open_teacher(params.teacher, sections.backbone, 1) as teacher,
         ShardStore(scratch / "embed", store_schema(teacher.width), fingerprint(teacher)) as store,
     ):
-        embedder = make_embedder(store, teacher, params)
-        embedder.run(responses)
+        embedder, of_queries = make_embedder(store, teacher, params), _of_queries(params, rows, found)
+        embedder.run(responses, of_queries)
         finish, transform_facts = make_finish(embedder, responses, (row.id for row in rows), params)
         [stored] = embedder.tables(rows, len(rows))
         statistics = TargetStatistics()
-        [targets] = statistics.through([finish(stored)])
+        made = [finish.beside(stored, queries) for queries in embedder.tables(of_queries, len(rows))]
+        [targets] = statistics.through(made or [finish(stored)])
     if params.transform.kind != "none":
         found.notes.append(f"embed.transform {transform_facts['kind']} is fitted on these {len(rows)} rows alone")
     for row_id, cut in zip(stored["id"].to_pylist(), stored["truncated"].to_pylist(), strict=True):
@@ -173,6 +175,12 @@ def _embed(sections: Sections, found: Preview, scratch: Path) -> None:
     found.targets = targets
     found.speeds["embed"] = Speed(embedder.computed_rows, embedder.computed_tokens, embedder.seconds)
     _add_gates("embed", params.gates, statistics.measures(), TARGET_CAUSES, found)
+
+
+def _of_queries(params: EmbedParams, rows: Sequence[Row], found: Preview) -> list[Row]:
+    """The queries of these responses, if the teacher is to embed them."""
+    texts = sorted(zip(*(found.queries[name].to_pylist() for name in ("id", "text")), strict=True))
+    return list(QueriesOf(rows, lambda: iter(texts))) if params.queries else []
 
 
 def _teacher(params: TeacherParams, found: Preview) -> TeacherParams:
@@ -194,6 +202,7 @@ def _train(sections: Sections, found: Preview, scratch: Path) -> None:
     from pipeline.train.data import join
 
     params = sections.train
+    check_response_form(params, sections.embed)
     if params.shard_backbone:
         found.notes.append("no step of train: train.shard_backbone divides the backbone among processes")
         return

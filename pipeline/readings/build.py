@@ -12,13 +12,15 @@ import pyarrow.compute as pc
 
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import BackboneParams, identify, load_backbone, load_tokenizer
-from pipeline.core.artifacts import open_artifact
+from pipeline.core.artifacts import open_artifact, read_manifest
 from pipeline.core.config import Params
 from pipeline.core.errors import EvaluationError, ParamsError, nested_in, section
 from pipeline.core.paths import HELDOUT_TABLE, QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TRAIN_TABLE
 from pipeline.core.run import work_dir
+from pipeline.core.schemas import QUERY_EMBEDDING
+from pipeline.core.target_transform import load_transform
 from pipeline.core.vectors import matrix
-from pipeline.encoder.folder.config import ResponseForm
+from pipeline.encoder.folder.config import ResponseForm, check_form
 from pipeline.encoder.passes.prompt_reader import prompt_reader
 from pipeline.encoder.token_init import token_init
 from pipeline.evaluate.params import EvaluateParams
@@ -60,7 +62,7 @@ class Request:
         shares: of the predicted response.
         targets: of the closed form: the standardised echo reading of the answers, or those in data/targets.
         refine: the closed form too, as `train.refine` says or by its defaults.
-        form: how prediction and reading are joined at a share below 1; added only with the targets echo.
+        form: how prediction and reading are joined at a share below 1.
         rows: most training queries that are read; `heldout`: most held-out ones.
     """
 
@@ -97,9 +99,11 @@ def run(inputs: Inputs, request: Request) -> Found:
         BackboneError: the backbone cannot be loaded.
     """
     names = _checked(request)
+    if request.targets == "stored":
+        _check_form(request.form)
     tasks = _tasks(inputs, request.suite)
     train, heldout = (
-        _rows(table, most, inputs.train.seed, request.targets)
+        _rows(table, most, inputs.train.seed, request)
         for table, most in ((TRAIN_TABLE, request.rows), (HELDOUT_TABLE, request.heldout))
     )
     if len(train.queries) < LEAST_ROWS:
@@ -135,8 +139,6 @@ def _checked(request: Request) -> list[str]:
         )
     if wrong := [share for share in request.shares if not 0 < share <= 1]:
         raise ParamsError(f"{wrong[0]:g} must be above 0 and at most 1", argument="share")
-    if (request.form, request.targets) == ("added", "stored"):
-        raise ParamsError("added: only the targets echo lie in the space of readings", argument="form")
     return [name for name in READINGS if not request.readings or name in request.readings]
 
 
@@ -155,11 +157,20 @@ def _tasks(inputs: Inputs, suite: str | None) -> list[Any]:
         return find_tasks([folder / name for name in params.local], params.tasks, params.benchmark, params.languages)
 
 
-def _rows(table: str, most: int, seed: int, targets: Targets) -> Rows:
+def _check_form(form: ResponseForm) -> None:
+    """Raises TrainingError if predictions in the space of data/targets cannot be added to readings."""
+    made, transform = read_manifest(TARGETS_DIR).manifest, load_transform(TARGETS_DIR)
+    kind, mapped = transform.identity if transform else None, made.params.get("queries", False)
+    with nested_in(names={"response_form": "form"}):
+        check_form(form, made.models["teacher"], kind, mapped=mapped)
+
+
+def _rows(table: str, most: int, seed: int, request: Request) -> Rows:
     """A sample of the queries of a table, with their usable answers where there are any."""
-    queries, responses = open_artifact(QUERIES_DIR, QUERIES_DIR.name).read(table), _responses(targets)
-    if responses is not None and targets == "stored":
-        queries = join(queries, responses, open_artifact(TARGETS_DIR, TARGETS_DIR.name).read())
+    queries, responses = open_artifact(QUERIES_DIR, QUERIES_DIR.name).read(table), _responses(request.targets)
+    if responses is not None and request.targets == "stored":
+        columns = None if request.form == "added" else ["id", "embedding"]
+        queries = join(queries, responses, open_artifact(TARGETS_DIR, TARGETS_DIR.name).read(columns=columns))
     elif responses is not None:
         queries = queries.filter(pc.is_in(queries["id"], usable_ids(responses)))
     chosen = queries.take(pa.array(np.sort(epoch_order(queries.num_rows, 0, seed)[:most])))
@@ -167,7 +178,8 @@ def _rows(table: str, most: int, seed: int, targets: Targets) -> Rows:
     if responses is None:
         return Rows(texts, [])
     found = responses["response"].take(pc.index_in(chosen["id"], responses["id"].combine_chunks()))
-    return Rows(texts, found.to_pylist(), matrix(chosen["embedding"]) if targets == "stored" else None)
+    vectors = (matrix(chosen[name]) for name in ("embedding", QUERY_EMBEDDING) if name in chosen.column_names)
+    return Rows(texts, found.to_pylist(), *vectors)
 
 
 def _responses(targets: Targets) -> pa.Table | None:

@@ -6,14 +6,13 @@ A share a of the embedding is the predicted response, 1 - a the standardised rea
 
 p is the ridge regression of the target on the standardised reading r; |p| and |r| are mean lengths over the training
 rows, so the map from the hidden states to the embedding stays affine. a = 1 is the paper's, a = 0 the reading alone.
-In the form `added` both parts are summed: targets that are readings of the backbone have the readings' dimensions.
+In the form `added` both parts are summed. Targets that are readings of the backbone have the dimensions of r. Other
+teachers embed the queries too, and r is first mapped into their space, by ridge regression of these embeddings on it.
 The factor |r| in front plays no part in a cosine. A regularised classifier on the embeddings sees it: at unit length
 mteb's few-shot classifier loses .03 to .10 of its accuracy (docs/results.md).
 """
 
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
 
 import numpy as np
 
@@ -23,9 +22,9 @@ from pipeline.embed.transform_fit import fit_transform
 from pipeline.encoder.folder.config import ResponseForm
 from pipeline.train.params import RefineParams
 from pipeline.train.refine import refine
-from pipeline.train.ridge import LinearMap, fit_ridge
+from pipeline.train.ridge import LinearMap
 from pipeline.train.states import States
-from pipeline.train.warm_start import Statistics, choose_strength
+from pipeline.train.warm_start import Statistics, closed_form
 
 VERSION = 1  # raise it when the same numbers embed differently: finished scores are then not reused
 
@@ -45,6 +44,7 @@ class Prediction:
         length: mean length of its predictions over the training rows; `reading_length` and `target_length` likewise.
         refined: by contrast, see `pipeline.train.refine`.
         form: how a share below 1 and the reading are joined.
+        reading_map: of readings to the targets' space, before they are added; `reading_length` is of what it gives.
     """
 
     map: LinearMap
@@ -54,11 +54,14 @@ class Prediction:
     target_length: float
     refined: bool = False
     form: ResponseForm = "beside"
+    reading_map: LinearMap | None = None
 
     @property
     def digest(self) -> str:
         """sha256 (hex) over its numbers."""
-        numbers = [bytes_sha256(np.ascontiguousarray(part).data) for part in (self.map.weight, self.map.bias)]
+        maps = [self.map] if self.reading_map is None else [self.map, self.reading_map]
+        parts = [part for each in maps for part in (each.weight, each.bias)]
+        numbers = [bytes_sha256(np.ascontiguousarray(part).data) for part in parts]
         joined = [] if self.form == "beside" else [self.form]
         return digest_of([VERSION, *numbers, self.length, self.reading_length, *joined])
 
@@ -74,19 +77,29 @@ class Prediction:
         predicted = predicted * self.reading_length
         if share == 1:
             return predicted.astype(np.float32)
-        parts = share * predicted, (1 - share) * readings
+        own = readings if self.reading_map is None else self.reading_map(readings)
+        parts = share * predicted, (1 - share) * own
         return (parts[0] + parts[1] if self.form == "added" else np.hstack(parts)).astype(np.float32)
 
 
-def fit_prediction(readings: np.ndarray, targets: np.ndarray, form: ResponseForm = "beside") -> Prediction:
-    """The closed form on the training rows: standardised readings `[N, d]` and targets `[N, e]`."""
-    statistics = Statistics(1, readings.shape[1])
+def fit_prediction(
+    readings: np.ndarray, targets: np.ndarray, form: ResponseForm = "beside", query_targets: np.ndarray | None = None
+) -> Prediction:
+    """The closed form on the training rows: standardised readings `[N, d]` and targets `[N, e]`.
+
+    `query_targets` `[N, e]`, the teacher's embeddings of the queries, map the reading that is added.
+    """
+    fitted, ridge = _closed_form(readings, targets)
+    reading_map = None if query_targets is None else _closed_form(readings, query_targets)[0]
+    own = readings if reading_map is None else reading_map(readings)
+    lengths = (_mean_length(fitted(readings)), _mean_length(own), _mean_length(targets))
+    return Prediction(fitted, ridge, *lengths, form=form, reading_map=reading_map)
+
+
+def _closed_form(readings: np.ndarray, targets: np.ndarray) -> tuple[LinearMap, float]:
+    statistics = Statistics(1, width := readings.shape[1])
     statistics.add(range(len(readings)), States.of(readings[:, None], 1), targets)
-    folds = statistics.folds()
-    ridge = choose_strength(folds, LinearMap(np.eye(readings.shape[1]), np.zeros(readings.shape[1])))
-    [fitted] = fit_ridge(reduce(add, (moments for moments, _, _ in folds)), [ridge])
-    lengths = (_mean_length(fitted(readings)), _mean_length(readings), _mean_length(targets))
-    return Prediction(fitted, ridge, *lengths, form=form)
+    return closed_form(statistics.folds(), LinearMap(np.eye(width), np.zeros(width)))
 
 
 def refine_prediction(

@@ -36,11 +36,13 @@ class Rows:
 
     Attributes:
         targets: of the answers `[N, e]`; None: the standardised echo reading of the answers.
+        query_targets: of the queries `[N, e]`, by which readings are mapped to the targets' space; None: they are not.
     """
 
     queries: Sequence[str]
     answers: Sequence[str]
     targets: np.ndarray | None = None
+    query_targets: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def _systems(
     if targets is None:
         return
     readings = standardize(found)
-    predictions = [fit_prediction(readings, targets, settings.form)]
+    predictions = [fit_prediction(readings, targets, settings.form, train.query_targets)]
     if settings.refine:
         arguments = (settings.refine, settings.seed, settings.device)
         predictions.append(refine_prediction(predictions[0], readings, targets, *arguments))

@@ -100,8 +100,9 @@ def _check_form(params: TrainParams, targets: Artifact) -> None:
     from pipeline.core.target_transform import load_transform
     from pipeline.encoder.folder.config import check_form
 
-    transform = load_transform(targets.path)
-    check_form(params.response_form, targets.manifest.models["teacher"], transform.identity if transform else None)
+    transform, mapped = load_transform(targets.path), targets.manifest.params.get("queries", False)
+    made = transform.identity if transform else None
+    check_form(params.response_form, targets.manifest.models["teacher"], made, mapped=mapped)
 
 
 def _checkpoint_path(inputs: Inputs, identity: dict[str, str], artifacts: Sequence[Artifact]) -> Path:

@@ -161,6 +161,9 @@ def start_student(trainer: Trainer, backbone: Any, frame_ids: Sequence[int]) -> 
     if trainer.accelerator.is_main_process:
         warm_start_student(trainer, statistics, backbone, frame_ids)
     trainer.agree()
+    if trainer.rows.query_targets is not None:
+        trainer.start = start_tensors(trainer.student, fit_reading(trainer))
+        return
     features, _ = statistics.scored_rows()
     trainer.start = start_tensors(trainer.student, Reading.fit(trainer.student, torch.from_numpy(features)))
 

@@ -19,6 +19,7 @@ from pipeline.backbone.loading import Pool
 from pipeline.backbone.prompting import PromptFormatter, eos_token_id
 from pipeline.core.artifacts import Artifact
 from pipeline.core.errors import TrainingError
+from pipeline.core.schemas import QUERY_EMBEDDING
 from pipeline.encoder.passes.plain import Pooled, pooled_of
 from pipeline.generate.response_text import ends_in_loop
 from pipeline.train.losses import Batch
@@ -35,7 +36,8 @@ class TrainingRows:
     """N rows, aligned: row ids, prompt ids, response ids (EOS included) and targets float32 `[N, e]`.
 
     Columns may lie in memory or in files (`row_files`): rows are taken by number, and none is changed. `pooled` are the
-    tokens that embeddings are made of; None: the compression tokens.
+    tokens that embeddings are made of; None: the compression tokens. `query_targets` float32 `[N, e]` are the teacher's
+    embeddings of the queries; None: it gave none.
     """
 
     ids: Sequence[str]
@@ -43,6 +45,7 @@ class TrainingRows:
     response_ids: Sequence[Sequence[int]]
     targets: Any
     pooled: Pooled | None = None
+    query_targets: Any = None
 
     def __len__(self) -> int:
         return len(self.query_ids)
@@ -122,7 +125,7 @@ class _Along:
 
 
 def join(queries: pa.Table, responses: pa.Table, targets: pa.Table) -> pa.Table:
-    """Rows of `queries` that have a target, with the columns response, finish_reason and embedding.
+    """Rows of `queries` that have a target, with the columns response, finish_reason and those of `targets`.
 
     A query whose response failed or is blank has no target by design and is left out. Raises TrainingError if no query
     has a target, or one with a usable response has none.
@@ -135,7 +138,8 @@ def join(queries: pa.Table, responses: pa.Table, targets: pa.Table) -> pa.Table:
 
 def read_joined(queries: Artifact, responses: Artifact, targets: Artifact, name: str) -> Iterator[pa.Table]:
     """One table of the queries, joined as by `join`, some rows at a time; what `join` raises is raised at the end."""
-    answers, vectors = _Along(responses, ["id", "response", "finish_reason"]), _Along(targets, ["id", "embedding"])
+    answers = _Along(responses, ["id", "response", "finish_reason"])
+    vectors = _Along(targets, pq.read_schema(targets.tables()[0]).names)
     without, rows, read = _Found(), 0, 0
     for batch in queries.batches(["id", "text"], READ_ROWS, name):
         joined, missing = _join(batch, answers.of(batch["id"]), vectors.of(batch["id"]))
@@ -153,7 +157,8 @@ def _join(queries: pa.Table, responses: pa.Table, targets: pa.Table) -> tuple[pa
     joined = queries.filter(has_target)
     usable = pc.is_in(queries["id"], usable_ids(responses))
     without = queries.filter(pc.and_not(usable, has_target))
-    for table, columns in ((responses, ("response", "finish_reason")), (targets, ("embedding",))):
+    of_targets = [name for name in targets.column_names if name != "id"]
+    for table, columns in ((responses, ["response", "finish_reason"]), (targets, of_targets)):
         rows = pc.index_in(joined["id"], table["id"].combine_chunks())
         for column in columns:
             joined = joined.append_column(column, table[column].take(rows))
@@ -227,7 +232,7 @@ def tokenize(
     """
     limit, eos = max_response_tokens, eos_token_id(tokenizer)
     ids, prompts, answers = list[pa.ChunkedArray](), TokenRows(folder), TokenRows(folder)
-    targets, spans, control = VectorRows(folder), SpanRows(), ControlTokens(tokenizer)
+    targets, of_queries, spans, control = VectorRows(folder), VectorRows(folder), SpanRows(), ControlTokens(tokenizer)
     empty, long, longest, cut = _Found(), _Found(), 0, 0
     for table in tables:
         names, reasons = table["id"].to_pylist(), table["finish_reason"].to_pylist()
@@ -243,6 +248,8 @@ def tokenize(
             spans.append(pooled.spans)
         answers.append([answer[:limit] for answer in ended])
         targets.append(_stored(table["embedding"]))
+        if QUERY_EMBEDDING in table.column_names:
+            of_queries.append(_stored(table[QUERY_EMBEDDING]))
     empty.must_be_none("have a response without a token")
     if long_responses == "error":
         long.must_be_none(
@@ -254,7 +261,8 @@ def tokenize(
     _log_cut("queries", cut, "max_query_tokens", lost)
     _log_cut("responses", long.count, "max_response_tokens", "end")
     what = None if pool == "tokens" else Pooled(spans, with_tokens=pool == "both")
-    return TrainingRows(TextRows(pa.chunked_array(ids)), prompts, answers, targets, what)
+    found = of_queries if len(of_queries) else None
+    return TrainingRows(TextRows(pa.chunked_array(ids)), prompts, answers, targets, what, found)
 
 
 def _stored(column: pa.ChunkedArray) -> np.ndarray:

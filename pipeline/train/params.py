@@ -129,7 +129,7 @@ class TrainParams(Params):
         description="of the embedding: 1 = the predicted response alone; below, the student's own reading beside it",
     )
     response_form: ResponseForm = Field(
-        default="beside", description="of a share below 1: beside the reading, or added to it in one space"
+        default="beside", description="of a share below 1: beside the reading, or added to it in the teacher's space"
     )
     checkpoint_every: int = Field(ge=1, description="optimiser steps")
     track: Tracker | None = Field(default=None, exclude=True, description="losses and held-out scores, live")

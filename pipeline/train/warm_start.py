@@ -157,12 +157,20 @@ def _check_finite(rows: Sequence[int], states: States, targets: np.ndarray) -> N
 
 
 def accumulate(
-    statistics: Statistics, rows: TrainingRows, chosen: Sequence[int] | np.ndarray, passes: RowPasses
+    statistics: Statistics,
+    rows: TrainingRows,
+    chosen: Sequence[int] | np.ndarray,
+    passes: RowPasses,
+    targets: Any = None,
 ) -> Statistics:
-    """Add the chosen rows, in one query pass that the processes share; returns the statistics of them all."""
+    """Add the chosen rows, in one query pass that the processes share; returns the statistics of them all.
+
+    `targets` `[N, e]` of all rows, in place of those of the responses.
+    """
+    targets = rows.targets if targets is None else targets
     for numbers, states in passes.read(rows, chosen):
         # While the device reads a pass, the sums of the one before are taken on the host.
-        statistics.add(numbers, states, rows.targets[[chosen[number] for number in numbers]])
+        statistics.add(numbers, states, targets[[chosen[number] for number in numbers]])
     statistics.combine(passes.accelerator, rows.width)
     return statistics
 
@@ -180,6 +188,15 @@ def choose_strength(folds: Sequence[tuple[Moments, np.ndarray, np.ndarray]], by:
             maps = fit_ridge(reduce(add, inside).mapped(by), STRENGTHS)
             scores += [rank_own(fitted(by(features)), targets).mrr for fitted in maps]
     return STRENGTHS[int(scores.argmax())]
+
+
+def closed_form(
+    folds: Sequence[tuple[Moments, np.ndarray, np.ndarray]], by: LinearMap, strength: float | Literal["auto"] = "auto"
+) -> tuple[LinearMap, float]:
+    """Ridge regression of the targets on features that `by` maps, over all folds, and its strength."""
+    used = choose_strength(folds, by) if strength == "auto" else strength
+    [found] = fit_ridge(reduce(add, (moments for moments, _, _ in folds)).mapped(by), [used])
+    return found, used
 
 
 def frame_rows(input_embeddings: np.ndarray, prompt_ids: Sequence[int], count: int) -> np.ndarray:
@@ -225,10 +242,7 @@ def warm_start(
         input_norm: mean norm of the backbone's input embeddings.
     """
     reconstruction = fit_reconstruction(statistics.position_means, statistics.spread, frame, input_norm)
-    folds = statistics.folds()
-    used = choose_strength(folds, reconstruction) if strength == "auto" else strength
-    everything = reduce(add, (moments for moments, _, _ in folds))
-    [alignment] = fit_ridge(everything.mapped(reconstruction), [used])
+    alignment, used = closed_form(statistics.folds(), reconstruction, strength)
     for layer, fitted in ((student.reconstruction, reconstruction), (student.alignment, alignment)):
         layer.weight.copy_(torch.from_numpy(fitted.weight))
         layer.bias.copy_(torch.from_numpy(fitted.bias))

@@ -66,6 +66,22 @@ def test_an_instruction_that_training_would_repeat_is_refused(workspace: Path) -
         make_plan(load_all(written(workspace, change)))
 
 
+def test_a_form_that_train_would_refuse_is_refused_before_anything_runs(workspace: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["train"]["response_form"] = "added"
+        content["embed"]["transform"] = {"kind": "center"}
+
+    with pytest.raises(TrainingError, match=r"train\.response_form: added.*embed\.queries: true"):
+        make_plan(load_all(written(workspace, change)), workspace)
+
+    def with_queries(content: dict[str, Any]) -> None:
+        change(content)
+        content["embed"]["queries"] = True
+
+    lines = {stage: what for stage, what, _ in make_plan(load_all(written(workspace, with_queries)), workspace).lines}
+    assert lines["embed"].endswith("tokens read, and the queries")
+
+
 def test_sizes_from_a_local_config(workspace: Path, tiny_backbone: Any) -> None:
     folder = tiny_backbone("qwen3")
     backbone = real().backbone.model_copy(update={"name": str(folder)})

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from pipeline.encoder.folder.config import ResponseForm
 from pipeline.encoder.head import EmbeddingHead, Reading
 from pipeline.encoder.student import Student
 
@@ -80,11 +79,34 @@ def test_added_in_one_space_both_parts_keep_their_weights() -> None:
     assert found.tolist() == [[0.25 * -2.5 + 0.75 * 2, 0.25 * 1.5 + 0.75 * 5]]
 
 
-@pytest.mark.parametrize(("share", "form"), [(0.0, "beside"), (0.3, "beside"), (0.3, "added"), (1.0, "added")])
-def test_the_composed_map_is_the_head(share: float, form: ResponseForm) -> None:
+def test_a_reading_is_mapped_into_the_space_of_the_targets_before_it_is_added() -> None:
+    reading = Reading.fit(student(), FEATURES)  # less (4, 2), deviations of 1, predictions of mean length 4
+    weight, bias = torch.tensor([[1.0, 2.0]]).double(), torch.tensor([6.0]).double()
+    mapped = reading.with_map(weight, bias, FEATURES)
+    # Readings (-1, -1) and (1, 1) become -3 + 6 and 3 + 6.
+    assert mapped.lengths.tolist() == pytest.approx([4, math.sqrt(2), 6])
+    with torch.no_grad():
+        found = EmbeddingHead(student(), 0.25, mapped, form="added")(tokens_of((6.0, 1.0)))
+        beside = EmbeddingHead(student(), 0.25, mapped)(tokens_of((6.0, 1.0)))
+    # A quarter of the prediction 6, at 6 / 4 of its length; three quarters of 1 x 2 + 2 x -1 + 6.
+    assert found.tolist() == [[pytest.approx(0.25 * 6 * 6 / 4 + 0.75 * 6)]]
+    # The map changes nothing of what stands beside the prediction.
+    torch.testing.assert_close(beside[0], torch.tensor([0.25 * 6 * math.sqrt(2) / 4, 0.75 * 2, 0.75 * -1]))
+
+
+FORMS = [(0.0, "beside"), (0.3, "beside"), (0.3, "added"), (1.0, "added"), (0.3, "mapped"), (1.0, "mapped")]
+
+
+@pytest.mark.parametrize(("share", "form"), FORMS)
+def test_the_composed_map_is_the_head(share: float, form: str) -> None:
     made = Student(hidden=5, width=5 if form == "added" else 3, compression_tokens=2)
     hidden = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(0))
-    head = EmbeddingHead(made, share, Reading.fit(made, hidden.mean(1)), form=form)
+    reading = Reading.fit(made, hidden.mean(1))
+    if form == "mapped":
+        draw = torch.Generator().manual_seed(1)
+        weight, bias = torch.randn(3, 5, generator=draw).double(), torch.randn(3, generator=draw).double()
+        reading = reading.with_map(weight, bias, hidden.mean(1))
+    head = EmbeddingHead(made, share, reading, form="beside" if form == "beside" else "added")
     weight, bias = head.composed()
     assert tuple(weight.shape) == (head.width, 5)
     with torch.no_grad():

@@ -32,11 +32,15 @@ def write_folder(
     transform: TargetTransform | None = None,
     share: float = 1.0,
     form: ResponseForm = "beside",
+    mapped: bool = False,
     teacher: dict[str, Any] | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     **card: Any,
 ) -> Path:
-    """Write the encoder folder `out`; `recorded` is the identity of the backbone that it names."""
+    """Write the encoder folder `out`; `recorded` is the identity of the backbone that it names.
+
+    `mapped`: its reading has a map to the teacher's space.
+    """
     params = BackboneParams(name=str(backbone), dtype="float32")
     model = load_backbone(params)
     student = new_student(model, width, compression_tokens=compression_tokens, thought_tokens=thought_tokens, seed=1)
@@ -53,6 +57,9 @@ def write_folder(
             value.copy_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)))
     features = torch.randn(20, student.hidden, generator=torch.Generator().manual_seed(5)) + 1
     reading = Reading.fit(student, features)
+    if mapped:
+        draw = torch.randn(width, student.hidden + 1, generator=torch.Generator().manual_seed(6)).double()
+        reading = reading.with_map(draw[:, 1:], draw[:, 0], features)
     sections = {"train": {"response_share": share, "response_form": form}, "backbone": {"dtype": params.dtype}}
     untrained = new_student(model, width, compression_tokens=compression_tokens, thought_tokens=thought_tokens, seed=2)
     trained: dict[str, Any] = {"adapter": adapter, "reading": reading, "start": start_tensors(untrained, reading)}

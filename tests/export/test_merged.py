@@ -82,11 +82,14 @@ def test_several_tokens_in_plain_sentence_transformers(
     np.testing.assert_allclose(embed("merged", texts), read_encoder(model).encode(texts), atol=1e-4)
 
 
-def test_the_reading_beside_the_prediction_goes_along(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
-    model = write_model(tiny_backbone("llama"), compression_tokens=3, share=0.3)
+@pytest.mark.parametrize(("form", "width"), [({}, 5 + 32), ({"form": "added", "mapped": True}, 5)])
+def test_the_reading_goes_along(
+    workspace: Path, tiny_backbone: Callable[..., Path], form: dict[str, Any], width: int
+) -> None:
+    model = write_model(tiny_backbone("llama"), compression_tokens=3, share=0.3, **form)
     merged = export_merged(model, Path("merged"), prompts=PROMPTS)
     found = plain("merged")
-    assert (found.get_embedding_dimension(), merged.layout.width) == (5 + 32, 5 + 32)
+    assert (found.get_embedding_dimension(), merged.layout.width) == (width, width)
     np.testing.assert_allclose(found.encode(TEXTS), read_encoder(model).encode(TEXTS), atol=1e-5)
 
 

@@ -352,14 +352,15 @@ def test_what_was_exported_and_imported_embeds_as_before(
     assert second.config.backbone == first.config.backbone
 
 
-def test_the_reading_beside_the_prediction_goes_along(folders: Path, workspace: Path) -> None:
-    ours = write_ours(Path("ours"), folders / "backbone", share=0.3)
+@pytest.mark.parametrize(("form", "width"), [({}, 5 + 32), ({"form": "added", "mapped": True}, 5)])
+def test_the_reading_goes_along(folders: Path, workspace: Path, form: dict[str, Any], width: int) -> None:
+    ours = write_ours(Path("ours"), folders / "backbone", share=0.3, **form)
     assert any("inverse of the reconstruction projection" in note for note in export_official(ours, Path("theirs")))
     expected = read_encoder(ours).encode(TEXTS)
     np.testing.assert_allclose(by_the_format(Path("theirs"), TEXTS, 66), expected, atol=2e-4)
     import_official("theirs", Path("again"), max_length=66)
     again = read_encoder(Path("again"))
-    assert (again.width, again.config.response_share) == (5 + 32, 1)
+    assert (again.width, again.config.response_share) == (width, 1)
     np.testing.assert_allclose(again.encode(TEXTS), expected, atol=2e-4)
 
 

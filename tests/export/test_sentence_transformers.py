@@ -164,8 +164,13 @@ def test_the_reading_beside_the_prediction_embeds_and_the_prediction_decodes(
 ) -> None:
     folder = write(Path("mixed"), tiny_backbone("llama"), share=0.3, template="echo", pool="both")
     added = write(Path("added"), tiny_backbone("llama"), share=0.3, form="added", width=32)
-    np.testing.assert_allclose(load(added).encode(TEXTS), read_encoder(added).encode(TEXTS), atol=1e-5)
-    assert load(added).get_embedding_dimension() == 32
+    mapped = write(Path("mapped"), tiny_backbone("llama"), share=0.3, form="added", mapped=True)
+    for summed, width in ((added, 32), (mapped, 6)):
+        np.testing.assert_allclose(load(summed).encode(TEXTS), read_encoder(summed).encode(TEXTS), atol=1e-5)
+        assert load(summed).get_embedding_dimension() == width
+        load(summed).save("saved")
+        np.testing.assert_array_equal(load(Path("saved")).encode(TEXTS), load(summed).encode(TEXTS))
+        shutil.rmtree("saved")
     encoder, model = read_encoder(folder), load(folder)
     assert model.get_embedding_dimension() == 6 + 32
     np.testing.assert_allclose(model.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5)

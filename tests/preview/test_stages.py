@@ -110,6 +110,16 @@ def test_gates_of_answers_and_targets_are_problems(sections: Sections, workspace
     assert found.losses  # the stages behind it run all the same
 
 
+def test_the_queries_own_targets_come_to_train(sections: Sections, workspace: Path) -> None:
+    mapped = changed(changed(sections, "embed", queries=True), "train", response_share=0.3, response_form="added")
+    found = run_stages(mapped, few(), workspace / "scratch")
+    assert (found.problems, len(found.losses)) == ([], STEPS)
+    assert found.targets.column_names == ["id", "embedding", "query_embedding"]
+    assert found.speeds["embed"].rows == 8
+    refused = run_stages(changed(mapped, "embed", queries=False), few(), workspace / "again")
+    assert [problem.partition(": added")[0] for problem in refused.problems] == ["train fails: train.response_form"]
+
+
 def test_a_stage_that_fails_ends_the_preview(sections: Sections, workspace: Path) -> None:
     short = changed(sections, "generate", max_new_tokens=2)
     found = run_stages(changed(short, "train", max_response_tokens=8), few(), workspace / "scratch")

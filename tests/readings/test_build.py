@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,21 @@ def test_stored_targets_and_a_refinement(inputs: Inputs) -> None:
     shutil.rmtree("data/responses")
     with pytest.raises(PipelineError, match="data/responses"):
         run(inputs, Request(targets="stored"))
+
+
+def test_stored_targets_are_added_where_the_teacher_embedded_the_queries(inputs: Inputs) -> None:
+    added = Request(readings=["echo"], shares=[0.5, 1.0], targets="stored", form="added")
+    draw = np.random.default_rng(0)
+    columns, ids = ("embedding", "query_embedding"), sorted(map(row_id, TEXTS))
+    rows = [{"id": row, **{name: draw.normal(size=3).tolist() for name in columns}} for row in ids]
+    write_targets(pa.Table.from_pylist(rows, targets_schema(3, "float32", queries=True)))
+    with pytest.raises(PipelineError, match=r"form: added.*embed\.queries: true"):  # the params of the targets say no
+        run(inputs, added)
+    write_targets(pa.Table.from_pylist(rows, targets_schema(3, "float32", queries=True)), queries=True)
+    summed, beside = run(inputs, added), run(inputs, replace(added, form="beside"))
+    lines, others = by_setting(summed), by_setting(beside)
+    assert lines["echo", "closed form", 0.5].scores != others["echo", "closed form", 0.5].scores
+    assert lines["echo", "closed form", 1.0].ridge == others["echo", "closed form", 1.0].ridge
 
 
 def test_without_answers_or_tasks(inputs: Inputs) -> None:

@@ -49,3 +49,16 @@ def test_the_digest_follows_the_numbers() -> None:
     other = Prediction(LinearMap(np.array([[2.0, 0.1]]), np.zeros(1)), 10.0, 4.0, 2.0, 8.0)
     assert KNOWN.digest != other.digest
     assert KNOWN.digest == Prediction(KNOWN.map, 10.0, 4.0, 2.0, 8.0).digest
+
+
+def test_a_reading_is_mapped_by_the_queries_own_embeddings_before_it_is_added() -> None:
+    readings = np.array([[1.0], [-1.0]] * 5)
+    predicted, own = 4 * readings + 8, 2 * readings + 7
+    fitted = fit_prediction(readings, predicted, "added", own)
+    # Ridge 10 over ten rows of length 1 halves the slopes: 2 r + 8 and r + 7, of mean lengths 8 and 7.
+    assert (fitted.ridge, fitted.length, fitted.reading_length, fitted.target_length) == (10, 8, 7, 8)
+    np.testing.assert_allclose(fitted.embed(np.array([[1.0]]), 0.25), [[0.25 * 10 * 7 / 8 + 0.75 * 8]])
+    np.testing.assert_allclose(
+        fitted.answers(np.array([[16.0]]), np.array([[-1.0]]), 0.25), [[0.25 * 2 * 7 + 0.75 * 6]]
+    )
+    assert fitted.digest != fit_prediction(readings, predicted, "added", own + 1).digest

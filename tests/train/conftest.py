@@ -51,10 +51,10 @@ def write_inputs(backbone: Path, rows: int = 24, width: int = 6) -> None:
     write_targets(pa.Table.from_pylist(targets, schemas.targets_schema(width, "float32")))
 
 
-def write_targets(table: pa.Table) -> None:
+def write_targets(table: pa.Table, **params: Any) -> None:
     """data/targets of the current workspace."""
     shutil.rmtree(TARGETS_DIR, ignore_errors=True)
-    with create(TARGETS_DIR, kind="targets", params={}, models={"teacher": {"name": "t"}}) as out:
+    with create(TARGETS_DIR, kind="targets", params=params, models={"teacher": {"name": "t"}}) as out:
         out.write_parts([table], table.schema)
 
 

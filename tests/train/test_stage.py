@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -29,6 +30,7 @@ from pipeline.core.paths import (
     TARGETS_DIR,
     TRAIN_TABLE,
 )
+from pipeline.core.schemas import QUERY_EMBEDDING, targets_schema
 from pipeline.core.target_transform import TRANSFORM_FILE, TargetTransform
 from pipeline.core.vectors import matrix
 from pipeline.encoder.folder.mix import mix
@@ -40,6 +42,7 @@ from pipeline.train.data import TrainingRows
 from pipeline.train.params import check_instructions
 from pipeline.train.states import HalvedPasses
 from pipeline.train.trainer import Trainer
+from pipeline.train.warm_start import STRENGTHS
 from tests.toy_workspace import write_manifest
 from tests.train.conftest import ENVIRONMENT, run_stage, write_inputs, write_params, write_targets
 
@@ -118,6 +121,59 @@ def test_a_refined_start_is_another_alignment_projection(backbone: Path) -> None
 def test_a_refinement_without_a_closed_form_is_refused(backbone: Path, fails: Callable[..., None]) -> None:
     write_params(backbone, refine={}, warm_start={"enabled": False})
     fails("refine", "warm_start.enabled")
+
+
+def write_query_targets(backbone: Path, **train: Any) -> np.ndarray:
+    """Targets of six dimensions with those of the queries, `[24, 6]`, and params for a student that is added to."""
+    table = open_artifact(TARGETS_DIR, "targets").read()
+    of_queries = np.random.default_rng(1).normal(2.0, 1.0, (table.num_rows, 6)).astype(np.float32)
+    rows = [row | {QUERY_EMBEDDING: vector.tolist()} for row, vector in zip(table.to_pylist(), of_queries, strict=True)]
+    write_targets(pa.Table.from_pylist(rows, targets_schema(6, "float32", queries=True)), queries=True)
+    write_params(backbone, epochs=1, response_share=0.3, response_form="added", **train)
+    return of_queries
+
+
+def test_a_reading_is_added_in_the_space_of_any_teacher_that_embedded_the_queries(backbone: Path) -> None:
+    """The folder embeds by ridge regressions that are solved here anew."""
+    of_queries = write_query_targets(backbone, seed=3)
+    run()
+    open_artifact(ENCODER_DIR, "encoder")
+    encoder = read_encoder(ENCODER_DIR)
+    texts = [f"query {row:04x}" for row in range(20)]  # the training queries
+    states = encoder.hidden_states(texts).mean(axis=1).astype(np.float64)
+    mean, deviation = states.mean(0), states.std(0)
+    read = (states - mean) / deviation
+    targets = of_queries[:20].astype(np.float64)
+    answers = [
+        read.T @ np.linalg.solve(read @ read.T + ridge * np.eye(20), targets - targets.mean(0)) for ridge in STRENGTHS
+    ]
+    reading = encoder.head._reading
+    errors = [np.abs(reading.weight.numpy().T - weight).max() for weight in answers]
+    assert min(errors) < 1e-4
+    mapped = read @ answers[int(np.argmin(errors))] + targets.mean(0)
+    mix(ENCODER_DIR, 1.0, Path("alone"))
+    alone = read_encoder(Path("alone")).encode(texts)
+    lengths = [np.linalg.norm(each, axis=1).mean() for each in (alone, mapped)]
+    expected = 0.3 * lengths[1] / lengths[0] * alone + 0.7 * mapped
+    np.testing.assert_allclose(encoder.encode(texts), expected, atol=2e-3)
+    assert encoder.width == encoder.at_start().width == 6
+    assert encoder.at_start().head._reading.weight is not None
+
+
+def test_a_killed_training_ends_in_the_same_mapped_reading(backbone: Path) -> None:
+    write_query_targets(backbone)
+    run_stage()
+    whole = contents(ENCODER_DIR)
+    shutil.rmtree(ENCODER_DIR)
+    shutil.rmtree(".work")
+    run_stage(-signal.SIGKILL, PIPELINE_TEST_KILL="checkpoint.committed:2")
+    run_stage()
+    assert contents(ENCODER_DIR) == whole
+
+
+def test_added_without_targets_of_the_queries_is_refused(backbone: Path, fails: Callable[..., None]) -> None:
+    write_params(backbone, response_share=0.3, response_form="added")
+    fails("train.response_form: added", "embed.queries: true")
 
 
 def add_to_manifest(folder: Path, name: str) -> None:

@@ -87,12 +87,18 @@ def embedding_width(share: float, width: int, hidden: int, form: ResponseForm = 
     return width if form == "added" and 0 < share < 1 else width * (share > 0) + hidden * (share < 1)
 
 
-def check_form(form: ResponseForm, teacher: Mapping[str, Any], transform: Mapping[str, str] | None) -> None:
-    """Raises TrainingError if a prediction in the space of these targets cannot be added to a standardised reading."""
+def check_form(
+    form: ResponseForm, teacher: Mapping[str, Any], transform: Mapping[str, str] | None, *, mapped: bool
+) -> None:
+    """Raises TrainingError if a prediction in the space of these targets cannot be added to a standardised reading.
+
+    `mapped`: the reading has a map to that space, since the teacher embedded the queries too.
+    """
     mean = teacher.get("kind") == "backbone" and teacher.get("pooling") == "mean"
-    if form == "added" and not (mean and (transform or {}).get("kind") == "standardize"):
+    if form == "added" and not (mapped or (mean and (transform or {}).get("kind") == "standardize")):
         raise TrainingError(
-            "added: the targets must be a reading of the backbone itself, its mean hidden states standardised "
-            "(embed.teacher.kind: backbone, embed.transform.kind: standardize): take the form beside",
+            "added: the teacher must embed the queries too (embed.queries: true, then train), or the targets be a "
+            "reading of the backbone itself, its mean hidden states standardised (embed.teacher.kind: backbone, "
+            "embed.transform.kind: standardize): set that, or take the form beside",
             argument="response_form",
         )

@@ -11,6 +11,7 @@ from pipeline.core.errors import TrainingError
 from pipeline.encoder.folder.config import READING_FILE, EncoderConfig, ResponseForm, check_form
 from pipeline.encoder.folder.derive import derive, open_source
 from pipeline.encoder.folder.read import read_config
+from pipeline.encoder.folder.tensors import read_reading
 
 
 def mix(model: Path, response_share: float, out: Path, form: ResponseForm | None = None) -> EncoderConfig:
@@ -32,7 +33,9 @@ def mix(model: Path, response_share: float, out: Path, form: ResponseForm | None
         )
     before = read_config(model)
     mixed = {"response_share": response_share, "response_form": form or before.response_form}
-    check_form(form or before.response_form, before.teacher, before.transform)
+    reading = read_reading(model, before)
+    mapped = reading is not None and reading.to_targets is not None
+    check_form(form or before.response_form, before.teacher, before.transform, mapped=mapped)
     config = before.model_copy(update={**mixed, "rotated_width": None})
     params = copy.deepcopy(source.manifest.params)
     params.setdefault("train", {}).update(mixed)

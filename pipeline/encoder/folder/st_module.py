@@ -84,13 +84,16 @@ class Head(_InFloat32):
 
     `share` is that of the predicted response in an embedding. Below 1, `reading` holds the mean and the scale of hidden
     states `[d]`, and `lengths` of predictions and readings `[2]`; the reading stands beside the response or is `added`
-    to it. A `rotation` holds the whole map from the mean hidden state to rotated embeddings: weight `[k, d]`, bias
-    `[k]`.
+    to it. If `reading` has a map to its space, weight `[e, d]` and bias `[e]`, that is what is added, and its length is
+    the third of `lengths`. A `rotation` holds the whole map from the mean hidden state to rotated embeddings: weight
+    `[k, d]`, bias `[k]`.
     """
 
     reading_mean: Tensor
     reading_scale: Tensor
     reading_lengths: Tensor
+    reading_weight: Tensor
+    reading_bias: Tensor
     rotation_weight: Tensor
     rotation_bias: Tensor
 
@@ -106,6 +109,7 @@ class Head(_InFloat32):
     ) -> None:
         super().__init__()
         self.share, self.rotated, self.added = share, bool(rotation), added
+        self.mapped = added and "weight" in (reading or {})
         for kind, tensors in (("reading", reading), ("rotation", rotation)):
             for name, value in (tensors or {}).items():
                 self.register_buffer(f"{kind}_{name}", value.float(), persistent=False)
@@ -128,6 +132,8 @@ class Head(_InFloat32):
             return predicted
         mean, scale, lengths = self.reading_mean, self.reading_scale, self.reading_lengths
         read = (hidden.to(mean.device, mean.dtype).mean(dim=1) - mean) * scale
+        if self.mapped:
+            read, lengths = read @ self.reading_weight.T + self.reading_bias, lengths[[0, 2]]
         parts = predicted * (self.share * lengths[1] / lengths[0]), read * (1 - self.share)
         return parts[0] + parts[1] if self.added else torch.cat(parts, dim=1)
 

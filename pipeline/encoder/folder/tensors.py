@@ -1,7 +1,8 @@
 """The tensor files of an encoder folder: the trained student, what makes its embedding, and the student at its start.
 
 student.safetensors   new tokens and both projections
-reading.safetensors   how the student's own hidden states are standardised; imported encoders have none
+reading.safetensors   how the student's own hidden states are standardised, and mapped into the teacher's space if it
+                      embedded the queries; imported encoders have none
 rotation.safetensors  the map to rotated embeddings, if `rotate` made the folder
 start.safetensors     the student before its first step, and its reading as `reading.<name>`
 """
@@ -100,7 +101,11 @@ def _student(file: Path, tensors: Mapping[str, Tensor], config: EncoderConfig) -
 
 
 def _reading(file: Path, tensors: Mapping[str, Tensor], config: EncoderConfig) -> Reading:
-    _check_shapes(file, tensors, Reading.plain(config.hidden).tensors())
+    wanted = Reading.plain(config.hidden)
+    if "weight" in tensors:
+        sizes = torch.empty(config.width, config.hidden), torch.empty(config.width)
+        wanted = Reading(wanted.mean, wanted.scale, torch.empty(3), *sizes)
+    _check_shapes(file, tensors, wanted.tensors())
     return Reading(**tensors)
 
 

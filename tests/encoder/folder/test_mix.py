@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
@@ -91,7 +92,30 @@ def test_reading_and_prediction_are_added_where_the_teacher_is_a_reading_of_the_
 def test_a_prediction_in_another_space_cannot_be_added(folder: Path) -> None:
     done = CliRunner().invoke(app, ["mix", "encoder", "--response-share", "0.3", "--response-form", "added"])
     assert done.exit_code == 1
-    assert "--response-form" in done.output and "embed.teacher.kind: backbone" in done.output
+    assert "--response-form" in done.output and "embed.queries: true" in done.output
+    assert "embed.teacher.kind: backbone" in done.output
+
+
+def test_a_reading_with_a_map_is_added_in_the_space_of_any_teacher(
+    workspace: Path, tiny_backbone: Callable[..., Path]
+) -> None:
+    write_folder(Path("encoder"), tiny_backbone("qwen3"), mapped=True)
+    trained = write_folder(Path("trained"), tiny_backbone("qwen3"), mapped=True, share=0.3, form="added")
+    arguments = ["--response-share", "0.3", "--response-form", "added", "--output", "mixed"]
+    assert "embeddings of 5 dimensions" in mix("encoder", *arguments)
+    assert open_artifact(trained, "encoder").manifest == open_artifact(Path("mixed"), "encoder").manifest
+    plain, mixed = read_encoder(Path("encoder")), read_encoder(Path("mixed"))
+    reading = mixed.head._reading
+    own = (plain.hidden_states(TEXTS).mean(axis=1) - reading.mean.numpy()) * reading.scale.numpy()
+    own = own @ reading.weight.numpy().T + reading.bias.numpy()
+    lengths = reading.lengths.numpy()
+    expected = 0.3 * lengths[2] / lengths[0] * plain.encode(TEXTS) + 0.7 * own
+    np.testing.assert_allclose(mixed.encode(TEXTS), expected, rtol=1e-4, atol=1e-5)
+    assert mixed.at_start().encode(TEXTS).shape == (3, 5)
+    weights = load_file("mixed/reading.safetensors")
+    save_file({**weights, "weight": weights["weight"][1:]}, "mixed/reading.safetensors")
+    with pytest.raises(TrainingError, match=r"weight has shape \[4, 32\]"):
+        read_encoder(Path("mixed"))
 
 
 def test_the_start_stands_at_the_share_of_the_student(folder: Path) -> None:
