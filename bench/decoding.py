@@ -14,7 +14,7 @@ closed     of the way from CE without a query (an empty turn) to CE with the que
 cosine     of the teacher's embeddings of the decoded text and of the true answer; chance: of shuffled pairs
 top-1      decoded texts that are nearest to their own answer among all held-out ones
 nearest    cosine of the known training answer nearest to the student's embedding: what the text must beat
-embedding  top-1 of the student's embedding itself; solved: with the alignment in closed form again, after the last step
+embedding  top-1 of the student's embedding itself; solved: with the alignment in closed form again (--solve)
 
 The first lines have no student: the greedy answer without a query, and another answer that the backbone samples given
 the query, at temperature 1.
@@ -230,7 +230,8 @@ class Study:
         from pipeline.lens.faithfulness import pair, summary
 
         embeddings = self.teacher.embed(list(texts))
-        found = summary("cosine", pair(embeddings, self.heldout.targets), BootstrapParams())
+        pairs = pair(embeddings, self.heldout.targets)
+        found = summary("cosine", pairs, BootstrapParams())
         top1 = rank_own(embeddings, self.heldout.targets).top1
         return {
             "cosine": found.mean,
@@ -238,6 +239,7 @@ class Study:
             "high": found.high,
             "chance": found.chance,
             "top-1": top1,
+            "cosines": pairs.own.tolist(),
             "texts": list(texts[:EXAMPLES]),
         }
 
@@ -297,15 +299,15 @@ def computed(file: Path, compute: Any) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def trained(study: Study, name: str, steps: int, *, last: bool) -> Line:
-    """Train a run to these steps, 0: as it starts, and judge it; at the end also with the alignment solved again."""
+def trained(study: Study, name: str, steps: int, *, solve: bool) -> Line:
+    """Train a run to these steps, 0: as it starts, and judge it; `solve`: also with the alignment solved again."""
     trainer = study.trainer(name, max(1, steps))
     if steps:
         trainer.run()
     student = trainer.student
     states = study.states(student)
     line = study.judge(student, states)
-    if last:
+    if solve:
         solve_alignment(trainer)
         line |= {f"{key} solved": value for key, value in study.retrieval(student, states).items()}
     print({"run": name, "step": steps, **shown(line)}, file=sys.stderr)
@@ -345,6 +347,7 @@ def main() -> None:
     parser.add_argument("--workspace", type=Path, default=ROOT / ".bench" / "decoding")
     parser.add_argument("--run", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS), help="ascending")
+    parser.add_argument("--solve", action="store_true", help="judge each student with its alignment solved again, too")
     arguments = parser.parse_args()
     workspace = arguments.workspace.resolve()
     os.environ["PIPELINE_WORK_DIR"] = str(workspace / ".work")
@@ -358,7 +361,7 @@ def main() -> None:
     references = computed(study.folder / "references.json", study.references)
     for steps in (0, *arguments.steps):
         for name in arguments.run if steps else ["ce"]:
-            compute = partial(trained, study, name, steps, last=steps == arguments.steps[-1])
+            compute = partial(trained, study, name, steps, solve=arguments.solve)
             found[name if steps else "start", steps] = computed(study.folder / f"{name}-{steps}.json", compute)
     without, given = study.bounds
     lines = [{"run": name, "step": "", **shown(line)} for name, line in references.items() if "CE" in line]
