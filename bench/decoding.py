@@ -26,8 +26,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial, reduce
-from operator import add
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -319,18 +318,15 @@ def solve_alignment(trainer: Any) -> None:
     import torch
 
     from pipeline.train.reading import row_passes, sample
-    from pipeline.train.ridge import LinearMap, fit_ridge
-    from pipeline.train.warm_start import Statistics, accumulate, choose_strength
+    from pipeline.train.ridge import LinearMap
+    from pipeline.train.warm_start import Statistics, accumulate, closed_form
 
     student = trainer.student
     with row_passes(trainer) as passes:
         statistics = Statistics(student.compression_tokens, student.hidden)
         accumulate(statistics, trainer.rows, sample(trainer, START_ROWS), passes)
-    folds = statistics.folds()
     weight, bias = (value.detach().double().numpy() for value in student.reconstruction.parameters())
-    soft = LinearMap(weight, bias)
-    moments = reduce(add, (moments for moments, _, _ in folds)).mapped(soft)
-    [alignment] = fit_ridge(moments, [choose_strength(folds, soft)])
+    alignment, _ = closed_form(statistics.folds(), LinearMap(weight, bias))
     with torch.no_grad():
         student.alignment.weight.copy_(torch.from_numpy(alignment.weight))
         student.alignment.bias.copy_(torch.from_numpy(alignment.bias))
