@@ -38,6 +38,9 @@ def readings(
     ] = "beside",
     rows: Annotated[int, typer.Option(min=20, help="Most training queries that are read.")] = 4000,
     heldout: Annotated[int, typer.Option(min=2, help="Most held-out queries.")] = 500,
+    skip: Annotated[
+        int, typer.Option(min=0, help="Training queries that are passed over before: another draw of the same data.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Compare what can be read of the backbone: raw, standardised, and in closed form to its answers."""
@@ -52,7 +55,7 @@ def readings(
         defaults, chosen, joined = Request(), one_of(Targets, targets, "targets"), one_of(ResponseForm, form, "form")
         found = run(
             load(params, Inputs),
-            Request(suite, reading or (), share or defaults.shares, chosen, refine, rows, heldout, joined),
+            Request(suite, reading or (), share or defaults.shares, chosen, refine, rows, heldout, joined, skip),
         )
     if as_json:
         print(json.dumps(asdict(found), indent=2))

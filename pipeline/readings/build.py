@@ -64,6 +64,7 @@ class Request:
         refine: the closed form too, as `train.refine` says or by its defaults.
         form: how prediction and reading are joined at a share below 1.
         rows: most training queries that are read; `heldout`: most held-out ones.
+        skip: training queries that are passed over before, so that draws of one order share none.
     """
 
     suite: str | None = None
@@ -74,6 +75,7 @@ class Request:
     rows: int = 4000
     heldout: int = 500
     form: ResponseForm = "beside"
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,17 @@ def run(inputs: Inputs, request: Request) -> Found:
         _check_form(request.form)
     tasks = _tasks(inputs, request.suite)
     train, heldout = (
-        _rows(table, most, inputs.train.seed, request)
-        for table, most in ((TRAIN_TABLE, request.rows), (HELDOUT_TABLE, request.heldout))
+        _rows(table, chosen, inputs.train.seed, request)
+        for table, chosen in (
+            (TRAIN_TABLE, slice(request.skip, request.skip + request.rows)),
+            (HELDOUT_TABLE, slice(request.heldout)),
+        )
     )
     if len(train.queries) < LEAST_ROWS:
         raise EvaluationError(f"{len(train.queries)} training queries, at least {LEAST_ROWS}: collect more")
     if not train.answers:
         log.warning("%s is not there: no closed form, no query to answer; run generate for both", RESPONSES_DIR)
-    backbone, device = _backbone(inputs), best_device()
+    backbone, device = frozen_backbone(inputs), best_device()
     settings = Measurement(
         tasks=tasks,
         instructions=load_instructions(Path(own) if (own := inputs.evaluate.instructions) else None),
@@ -165,15 +170,15 @@ def _check_form(form: ResponseForm) -> None:
         check_form(form, made.models["teacher"], kind, mapped=mapped)
 
 
-def _rows(table: str, most: int, seed: int, request: Request) -> Rows:
-    """A sample of the queries of a table, with their usable answers where there are any."""
+def _rows(table: str, drawn: slice, seed: int, request: Request) -> Rows:
+    """These of the queries of a table in random order, with their usable answers where there are any."""
     queries, responses = open_artifact(QUERIES_DIR, QUERIES_DIR.name).read(table), _responses(request.targets)
     if responses is not None and request.targets == "stored":
         columns = None if request.form == "added" else ["id", "embedding"]
         queries = join(queries, responses, open_artifact(TARGETS_DIR, TARGETS_DIR.name).read(columns=columns))
     elif responses is not None:
         queries = queries.filter(pc.is_in(queries["id"], usable_ids(responses)))
-    chosen = queries.take(pa.array(np.sort(epoch_order(queries.num_rows, 0, seed)[:most])))
+    chosen = queries.take(pa.array(np.sort(epoch_order(queries.num_rows, 0, seed)[drawn])))
     texts = chosen["text"].to_pylist()
     if responses is None:
         return Rows(texts, [])
@@ -189,7 +194,8 @@ def _responses(targets: Targets) -> pa.Table | None:
     return open_artifact(RESPONSES_DIR, RESPONSES_DIR.name).read()
 
 
-def _backbone(inputs: Inputs) -> FrozenBackbone:
+def frozen_backbone(inputs: Inputs) -> FrozenBackbone:
+    """The params' backbone on the best device, to be read as their student does before its first step."""
     params, train, device = inputs.backbone, inputs.train, best_device()
     dtype = inputs.evaluate.dtype
     log.info("backbone: device %s (the best present), %s", device, dtype)

@@ -16,6 +16,7 @@ from pipeline.__main__ import app
 from pipeline.core.config import load
 from pipeline.core.errors import PipelineError
 from pipeline.core.schemas import targets_schema
+from pipeline.readings import build
 from pipeline.readings.build import Found, Inputs, Request, run
 from pipeline.readings.states import TemplateStates
 from tests.evaluate.fakes import classification_folder, retrieval_folder, sts_folder
@@ -94,6 +95,15 @@ def test_the_closed_form_is_fitted_on_the_training_rows_alone(inputs: Inputs) ->
     for old, new in zip(before.lines, after.lines, strict=True):
         assert (old.scores, old.mean, old.ridge) == (new.scores, new.mean, new.ridge)
     assert all(line.top1.value == 0 for line in after.lines if line.share is None)
+
+
+def test_draws_behind_each_other_share_no_row(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[list[str]] = []
+    monkeypatch.setattr(build, "LEAST_ROWS", 9)
+    monkeypatch.setattr(build, "measure", lambda backbone, names, train, *rest: read.append(train.queries) or [])
+    for skip in (0, 9, 18):
+        run(inputs, Request(rows=9, skip=skip))
+    assert sorted(text for draw in read for text in draw) == sorted(set(TEXTS) - set(TEXTS[::10]))
 
 
 def test_stored_targets_and_a_refinement(inputs: Inputs) -> None:
