@@ -39,7 +39,7 @@ def project(workspace: Path, tiny_backbone: Callable[..., Path]) -> Path:
             generate={"engine": "echo", "options": {}, "max_new_tokens": 64},
             embed={"transform": {"kind": "none"}},
             evaluate={"local_dir": "tasks"},
-            train={"max_response_tokens": 80},
+            train={"max_response_tokens": 80, "response_form": "beside"},
         )
     )
     for name in ("sources", "tasks"):
@@ -77,7 +77,8 @@ def whole(lines: list[str]) -> str:
 
 
 def test_what_looks_wrong_is_listed_last_and_fails_the_command(project: Path) -> None:
-    write_params(**{**read_yaml(Path("params.yaml")), "train": {**demo()["train"], "max_response_tokens": 8}})
+    params = read_yaml(Path("params.yaml"))
+    write_params(**params | {"train": params["train"] | {"max_response_tokens": 8}})
     result = call("--n", 4)
     assert result.exit_code == 1
     where, problem = result.stdout.splitlines()[-2:]

@@ -56,7 +56,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"kind": "pca"}, "kind: Input should be 'none', 'center'"),
+        ({"kind": "pca"}, "kind: Input should be 'auto', 'none', 'center'"),
         ({"kind": "center", "components": 2}, "kind center takes no components"),
         ({"components": 2}, "kind none takes no components"),
         ({"kind": "standardize", "shrinkage": 0.5}, "kind standardize takes no shrinkage"),

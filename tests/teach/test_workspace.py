@@ -75,6 +75,7 @@ def test_its_tensors_are_shown(trained: Path) -> None:
 def plan_with(**changes: Any) -> Any:
     content = read_yaml(ROOT / "params.demo.yaml")
     content["embed"]["teacher"] = {"kind": "llm2vec-trained", "max_tokens": 256}
+    content["train"]["response_form"] = "beside"
     content["teach"] |= changes
     return make_plan(validate(content, AllParams, where="params"), ROOT)
 
