@@ -11,6 +11,7 @@ from pipeline.cli.options import ParamsOption, one_of
 from pipeline.core.config import PARAMS_FILE
 
 if TYPE_CHECKING:
+    from pipeline.encoder.folder.config import ResponseForm
     from pipeline.readings.build import Found
     from pipeline.readings.measure import Interval, Line
 
@@ -60,10 +61,10 @@ def readings(
     if as_json:
         print(json.dumps(asdict(found), indent=2))
     else:
-        _print(found)
+        _print(found, joined)
 
 
-def _print(found: "Found") -> None:
+def _print(found: "Found", form: "ResponseForm") -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -77,16 +78,17 @@ def _print(found: "Found") -> None:
     if not console.is_terminal:
         console.width = _WIDTH
     console.print(table)
-    print("\n".join(_notes(found)))
+    print("\n".join(_notes(found, form)))
 
 
-def _notes(found: "Found") -> Iterator[str]:
+def _notes(found: "Found", form: "ResponseForm") -> Iterator[str]:
     yield f"{found.rows} training queries, {found.heldout} held out, backbone {found.backbone['name']}."
     if found.answered:
         kind = "standardised echo reading" if found.targets == "echo" else "target in data/targets"
+        joined = "beside" if form == "beside" else "added to"
         yield (
             "query to answer: share of held-out queries whose own answer is the nearest. The closed form predicts the "
-            f"{kind} of the answer; a share below 1 has the standardised reading beside it."
+            f"{kind} of the answer; a share below 1 has the standardised reading {joined} it."
         )
     if not found.tasks:
         return
