@@ -160,6 +160,7 @@ def test_a_reading_is_added_in_the_space_of_any_teacher_that_embedded_the_querie
     assert encoder.at_start().head._reading.weight is not None
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_in_the_same_mapped_reading(backbone: Path) -> None:
     write_query_targets(backbone)
     run_stage()
