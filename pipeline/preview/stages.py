@@ -167,8 +167,9 @@ def _embed(sections: Sections, found: Preview, scratch: Path) -> None:
         statistics = TargetStatistics()
         made = [finish.beside(stored, queries) for queries in embedder.tables(of_queries, len(rows))]
         [targets] = statistics.through(made or [finish(stored)])
-    if params.transform.kind != "none":
-        found.notes.append(f"embed.transform {transform_facts['kind']} is fitted on these {len(rows)} rows alone")
+    if (kind := params.transform.kind) != "none":
+        chosen = "" if kind == transform_facts["kind"] else f" ({transform_facts['kind']})"
+        found.notes.append(f"embed.transform {kind}{chosen} is fitted on these {len(rows)} rows alone")
     for row_id, cut in zip(stored["id"].to_pylist(), stored["truncated"].to_pylist(), strict=True):
         if cut:
             found.cuts[row_id].append(f"the answer for the teacher, at embed.teacher.max_tokens {teacher.max_tokens}")

@@ -1,4 +1,4 @@
-"""What a run meets, for `python -m pipeline params`: the memory of a training step, targets that do not fit."""
+"""Checks of a training run before it starts, for `python -m pipeline params`: memory of a step, targets that fit."""
 
 from dataclasses import replace
 

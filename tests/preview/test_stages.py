@@ -120,6 +120,13 @@ def test_the_queries_own_targets_come_to_train(sections: Sections, workspace: Pa
     assert [problem.partition(": added")[0] for problem in refused.problems] == ["train fails: train.response_form"]
 
 
+def test_what_an_automatic_transform_chose_is_noted(sections: Sections, workspace: Path) -> None:
+    hashed = {"kind": "hash", "options": {"width": 64}}  # normal vectors: no two point the same way
+    automatic = changed(sections, "embed", teacher=hashed, transform={"kind": "auto"})
+    found = run_stages(automatic, few(), workspace / "scratch")
+    assert any(note.startswith("embed.transform auto (none)") for note in found.notes)
+
+
 def test_a_stage_that_fails_ends_the_preview(sections: Sections, workspace: Path) -> None:
     short = changed(sections, "generate", max_new_tokens=2)
     found = run_stages(changed(short, "train", max_response_tokens=8), few(), workspace / "scratch")
