@@ -1,6 +1,6 @@
 """How faithful decoded answers become with training steps, by loss and rate: SmolLM2-135M, short answers.
 
-    .venv/bin/python bench/decoding.py [--workspace DIR] [--run NAME ...] [--steps 50 100 200 400 800]
+    .venv/bin/python bench/decoding.py [--workspace DIR] [--run NAME ...] [--steps 50 100 200 400 800] [--seed 0]
 
 The workspace gets Alpaca queries, the backbone's answers and targets of all-MiniLM-L6-v2 where they are not there yet.
 Each run trains with the pipeline's own trainer from the closed form, 8 rows a step, at a rate that stays as it is
@@ -78,21 +78,22 @@ RUNS = {
 class Study:
     """Data and models of all runs."""
 
-    def __init__(self, workspace: Path) -> None:
-        """Loads backbone and teacher, and reads the rows."""
+    def __init__(self, workspace: Path, seed: int) -> None:
+        """Loads backbone and teacher, and reads the rows; `seed` is of the new tokens and of the rows' order."""
         from pipeline.backbone.loading import BackboneParams, identify, load_backbone, load_tokenizer
         from pipeline.embed.teachers.sentence_transformers import SentenceTransformersTeacher
         from pipeline.encoder.passes.select import make_passes
         from pipeline.train.build import query_formatter
 
         self.folder = workspace / "decoding"
-        self.folder.mkdir(exist_ok=True)
+        self.runs = self.folder / f"seed-{seed}"
+        self.runs.mkdir(parents=True, exist_ok=True)
         loaded = BackboneParams(name=str(BACKBONE), dtype="bfloat16")
         self.backbone, self.tokenizer = load_backbone(loaded), load_tokenizer(loaded)
         self.teacher = SentenceTransformersTeacher(str(TEACHER), revision=None, max_tokens=256, dtype="float32")
         self.origin = {**identify(loaded.name, None), "dtype": loaded.dtype}
         self.passes = make_passes(self.backbone)
-        self.section = train_section(workspace)
+        self.section = train_section(workspace) | {"seed": seed}
         formatter = query_formatter(self.params(Run(), 1), loaded, self.tokenizer)
         self.empty = formatter("").token_ids
         self.train, heldout = (self._rows(workspace, name, formatter) for name in ("train", "heldout"))
@@ -158,7 +159,7 @@ class Study:
             self.train,
             params,
             Accelerator(cpu=True),
-            checkpoint=self.folder / f"{name}.checkpoint",
+            checkpoint=self.runs / f"{name}.checkpoint",
             origin=self.origin,
         )
         if not trainer.resume():
@@ -343,6 +344,7 @@ def main() -> None:
     parser.add_argument("--workspace", type=Path, default=ROOT / ".bench" / "decoding")
     parser.add_argument("--run", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS), help="ascending")
+    parser.add_argument("--seed", type=int, default=0, help="of the new tokens and of the order of the rows")
     parser.add_argument("--solve", action="store_true", help="judge each student with its alignment solved again, too")
     arguments = parser.parse_args()
     workspace = arguments.workspace.resolve()
@@ -352,17 +354,17 @@ def main() -> None:
     prepare_process()
     prepare_models()
     prepare_workspace(workspace, ROWS, TOKENS)
-    study = Study(workspace)
+    study = Study(workspace, arguments.seed)
     found: dict[tuple[str, int], Line] = {}
     references = computed(study.folder / "references.json", study.references)
     for steps in (0, *arguments.steps):
         for name in arguments.run if steps else ["ce"]:
             compute = partial(trained, study, name, steps, solve=arguments.solve)
-            found[name if steps else "start", steps] = computed(study.folder / f"{name}-{steps}.json", compute)
+            found[name if steps else "start", steps] = computed(study.runs / f"{name}-{steps}.json", compute)
     without, given = study.bounds
     lines = [{"run": name, "step": "", **shown(line)} for name, line in references.items() if "CE" in line]
     lines += [{"run": name, "step": str(step), **shown(line)} for (name, step), line in found.items()]
-    rows = {"training": len(study.train), "held out": len(study.heldout)}
+    rows = {"training": len(study.train), "held out": len(study.heldout), "seed": arguments.seed}
     runs = {name: asdict(RUNS[name]) for name in arguments.run}
     show(
         f"{rows}, CE {without:.3f} without a query, {given:.3f} with it", lines, {**rows, "runs": runs, "lines": lines}
