@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = Path(os.environ.get("REAL_DATA", ROOT.parent / "shared" / "data"))
 SMALL_LM = ROOT / "models" / "SmolLM2-135M-Instruct"
 SMALL_TEACHER = ROOT / "models" / "all-MiniLM-L6-v2"
+
+# An example that a busy machine makes slow is no failure.
+hypothesis.settings.register_profile("untimed", deadline=None, database=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ _IS_WORD = r"^[\p{L}\p{M}\p{N}]"
 _WORD_BIT = np.uint64(1)
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying is invertible
 _CACHED_TOKENS = 500_000  # about 60 MB
-BATCH_TOKENS = 2**20
+# Rows that are read together: about so many tokens, and at most so many rows, since MinHash takes 5 KB for each.
+BATCH_TOKENS, BATCH_ROWS = 2**20, 2**13
 
 
 @dataclass(frozen=True)
@@ -170,11 +171,11 @@ class TokenFile:
         return self._read(position, position + 1)
 
     def batches(self) -> Iterator[tuple[int, HashRows]]:
-        """All rows in pieces of about a million tokens, each with the position of its first row."""
+        """All rows in pieces (`BATCH_TOKENS`, `BATCH_ROWS`), each with the position of its first row."""
         start = 0
         while start < len(self):
             stop = int(np.searchsorted(self._ends[0], self._ends[0][start] + BATCH_TOKENS, side="left"))
-            stop = min(max(stop, start + 1), len(self))
+            stop = min(max(stop, start + 1), start + BATCH_ROWS, len(self))
             yield start, self._read(start, stop)
             start = stop
 

@@ -15,7 +15,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<")
 
 @pytest.mark.parametrize("template", ["raw", "chat"])
 @pytest.mark.parametrize("keep", ["start", "end"])
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=60)
 @given(st.lists(texts, min_size=1, max_size=4), st.integers(5, 48))
 def test_prompts_keep_their_limit_and_one_side_of_the_text(
     template: Template, keep: Keep, several: list[str], limit: int

@@ -101,13 +101,17 @@ def test_a_file_gives_back_what_it_got(rows: list[list[int]]) -> None:
         file.close()
 
 
-def test_batches_are_cut_by_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.collect.ngrams.BATCH_TOKENS", 4)
+@pytest.mark.parametrize(("tokens", "most_rows", "starts"), [(4, 10, [0, 3]), (4, 2, [0, 2, 3, 5]), (99, 4, [0, 4])])
+def test_batches_are_cut_by_tokens_and_by_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, most_rows: int, starts: list[int]
+) -> None:
+    monkeypatch.setattr("pipeline.collect.ngrams.BATCH_TOKENS", tokens)
+    monkeypatch.setattr("pipeline.collect.ngrams.BATCH_ROWS", most_rows)
     file = TokenFile(tmp_path / "words")
     rows = [[1], [2, 2], [3] * 9, [], [4], []]
     file.append(np.arange(6), numbered(rows))
     file.finish()
     batches = list(file.batches())
-    assert [start for start, _ in batches] == [0, 3]
+    assert [start for start, _ in batches] == starts
     assert [row for _, batch in batches for row in rows_of(batch)] == rows
     file.close()

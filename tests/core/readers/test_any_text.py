@@ -42,7 +42,7 @@ WRITERS = {
 @given(TEXTS, st.sampled_from(list(WRITERS)), st.sampled_from(list(PACKED)), st.sampled_from(list(ENCODINGS)))
 @example(["[{'role'", '[{"role": 1'], ".json", "", "utf-8")
 @example(["", '"', ",", "\r", "\n\r\n"], ".csv", "", "utf-16-le")
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_texts_come_back(texts: list[str], ending: str, packed: str, encoding: str) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"a{ending}{packed}"
@@ -53,7 +53,6 @@ def test_texts_come_back(texts: list[str], ending: str, packed: str, encoding: s
 
 
 @given(st.lists(LINE, min_size=1, max_size=12), st.sampled_from(["\n", "\r", "\r\n"]), st.booleans())
-@settings(deadline=None)
 def test_lines_come_back(texts: list[str], end: str, closed: bool) -> None:
     closed = closed or not texts[-1]  # an empty last line needs its end
     with TemporaryDirectory() as folder:
@@ -63,7 +62,6 @@ def test_lines_come_back(texts: list[str], end: str, closed: bool) -> None:
 
 
 @given(TEXTS, st.integers(1, 12), st.integers(1, 5))
-@settings(deadline=None)
 def test_shards_are_one_after_another(texts: list[str], cut: int, rows: int) -> None:
     with TemporaryDirectory() as folder:
         parts = [part for part in (texts[:cut], texts[cut:]) if part]
