@@ -28,10 +28,10 @@ def row_id(text: str) -> str:
     return bytes_sha256(text.encode())[:32]
 
 
-def write_queries(texts: Iterable[str]) -> None:
-    """data/queries with every tenth text held out."""
+def write_queries(texts: Iterable[str], params: dict[str, Any] | None = None) -> None:
+    """data/queries with every tenth text held out; `params` are the manifest's."""
     rows = [{"id": row_id(text), "text": text, "source": "test"} for text in texts]
-    with create(Path("data/queries"), kind="queries", params={}) as out:
+    with create(Path("data/queries"), kind="queries", params=params or {}) as out:
         for split, chosen in (("train", [r for i, r in enumerate(rows) if i % 10]), ("heldout", rows[::10])):
             table = pa.Table.from_pylist(sorted(chosen, key=lambda row: row["id"]), schema=QUERIES)
             out.write_table(f"{split}.parquet", table)

@@ -1,7 +1,7 @@
 """From an instruction and a text to the token ids of one prompt, and from prompts to padded batches."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,20 @@ ECHO = f"Rewrite the sentence: {SLOT}, rewritten sentence: {SLOT}"
 def join_instruction(instruction: str, text: str) -> str:
     """`instruction`, a space and `text`; the text alone where the instruction is empty."""
     return f"{instruction} {text}" if instruction else text
+
+
+def first_instruction(sources: Iterable[Mapping[str, Any]]) -> str | None:
+    """The params key of the first instruction of `collect.sources`, as a manifest holds them; None without any."""
+    numbers = (number for number, source in enumerate(sources) if source.get("instruction"))
+    return next((f"collect.sources.{number}.instruction" for number in numbers), None)
+
+
+def check_instructions_stay(too_long: str, sources: Iterable[Mapping[str, Any]]) -> None:
+    """Raises BackboneError if a query that loses its start would lose an instruction of `collect.sources`."""
+    key = first_instruction(sources)
+    if too_long == "keep_end" and key is not None:
+        message = f"keep_end cuts {key} off the front of a long query: take keep_start, or leave the instruction out"
+        raise BackboneError(message, argument="too_long")
 
 
 @dataclass(frozen=True)

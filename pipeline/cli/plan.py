@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.backbone.loading import DTYPE_BYTES, BackboneParams
+from pipeline.backbone.prompting import check_instructions_stay
 from pipeline.backbone.sizes import ModelSizes, sizes_from_config
 from pipeline.cli.presets import preset_of
 from pipeline.collect.params import CollectParams
@@ -91,10 +92,14 @@ def make_plan(params: AllParams, root: Path = Path()) -> Plan:
     Raises:
         EvaluationError: mteb does not know a task or benchmark (of teach.quality too), or a task has no instruction.
         ParamsError: evaluate.instructions names a file that is missing or has mistakes.
+        BackboneError: too_long of generate or train would cut an instruction of collect.sources.
         TrainingError: train.template does not fit the instructions of collect.sources, or train.response_form embed.
     """
+    sources = params.collect.model_dump()["sources"]
+    with section("generate"):
+        check_instructions_stay(params.generate.too_long, sources)
     with section("train"):
-        check_instructions(params.train.template, [source.instruction for source in params.collect.sources])
+        check_instructions(params.train, sources)
         check_response_form(params.train, params.embed)
     sizes = backbone_sizes(params.backbone, root)
     rows, known = expected_rows(params, root)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.backbone.loading import BackboneParams, identify
+from pipeline.backbone.prompting import check_instructions_stay
 from pipeline.core.artifacts import PIECES, create, open_artifact
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import EngineError, section
@@ -49,6 +50,8 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
     queries = open_artifact(QUERIES_DIR, "queries")
     models = {"backbone": identify(inputs.backbone.name, inputs.backbone.revision)}
     content = answer_content(inputs.backbone, params)
+    with section("generate"):
+        check_instructions_stay(params.too_long, queries.manifest.params.get("sources", []))
     with (
         section("generate"),
         ShardStore(work_dir("generate"), STORE, {**models, **content}) as store,

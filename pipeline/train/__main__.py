@@ -60,8 +60,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     artifacts = [open_artifact(path, path.name) for path in (QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR)]
     identity = _checked_identity(backbone, artifacts[1])
     _check_form(params, artifacts[2])
-    sources = artifacts[0].manifest.params.get("sources", [])
-    check_instructions(params.template, [source.get("instruction", "") for source in sources])
+    check_instructions(params, artifacts[0].manifest.params.get("sources", []))
     tokenizer = load_tokenizer(backbone)
     formatter = query_formatter(params, backbone, tokenizer)
     rows = read_rows(params, artifacts, TRAIN_TABLE, tokenizer, formatter)

@@ -1,13 +1,14 @@
 """Section `train` of params.yaml."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from pipeline.backbone.loading import Keep, Pool, Quantize, Template
 from pipeline.backbone.lora import LoraParams
+from pipeline.backbone.prompting import check_instructions_stay, first_instruction
 from pipeline.core.config import Params
 from pipeline.core.errors import TrainingError
 from pipeline.core.tracking import Tracker
@@ -191,9 +192,14 @@ def planned_steps(rows: int, params: TrainParams) -> int:
     return min(steps, params.stop_after_steps) if params.stop_after_steps else steps
 
 
-def check_instructions(template: Template, instructions: Iterable[str]) -> None:
-    """Raises TrainingError if the template would repeat an instruction of collect's sources."""
-    number = next((number for number, instruction in enumerate(instructions) if instruction), None)
-    if template == "echo" and number is not None:
-        message = f"echo repeats collect.sources.{number}.instruction, which an evaluation writes once: take chat"
-        raise TrainingError(message, argument="template")
+def check_instructions(params: TrainParams, sources: Sequence[Mapping[str, Any]]) -> None:
+    """Check that training leaves each instruction of `collect.sources`, as a manifest holds them, once and whole.
+
+    Raises:
+        TrainingError: the template would repeat one.
+        BackboneError: one would be cut off a long query.
+    """
+    key = first_instruction(sources)
+    if params.template == "echo" and key is not None:
+        raise TrainingError(f"echo repeats {key}, which an evaluation writes once: take chat", argument="template")
+    check_instructions_stay(params.too_long, sources)

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from pipeline.cli.plan import AllParams, backbone_sizes, expected_rows, load_all, make_plan
 from pipeline.core.artifacts import create
 from pipeline.core.config import read_yaml
-from pipeline.core.errors import ParamsError, TrainingError
+from pipeline.core.errors import BackboneError, ParamsError, TrainingError
 from tests.conftest import ROOT
 
 
@@ -63,6 +63,16 @@ def test_an_instruction_that_training_would_repeat_is_refused(workspace: Path) -
         content["train"]["template"] = "echo"
 
     with pytest.raises(TrainingError, match=r"train\.template: echo repeats collect\.sources\.0\.instruction"):
+        make_plan(load_all(written(workspace, change)))
+
+
+@pytest.mark.parametrize("stage", ["generate", "train"])
+def test_an_instruction_that_would_be_cut_off_is_refused(workspace: Path, stage: str) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["collect"]["sources"][0]["instruction"] = "Explain:"
+        content[stage]["too_long"] = "keep_end"
+
+    with pytest.raises(BackboneError, match=rf"{stage}\.too_long: keep_end .*collect\.sources\.0\.instruction"):
         make_plan(load_all(written(workspace, change)))
 
 

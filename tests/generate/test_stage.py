@@ -241,6 +241,14 @@ def test_what_becomes_of_a_query_that_is_too_long(
     assert facts()["counts"]["errors"] == ({"dropped": 1} if error else {})
 
 
+def test_an_instruction_that_would_be_cut_off_is_refused(configure: Configure) -> None:
+    write_queries(TEXTS[:5], {"sources": [{"path": "a.txt"}, {"path": "b.txt", "instruction": "Explain:"}]})
+    configure(too_long="keep_end")
+    fails("generate.too_long: keep_end cuts collect.sources.1.instruction")
+    configure(too_long="drop")
+    assert invoke().exit_code == 0
+
+
 @pytest.fixture
 def uninterrupted(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """Responses of a run in another work folder; they are in place when the test starts."""

@@ -39,7 +39,6 @@ from pipeline.encoder.inference import Encoder
 from pipeline.optim.late import HostCopy
 from pipeline.train.__main__ import main
 from pipeline.train.data import TrainingRows
-from pipeline.train.params import check_instructions
 from pipeline.train.states import HalvedPasses
 from pipeline.train.trainer import Trainer
 from pipeline.train.warm_start import STRENGTHS
@@ -261,7 +260,7 @@ def test_what_is_pooled_of_a_second_text_is_trained_on(backbone: Path, pool: str
     assert np.square(predicted - targets).sum() < 0.3 * np.square(targets - targets.mean(0)).sum()
 
 
-def test_an_instruction_is_not_repeated(backbone: Path, fails: Callable[..., None]) -> None:
+def test_an_instruction_is_neither_repeated_nor_cut_off(backbone: Path, fails: Callable[..., None]) -> None:
     sources = [{"kind": "local", "path": "a.txt"}, {"kind": "local", "path": "b.txt", "instruction": "Explain:"}]
     table = {name: open_artifact(QUERIES_DIR, "queries").read(name) for name in (TRAIN_TABLE, HELDOUT_TABLE)}
     with create(QUERIES_DIR, kind="queries", params={"sources": sources}) as out:
@@ -269,8 +268,10 @@ def test_an_instruction_is_not_repeated(backbone: Path, fails: Callable[..., Non
             out.write_table(name, rows)
     write_params(backbone, template="echo")
     fails("train.template", "collect.sources.1.instruction")
-    check_instructions("chat", ["", "Explain:"])
-    check_instructions("echo", ["", ""])
+    write_params(backbone, too_long="keep_end")
+    fails("train.too_long: keep_end", "collect.sources.1.instruction")
+    write_params(backbone, epochs=1)
+    run()
 
 
 def test_what_is_pooled_must_stand_twice(backbone: Path, fails: Callable[..., None]) -> None:
