@@ -100,14 +100,17 @@ def encode_file(
     as `NAME.center.npy`); the path of what was so written subtracts that mean, as from queries.
 
     Raises:
-        SourceError: an unknown output format, the output is the input, the input is damaged or changes meanwhile,
-            `storage` has more dimensions than the embeddings, or `center` names no mean of this encoder's.
+        SourceError: an unknown output format, the output is the input, the ranges or the mean of other embeddings lie
+            beside it, the input is damaged or changes meanwhile, `storage` has more dimensions than the embeddings, or
+            `center` names no mean of this encoder's.
         TrainingError: see `Encoder.encode`.
         WorkError: the disk is full, or another process does the same work.
     """
     check_output(output, texts.path, keeps=kept is not None)
     width = encoder.width_of(space)
     storage.check(width)
+    if output.suffix == ".npy":
+        _check_beside(output, ranges=storage.quantize == "int8", center=center == CORPUS)
     given = None if center is None or center == CORPUS else read_center(encoder, Path(center), space)
     device = encoder.model.device.type
     rows = chunk_rows or CHUNK_ROWS.get(device, CHUNK_ROWS["cuda"])
@@ -248,15 +251,28 @@ def _write_npy(path: Path, stored: _Stored) -> None:
             file.write(embeddings.tobytes())
 
 
+def _beside(output: Path, name: str) -> Path:
+    return output.with_suffix(f".{name}.npy")
+
+
+def _check_beside(output: Path, **written: bool) -> None:
+    """Raises SourceError if a file that is not `written` anew lies where readers look for one of this output."""
+    for name, anew in written.items():
+        if not anew and (path := _beside(output, name)).exists():
+            raise SourceError(f"{path} would stay beside {output}: remove it, or write elsewhere", argument="output")
+
+
 def _write_beside(output: Path, **arrays: "np.ndarray[Any, Any] | None") -> None:
     """What a .npy of embeddings cannot hold: of int8 the ranges `[2, width]` of dimensions, the mean `[width]`."""
     import numpy as np
 
+    # A kill in between leaves no embeddings, rather than those of an earlier run beside these ranges or this mean.
+    output.unlink(missing_ok=True)
     for name, values in arrays.items():
         if values is not None:
             sink = BytesIO()
             np.save(sink, values)
-            write_bytes(output.with_suffix(f".{name}.npy"), sink.getvalue())
+            write_bytes(_beside(output, name), sink.getvalue())
 
 
 def _write_parquet(path: Path, stored: _Stored, origin: dict[str, Any], kept: Columns | None) -> None:

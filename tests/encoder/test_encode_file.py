@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import polars as pl
@@ -459,6 +460,38 @@ def test_queries_are_centred_with_the_stored_mean(workspace: Path, center: str) 
     assert pl.read_parquet("queries.parquet")["embedding"].to_list() == [[0.0, 0.0, 0.0]]
     encode("queries.npy", source="queries.txt", center=center)
     assert not Path("queries.center.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("center", {"center": "corpus"}), ("ranges", {"storage": Storage(quantize="int8")})]
+)
+def test_files_of_two_runs_do_not_lie_side_by_side(workspace: Path, name: str, options: dict[str, Any]) -> None:
+    Path("in.txt").write_text("a\nccc\n")
+    beside = Path(f"out.{name}.npy")
+    encode("out.npy", **options)
+    first = {path: path.read_bytes() for path in (Path("out.npy"), beside)}
+    with pytest.raises(SourceError, match=rf"output: out\.{name}\.npy"):
+        encode("out.npy")
+    assert {path: path.read_bytes() for path in first} == first
+    encode("out.parquet")
+    encode("out.npy", **options)
+    assert {path: path.read_bytes() for path in first} == first
+    beside.unlink()
+    encode("out.npy")
+    assert not beside.exists()
+
+
+def test_a_kill_leaves_no_embeddings_beside_the_mean_of_others(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("in.txt").write_text("a\nccc\n")
+    encode("out.npy", center="corpus")
+    Path("in.txt").write_text("bb\n")
+    monkeypatch.setattr("pipeline.core.part_store.fsync_path", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy", center="corpus")
+    np.testing.assert_array_equal(np.load("out.center.npy"), [2, 98, 1])
+    assert not Path("out.npy").exists()
 
 
 def test_centring_comes_before_truncation(workspace: Path) -> None:
