@@ -12,7 +12,6 @@ from pipeline.backbone.device import best_device
 from pipeline.core.gates import warn_of_gates
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import progress
-from pipeline.core.target_transform import TransformParams
 from pipeline.core.tracking import Log, ProgressLog
 from pipeline.core.vectors import Anisotropy
 from pipeline.embed.params import EmbedParams, TargetGates
@@ -82,9 +81,7 @@ def _fit(embedder: Embedder, responses: UsableResponses, trained_on: Iterable[st
             before.add(vectors)
             yield vectors
 
-    automatic = params.transform.kind == "auto"
-    transform = TransformParams(kind="standardize") if automatic else params.transform
-    fitted = fit_transform(transform, blocks(), unit_length=params.normalize)
+    fitted = fit_transform(params.transform, blocks(), unit_length=params.normalize)
     fitted.facts["anisotropy_before"] = before.value
     return fitted
 

@@ -101,7 +101,7 @@ class Fitted(NamedTuple):
 
 
 def fit_transform(params: TransformParams, blocks: Iterable[np.ndarray], *, unit_length: bool) -> Fitted:
-    """The transform of the params (of any kind but none and auto), fitted on vectors.
+    """The transform of the params (of any kind but none; auto is fitted as standardize), fitted on vectors.
 
     Args:
         params: section `embed.transform`.
@@ -114,9 +114,11 @@ def fit_transform(params: TransformParams, blocks: Iterable[np.ndarray], *, unit
     moments = TargetMoments()
     for block in blocks:
         moments.add(block)
-    facts: dict[str, Any] = {"kind": params.kind, "fitted_rows": moments.rows}
     with nested_in("transform"):
         _check(params, moments)
+        if params.kind == "auto":
+            params = TransformParams(kind="standardize")
+        facts: dict[str, Any] = {"kind": params.kind, "fitted_rows": moments.rows}
         forward, inverse = _maps(params, moments, facts)
         if params.rotate:
             forward, inverse = _rotated(forward, inverse, moments.covariance(), facts)
@@ -130,6 +132,8 @@ def _check(params: TransformParams, moments: TargetMoments) -> None:
     if moments.rows < LEAST_ROWS:
         message = f"{params.kind} is fitted on training responses, at least {LEAST_ROWS}: there are {moments.rows}"
         raise TeacherError(message, argument="kind")
+    if not np.trace(moments.covariance()) > EQUAL * float(np.square(moments.mean).sum()):
+        raise TeacherError(f"{params.kind}: the teacher embeds all training responses alike", argument="kind")
     width = len(moments.mean)
     most = width - 1 if params.kind == "remove-components" else width
     if params.components is not None and params.components > most:
@@ -139,8 +143,6 @@ def _check(params: TransformParams, moments: TargetMoments) -> None:
 def _maps(params: TransformParams, moments: TargetMoments, facts: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Forward and inverse."""
     covariance = moments.covariance()
-    if not np.trace(covariance) > EQUAL * float(np.square(moments.mean).sum()):
-        raise TeacherError(f"{params.kind}: the teacher embeds all training responses alike", argument="kind")
     if params.kind == "center":
         return np.ones(len(moments.mean)), np.ones(len(moments.mean))
     if params.kind == "standardize":

@@ -244,6 +244,8 @@ def test_a_transform_without_queries(configure: Configure) -> None:
     fails("data/queries is not a finished artifact")
     write_queries(TEXTS[30:60])
     fails("embed.transform.kind: whiten is fitted on training responses, at least 2: there are 0")
+    configure(embed={"transform": {"kind": "auto"}})
+    fails("embed.transform.kind: auto is fitted on training responses, at least 2: there are 0")
 
 
 @pytest.mark.parametrize(

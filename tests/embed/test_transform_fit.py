@@ -212,7 +212,9 @@ def test_the_fit_depends_on_the_rows_in_order_and_not_on_what_lies_beside_them()
     ("vectors", "params", "message"),
     [
         (planted(1), {"kind": "center"}, "fitted on training responses, at least 2: there are 1"),
+        (planted(1), {"kind": "auto"}, "^transform.kind: auto is fitted on .* at least 2: there are 1"),
         (np.ones((9, 3), np.float32), {"kind": "whiten"}, "^transform.kind: .* alike"),
+        (np.ones((9, 3), np.float32), {"kind": "auto"}, "^transform.kind: auto: .* alike"),
         (planted(), {"kind": "whiten", "components": 13}, r"^transform.components: 13: at most 12 of 12 dimensions"),
         (planted(), {"kind": "remove-components", "components": 12}, r"components: 12: at most 11 of 12"),
         (np.full((9, 3), 0.1, np.float32), {"kind": "center"}, "^transform.kind: .* alike"),
