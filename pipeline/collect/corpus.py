@@ -25,6 +25,7 @@ from pipeline.collect.rows import (
     drop_lengths,
     sample,
     set_fate,
+    source_labels,
     split,
     to_frame,
     undecided,
@@ -60,7 +61,7 @@ class Corpus:
         self.seconds: dict[str, float] = {}
         self.source_digests: dict[str, str] = {}
         self._sources = sources
-        self._labels = [source.label for source in sources]
+        self._labels = source_labels(sources)
         self._instructions = [normalize_text(source.instruction) for source in sources]
         self._spill = Spill(scratch)
         self._tokens = TokenFile(scratch / "words") if compared else None

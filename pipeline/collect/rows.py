@@ -7,6 +7,7 @@ reading order, without the text itself: `source` (its number), `id` (as a number
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -15,6 +16,7 @@ import polars as pl
 
 from pipeline.backbone.prompting import join_instruction
 from pipeline.collect.spill import Mask, Rows, prefixes
+from pipeline.core.readers import HubSource, LocalSource
 from pipeline.core.text import normalize_text, query_id
 
 SPLITS = ("train", "heldout")
@@ -31,6 +33,7 @@ FATES = (
     *SPLITS,
 )
 FATE = pl.Enum(FATES)
+ALL = "all"  # sources together, in counts
 _DUPLICATE_PARTS = 16  # of the ids, in which repeated ones are looked for one after another
 
 
@@ -136,11 +139,18 @@ def _unit_hash(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) // 2**11 / 2**53
 
 
+def source_labels(sources: Sequence[LocalSource | HubSource]) -> list[str]:
+    """What names each source in counts and in the column `source`; equal names get the number of the source."""
+    labels = [source.label for source in sources]
+    named = Counter([ALL, *labels])
+    return [f"{label} (sources.{number})" if named[label] > 1 else label for number, label in enumerate(labels)]
+
+
 def count_fates(frame: pl.DataFrame, labels: Sequence[str]) -> dict[str, dict[str, int]]:
     """Rows `read` and rows of each fate, in all and per source; `labels` name the sources."""
-    counts = {name: {"read": 0} | dict.fromkeys(FATES, 0) for name in ("all", *labels)}
+    counts = {name: {"read": 0} | dict.fromkeys(FATES, 0) for name in (ALL, *labels)}
     for source, fate, rows in frame.group_by("source", "fate").len().iter_rows():
-        for name in ("all", labels[source]):
+        for name in (ALL, labels[source]):
             counts[name][fate] += rows
             counts[name]["read"] += rows
     return counts

@@ -123,6 +123,22 @@ def test_of_two_sources_with_the_same_text_the_first_counts(collect: Collect) ->
     assert sorted({*sources[0], *sources[1]}) == ["more.jsonl", "queries.jsonl"]
 
 
+def test_sources_of_one_path_are_counted_apart(collect: Collect) -> None:
+    write(questions(30))
+    assert collect(sources=[LOCAL, LOCAL | {"instruction": "Explain:", "limit": 20}]).exit_code == 0
+    manifest = open_artifact(QUERIES_DIR, "queries").manifest
+    assert {name: counts["read"] for name, counts in manifest.counts.items()} == {
+        "all": 50,
+        "queries.jsonl (sources.0)": 30,
+        "queries.jsonl (sources.1)": 20,
+    }
+    table = open_artifact(QUERIES_DIR, "queries").read(columns=["text", "source"])
+    assert {
+        (text.startswith("Explain:"), source)
+        for text, source in zip(table["text"].to_pylist(), table["source"].to_pylist(), strict=True)
+    } == {(False, "queries.jsonl (sources.0)"), (True, "queries.jsonl (sources.1)")}
+
+
 def test_an_instruction_stands_before_the_texts_of_its_source(collect: Collect) -> None:
     write(questions(30))
     write([*questions(20), "x", " "], "more.jsonl")
