@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def encode(
     model: ModelOption,
     source: InputOption,
-    output: Annotated[Path, typer.Option("--output", help="Embeddings: .npy or .parquet.")],
+    output: Annotated[Path, typer.Option("--output", help="Embeddings: .npy or .parquet; replaces the file.")],
     prompt: PromptOption = "",
     column: ColumnOption = None,
     tidy: TidyOption = False,

@@ -127,7 +127,9 @@ def _revision(name: str) -> Any:
     from scmrepo.exceptions import SCMError
 
     try:
-        return DVCFileSystem(".", rev=name)
+        files = DVCFileSystem(".", rev=name)
+        files.repo  # noqa: B018  opened at first use; its `exists` takes any failure for a missing file
+        return files
     except (DvcException, SCMError) as error:
         raise EvaluationError(
             f"'{name}' is no folder, and no git revision or DVC experiment of this repository ({error})"

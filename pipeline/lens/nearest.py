@@ -119,6 +119,8 @@ def open_index(path: Path) -> Index:
     if path.is_dir():
         targets, responses = (open_artifact(path / kind, kind) for kind in ("targets", "responses"))
         return index_of_targets(targets, responses)
+    if not path.exists():
+        raise SourceError(f"{path} does not exist: give a data folder, or what encode wrote", argument="corpus")
     with _readable(path):
         metadata = pq.read_metadata(path)
         schema = metadata.schema.to_arrow_schema()

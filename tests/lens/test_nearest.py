@@ -87,8 +87,8 @@ def test_a_corpus_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"needs the columns 'text' and 'embedding'.*its columns: text"):
         open_index(tmp_path / "plain.parquet")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
-    for name in ("torn.parquet", "gone.parquet"):
-        with pytest.raises(SourceError, match=f"corpus: .*{name} cannot be read"):
+    for name, what in {"torn.parquet": "cannot be read", "gone.parquet": "does not exist"}.items():
+        with pytest.raises(SourceError, match=f"corpus: .*{name} {what}"):
             open_index(tmp_path / name)
     with pytest.raises(ArtifactError):
         open_index(tmp_path)
