@@ -300,7 +300,9 @@ def computed(file: Path, compute: Any) -> Any:
 
 
 def trained(study: Study, name: str, steps: int, *, solve: bool) -> Line:
-    """Train a run to these steps, 0: as it starts, and judge it; `solve`: also with the alignment solved again."""
+    """Train a run to these steps, 0: as it starts, and judge it; `solve`: also with the alignment fitted again."""
+    from pipeline.train.refit import refit_alignment
+
     trainer = study.trainer(name, max(1, steps))
     if steps:
         trainer.run()
@@ -308,29 +310,12 @@ def trained(study: Study, name: str, steps: int, *, solve: bool) -> Line:
     states = study.states(student)
     line = study.judge(student, states)
     if solve:
-        solve_alignment(trainer)
+        refit_alignment(trainer)
+        trainer.checkpoint = study.runs / f"{name}-refitted.checkpoint"
+        trainer.save()
         line |= {f"{key} solved": value for key, value in study.retrieval(student, states).items()}
     print({"run": name, "step": steps, **shown(line)}, file=sys.stderr)
     return line
-
-
-def solve_alignment(trainer: Any) -> None:
-    """Put the closed form over the trained tokens and reconstruction in the place of the trained alignment."""
-    import torch
-
-    from pipeline.train.reading import row_passes, sample
-    from pipeline.train.ridge import LinearMap
-    from pipeline.train.warm_start import Statistics, accumulate, closed_form
-
-    student = trainer.student
-    with row_passes(trainer) as passes:
-        statistics = Statistics(student.compression_tokens, student.hidden)
-        accumulate(statistics, trainer.rows, sample(trainer, START_ROWS), passes)
-    weight, bias = (value.detach().double().numpy() for value in student.reconstruction.parameters())
-    alignment, _ = closed_form(statistics.folds(), LinearMap(weight, bias))
-    with torch.no_grad():
-        student.alignment.weight.copy_(torch.from_numpy(alignment.weight))
-        student.alignment.bias.copy_(torch.from_numpy(alignment.bias))
 
 
 def shown(line: Line) -> Line:

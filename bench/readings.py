@@ -11,7 +11,8 @@ OMP_NUM_THREADS; a second call reads what the first one computed.
 --suite reasoning, safety or whole scores other tasks. --redteam 0.25 makes a quarter of the queries first turns of
 people who try to get harmful answers.
 --sizes 1000 4000 16000 measures the readings of --reading on disjoint draws of these sizes, in both forms.
---checkpoint FILE compares the student of a training with its own start, both in FILE (bench/decoding.py leaves one).
+--checkpoint FILE [OTHER ...] compares the student of a training with its own start, both in FILE, and with the students
+of other checkpoints (bench/decoding.py leaves NAME.checkpoint, with --solve also NAME-refitted.checkpoint).
 --prepare stops when queries and answers are there.
 """
 
@@ -19,6 +20,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +64,11 @@ def by_size(folder: Path, arguments: argparse.Namespace) -> None:
     show(f"Closed form by rows, {arguments.suite}", table(lines), {"draws": len(wanted)})
 
 
-def after_steps(folder: Path, checkpoint: Path, suite: str) -> None:
+def after_steps(folder: Path, checkpoints: Sequence[Path], suite: str) -> None:
     """Student minus start, a line a metric."""
-    found = compare(folder, checkpoint.resolve(), suite)
-    rows = [{key: delta[key] for key in ("metric", "delta", "low", "high", "verdict")} for delta in found["deltas"]]
+    found = compare(folder, [path.resolve() for path in checkpoints], suite)
+    columns = ("metric", "system", "delta", "low", "high", "verdict")
+    rows = [{key: delta[key] for key in columns} for delta in found["deltas"]]
     show(f"Student minus start after {found['steps']} steps", rows, found)
 
 
@@ -117,7 +120,7 @@ def parsed() -> argparse.Namespace:
     add("--reading", nargs="+", default=["tokens", "echo", "twice-both"], help="of --sizes")
     add("--share", type=float, nargs="+", default=[0.3, 0.5, 1.0], help="of --sizes")
     add("--refine", action="store_true", help="the closed form too, with --sizes")
-    add("--checkpoint", type=Path, help="of a training: its student against its start")
+    add("--checkpoint", type=Path, nargs="+", help="of a training: its student against its start and other students")
     add("options", nargs="*", help="of python -m pipeline readings, behind --")
     return parser.parse_args()
 

@@ -1,12 +1,12 @@
 """What gradient steps add to the closed form: the student of a training checkpoint against its own start.
 
-A checkpoint of the trainer holds both. Their embeddings are the predicted response alone, a share of 1, read from the
-compression tokens; the workspace's params name the backbone and the tasks, and their template must be that of the
-training.
+A checkpoint of the trainer holds both; students of further checkpoints can stand beside them. Their embeddings are the
+predicted response alone, a share of 1, read from the compression tokens; the workspace's params name the backbone and
+the tasks, and their template must be that of the training.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from pipeline.train.ridge import LinearMap
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.optim.checkpoint import Checkpoint
     from pipeline.readings.states import FrozenBackbone
 
 PREFIXES = {"student": "trained.student.", "start": "kept.start."}
@@ -36,8 +37,11 @@ class Named(ReadingSystem):
         return self.label
 
 
-def compare(folder: Path, checkpoint: Path, suite: str) -> dict[str, Any]:
-    """Student minus start on the tasks of a suite, and how many steps are between them."""
+def compare(folder: Path, checkpoints: Sequence[Path], suite: str) -> dict[str, Any]:
+    """Student of the first checkpoint minus its start and minus the students of the others, on the tasks of a suite.
+
+    Also how many steps are between student and start. Another student has the name of its file.
+    """
     from pipeline.core.run import work_dir
     from pipeline.evaluate.deltas import task_deltas
     from pipeline.evaluate.run import run_systems
@@ -48,28 +52,38 @@ def compare(folder: Path, checkpoint: Path, suite: str) -> dict[str, Any]:
     from pipeline.tasks.suites import find_tasks
 
     os.chdir(folder)
-    inputs, found = load(PARAMS_FILE, Inputs), read_checkpoint(checkpoint)
-    if found is None:
-        raise SystemExit(f"{checkpoint}: no intact checkpoint")
+    inputs, found = load(PARAMS_FILE, Inputs), list(map(read_checkpoint, checkpoints))
+    if None in found:
+        raise SystemExit(f"{checkpoints[found.index(None)]}: no intact checkpoint")
+    first, *others = filter(None, found)
+    students = {name: tensors_of(first, prefix) for name, prefix in PREFIXES.items()}
+    students |= {
+        path.stem: tensors_of(each, PREFIXES["student"]) for path, each in zip(checkpoints[1:], others, strict=True)
+    }
     evaluate, dtype = inputs.evaluate, inputs.evaluate.dtype
     tasks = find_tasks([Path(evaluate.local_dir) / name for name in inputs.suites[suite].local])
     with ExitStack() as stack:
-        systems = compared(frozen_backbone(inputs), found.tensors, work_dir("hidden"), stack)
+        systems = compared(frozen_backbone(inputs), students, work_dir("hidden"), stack)
         runs = run_systems(systems, tasks, load_instructions(), work=work_dir("readings"), dtype=dtype)
     deltas = task_deltas(tasks, runs, evaluate.bootstrap)
     scores = flat_metrics(summary_table(tasks, runs))
-    return {"steps": len(found.progress["curve"]), "scores": scores, "deltas": [asdict(delta) for delta in deltas]}
+    return {"steps": len(first.progress["curve"]), "scores": scores, "deltas": [asdict(delta) for delta in deltas]}
+
+
+def tensors_of(checkpoint: "Checkpoint", prefix: str) -> "dict[str, Tensor]":
+    """The tensors of a student in a checkpoint, by the student's own names."""
+    tensors = checkpoint.tensors
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def compared(
-    backbone: "FrozenBackbone", tensors: "Mapping[str, Tensor]", hidden: Path, stack: ExitStack
+    backbone: "FrozenBackbone", students: "Mapping[str, Mapping[str, Tensor]]", hidden: Path, stack: ExitStack
 ) -> Iterator[Named]:
-    """Student and start as systems, their states kept in the folder `hidden`."""
+    """Students by name, as systems whose states are kept in the folder `hidden`."""
     from pipeline.evaluate.embedding_cache import CachedSystem
     from pipeline.readings.states import TemplateStates
 
-    for label, prefix in PREFIXES.items():
-        own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    for label, own in students.items():
         tokens = own["tokens"].to(backbone.new_tokens)
         states = CachedSystem(
             TemplateStates("prompt", replace(backbone, new_tokens=tokens)), hidden, embeddings_dtype="float16"

@@ -165,9 +165,9 @@ class CostModel:
             adapter_parameters=adapter_parameters(sizes, settings),
         )
         flops = float(row) * planned_steps(rows, train) * train.batch_size
-        if train.warm_start.enabled:
+        if passes := train.warm_start.enabled + train.refit_alignment:
             read = train.max_query_tokens + settings.new_tokens
-            flops += read_flops(sizes, min(rows, train.warm_start.rows or rows) * read, read)
+            flops += passes * read_flops(sizes, min(rows, train.warm_start.rows or rows) * read, read)
         # The encoder's tensors in float32, and a checkpoint of them with gradients' moments.
         return Cost("train", self._compute_seconds(flops), TRAINED * trained_parameters(sizes, settings))
 

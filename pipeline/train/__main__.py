@@ -53,6 +53,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     from pipeline.backbone.loading import load_tokenizer
     from pipeline.train.build import assemble, query_formatter, read_rows
     from pipeline.train.reading import fit_reading
+    from pipeline.train.refit import refit_alignment
     from pipeline.train.write import run_facts, write_run
 
     params, backbone = inputs.train, inputs.backbone
@@ -79,6 +80,8 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     first = trainer.accelerator.is_main_process
     with tracking(params.track if first else None, "train", resume=bool(trainer.curve)) as trainer.track:
         trainer.run()
+    if params.refit_alignment:
+        refit_alignment(trainer)
     reading = fit_reading(trainer)
     if first:
         write_run(trainer, params, backbone, identity, tokenizer, artifacts, reading)

@@ -25,11 +25,11 @@ from pipeline.encoder.student import input_embeddings, new_student
 from pipeline.encoder.token_init import token_init
 from pipeline.train.data import TrainingRows, drop_loops, read_joined, tokenize
 from pipeline.train.params import TrainParams
-from pipeline.train.reading import fit_reading, row_passes, sample
+from pipeline.train.reading import fit_reading, row_statistics
 from pipeline.train.refine import refine_alignment
 from pipeline.train.trainer import Trainer
 from pipeline.train.validation import Validation
-from pipeline.train.warm_start import Statistics, accumulate, frame_rows, warm_start
+from pipeline.train.warm_start import Statistics, frame_rows, warm_start
 
 log = logging.getLogger(__name__)
 
@@ -154,10 +154,7 @@ def start_student(trainer: Trainer, backbone: Any, frame_ids: Sequence[int]) -> 
     if not trainer.params.warm_start.enabled:
         trainer.start = start_tensors(trainer.student, fit_reading(trainer))
         return
-    chosen = sample(trainer, trainer.params.warm_start.rows)
-    with row_passes(trainer) as passes:
-        statistics = Statistics(trainer.student.compression_tokens, trainer.student.hidden)
-        statistics = accumulate(statistics, trainer.rows, chosen, passes)
+    statistics = row_statistics(trainer, trainer.params.warm_start.rows)
     if trainer.accelerator.is_main_process:
         warm_start_student(trainer, statistics, backbone, frame_ids)
     trainer.agree()

@@ -28,7 +28,7 @@ _NUMERIC = {
     "max_tokens_per_batch",
 }
 # Params of what is made of the trained student.
-_AFTER = {"response_share", "response_form"}
+_AFTER = {"refit_alignment", "response_share", "response_form"}
 # Params that change no step already taken, if the schedule does not end with the run.
 _LENGTH = {"epochs", "stop_after_steps"}
 
@@ -131,6 +131,11 @@ class TrainParams(Params):
     )
     response_form: ResponseForm = Field(
         default="beside", description="of a share below 1: beside the reading, or added to it in the teacher's space"
+    )
+    refit_alignment: bool = Field(
+        default=False,
+        description="after the last step the alignment is fitted again in closed form, over the trained tokens and "
+        "reconstruction",
     )
     checkpoint_every: int = Field(ge=1, description="optimiser steps")
     track: Tracker | None = Field(default=None, exclude=True, description="losses and held-out scores, live")

@@ -7,6 +7,7 @@ embeddings on it, by which it can be added to the prediction (`train.response_fo
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +49,16 @@ def row_passes(trainer: Trainer) -> Iterator[RowPasses]:
         )
 
 
+def row_statistics(trainer: Trainer, most: int | None, targets: Any = None) -> Statistics:
+    """Statistics of at most `most` training rows, read by a trainer's student as it is; all processes share the pass.
+
+    `targets` `[N, e]` of all rows, in place of those of the responses. Raises TrainingError if a value is not finite.
+    """
+    statistics = Statistics(trainer.student.compression_tokens, trainer.student.hidden)
+    with row_passes(trainer) as passes:
+        return accumulate(statistics, trainer.rows, sample(trainer, most), passes, targets)
+
+
 def fit_reading(trainer: Trainer) -> Reading:
     """The reading of a trainer's student as it is, over at most `ROWS` rows, which all processes share.
 
@@ -59,11 +70,7 @@ def fit_reading(trainer: Trainer) -> Reading:
     from accelerate.utils import gather_object
 
     if trainer.rows.query_targets is not None:
-        statistics = Statistics(trainer.student.compression_tokens, trainer.student.hidden)
-        with row_passes(trainer) as passes:
-            chosen = sample(trainer, MAPPED_ROWS)
-            accumulate(statistics, trainer.rows, chosen, passes, trainer.rows.query_targets)
-        return mapped_reading(trainer.student, statistics)
+        return mapped_reading(trainer.student, row_statistics(trainer, MAPPED_ROWS, trainer.rows.query_targets))
     with row_passes(trainer) as passes:
         own = [(numbers, states.features) for numbers, states in passes.read(trainer.rows, sample(trainer, ROWS))]
     if trainer.accelerator.num_processes > 1:

@@ -24,7 +24,6 @@ from pipeline.train.ridge import LinearMap
 log = logging.getLogger(__name__)
 
 
-@torch.no_grad()
 def refine_alignment(student: Student, rows: tuple[np.ndarray, np.ndarray], params: RefineParams, *, seed: int) -> None:
     """Refine the alignment projection of a student in closed form; the reconstruction stays.
 
@@ -33,14 +32,9 @@ def refine_alignment(student: Student, rows: tuple[np.ndarray, np.ndarray], para
         rows: hidden states `[N, d]`, each the mean over the compression tokens, and targets `[N, e]`.
     """
     hidden, targets = rows
-    reconstruction, alignment = (
-        LinearMap(*(part.double().cpu().numpy() for part in (layer.weight, layer.bias)))
-        for layer in (student.reconstruction, student.alignment)
-    )
+    reconstruction, alignment = map(LinearMap.of_layer, (student.reconstruction, student.alignment))
     device = str(student.alignment.weight.device)
-    refined = refine(alignment, reconstruction(hidden), targets, params, seed=seed, device=device)
-    student.alignment.weight.copy_(torch.from_numpy(refined.weight))
-    student.alignment.bias.copy_(torch.from_numpy(refined.bias))
+    refine(alignment, reconstruction(hidden), targets, params, seed=seed, device=device).write_to(student.alignment)
 
 
 def refine(

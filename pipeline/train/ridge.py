@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch.nn import Linear
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,19 @@ class LinearMap:
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """`[N, e]` of features `[N, d]`."""
         return features @ self.weight.T + self.bias
+
+    @classmethod
+    def of_layer(cls, layer: "Linear") -> Self:
+        """What a layer computes."""
+        return cls(*(part.detach().double().cpu().numpy() for part in (layer.weight, layer.bias)))
+
+    def write_to(self, layer: "Linear") -> None:
+        """Make a layer compute this."""
+        import torch
+
+        with torch.no_grad():
+            layer.weight.copy_(torch.from_numpy(self.weight))
+            layer.bias.copy_(torch.from_numpy(self.bias))
 
 
 @dataclass(frozen=True)

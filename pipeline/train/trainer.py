@@ -36,7 +36,7 @@ from pipeline.train.fit import CPU_ROWS, PassLimits, Trial, halve_until_fit
 from pipeline.train.losses import add_gradients, loss_sums
 from pipeline.train.params import TrainParams, planned_steps
 from pipeline.train.throughput import Throughput
-from pipeline.train.validation import Validation
+from pipeline.train.validation import HeldoutScores, Validation, heldout_scores
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Trainer:
         sizes: of the backbone, to count operations; None counts none.
         origin: what pins the backbone and its precision, by which hidden states are kept; None keeps none.
         curve: one dict a step: step, loss, align, recon (NaN if its weight is 0), learning_rate.
-        facts: about the start, for the record; saved in checkpoints.
+        facts: about the start, for the record, saved in checkpoints; and about the alignment, where it is fitted again.
         start: the student before its first step, of `start_tensors`; saved in checkpoints.
         track: gets the losses of each step, and held-out scores; of the first process alone.
     """
@@ -179,6 +179,13 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             for parameter in self.trained.values():
                 parameter.data.copy_(broadcast(parameter.data))
+
+    def heldout_scores(self, validation: Validation) -> HeldoutScores:
+        """Scores of held-out rows with the student as it is; all processes share the passes."""
+        rows = validation.rows
+        shares = self._dealt(range(len(rows)), rows.lengths(self.params.extra_tokens))
+        own = own_passes(shares, self.accelerator.process_index, even=self.params.shard_backbone)
+        return heldout_scores(rows, own, self.student, self.passes, self.accelerator)
 
     def save(self) -> None:
         """Write the checkpoint; raises TrainingError instead if the last step is not finite."""
@@ -380,10 +387,7 @@ class Trainer:
     def _score(self) -> None:
         self._finish_steps()
         if self.validation is not None:
-            rows = self.validation.rows
-            shares = self._dealt(range(len(rows)), rows.lengths(self.params.extra_tokens))
-            own = own_passes(shares, self.accelerator.process_index, even=self.params.shard_backbone)
-            self.validation.score(len(self.curve), own, self.student, self.passes, self.trained, self.accelerator)
+            self.validation.add(len(self.curve), self.heldout_scores(self.validation), self.trained)
             if self.track is not None:
                 scores = {
                     f"heldout/{name}": value for name, value in self.validation.curve[-1].items() if name != "step"

@@ -25,6 +25,9 @@ class HeldoutScores:
     mrr: float
     recon: float
 
+    def __str__(self) -> str:
+        return f"cosine {self.cosine:.4f}, top-1 {self.top1:.3f}, MRR {self.mrr:.3f}, reconstruction {self.recon:.4f}"
+
     def better(self, other: "HeldoutScores", score: Score) -> bool:
         """Whether `score` is better here than in `other`: lower for recon, higher for the others."""
         mine, theirs = getattr(self, score), getattr(other, score)
@@ -55,14 +58,10 @@ class Validation:
     curve: list[dict[str, float]] = field(default_factory=list)
     best: Best | None = None
 
-    def score(
-        self, step: int, own: OwnPasses, student: Any, passes: Any, trained: Mapping[str, Any], accelerator: Any
-    ) -> None:
-        """Score the student as it is after `step` steps, each process its `own` passes."""
-        scores = heldout_scores(self.rows, own, student, passes, accelerator)
+    def add(self, step: int, scores: HeldoutScores, trained: Mapping[str, Any]) -> None:
+        """Add the scores of the student after `step` steps; `trained` is kept if they are the best so far."""
         self.curve.append({"step": step, **asdict(scores)})
-        message = "held out after %d steps: cosine %.4f, top-1 %.3f, MRR %.3f, reconstruction %.4f"
-        log.info(message, step, scores.cosine, scores.top1, scores.mrr, scores.recon)
+        log.info("held out after %d steps: %s", step, scores)
         if self.select and (self.best is None or scores.better(self.best.scores, self.select)):
             self.best = Best(step, scores, {name: value.detach().clone() for name, value in trained.items()})
 

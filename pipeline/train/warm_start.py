@@ -229,7 +229,6 @@ def fit_reconstruction(means: np.ndarray, spread: float, frame: np.ndarray, inpu
     return LinearMap(weight, frame.mean(0) - weight @ means.mean(0))
 
 
-@torch.no_grad()
 def warm_start(
     student: Student, statistics: Statistics, frame: np.ndarray, input_norm: float, strength: float | Literal["auto"]
 ) -> float:
@@ -243,8 +242,7 @@ def warm_start(
     """
     reconstruction = fit_reconstruction(statistics.position_means, statistics.spread, frame, input_norm)
     alignment, used = closed_form(statistics.folds(), reconstruction, strength)
-    for layer, fitted in ((student.reconstruction, reconstruction), (student.alignment, alignment)):
-        layer.weight.copy_(torch.from_numpy(fitted.weight))
-        layer.bias.copy_(torch.from_numpy(fitted.bias))
+    reconstruction.write_to(student.reconstruction)
+    alignment.write_to(student.alignment)
     log.info("warm start: ridge %g over %d rows", used, len(statistics))
     return used

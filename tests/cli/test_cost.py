@@ -61,6 +61,13 @@ def test_every_stage_by_hand() -> None:
     assert found["evaluate@s"].disk == 7 * 4 * 30 * 2  # two seeds of one of the six systems
 
 
+def test_an_alignment_fitted_again_reads_the_rows_of_the_start_once_more() -> None:
+    params = real()
+    again = params.model_copy(update={"train": params.train.model_copy(update={"refit_alignment": True})})
+    before, after = (costs(each)["train"].seconds or 0 for each in (params, again))
+    assert after - before == pytest.approx(read_flops(SIZES, 99 * 522, 522))
+
+
 def test_what_each_system_costs() -> None:
     once, twice = 300 * 2 * (336 + 24 * 10), 600 * 2 * (336 + 24 * 20)
     systems = ["student", "teacher", "untrained", "backbone-mean", "echo", "minilm"]

@@ -122,6 +122,29 @@ def test_a_refinement_without_a_closed_form_is_refused(backbone: Path, fails: Ca
     fails("refine", "warm_start.enabled")
 
 
+def test_an_alignment_fitted_again_takes_no_step(
+    trained: Path, finished: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be switched on behind a finished run."""
+    backbone, before = tiny_backbone("qwen3"), load_file(ENCODER_DIR / "student.safetensors")
+    write_params(backbone, refit_alignment=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_step", MagicMock(side_effect=AssertionError))
+        run()
+    after = load_file(ENCODER_DIR / "student.safetensors")
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {"alignment.weight", "alignment.bias"}
+    assert LOSS_CURVE.read_bytes() == (finished / LOSS_CURVE).read_bytes()
+    assert HELDOUT_CURVE.read_bytes() == (finished / HELDOUT_CURVE).read_bytes()
+    facts = json.loads(Path("results/train.json").read_text())
+    assert (facts["steps"], facts["heldout_refitted"]["step"]) == (9, 9)
+    assert facts["heldout_refitted"]["cosine"] != facts["heldout_last"]["cosine"]
+    assert facts["refit_ridge"] in STRENGTHS
+    queries = open_artifact(QUERIES_DIR, "queries").read("train.parquet")["text"].to_pylist()
+    lengths = np.linalg.norm(read_encoder(ENCODER_DIR).encode(queries), axis=1)
+    np.testing.assert_allclose(load_file(ENCODER_DIR / "reading.safetensors")["lengths"][0], lengths.mean(), rtol=1e-4)
+
+
 def write_query_targets(backbone: Path, **train: Any) -> np.ndarray:
     """Targets of six dimensions with those of the queries, `[24, 6]`, and params for a student that is added to."""
     table = open_artifact(TARGETS_DIR, "targets").read()
@@ -332,6 +355,22 @@ def test_two_processes_take_the_steps_of_one(
         np.testing.assert_allclose(np.loadtxt(curve, delimiter=",", skiprows=1), expected, rtol=1e-4)
     facts = json.loads(Path("results/train.json").read_text())
     assert (facts["steps"], facts["processes"]) == (9, 2)
+
+
+@pytest.mark.slow
+def test_two_processes_fit_the_alignment_of_one(backbone: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        write_params(backbone, processes=processes, refit_alignment=True)
+        run_stage()
+        facts = json.loads(Path("results/train.json").read_text())
+        found.append((load_file(ENCODER_DIR / "student.safetensors"), facts["refit_ridge"], facts["heldout_refitted"]))
+        shutil.rmtree(".work")
+    (student, ridge, scores), (shared, same, shared_scores) = found
+    assert same == ridge
+    assert shared_scores == pytest.approx(scores, rel=1e-4)
+    for name, value in student.items():
+        np.testing.assert_allclose(shared[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.slow
