@@ -7,6 +7,7 @@ from pipeline.cli.options import printing_errors
 from pipeline.cli.preview import try_
 from pipeline.cli.readings import readings
 from pipeline.cli.sweep import sweep
+from pipeline.core.run import collect_garbage_rarely
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="LLM2Vec-Gen: look at a run, and use what it made.")
 for command in (
@@ -33,4 +34,5 @@ for command in (
     app.command(command.__name__.strip("_").replace("_", "-"))(printing_errors(command))
 
 if __name__ == "__main__":
+    collect_garbage_rarely()
     app(prog_name="python -m pipeline")

@@ -1,8 +1,10 @@
 """Fixtures: no network, a scratch workspace, tiny random backbones of real architectures built in memory."""
 
+import gc
 import os
 import signal
 import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 
+from pipeline.core.run import collect_garbage_rarely
+
 if TYPE_CHECKING:
     from tests.report.browser import Browser
 
@@ -30,6 +34,24 @@ SMALL_TEACHER = ROOT / "models" / "all-MiniLM-L6-v2"
 # An example that a busy machine makes slow is no failure.
 hypothesis.settings.register_profile("untimed", deadline=None, database=None)
 hypothesis.settings.load_profile("untimed")
+
+HEAVY = {"torch", "transformers", "sentence_transformers", "mteb"}
+_frozen: set[str] = set()
+
+collect_garbage_rarely()
+
+
+def pytest_runtest_setup() -> None:
+    """Leave what heavy imports made out of later searches for garbage; the turn of every system ends with one."""
+    if HEAVY & sys.modules.keys() - _frozen:
+        _frozen.update(HEAVY & sys.modules.keys())
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """At the end of the process libraries report as leaked what was not collected."""
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.run import device_memory_error, is_out_of_memory, quiet_libraries
+from pipeline.core.run import collect_garbage_rarely, device_memory_error, is_out_of_memory, quiet_libraries
 from pipeline.parallel.devices import Device
 
 log = logging.getLogger(__name__)
@@ -246,6 +246,7 @@ def _run(index: int, cores: Sequence[int], connection: "Connection[Any, Any]", s
     signal.signal(signal.SIGTERM, lambda *_: None)
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
+    collect_garbage_rarely()
     _log_as(index)
     channel = Channel(connection)
     try:

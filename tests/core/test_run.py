@@ -259,3 +259,16 @@ def test_threads_do_not_spin_beside_other_work_unless_the_user_says_how_they_wai
     monkeypatch.setattr(runtime.psutil, "cpu_percent", lambda interval: busy)
     runtime.prepare_threads()
     assert (environment.get("OMP_WAIT_POLICY"), environment.get("GOMP_SPINCOUNT")) == expected
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "from pipeline.core.run import prepare_process as main; main()",
+        "import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module('pipeline', run_name='__main__')",
+    ],
+)
+def test_imports_are_not_searched_for_garbage_all_the_time(entry: str) -> None:
+    code = f"import atexit, gc; atexit.register(lambda: print('threshold', gc.get_threshold()[0])); {entry}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout.split("threshold ")[1]) == runtime.GARBAGE_THRESHOLD
