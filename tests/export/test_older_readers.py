@@ -61,7 +61,7 @@ def environment(folder: Path, packages: tuple[str, ...]) -> Path:
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python)]
-    command = [*pip, "install", "--quiet", "--no-deps", "--retries", "1", *packages]
+    command = [*pip, "install", "--quiet", "--no-compile", "--no-deps", "--retries", "1", *packages]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"pip cannot get {', '.join(packages)}: {done.stderr.strip().splitlines()[-1]}")
