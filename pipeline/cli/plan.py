@@ -6,7 +6,7 @@ kernels and the allocator take 1 to 2 GB more.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,9 @@ from pipeline.cli.presets import preset_of
 from pipeline.collect.params import CollectParams
 from pipeline.core.artifacts import read_manifest
 from pipeline.core.config import EntryName, Params, read_yaml, validate
-from pipeline.core.errors import ArtifactError, EvaluationError, ParamsError, section
+from pipeline.core.errors import ArtifactError, EvaluationError, ParamsError, SourceError, section
 from pipeline.core.paths import QUERIES_DIR, REPORT_PAGES
-from pipeline.core.readers import HubSource, LocalSource
+from pipeline.core.readers import LocalSource, find_files
 from pipeline.core.sources import is_within
 from pipeline.embed.params import EmbedParams
 from pipeline.embed.teachers.registry import TEACHERS
@@ -240,7 +240,7 @@ def _train_memory(params: AllParams, sizes: ModelSizes | None) -> str:
 
 
 def _remarks(params: AllParams, sizes: ModelSizes | None, root: Path) -> list[str]:
-    found = [f"{key}: {name} is not pinned: set the commit" for key, name in _unpinned(params, root)]
+    found = [_unpinned_remark(key, name, root) for key, name in _unpinned(params, root)]
     if ENGINES[params.generate.engine].stub:
         found.append(f"generate.engine: {params.generate.engine} is a stub, its answers mean nothing")
     if TEACHERS[params.embed.teacher.kind].stub:
@@ -249,6 +249,7 @@ def _remarks(params: AllParams, sizes: ModelSizes | None, root: Path) -> list[st
     for key, folder in {"collect": params.collect.local_dir, "evaluate": params.evaluate.local_dir}.items():
         if not (root / folder).is_dir():
             found.append(f"{key}.local_dir: {folder} does not exist, `dvc repro` needs it")
+    found += _missing(params, root)
     found += _unwatched(params, root)
     written, learnt = params.generate.max_new_tokens, params.train.max_response_tokens
     if written > learnt:
@@ -262,17 +263,7 @@ def _remarks(params: AllParams, sizes: ModelSizes | None, root: Path) -> list[st
 
 def _unwatched(params: AllParams, root: Path) -> Iterator[str]:
     """A remark for each local source and task whose changes DVC does not see: it watches the two local_dir alone."""
-    collect, evaluate = params.collect.local_dir, params.evaluate.local_dir
-    places = {
-        **_local_sources("collect", params.collect.sources, collect),
-        **_local_sources("teach", params.teach.sources, collect),
-        **{
-            f"suites.{suite}.local.{number}": (evaluate, name)
-            for suite, entry in params.suites.items()
-            for number, name in enumerate(entry.local)
-        },
-    }
-    for key, (folder, name) in places.items():
+    for key, (folder, name) in (_local_sources(params) | _local_tasks(params)).items():
         if not is_within(root / folder / name, root / folder):
             stage = key.split(".")[0].replace("suites", "evaluate@" + key.split(".")[1])
             yield (
@@ -281,12 +272,50 @@ def _unwatched(params: AllParams, root: Path) -> Iterator[str]:
             )
 
 
-def _local_sources(section: str, sources: Sequence[LocalSource | HubSource], folder: str) -> dict[str, tuple[str, str]]:
+def _missing(params: AllParams, root: Path) -> Iterator[str]:
+    """A remark for each local source, task and probe's data that is not there, before a stage of hours needs it."""
+    for key, (folder, name) in _local_sources(params).items():
+        try:
+            find_files(root / folder / name)
+        except SourceError as error:
+            yield f"{key.removesuffix('path')}{error}"
+    for key, (folder, name) in (_local_tasks(params) | _probe_data(params)).items():
+        if not (root / folder / name).is_dir():
+            yield f"{key}: there is no folder {Path(folder) / name}"
+
+
+def _local_sources(params: AllParams) -> dict[str, tuple[str, str]]:
+    """Folder and path of each local source, by the key of the path."""
     return {
-        f"{section}.sources.{number}.path": (folder, source.path)
+        f"{section}.sources.{number}.path": (params.collect.local_dir, source.path)
+        for section, sources in (("collect", params.collect.sources), ("teach", params.teach.sources))
         for number, source in enumerate(sources)
         if isinstance(source, LocalSource)
     }
+
+
+def _local_tasks(params: AllParams) -> dict[str, tuple[str, str]]:
+    """Folder and name of each local task of the suites, by its key."""
+    return {
+        f"suites.{suite}.local.{number}": (params.evaluate.local_dir, name)
+        for suite, entry in params.suites.items()
+        for number, name in enumerate(entry.local)
+    }
+
+
+def _probe_data(params: AllParams) -> dict[str, tuple[str, str]]:
+    """Folder and name of each local data set of the probes, by its key."""
+
+    def below(key: str, section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        for part, value in section.items():
+            if isinstance(value, Mapping):
+                yield from below(f"{key}.{part}", value)
+            elif part == "local" and isinstance(value, str):
+                yield f"{key}.{part}", value
+            elif part == "local":
+                yield from ((f"{key}.{part}.{number}", name) for number, name in enumerate(value or []))
+
+    return {key: (params.evaluate.local_dir, name) for key, name in below("probes", params.probes)}
 
 
 def _scale_remark(params: AllParams) -> list[str]:
@@ -312,6 +341,12 @@ def _scale_remark(params: AllParams) -> list[str]:
         )
     reduction = params.train.align_reduction
     return [] if reduction == fitting else [f"train.align_reduction: {reduction} over {reason}: {fitting}"]
+
+
+def _unpinned_remark(key: str, name: str, root: Path) -> str:
+    if (root / name).parent.is_dir():
+        return f"{key}: there is no folder {name}; if it is a name on the hub, set the commit"
+    return f"{key}: {name} is not pinned: set the commit"
 
 
 def _unpinned(params: AllParams, root: Path) -> list[tuple[str, str]]:

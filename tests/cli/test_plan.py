@@ -155,6 +155,44 @@ def test_sources_and_tasks_that_dvc_does_not_watch_are_remarked(workspace: Path)
     assert "`dvc repro --single-item --force evaluate@own`" in found[3]
 
 
+def test_local_data_and_models_that_are_not_there_are_remarked(workspace: Path) -> None:
+    for folder in ("data/sources/empty", "data/tasks/find", "models"):
+        Path(folder).mkdir(parents=True)
+    Path("data/sources/there.txt").write_text("a\n")
+
+    def change(content: dict[str, Any]) -> None:
+        paths = ["there.txt", "*.txt", "gone.txt", "*.csv", "empty"]
+        content["backbone"] = {"name": "models/gone", "revision": None}
+        content["collect"]["sources"] = [{"kind": "local", "path": path} for path in paths]
+        content["suites"] = {"own": {"local": ["find", "fnd"]}}
+        content["probes"] = {
+            "safety": {"local": "find", "harmless": {"local": "gone"}},
+            "reasoning": {"local": ["find", "reson"]},
+        }
+
+    remarks = make_plan(load_all(written(workspace, change)), workspace).remarks
+    missing = {
+        "backbone.revision": "models/gone",
+        "collect.sources.2.path": "data/sources/gone.txt",
+        "collect.sources.3.path": "data/sources/*.csv",
+        "collect.sources.4.path": "data/sources/empty",
+        "suites.own.local.1": "data/tasks/fnd",
+        "probes.safety.harmless.local": "data/tasks/gone",
+        "probes.reasoning.local.1": "data/tasks/reson",
+    }
+    found = dict(remark.split(": ", 1) for remark in remarks)
+    for key, name in missing.items():
+        assert name in found[key], key
+    there = (
+        "collect.sources.0",
+        "collect.sources.1",
+        "suites.own.local.0",
+        "probes.safety.local",
+        "probes.reasoning.local.0",
+    )
+    assert not [remark for remark in remarks if remark.startswith(there)]
+
+
 @pytest.mark.parametrize("name", ["MTEB(eng, v2)", "a b", "x;touch y", "$(id)", "a/b", "..", "-x", "", "é", "a\n"])
 @pytest.mark.parametrize("section", ["suites", "probes"])
 def test_a_name_that_a_shell_could_misread_is_refused(workspace: Path, section: str, name: str) -> None:
