@@ -83,12 +83,14 @@ def compared(
     from pipeline.evaluate.embedding_cache import CachedSystem
     from pipeline.readings.states import TemplateStates
 
+    opened: dict[bytes, CachedSystem] = {}  # by tokens: a fitted alignment has those of the student it was fitted to
     for label, own in students.items():
-        tokens = own["tokens"].to(backbone.new_tokens)
-        states = CachedSystem(
-            TemplateStates("prompt", replace(backbone, new_tokens=tokens)), hidden, embeddings_dtype="float16"
-        )
-        yield Named("tokens", stack.enter_context(closing(states)), prediction=prediction(own), label=label)
+        key = own["tokens"].numpy().tobytes()
+        if key not in opened:
+            template = TemplateStates("prompt", replace(backbone, new_tokens=own["tokens"].to(backbone.new_tokens)))
+            states = CachedSystem(template, hidden, embeddings_dtype="float16")
+            opened[key] = stack.enter_context(closing(states))
+        yield Named("tokens", opened[key], prediction=prediction(own), label=label)
 
 
 def prediction(own: "Mapping[str, Tensor]") -> Prediction:
