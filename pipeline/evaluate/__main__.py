@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -25,13 +26,13 @@ from pipeline.evaluate.build import (
 )
 from pipeline.evaluate.comparison import compare
 from pipeline.evaluate.deltas import deltas_table, task_deltas
-from pipeline.evaluate.run import run_systems
+from pipeline.evaluate.run import SystemResults, run_systems
 from pipeline.evaluate.standardized import STANDARDIZATION_FILE, standardization_bytes
 from pipeline.evaluate.stored import STUDENT, name_of, stored_facts, with_stored
 from pipeline.evaluate.summary import flat_metrics, seed_spread, summary_table, write_mteb_format, write_unit_scores
 from pipeline.generate.engines.registry import prepare_environment
 from pipeline.tasks.instructions import load_instructions
-from pipeline.tasks.suites import SuiteParams, find_tasks
+from pipeline.tasks.suites import SuiteParams, suite_tasks
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +53,9 @@ def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
     """
     if suite not in inputs.suites:
         raise ParamsError(f"suites.{suite}: missing (there are: {', '.join(inputs.suites)})")
-    params, evaluate = inputs.suites[suite], inputs.evaluate
+    evaluate = inputs.evaluate
     prepare_environment(inputs.generate.engine)
-    encoder = encoder_artifact()
-    folders = [Path(evaluate.local_dir) / name for name in params.local]
-    with section("suites"), nested_in(suite):
-        tasks = find_tasks(folders, params.tasks, params.benchmark, params.languages)
+    encoder, tasks = encoder_artifact(), suite_tasks(inputs.suites, suite, Path(evaluate.local_dir))
     instructions = load_instructions(own_instructions(inputs))
     storages = [form.storage for form in evaluate.stored]
     width = _checked_width(storages) if storages else 0
@@ -77,7 +75,7 @@ def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
     with create(
         EVALUATE_DIR / suite,
         kind="evaluation",
-        params=manifest_params(inputs, suite=params.model_dump(), instructions=instructions.digest),
+        params=manifest_params(inputs, suite=inputs.suites[suite].model_dump(), instructions=instructions.digest),
         models={run.system: run.identity for run in runs},
         inputs=[encoder, *([queries_artifact()] if systems.standardizations else [])],
     ) as out:
@@ -94,16 +92,7 @@ def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
         metrics=metrics,
         deltas=[asdict(delta) for delta in deltas],
         seeds=seed_spread(metrics),
-        systems={
-            run.system: {
-                "identity": run.identity,
-                "prompting": run.prompting,
-                "revision": run.meta.revision,
-                "tasks_run_now": run.computed,
-                "seconds": run.seconds,
-            }
-            for run in runs
-        },
+        systems={run.system: _facts(run) for run in runs},
     )
     if storages:
         beside = [run for run in all_runs if run.system in {STUDENT, *forms}]
@@ -112,6 +101,17 @@ def run(inputs: Inputs, suite: str, run_record: RunRecord) -> None:
     run_record.update(gains=[{**asdict(gain), "sentence": gain.sentence} for gain in gains])
     for gain in gains:
         log.info("%s, %s", suite, gain.sentence)
+
+
+def _facts(run: SystemResults) -> dict[str, Any]:
+    """What the record says of a system beside its scores."""
+    return {
+        "identity": run.identity,
+        "prompting": run.prompting,
+        "revision": run.meta.revision,
+        "tasks_run_now": run.computed,
+        "seconds": run.seconds,
+    }
 
 
 def _checked_width(storages: Sequence[Storage]) -> int:

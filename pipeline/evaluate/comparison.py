@@ -95,16 +95,20 @@ class Comparison:
 
     def _gain(self, row: Row) -> "Gain | None":
         cells = dict(zip(self.systems, row.cells, strict=True))
-        readings = {name: cell for name, cell in cells.items() if is_reading(name) and cell.score is not None}
-        student = cells.get(BASIS)
-        if student is None or student.score is None or not readings:
+        student, best = cells.get(BASIS), best_reading(cells)
+        if student is None or student.score is None or best is None:
             return None
-        best = max(readings, key=lambda name: float(readings[name].score or 0))
-        return Gain(row.metric, student.score, best, readings[best], cells.get(START))
+        return Gain(row.metric, student.score, best, cells[best], cells.get(START))
 
     def score(self, system: str, metric: str) -> float | int | None:
         cells = next((row.cells for row in self.rows if row.metric == metric), [])
         return next((cell.score for name, cell in zip(self.systems, cells, strict=False) if name == system), None)
+
+
+def best_reading(cells: Mapping[str, Cell]) -> str | None:
+    """The untrained reading with the largest score in the cells of a row, by system; None without any."""
+    scores = {name: cell.score for name, cell in cells.items() if is_reading(name) and cell.score is not None}
+    return max(scores, key=lambda name: scores[name], default=None)
 
 
 def _difference(cell: Cell) -> str:
@@ -115,7 +119,7 @@ def _difference(cell: Cell) -> str:
 def compare(name: str, record: Mapping[str, Any], lower_is_better: Sequence[str] = ()) -> Comparison:
     """The table of a record of `evaluate` or `probe`; metrics that begin with `lower_is_better` are better lower."""
     metrics, described = _mapping(record.get("metrics")), _mapping(record.get("systems"))
-    scores = {system: _metrics_of(system, metrics) for system in sorted(described, key=system_order)}
+    scores = {system: metrics_of(system, metrics) for system in sorted(described, key=system_order)}
     scores = {system: found for system, found in scores.items() if found}
     names = {metric for found in scores.values() for metric in found}
     deltas = _deltas(record.get("deltas"))
@@ -146,7 +150,8 @@ def _is_fact(key: str, systems: Collection[str]) -> bool:
     return first not in {*systems, "delta"} and (first != "reduction" or rest.startswith(f"{BASIS}/"))
 
 
-def _metrics_of(system: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+def metrics_of(system: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """A system's part of flat metrics, without its name in the keys."""
     start = f"{system}/"
     return {key.removeprefix(start): value for key, value in metrics.items() if key.startswith(start)}
 

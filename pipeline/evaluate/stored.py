@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.core.bootstrap import Delta, Verdict
 from pipeline.encoder.storage import Storage, ranges_of
+from pipeline.evaluate.comparison import metrics_of
 from pipeline.evaluate.system import System
 from pipeline.tasks.instructions import Side
 
@@ -93,7 +94,7 @@ def stored_facts(
             "stored": storage.quantize or "float32",
             "dimensions": storage.truncate_dim or width,
             "bytes_per_million": storage.bytes(width) * MILLION,
-            "scores": _of(name_of(storage), metrics),
+            "scores": metrics_of(name_of(storage), metrics),
             "deltas": [asdict(_turned(delta)) for delta in deltas if delta.system == name_of(storage)],
         }
         for storage in [Storage(), *storages]
@@ -106,8 +107,3 @@ def _turned(delta: Delta) -> Delta:
     return replace(
         delta, delta=0.0 - delta.delta, low=low, high=high, verdict=_OPPOSITE.get(delta.verdict, delta.verdict)
     )
-
-
-def _of(system: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    start = f"{system}/"
-    return {key.removeprefix(start): value for key, value in metrics.items() if key.startswith(start)}

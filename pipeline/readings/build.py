@@ -29,7 +29,7 @@ from pipeline.readings.measure import Line, Measurement, Rows, measure
 from pipeline.readings.states import FrozenBackbone
 from pipeline.readings.systems import READINGS
 from pipeline.tasks.instructions import load_instructions
-from pipeline.tasks.suites import SuiteParams, find_tasks
+from pipeline.tasks.suites import SuiteParams, find_tasks, suite_tasks
 from pipeline.train.data import join, usable_ids
 from pipeline.train.params import RefineParams, TrainParams
 
@@ -157,9 +157,7 @@ def _tasks(inputs: Inputs, suite: str | None) -> list[Any]:
         return find_tasks([folder / name for name in names])
     if suite not in inputs.suites:
         raise ParamsError(f"there is no suite {suite} (there are: {', '.join(inputs.suites)})", argument="suite")
-    params = inputs.suites[suite]
-    with section("suites"), nested_in(suite):
-        return find_tasks([folder / name for name in params.local], params.tasks, params.benchmark, params.languages)
+    return suite_tasks(inputs.suites, suite, folder)
 
 
 def _check_form(form: ResponseForm) -> None:

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.evaluate.comparison import BASIS, Cell, Comparison, Row
-from pipeline.evaluate.registry import is_reading
+from pipeline.evaluate.comparison import BASIS, Cell, Comparison, Row, best_reading
 
 MEAN = "mean/tasks"
 TEACHER = "teacher"
@@ -80,9 +79,7 @@ def _means(table: Comparison, row: Row) -> list[MeanScore]:
     student = cells.pop(BASIS, None)
     if student is None or student.score is None:
         return []
-    readings = {name: cell.score for name, cell in cells.items() if is_reading(name) and cell.score is not None}
-    best = max(readings, key=lambda name: float(readings[name]), default=None)
-    chosen = [name for name in (TEACHER, best) if name is not None and name in cells]
+    chosen = [name for name in (TEACHER, best_reading(cells)) if name is not None and name in cells]
     return [MeanScore(BASIS, float(student.score)), *(_mean(name, cells[name]) for name in chosen)]
 
 

@@ -2,14 +2,14 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, RootModel, model_validator
 
 from pipeline.core.config import Params, read_yaml, validate
-from pipeline.core.errors import EvaluationError
+from pipeline.core.errors import EvaluationError, nested_in, section
 from pipeline.tasks.local_tasks import local_task
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,16 @@ def find_tasks(
         raise EvaluationError(f"named twice in one suite: {', '.join(twice)}")
     _check_text_only(tasks)
     return tasks
+
+
+def suite_tasks(suites: Mapping[str, SuiteParams], name: str, local_dir: Path) -> list[Any]:
+    """The tasks of the entry `name` of the section `suites`, see `find_tasks`; its folders lie in `local_dir`.
+
+    Raises EvaluationError as `find_tasks` does.
+    """
+    suite = suites[name]
+    with section("suites"), nested_in(name):
+        return find_tasks([local_dir / folder for folder in suite.local], suite.tasks, suite.benchmark, suite.languages)
 
 
 def _benchmark(name: str) -> list[Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
@@ -39,7 +39,7 @@ class EngineEntry:
     stub: str = ""
 
     def engine(self) -> type[LoadableEngine]:
-        found: type[LoadableEngine] = _resolve(self.path)
+        found: type[LoadableEngine] = resolve_name(self.path)
         return found
 
 
@@ -69,7 +69,7 @@ EngineName = Annotated[str, AfterValidator(_known)]
 def prepare_environment(engine: str) -> None:
     """Set the environment variables of an engine; to be called before anything imports torch."""
     if path := ENGINES[engine].environment:
-        _resolve(path)()
+        resolve_name(path)()
 
 
 def build_engine(
@@ -140,8 +140,3 @@ def _processes(engine: str, data_parallel: Count, tensor_parallel: int, batch_in
 
 def _load(engine: str, setup: EngineSetup) -> Engine:
     return ENGINES[engine].engine().load(setup)
-
-
-def _resolve(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)

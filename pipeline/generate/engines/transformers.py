@@ -100,9 +100,9 @@ class TransformersEngine:
                 logits_processor=processors,
             )
         rows = output[:, ids.shape[1] :].tolist()
-        return [self._completion(prompt, row, sampling) for prompt, row in zip(batch, rows, strict=True)]
+        return [self._completion(prompt, row) for prompt, row in zip(batch, rows, strict=True)]
 
-    def _completion(self, prompt: Prompt, row: list[int], sampling: Sampling) -> Completion:
+    def _completion(self, prompt: Prompt, row: list[int]) -> Completion:
         end = next((index for index, token in enumerate(row) if token in self._stops), None)
         kept = row if end is None else row[:end]
         return Completion(
