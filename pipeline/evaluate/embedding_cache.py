@@ -118,7 +118,8 @@ class CachedSystem:
         if largest > limit:
             raise EvaluationError(
                 f"{self.name} gave {largest:.6g}, {self.embeddings_dtype} holds up to {limit:.6g}: "
-                "set embeddings_dtype to float32"
+                "set embeddings_dtype to float32",
+                argument="embeddings_dtype",
             )
         return vectors.astype(self.embeddings_dtype)
 

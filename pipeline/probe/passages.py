@@ -1,5 +1,6 @@
 """Passages: cut from documents, joined with their titles, and searched exactly in one pass over the corpus."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,8 +31,9 @@ def cut_documents(data: RetrievalData, words: int) -> tuple[RetrievalData, int]:
         passages_of[document["id"]] = names
         dropped += has_tail
     corpus = pa.Table.from_pylist(rows, data.corpus.schema)
-    if len({row["id"] for row in rows}) != len(rows):
-        raise EvaluationError("documents cut into passages: two passages get one id; rename documents that end in #<n>")
+    if repeated := [name for name, count in Counter(row["id"] for row in rows).items() if count > 1]:
+        what = f"two passages get one id, {repeated[0]}"
+        raise EvaluationError(f"documents cut into passages: {what}: rename documents that end in #<n>")
     relevant = {
         query: {name: score for document, score in scores.items() for name in passages_of[document]}
         for query, scores in data.relevant.items()
