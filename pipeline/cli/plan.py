@@ -63,6 +63,13 @@ class AllParams(Params):
 
 @dataclass
 class Plan:
+    """What a run will do.
+
+    Attributes:
+        lines: (stage, what it does, on what and how large), in the order of the run.
+        remarks: what a user should know before it starts, a params key first.
+    """
+
     lines: list[tuple[str, str, str]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 

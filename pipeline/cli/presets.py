@@ -97,12 +97,14 @@ class OtherTeacher(Params):
 
 @cache
 def presets() -> dict[str, Preset]:
+    """The presets of backbones by name; raises ParamsError if presets.yaml has mistakes."""
     content = read_yaml(PRESETS_FILE)
     return {name: validate(entry, Preset, where=f"presets.yaml: {name}") for name, entry in content.items()}
 
 
 @cache
 def teachers() -> dict[str, OtherTeacher]:
+    """The teachers of other families by name; raises ParamsError if teachers.yaml has mistakes."""
     content = read_yaml(TEACHERS_FILE)
     return {name: validate(entry, OtherTeacher, where=f"teachers.yaml: {name}") for name, entry in content.items()}
 

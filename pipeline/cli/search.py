@@ -153,6 +153,7 @@ def _stored(corpus: TextFile) -> "Iterator[Array]":
 
 
 def table(hits: Sequence[Hit]) -> "Table":
+    """The passages as a table for the terminal, long ones shortened."""
     from rich.markup import escape
     from rich.table import Column, Table
 

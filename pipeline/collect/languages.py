@@ -17,10 +17,13 @@ NO_LANGUAGE = "zxx"
 
 
 def library() -> dict[str, Any]:
+    """What decides the languages found besides the text, for a manifest."""
     return {"library": "py3langid", "version": version("py3langid")}
 
 
 class LanguageFilter:
+    """Finds texts that are surely in another language than the wanted ones."""
+
     def __init__(self, languages: Sequence[str], confidence: float) -> None:
         """Load the model.
 

@@ -59,6 +59,7 @@ class NearDuplicates:
 
 
 def library() -> dict[str, Any]:
+    """What decides the near duplicates found besides texts and params, for a manifest."""
     from rensa import RMinHash
 
     return {"library": "rensa", "algorithm_version": RMinHash.ALGORITHM_VERSION}

@@ -63,6 +63,7 @@ def drop_lengths(frame: pl.DataFrame, *, min_chars: int, max_chars: int) -> pl.D
 
 
 def drop_duplicates(frame: pl.DataFrame) -> pl.DataFrame:
+    """Drop each row whose id an earlier row has."""
     ids, parts = frame["id"], prefixes(frame["id"], _DUPLICATE_PARTS)
     repeated = [np.zeros(0, np.int64)]
     for part in range(_DUPLICATE_PARTS):
@@ -121,6 +122,7 @@ def allot(rows: int, weights: Sequence[float], available: Sequence[int]) -> list
 
 
 def split(frame: pl.DataFrame, *, heldout_fraction: float, seed: int) -> pl.DataFrame:
+    """Give each undecided row its split; the fate of every row is then decided."""
     keyed = _keyed(frame, seed, "split")
     heldout = keyed.filter(pl.col("key") < heldout_fraction)["row"].to_numpy()
     return set_fate(frame, heldout, "heldout").with_columns(pl.col("fate").fill_null(pl.lit("train", FATE)))

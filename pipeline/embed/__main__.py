@@ -1,8 +1,7 @@
-"""embed: data/responses -> data/targets, the teacher's embeddings of the responses, and of their queries if asked
+"""Stage embed: data/responses -> data/targets, the teacher's embeddings. `python -m pipeline.embed`.
 
-`embed.transform` is fitted on the responses to training queries (data/queries).
-
-python -m pipeline.embed [--params params.yaml]
+`embed.queries` adds the embeddings of the queries, and `embed.transform` is fitted on the responses to training
+queries: both read data/queries.
 """
 
 import logging
@@ -16,8 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.backbone.loading import BackboneParams
-from pipeline.core import artifacts
-from pipeline.core.artifacts import Artifact
+from pipeline.core.artifacts import PIECES, Artifact, create, open_artifact
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import TeacherError, section
 from pipeline.core.gates import check_gates
@@ -72,11 +70,11 @@ def run(inputs: Inputs, facts: RunRecord) -> None:
         TeacherError: the teacher cannot be loaded or gives unusable embeddings, or there is nothing to embed.
         WorkError: the disk is full, or another process does the same work.
     """
-    read = {"responses": artifacts.open_artifact(RESPONSES_DIR, "responses")}
+    read = {"responses": open_artifact(RESPONSES_DIR, "responses")}
     if inputs.embed.queries or inputs.embed.transform.kind != "none":
-        read["queries"] = artifacts.open_artifact(QUERIES_DIR, "queries")
+        read["queries"] = open_artifact(QUERIES_DIR, "queries")
     if TEACHERS[inputs.embed.teacher.kind].trained_here:
-        read["teacher"] = artifacts.open_artifact(TEACHER_DIR, "teacher")
+        read["teacher"] = open_artifact(TEACHER_DIR, "teacher")
     samples = samples_of(read["responses"].manifest.params)
     columns = [*COLUMNS, SAMPLES.name] if samples > 1 else [*COLUMNS]
     responses = UsableResponses(lambda: read["responses"].batches(columns, BATCH_ROWS), samples)
@@ -150,12 +148,12 @@ def _write(
     width = embedder.teacher.width if transform is None else transform.width
     statistics, schema = TargetStatistics(), targets_schema(width, params.dtype, queries=queries is not None)
     rows = rows_per_part(max(width, embedder.teacher.width) * (1 if queries is None else 2), params.dtype)
-    held = -(-rows // (artifacts.PIECES * responses.samples))
+    held = -(-rows // (PIECES * responses.samples))
     stored = embedder.tables(responses, held)
     made = map(finish, stored) if queries is None else map(finish.beside, stored, embedder.tables(queries, held))
     tables = statistics.through(made)
     models, made_with = {"teacher": embedder.teacher.identity}, target_params(params)
-    with artifacts.create(TARGETS_DIR, kind="targets", params=made_with, models=models, inputs=inputs_read) as out:
+    with create(TARGETS_DIR, kind="targets", params=made_with, models=models, inputs=inputs_read) as out:
         out.write_parts((check_table(table, schema, str(TARGETS_DIR)) for table in tables), schema, rows)
         if transform is not None:
             transform.save(out.path)

@@ -29,6 +29,8 @@ _CHUNK = 16_384
 
 
 class TokenInitParams(Params):
+    """The initial rows of the new tokens (`train.token_start`)."""
+
     kind: TokenInitKind = "vocabulary"
     words: str | None = None
 

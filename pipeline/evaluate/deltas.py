@@ -71,6 +71,7 @@ def sampled_mean(tasks: Sequence[Any], run: SystemResults, settings: BootstrapPa
 
 
 def deltas_table(deltas: Iterable[Delta]) -> pa.Table:
+    """In schema `DELTAS`."""
     return pa.Table.from_pylist([asdict(delta) for delta in deltas], schema=DELTAS)
 
 

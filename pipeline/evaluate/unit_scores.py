@@ -66,6 +66,7 @@ UNIT_SCORES_DIR = "unit_scores"
 
 
 def save(path: Path, unit_scores: Sequence[UnitScores]) -> None:
+    """Write `to_bytes` atomically; raises WorkError if the disk is full."""
     write_bytes(path, to_bytes(unit_scores))
 
 

@@ -127,6 +127,7 @@ class _SharedEngine:
 
 
 def answer_id(prompt: str) -> str:
+    """The store's id of a prompt: 32 hex characters of its sha256."""
     return bytes_sha256(prompt.encode())[:32]
 
 

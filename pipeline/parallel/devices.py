@@ -35,7 +35,7 @@ Places = Sequence[Device] | Literal["ray"]
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them (indices or UUIDs).
 
-    None with PIPELINE_DEVICE=cpu.
+    Empty with PIPELINE_DEVICE=cpu.
     """
     if os.environ.get(DEVICE_VARIABLE) == "cpu":
         return []

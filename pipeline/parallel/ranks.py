@@ -47,6 +47,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
+        """Of an error that ended this rank; one of another rank is told by its words."""
         if isinstance(error, PipelineError):
             return cls(FailureCause.USER, time.time(), str(error))
         cause = FailureCause.NEIGHBOUR if _is_of_connection(error) else FailureCause.CRASH

@@ -84,10 +84,12 @@ class Probe(Protocol):
 
 
 def described(system: System) -> dict[str, Any]:
+    """What a probe records of a system."""
     return {"identity": system.identity, "prompting": system.prompting}
 
 
 def space_of(system: System) -> str:
+    """Whose space a system's embeddings lie in, in words."""
     return "the teacher's" if in_teacher_space(system) else "its own"
 
 

@@ -14,7 +14,7 @@ from pipeline.tasks.instructions import Side
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadingEntry:
     """One pool of one template, in the words of a table."""
 
     template: str
@@ -23,15 +23,15 @@ class Reading:
 
 
 READINGS = {
-    "backbone-mean": Reading("bare", "text", "mean over the bare text"),
-    "backbone-last": Reading("bare", "last", "last token of the bare text"),
-    "echo": Reading("echo", "text", "bare text twice, mean over the second"),
-    "tokens": Reading("prompt", "tokens", "compression tokens after the student's prompt"),
-    "prompt-text": Reading("prompt", "text", "mean over the text within the prompt"),
-    "prompt-last": Reading("prompt", "last", "last token of the prompt"),
-    "twice-tokens": Reading("prompt-twice", "tokens", "compression tokens, the text twice in the prompt"),
-    "twice-text": Reading("prompt-twice", "text", "second text within the prompt"),
-    "twice-both": Reading("prompt-twice", "both", "second text and compression tokens, one mean"),
+    "backbone-mean": ReadingEntry("bare", "text", "mean over the bare text"),
+    "backbone-last": ReadingEntry("bare", "last", "last token of the bare text"),
+    "echo": ReadingEntry("echo", "text", "bare text twice, mean over the second"),
+    "tokens": ReadingEntry("prompt", "tokens", "compression tokens after the student's prompt"),
+    "prompt-text": ReadingEntry("prompt", "text", "mean over the text within the prompt"),
+    "prompt-last": ReadingEntry("prompt", "last", "last token of the prompt"),
+    "twice-tokens": ReadingEntry("prompt-twice", "tokens", "compression tokens, the text twice in the prompt"),
+    "twice-text": ReadingEntry("prompt-twice", "text", "second text within the prompt"),
+    "twice-both": ReadingEntry("prompt-twice", "both", "second text and compression tokens, one mean"),
 }
 
 

@@ -98,6 +98,7 @@ def number(value: Any) -> str:
 
 
 def signed(value: float) -> str:
+    """A difference with its sign and three decimals."""
     return f"{value:+.3f}".replace("-", "−")
 
 
@@ -129,6 +130,7 @@ def size(bytes: int) -> str:
 
 
 def seconds(value: float) -> str:
+    """A time in its two largest units."""
     minutes, rest = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -58,6 +58,7 @@ def where(file: File, place: int) -> str:
 
 
 def missing_column(where: object, column: str | None, columns: Iterable[str]) -> SourceError:
+    """The error that what `where` names has no `column`; `columns` are those that it has."""
     message = f"{where}: no column '{column}' (columns there: {', '.join(columns) or 'none'})"
     return SourceError(message, argument="column")
 
@@ -214,9 +215,8 @@ class _Window:
                 return value
 
     def _more(self) -> bool:
-        read = self._read(
-            max(CHUNK, len(self._text) - self._at)
-        )  # twice as much each time: a long item is not read often
+        # Twice as much each time: a long item is parsed only a few times.
+        read = self._read(max(CHUNK, len(self._text) - self._at))
         self._text, self._at = self._text[self._at :] + read, 0
         return bool(read)
 

@@ -79,6 +79,7 @@ def windows(texts: Sequence[str], batch_tokens: int) -> list[list[int]]:
 
 
 def padded(rows: Sequence[Tokens]) -> PaddedTexts:
+    """Tokens of texts as one batch, padded on the left."""
     ids, mask = pad_left([row.ids for row in rows])
     return PaddedTexts(ids, mask, pad_left([row.pooled for row in rows])[0])
 

@@ -32,10 +32,13 @@ _LEAST_SAVED = {"cpu": 64, "cuda": 4000}
 
 
 def least_saved(device: torch.device) -> int:
+    """Tokens that reading the common beginning of a batch apart must save on this device."""
     return _LEAST_SAVED.get(device.type, _LEAST_SAVED["cuda"])
 
 
 def packed_context(backbone: Any, attention: str, kernels: FusedKernels | None = None) -> ContextFactory:
+    """Makes contexts in which the backbone runs with this attention of packed rows, and with these kernels."""
+
     @contextlib.contextmanager
     def context() -> Iterator[None]:
         with use_attention(backbone, attention), kernels() if kernels else contextlib.nullcontext():
@@ -45,6 +48,8 @@ def packed_context(backbone: Any, attention: str, kernels: FusedKernels | None =
 
 
 class PackedBackbone:
+    """A frozen backbone that reads packed rows: sequences side by side, without padding."""
+
     def __init__(self, backbone: Any, attention: str, kernels: FusedKernels | None = None) -> None:
         self._lm, self._context = backbone, packed_context(backbone, attention, kernels)
         self.embed = backbone.get_input_embeddings()
@@ -123,6 +128,7 @@ def packed_cache() -> DynamicCache:
 
 
 def packed_arguments(row: Tensor, segments: Segments) -> dict[str, Any]:
+    """Arguments of the backbone's decoder for a packed row of input embeddings `[T, d]`."""
     return {"inputs_embeds": row[None], "position_ids": segments.positions(row.device), "packed": segments}
 
 

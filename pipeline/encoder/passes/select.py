@@ -91,6 +91,8 @@ def make_passes(
 
 
 class Comparison(Generic[C]):
+    """Compares ways to compute the same values with the plain one, on a few tokens."""
+
     def __init__(
         self,
         backbone: Any,

@@ -34,6 +34,7 @@ SHARED_CPU = {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_CPU_OMP_THREADS_BIND": "nobind
 
 
 def set_defaults(variables: Mapping[str, str]) -> None:
+    """Set environment variables; the user's stay."""
     for name, value in variables.items():
         os.environ.setdefault(name, value)
 
