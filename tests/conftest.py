@@ -79,6 +79,15 @@ def small_lm() -> Path:
 
 
 @pytest.fixture
+def second_backbone() -> Path:
+    """A real backbone of another architecture than SmolLM2's, as a local folder that SECOND_BACKBONE names."""
+    folder = os.environ.get("SECOND_BACKBONE")
+    if folder is None:
+        pytest.skip("SECOND_BACKBONE names no folder of a backbone")
+    return Path(folder)
+
+
+@pytest.fixture
 def small_teacher() -> Path:
     """all-MiniLM-L6-v2 as a local folder."""
     if not SMALL_TEACHER.is_dir():

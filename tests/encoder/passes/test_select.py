@@ -187,13 +187,19 @@ def test_the_backbone_generates_as_before() -> None:
 
 @pytest.mark.slow
 @pytest.mark.models
-def test_the_real_backbone_is_packed_in_every_precision(small_lm: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("backbone", ["small_lm", "second_backbone"])
+def test_a_real_backbone_is_packed_in_every_precision(
+    backbone: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
     from pipeline.backbone.loading import BackboneParams, DType, load_backbone
 
-    precisions: list[DType] = ["float32", "bfloat16"]
+    folder = str(request.getfixturevalue(backbone))
+    precisions: list[DType] = ["bfloat16", "float32"]
     for dtype in precisions:
-        passes = make_passes(load_backbone(BackboneParams(name=str(small_lm), dtype=dtype)))
+        model = load_backbone(BackboneParams(name=folder, dtype=dtype))
+        passes = make_passes(model)
         assert not passes.padded
+    assert_equal_steps(model, passes, CASES["a shared beginning"], 1e-4)
     assert "cannot" not in caplog.text
 
 
