@@ -21,7 +21,7 @@ from pipeline.encoder.folder.tensors import read_start
 from pipeline.encoder.head import EmbeddingHead, Reading, Rotation
 from pipeline.encoder.passes.packed import least_saved
 from pipeline.encoder.passes.plain import Pooled, pooled_of
-from pipeline.encoder.passes.prompt_reader import prompt_reader
+from pipeline.encoder.passes.prompt_reader import PromptReader, prompt_reader
 from pipeline.encoder.student import Student, new_student
 from pipeline.optim.batching import token_batches, token_budget
 
@@ -53,18 +53,20 @@ class Encoder:
         folder: Path | None = None,
         reading: Reading | None = None,
         rotation: Rotation | None = None,
+        reader: PromptReader | None = None,
     ) -> None:
         """From loaded parts; `read_encoder` loads them from a folder.
 
         `adapted` is the backbone with adapters, which embeds; None: `model` does. `folder` holds the transform of the
         targets, if there is one, and the student before its first step. `reading` is needed at a response share below
-        1.
+        1. `reader` is of the model that embeds; None: the fastest one.
         """
         self._folder = folder
         self.model, self.tokenizer, self.student, self.config = model, tokenizer, student.eval(), config
         self.head = EmbeddingHead(student, config.response_share, reading, rotation, config.response_form)
         self.width, self.max_tokens, self.identity = self.head.width, config.max_query_tokens, identity
-        self._reader = prompt_reader(model if adapted is None else adapted)
+        self._reader = reader or prompt_reader(model if adapted is None else adapted)
+        self._has_adapters = adapted is not None
         self._format = PromptFormatter(
             tokenizer, config.template, config.max_query_tokens, config.chat_template_kwargs, config.keep
         )
@@ -99,6 +101,10 @@ class Encoder:
         start, reading = read_start(self._folder, self.config)
         return reading if torch.equal(start.tokens, self.student.tokens.cpu()) else None
 
+    @cached_property
+    def _reader_without_adapters(self) -> PromptReader:
+        return prompt_reader(self.model) if self._has_adapters else self._reader
+
     def _new_student(self, seed: int) -> Student:
         return new_student(
             self.model,
@@ -114,7 +120,16 @@ class Encoder:
         """The backbone without adapters behind another student."""
         identity = {**identity, "backbone": self.identity.get("other_backbone", self.config.backbone)}
         config = self.config.model_copy(update={"response_share": share, "rotated_width": None})
-        return Encoder(self.model, self.tokenizer, student, config, identity, folder=self._folder, reading=reading)
+        return Encoder(
+            self.model,
+            self.tokenizer,
+            student,
+            config,
+            identity,
+            folder=self._folder,
+            reading=reading,
+            reader=self._reader_without_adapters,
+        )
 
     def encode(
         self,
@@ -164,6 +179,32 @@ class Encoder:
         pooled = pooled_of(prompts, self.config.pool)
         vectors = self._batched(prompts, batch_tokens, self.head, (self.width,), show_progress, pooled)
         return Embedded(self.in_space(space, vectors), truncated)
+
+    def encode_beside(
+        self,
+        others: "Sequence[Encoder]",
+        texts: Sequence[str],
+        *,
+        instruction: str = "",
+        batch_tokens: int | None = None,
+    ) -> list[np.ndarray]:
+        """As `encode` of this encoder and of `others`, which differ in their heads alone: one forward pass for all."""
+        heads = [self.head, *(other.head for other in others)]
+        ends = np.cumsum([head.width for head in heads])
+        prompts, truncated = self._prompts(texts, instruction)
+        self.config.warn_of_truncated(truncated, len(texts))
+        vectors = self._batched(
+            prompts,
+            batch_tokens,
+            lambda states: torch.cat([head(states) for head in heads], dim=1),
+            (int(ends[-1]),),
+            pooled=pooled_of(prompts, self.config.pool),
+        )
+        return np.split(vectors, ends[:-1], axis=1)
+
+    def reads_as(self, other: "Encoder") -> bool:
+        """Whether two variants of one encoder embed the same hidden states: those of the same new tokens."""
+        return self._reader is other._reader and torch.equal(self.student.tokens, other.student.tokens)
 
     def in_space(self, space: Space, embeddings: np.ndarray) -> np.ndarray:
         """Embeddings of the trained space `[N, width]` in another, `[N, width_of(space)]`."""

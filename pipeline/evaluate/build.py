@@ -8,7 +8,7 @@ its own adds it); HyDE answers instruction and text; published models have promp
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from operator import methodcaller
 from pathlib import Path
@@ -129,7 +129,7 @@ class Systems:
         `untrained` stands for one system a seed: `untrained` of the first, `untrained-<seed>` of each other.
         """
         for name in names:
-            for build in self._builders(name):
+            for build in self._builders(name, names):
                 release_memory()
                 with ExitStack() as stack:
                     # Wrapped first: a reading and its standardised form share the embeddings of a cache.
@@ -165,7 +165,7 @@ class Systems:
         """Stop the engine behind the answers, if one runs."""
         self.answers.close()
 
-    def _builders(self, name: SystemName) -> Iterator[Builder]:
+    def _builders(self, name: SystemName, names: Sequence[SystemName]) -> Iterator[Builder]:
         if name not in BUILT_IN:
             yield partial(self._model, name)
             return
@@ -177,7 +177,7 @@ class Systems:
             case "encoder":
                 yield partial(self._instructed, name, trained)
             case "start":
-                yield partial(self._instructed, name, methodcaller("at_start"))
+                yield partial(self._start, name, names)
             case "teacher":
                 yield self._teacher
             case "pooling":
@@ -185,7 +185,24 @@ class Systems:
             case "hyde":
                 yield self._hyde
 
-    def _instructed(self, name: SystemName, variant: Variant, stack: ExitStack) -> System:
+    def _start(self, name: SystemName, names: Sequence[SystemName], stack: ExitStack) -> System:
+        """The start; untrained students among `names` with its new tokens get their embeddings from its pass."""
+        from pipeline.encoder.inference import Encoder
+
+        start = self._instructed(name, methodcaller("at_start"), stack)
+        if not isinstance(start.encoder, Encoder):
+            return start
+        beside = []
+        for other in (each for each in names if each in BUILT_IN and BUILT_IN[each].per_seed):
+            for seed in self.seeds:
+                system = self._instructed(other, _untrained(BUILT_IN[other], seed), stack)
+                if isinstance(system.encoder, Encoder) and start.encoder.reads_as(system.encoder):
+                    cached = stack.enter_context(self.wrap(system))
+                    if isinstance(cached, CachedSystem):
+                        beside.append((system.encoder, cached))
+        return replace(start, beside=beside)
+
+    def _instructed(self, name: SystemName, variant: Variant, stack: ExitStack) -> InstructedSystem:
         encoder = self._encoder_of(variant, stack)
         return InstructedSystem(name, fingerprint(encoder.identity, encoder.config), encoder, self.batch_tokens)
 

@@ -93,7 +93,7 @@ class CachedSystem:
         missing = {content: text for content, text in distinct.items() if content not in stored}
         for some, vectors in stored.take([content for content in distinct if content not in missing]):
             rows.put(some, vectors)
-        group = digest_of([instruction, side])[:_GROUP]
+        group = _group(instruction, side)
         if missing:
             prepare(self.system, list(missing.values()), instruction, side)
         chunks: Collection[list[str]] = _chunks(missing, self._chunk_characters or CHUNK_CHARACTERS)
@@ -109,6 +109,12 @@ class CachedSystem:
         self.reused += len(distinct) - len(missing)
         self.computed += len(missing)
         return rows.of(contents)
+
+    def keep(self, texts: Sequence[str], embeddings: np.ndarray, instruction: str, side: Side) -> None:
+        """Store embeddings of distinct texts that came with those of another system; raises as `encode`."""
+        contents, stored = [_content(self.cache_key(text, instruction, side)) for text in texts], self._open()
+        new = [row for row, content in enumerate(contents) if content not in stored]
+        stored.add(_group(instruction, side), [contents[row] for row in new], self._rounded(embeddings[new]))
 
     def _rounded(self, embeddings: np.ndarray) -> np.ndarray:
         """Raises EvaluationError if a finite value is too large for the type."""
@@ -158,7 +164,7 @@ class _StoredEmbeddings:
                 yield [row_id[_GROUP:] for row_id in some], matrix(self._store.take(some)["embedding"])
 
     def add(self, group: str, contents: Sequence[str], vectors: np.ndarray) -> None:
-        if self._store is None:
+        if self._store is None or not contents:
             return
         finite = np.flatnonzero(np.isfinite(vectors).all(axis=1))
         ids = {contents[row]: group + contents[row] for row in finite}
@@ -201,6 +207,10 @@ def _schema(dtype: TargetType) -> pa.Schema:
     return pa.schema(
         [pa.field("id", pa.string(), nullable=False), pa.field("embedding", pa.list_(TARGET_TYPES[dtype]))]
     )
+
+
+def _group(instruction: str, side: Side) -> str:
+    return digest_of([instruction, side])[:_GROUP]
 
 
 def _content(key: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.embed.teachers.base import Teacher
     from pipeline.encoder.inference import Encoder
     from pipeline.encoder.pool import ParallelEncoder
+    from pipeline.evaluate.embedding_cache import CachedSystem
 
 
 SystemName = str  # a key of `registry.BUILT_IN` or of `evaluate.models`
@@ -96,19 +97,31 @@ def encode_finite(
 
 @dataclass(frozen=True)
 class InstructedSystem:
-    """An encoder that reads the instruction before the text."""
+    """An encoder that reads the instruction before the text.
+
+    Attributes:
+        beside: encoders in this process that read as `encoder`, and the caches that get what they embed with it.
+    """
 
     name: str
     identity: dict[str, Any]
     encoder: "Encoder | ParallelEncoder"
     batch_tokens: int | None = None
     prompting: str = GENERATIVE
+    beside: "Sequence[tuple[Encoder, CachedSystem]]" = ()
 
     def cache_key(self, text: str, instruction: str, side: Side) -> str:
         return join_instruction(instruction, text)
 
     def encode(self, texts: Sequence[str], instruction: str, side: Side = "query") -> np.ndarray:
-        return self.encoder.encode(texts, instruction=instruction, batch_tokens=self.batch_tokens)
+        options: Any = {"instruction": instruction, "batch_tokens": self.batch_tokens}
+        if not self.beside:
+            return self.encoder.encode(texts, **options)
+        encoder = cast("Encoder", self.encoder)
+        own, *others = encoder.encode_beside([other for other, _ in self.beside], texts, **options)
+        for (_, cached), vectors in zip(self.beside, others, strict=True):
+            cached.keep(texts, vectors, instruction, side)
+        return own
 
 
 @dataclass(frozen=True)

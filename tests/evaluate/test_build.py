@@ -24,6 +24,7 @@ from pipeline.embed.__main__ import app as embed_app
 from pipeline.embed.params import TeacherParams, TeacherSection
 from pipeline.encoder.folder.config import START_FILE, EncoderConfig
 from pipeline.evaluate.build import SystemInputs, Systems, make_answers, make_systems, manifest_params, own_instructions
+from pipeline.evaluate.embedding_cache import CachedSystem
 from pipeline.evaluate.run import run_systems
 from pipeline.evaluate.system import BareSystem, InstructedSystem, System, revision_of
 from pipeline.tasks.instructions import load_instructions
@@ -250,6 +251,36 @@ def test_the_start_is_a_system_if_the_encoder_has_it(
     start, student = systems(encoder_dir=folder).build(["start", "student"])
     assert start.name == "start" and start.identity["name"] == "start"
     assert np.abs(start.encode(["a"], "") - student.encode(["a"], "")).max() > 1e-3
+
+
+def test_a_pass_of_the_start_embeds_for_the_untrained_students_that_read_as_it_does(
+    workspace: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.encoder.inference import Encoder
+
+    passes: list[int] = []
+    read = Encoder._batched
+    monkeypatch.setattr(Encoder, "_batched", lambda *args, **rest: passes.append(1) or read(*args, **rest))
+    folder = write_folder(Path("trained"), tiny_backbone("qwen3"), share=0.3)
+    names, texts = ["start", "untrained", "untrained-standardized"], ["a", "a longer text", "b"]
+
+    def embedded(root: Path | None) -> dict[str, np.ndarray]:
+        made = systems(
+            encoder_dir=folder,
+            seeds=[2, 3],  # `write_folder` has the new tokens of seed 2
+            wrap=lambda system: closing(CachedSystem(system, root)),
+            training_texts=lambda: texts,
+        )
+        return {system.name: system.encode(texts, "Generate:") for system in made.build(names)}
+
+    separate = embedded(None)
+    before = len(passes)
+    found = embedded(Path("kept"))
+    assert list(found) == ["start", "untrained", "untrained-3", "untrained-standardized", "untrained-standardized-3"]
+    for name, vectors in found.items():
+        np.testing.assert_array_equal(vectors, separate[name])
+    # The two of seed 2 read nothing; that of seed 3 reads the training texts too.
+    assert (before, len(passes) - before) == (6, 4)
 
 
 def test_models_come_by_their_keys_and_every_system_is_wrapped(encoder: LengthEncoder) -> None:
