@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.common import BACKBONE, ROOT, prepare_models, print_table
 
+LEAST_ANSWER = 48  # tokens: the echo of a shorter answer would end within the chat template, equal for all rows
 STAGES = {"collect": "data/queries", "generate": "data/responses", "embed": "data/targets"}
 TRAIN = {"train": "models/encoder"}
 LIMIT_MIB = 2048
@@ -81,7 +82,12 @@ def write_params(folder: Path, backbone: Path, width: int, tokens: int) -> None:
             "max_tokens": 512,
             "near_duplicates": {},
         },
-        "generate": {"engine": "echo", "dtype": "float32", "max_new_tokens": tokens, "max_prompt_tokens": 512},
+        "generate": {
+            "engine": "echo",
+            "dtype": "float32",
+            "max_new_tokens": max(tokens, LEAST_ANSWER),
+            "max_prompt_tokens": 512,
+        },
         "embed": {"teacher": {"kind": "hash", "options": {"width": width}}},
         "train": {
             **{"compression_tokens": 10, "thought_tokens": 0, "template": "chat", "max_query_tokens": 512},

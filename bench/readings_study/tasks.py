@@ -5,7 +5,7 @@
 | parts | 200 pairs each of STSBenchmark and STS13; 12 classes of Banking77, 12 + 12 texts each; 40 claims of SciFact |
 | reasoning | 60 questions of ARC-Challenge; the choices of all of them are the corpus |
 | safety | 40 requests of AdvBench-IR among their passages and others: the lower score is the better one |
-| whole | all 77 classes and test texts of Banking77, 16 training texts a class; all claims of SciFact |
+| whole | both test splits of pairs; all of Banking77's test texts, 16 training texts a class; all claims of SciFact |
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ CLAIMS, OTHERS = 40, 40  # queries of a retrieval part, and documents of no such
 QUESTIONS = 60
 HUB = REAL_DATA / "hub" / "mteb"
 PARTS = ("STSB-part", "STS13-part", "Banking77-part", "SciFact-part")
-WHOLE = ("Banking77", "SciFact")
+WHOLE = ("STSB", "STS13", "Banking77", "SciFact")
 REASONING, SAFETY = "ARC-part", "AdvBench-part"
 SUITES = {"parts": PARTS, "short": (PARTS[0], *PARTS[2:]), "reasoning": (REASONING,), "safety": (SAFETY,)}
 SEED = 0
@@ -32,21 +32,23 @@ Tables = Mapping[str, Mapping[str, pa.Table]]  # config -> split -> table
 
 def write_tasks(folder: Path, others: int) -> dict[str, list[str]]:
     """The tasks, unless they are there, and the suites they make; `others`: unjudged documents in the whole SciFact."""
-    scifact = f"{WHOLE[1]}-{others}"
+    scifact = f"{WHOLE[-1]}-{others}"
     contents: dict[str, Callable[[], Tables]] = {
-        PARTS[0]: lambda: pairs("stsbenchmark-sts"),
-        PARTS[1]: lambda: pairs("sts13-sts"),
+        PARTS[0]: lambda: pairs("stsbenchmark-sts", PAIRS),
+        PARTS[1]: lambda: pairs("sts13-sts", PAIRS),
         PARTS[2]: lambda: classes(12, {"train": 12, "test": 12}),
         PARTS[3]: lambda: searched(HUB / "scifact", CLAIMS, OTHERS),
         REASONING: questions,
         SAFETY: lambda: searched(REAL_DATA / "hub" / "McGill-NLP" / "AdvBench-IR-chunked", CLAIMS, OTHERS),
-        WHOLE[0]: lambda: classes(77, {"train": 16, "test": None}),
+        WHOLE[0]: lambda: pairs("stsbenchmark-sts", None),
+        WHOLE[1]: lambda: pairs("sts13-sts", None),
+        WHOLE[2]: lambda: classes(77, {"train": 16, "test": None}),
         scifact: lambda: searched(HUB / "scifact", None, others),
     }
     for name, part in contents.items():
         if not (folder / name / "README.md").is_file():
             write_task(folder / name, part())
-    return {**{name: list(tasks) for name, tasks in SUITES.items()}, "whole": [WHOLE[0], scifact]}
+    return {**{name: list(tasks) for name, tasks in SUITES.items()}, "whole": [*WHOLE[:-1], scifact]}
 
 
 def write_task(folder: Path, tables: Tables) -> None:
@@ -67,10 +69,10 @@ def sample(table: pa.Table, count: int | None) -> pa.Table:
     return table.take(np.sort(np.random.default_rng(SEED).permutation(table.num_rows)[:count]))
 
 
-def pairs(name: str) -> Tables:
-    """A draw of the pairs of an STS task's test split."""
+def pairs(name: str, count: int | None) -> Tables:
+    """A draw of the pairs of an STS task's test split; None: all."""
     table = pq.read_table(HUB / name / "data" / "test.parquet").select(["sentence1", "sentence2", "score"])
-    return {"default": {"test": sample(table, PAIRS)}}
+    return {"default": {"test": sample(table, count)}}
 
 
 def classes(count: int, texts: Mapping[str, int | None]) -> Tables:

@@ -42,6 +42,9 @@ def readings(
     skip: Annotated[
         int, typer.Option(min=0, help="Training queries that are passed over before: another draw of the same data.")
     ] = 0,
+    decorrelate: Annotated[
+        float, typer.Option(min=0, max=1, help="Of the echo targets, as embed.transform.decorrelate.")
+    ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Compare what can be read of the backbone: raw, standardised, and in closed form to its answers."""
@@ -56,7 +59,9 @@ def readings(
         defaults, chosen, joined = Request(), one_of(Targets, targets, "targets"), one_of(ResponseForm, form, "form")
         found = run(
             load(params, Inputs),
-            Request(suite, reading or (), share or defaults.shares, chosen, refine, rows, heldout, joined, skip),
+            Request(
+                suite, reading or (), share or defaults.shares, chosen, refine, rows, heldout, joined, skip, decorrelate
+            ),
         )
     if as_json:
         print(json.dumps(asdict(found), indent=2))

@@ -33,6 +33,7 @@ Space = Literal["trained", "teacher"]
 _READ_BY: dict[str, tuple[Kind, ...]] = {
     "components": ("whiten", "remove-components"),
     "shrinkage": ("whiten",),
+    "decorrelate": ("standardize",),
     "epsilon": ("standardize", "whiten"),
     "rotate": ("center", "standardize", "remove-components"),
 }
@@ -49,6 +50,12 @@ class TransformParams(Params):
     )
     shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
         default="auto", description="of whiten: share of equal variances in the covariance; auto: Ledoit and Wolf's"
+    )
+    decorrelate: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="of standardize: how much of the correlation between dimensions goes, as a power; 1 = all of it",
     )
     epsilon: float = Field(
         default=1e-9, ge=0, lt=1, description="directions with less of the largest variance are left at 0"

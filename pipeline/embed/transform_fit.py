@@ -6,7 +6,8 @@ large against their spread, which would cost digits. The fit depends on the rows
 Kinds (mu and C: mean and covariance of the training targets, C = V diag(lambda) V', variances descending):
 
 - center: x - mu
-- standardize: each dimension of x - mu over its standard deviation
+- standardize: each dimension of x - mu over its standard deviation. `decorrelate` p multiplies by R^(-p/2), with the
+  correlations R, scaled so that the mean variance stays 1; p = 1 is ZCA-cor (Kessy, Lewin and Strimmer 2018).
 - whiten: V' (x - mu) over the square roots of the variances; `components` keeps the leading ones. The covariance is
   shrunk first, C' = (1 - s) C + s tr(C)/d I, by default with the intensity of Ledoit and Wolf (2004).
 - remove-components: x - mu without its part along the leading components (Mu and Viswanath 2018)
@@ -146,7 +147,7 @@ def _maps(params: TransformParams, moments: TargetMoments, facts: dict[str, Any]
     if params.kind == "center":
         return np.ones(len(moments.mean)), np.ones(len(moments.mean))
     if params.kind == "standardize":
-        return _inverse_roots(np.diag(covariance).clip(0), params.epsilon, facts)
+        return _standardized(params, covariance, facts)
     if params.kind == "rotate":
         nothing = np.ones(len(moments.mean))
         return _rotated(nothing, nothing, covariance + np.outer(moments.mean, moments.mean), facts)
@@ -170,6 +171,24 @@ def _maps(params: TransformParams, moments: TargetMoments, facts: dict[str, Any]
         removes = "components (%s) removes %.1f %% of the variance of the targets: fewer may be better"
         log.warning(removes, params.components, 100 * share)
     return np.eye(len(removed)) - removed @ removed.T, np.ones(len(removed))
+
+
+def _standardized(
+    params: TransformParams, covariance: np.ndarray, facts: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Forward and inverse, `[d]` each, or `[d, d]` with `decorrelate`."""
+    forward, inverse = _inverse_roots(np.diag(covariance).clip(0), params.epsilon, facts)
+    if not params.decorrelate:
+        return forward, inverse
+    variances, directions = principal_components(covariance * np.outer(forward, forward))
+    alive = variances > params.epsilon * variances.max()
+    left = np.where(alive, variances, 1) ** (1 - params.decorrelate) * alive
+    scale = (np.count_nonzero(forward) / left.sum()) ** 0.5
+    factors = scale * np.where(alive, variances, 1) ** (-params.decorrelate / 2)
+    return (
+        forward[:, None] * (directions * (factors * alive)) @ directions.T,
+        (directions * (alive / factors)) @ directions.T * inverse,
+    )
 
 
 def _rotated(

@@ -65,6 +65,7 @@ class Request:
         form: how prediction and reading are joined at a share below 1.
         rows: most training queries that are read; `heldout`: most held-out ones.
         skip: training queries that are passed over before, so that draws of one order share none.
+        decorrelate: of the standardised echo targets, see `TransformParams`.
     """
 
     suite: str | None = None
@@ -76,6 +77,7 @@ class Request:
     heldout: int = 500
     form: ResponseForm = "beside"
     skip: int = 0
+    decorrelate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def run(inputs: Inputs, request: Request) -> Found:
         chunk_characters=CHUNK_CHARACTERS.get(device),
         refine=(inputs.train.refine or RefineParams()) if request.refine else None,
         form=request.form,
+        decorrelate=request.decorrelate,
         seed=inputs.train.seed,
         device=device,
     )
@@ -144,6 +147,8 @@ def _checked(request: Request) -> list[str]:
         )
     if wrong := [share for share in request.shares if not 0 < share <= 1]:
         raise ParamsError(f"{wrong[0]:g} must be above 0 and at most 1", argument="share")
+    if request.decorrelate and request.targets == "stored":
+        raise ParamsError("stored targets are as embed.transform made them: leave it at 0", argument="decorrelate")
     return [name for name in READINGS if not request.readings or name in request.readings]
 
 

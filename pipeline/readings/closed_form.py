@@ -29,9 +29,10 @@ from pipeline.train.warm_start import Statistics, closed_form
 VERSION = 1  # raise it when the same numbers embed differently: finished scores are then not reused
 
 
-def fit_standardization(vectors: np.ndarray) -> TargetTransform:
-    """Each dimension of `[N, d]` less its mean, over its standard deviation; TeacherError if all rows are equal."""
-    return fit_transform(TransformParams(kind="standardize"), [vectors], unit_length=False).transform
+def fit_standardization(vectors: np.ndarray, decorrelate: float = 0.0) -> TargetTransform:
+    """`embed.transform` of kind standardize, fitted on `[N, d]`; TeacherError if all rows are equal."""
+    params = TransformParams(kind="standardize", decorrelate=decorrelate)
+    return fit_transform(params, [vectors], unit_length=False).transform
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ class Measurement:
         hidden_dir: where states are kept; `tasks_dir`: where the results of finished tasks are.
         refine: how the closed form is refined as well; None: it is not.
         form: how prediction and reading are joined at a share below 1.
+        decorrelate: of the standardised echo targets, see `TransformParams`.
         seed, device: of the refinement.
         chunk_characters: of texts that a kill loses at most.
     """
@@ -107,6 +108,7 @@ class Measurement:
     chunk_characters: int | None = None
     refine: RefineParams | None = None
     form: ResponseForm = "beside"
+    decorrelate: float = 0.0
     seed: int = 0
     device: str = "cpu"
 
@@ -122,7 +124,7 @@ def measure(
     """
     with ExitStack() as stack:
         states = _States(backbone, settings, stack)
-        targets = _echo_targets(states, train, heldout)
+        targets = _targets(states, train, heldout, settings.decorrelate)
         systems = [system for name in names for system in _systems(states, name, train, targets[0], settings)]
         top1 = {system.name: _top1(system, heldout, targets[1], settings.bootstrap) for system in systems}
         scores, means = _task_scores(systems, settings)
@@ -154,13 +156,15 @@ class _States:
         return self._open[template]
 
 
-def _echo_targets(states: _States, train: Rows, heldout: Rows) -> tuple[np.ndarray | None, np.ndarray | None]:
+def _targets(
+    states: _States, train: Rows, heldout: Rows, decorrelate: float
+) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Targets of the training and of the held-out answers; None where there are no answers."""
     if train.targets is not None or not train.answers:
         return train.targets, heldout.targets
     raw = states.system("echo")
     answers = raw.readings(train.answers, side="document")
-    standardize = fit_standardization(answers)
+    standardize = fit_standardization(answers, decorrelate)
     return standardize(answers), standardize(
         raw.readings(heldout.answers, side="document")
     ) if heldout.answers else None

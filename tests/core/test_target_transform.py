@@ -60,6 +60,8 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         ({"kind": "center", "components": 2}, "kind center takes no components"),
         ({"components": 2}, "kind none takes no components"),
         ({"kind": "standardize", "shrinkage": 0.5}, "kind standardize takes no shrinkage"),
+        ({"kind": "whiten", "decorrelate": 0.5}, "kind whiten takes no decorrelate"),
+        ({"kind": "standardize", "decorrelate": 1.5}, "decorrelate"),
         ({"kind": "remove-components"}, "kind remove-components needs components"),
         ({"kind": "whiten", "shrinkage": 1.5}, "shrinkage"),
         ({"kind": "whiten", "components": 0}, "components"),

@@ -95,6 +95,16 @@ def test_whitening_keeps_the_leading_components() -> None:
     assert abs(np.corrcoef(leading[:, 0], along)[0, 1]) > 0.99
 
 
+@pytest.mark.parametrize(("power", "expected"), [(0, 0.6), (0.5, 1 / 3), (1, 0)])
+def test_dimensions_are_decorrelated_by_a_power(power: float, expected: float) -> None:
+    # Two dimensions with correlation .6: R has the variances 1.6 and .4. At .5 they become 1.265 and .632, whose mean
+    # is scaled to 1: 4/3 and 2/3, so 1/3 beside the diagonal.
+    rows = np.array([[1, 1], [-1, -1]] * 8 + [[1, -1], [-1, 1]] * 2) * [2, 5] + [3, 7]
+    transform = fit(rows, kind="standardize", decorrelate=power)
+    np.testing.assert_allclose(covariance(transform(rows)), [[1, expected], [expected, 1]], atol=1e-6)
+    np.testing.assert_allclose(transform.invert(transform(rows)), rows, atol=1e-5)
+
+
 def cosines(vectors: np.ndarray) -> np.ndarray:
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return unit @ unit.T
@@ -146,6 +156,8 @@ def test_another_kind_is_rotated_after_it(kind: str) -> None:
         {"kind": "whiten", "shrinkage": 0.3},
         {"kind": "rotate"},
         {"kind": "standardize", "rotate": True},
+        {"kind": "standardize", "decorrelate": 0.5},
+        {"kind": "standardize", "decorrelate": 0.5, "rotate": True},
     ],
 )
 @pytest.mark.parametrize("unit_length", [False, True])
@@ -179,10 +191,18 @@ def test_an_anisotropic_set_becomes_isotropic(params: dict[str, Any]) -> None:
     assert abs(anisotropy(fit(vectors, **params)(vectors))) < 0.01
 
 
-@pytest.mark.parametrize("shrinkage", ["auto", 0.0, 0.5])
-def test_fewer_rows_than_dimensions_work(shrinkage: Any) -> None:
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"kind": "whiten"},
+        {"kind": "whiten", "shrinkage": 0.0},
+        {"kind": "whiten", "shrinkage": 0.5},
+        {"kind": "standardize", "decorrelate": 0.5},
+    ],
+)
+def test_fewer_rows_than_dimensions_work(params: dict[str, Any]) -> None:
     few, fresh = planted(5), planted(50, seed=3)
-    transform = fit(few, kind="whiten", shrinkage=shrinkage)
+    transform = fit(few, **params)
     mapped = transform(fresh)
     assert np.isfinite(mapped).all()
     # Directions in which the rows do not vary must not swamp the others: left at 0, or held by the shrinkage.
@@ -197,6 +217,9 @@ def test_a_dimension_without_variance_stays_at_zero_and_comes_back_as_its_mean(
     vectors[:, 2] = 7.0
     transform = fit(vectors, kind="standardize")
     assert (transform(vectors)[:, 2] == 0).all()
+    decorrelated = fit(vectors, kind="standardize", decorrelate=0.5)(vectors)
+    np.testing.assert_allclose(decorrelated[:, 2], 0, atol=1e-12)
+    assert decorrelated.var(axis=0).sum() == pytest.approx(WIDTH - 1, rel=1e-4)
     assert (transform.invert(transform(vectors))[:, 2] == 7.0).all()
     assert "1 of 12 directions" in caplog.text
 

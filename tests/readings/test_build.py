@@ -116,9 +116,20 @@ def test_stored_targets_and_a_refinement(inputs: Inputs) -> None:
     echo = by_setting(run(inputs, Request(readings=["echo"], shares=[1.0])))
     assert by_setting(found)["echo", "closed form", 1.0].scores != echo["echo", "closed form", 1.0].scores
     assert by_setting(found)["echo", "raw", None] == echo["echo", "raw", None]
+    with pytest.raises(PipelineError, match="decorrelate"):
+        run(inputs, Request(targets="stored", decorrelate=0.5))
     shutil.rmtree("data/responses")
     with pytest.raises(PipelineError, match="data/responses"):
         run(inputs, Request(targets="stored"))
+
+
+def test_decorrelated_targets_change_the_closed_form_alone(inputs: Inputs) -> None:
+    plain, decorrelated = (
+        by_setting(run(inputs, Request(readings=["echo"], shares=[1.0], decorrelate=power))) for power in (0.0, 0.5)
+    )
+    standardized, closed_form = ("echo", "standardized", None), ("echo", "closed form", 1.0)
+    assert decorrelated[standardized] == plain[standardized]
+    assert decorrelated[closed_form].scores != plain[closed_form].scores
 
 
 def test_stored_targets_are_added_where_the_teacher_embedded_the_queries(inputs: Inputs) -> None:
