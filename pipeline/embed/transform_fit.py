@@ -181,13 +181,11 @@ def _standardized(
     if not params.decorrelate:
         return forward, inverse
     variances, directions = principal_components(covariance * np.outer(forward, forward))
-    alive = variances > params.epsilon * variances.max()
-    left = np.where(alive, variances, 1) ** (1 - params.decorrelate) * alive
-    scale = (np.count_nonzero(forward) / left.sum()) ** 0.5
-    factors = scale * np.where(alive, variances, 1) ** (-params.decorrelate / 2)
+    shrink, grow = (roots**params.decorrelate for roots in _inverse_roots(variances, params.epsilon, facts))
+    scale = (np.count_nonzero(forward) / float(variances @ shrink**2)) ** 0.5
     return (
-        forward[:, None] * (directions * (factors * alive)) @ directions.T,
-        (directions * (alive / factors)) @ directions.T * inverse,
+        forward[:, None] * (directions * (scale * shrink)) @ directions.T,
+        (directions * (grow / scale)) @ directions.T * inverse,
     )
 
 

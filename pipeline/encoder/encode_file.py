@@ -266,13 +266,14 @@ def _write_beside(output: Path, **arrays: "np.ndarray[Any, Any] | None") -> None
     """What a .npy of embeddings cannot hold: of int8 the ranges `[2, width]` of dimensions, the mean `[width]`."""
     import numpy as np
 
-    # A kill in between leaves no embeddings, rather than those of an earlier run beside these ranges or this mean.
-    output.unlink(missing_ok=True)
-    for name, values in arrays.items():
-        if values is not None:
-            sink = BytesIO()
-            np.save(sink, values)
-            write_bytes(_beside(output, name), sink.getvalue())
+    written = {name: values for name, values in arrays.items() if values is not None}
+    if written:
+        # A kill in between leaves no embeddings, rather than those of an earlier run beside these ranges or this mean.
+        output.unlink(missing_ok=True)
+    for name, values in written.items():
+        sink = BytesIO()
+        np.save(sink, values)
+        write_bytes(_beside(output, name), sink.getvalue())
 
 
 def _write_parquet(path: Path, stored: _Stored, origin: dict[str, Any], kept: Columns | None) -> None:
