@@ -494,6 +494,19 @@ def test_a_kill_leaves_no_embeddings_beside_the_mean_of_others(
     assert not Path("out.npy").exists()
 
 
+def test_a_kill_before_plain_embeddings_are_replaced_leaves_the_old_ones(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("in.txt").write_text("a\nccc\n")
+    encode("out.npy")
+    before = Path("out.npy").read_bytes()
+    Path("in.txt").write_text("bb\n")
+    monkeypatch.setattr("pipeline.core.part_store.fsync_path", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        encode("out.npy")
+    assert Path("out.npy").read_bytes() == before
+
+
 def test_centring_comes_before_truncation(workspace: Path) -> None:
     Path("in.txt").write_text("a\nccc\n")
     encode("out.npy", center="corpus", storage=Storage(truncate_dim=2))
