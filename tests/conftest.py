@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads that spin starve each other when anything else runs; read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# What a failed test leaves running must not start a Ray of its own; read when ray is imported.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 # A shell that starts the tests in the background has them ignore Ctrl-C, and the stages that they start inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

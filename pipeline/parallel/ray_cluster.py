@@ -23,6 +23,12 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # A call that comes after the connection ended, as of a thread that was left behind, must not start another Ray.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+    # By default workers are niced, and beside one other busy process they get next to nothing.
+    "RAY_worker_niceness": "0",
+    # Actors that read the footers of Parquet files: Ray starts up to 32, and an engine's rows lie in a few files.
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
     # A worker's own children, as vLLM's engine is one, end with it.
     "RAY_process_group_cleanup_enabled": "1",
 }

@@ -16,6 +16,8 @@ from pipeline.generate.engines.base import Completion, Prompt, Query, Sampling
 
 # A text with this in it fails.
 BAD = "out of luck"
+# A busy machine may take this long to start a few workers of Ray.
+SECONDS = 240
 
 
 class SumEngine:
@@ -36,6 +38,13 @@ class SumEngine:
         """Nothing to free."""
 
 
+def together(marks: Path, actors: int) -> None:
+    """Wait until so many actors have left a mark."""
+    deadline = time.monotonic() + SECONDS
+    while len(list(marks.iterdir())) < actors and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 class Answering:
     """An actor that answers the rows of a block with a `SumEngine`, once `together` of them are up.
 
@@ -50,9 +59,7 @@ class Answering:
         self._mark.write_text(f"up {time.time()}\n")
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        deadline = time.monotonic() + 60
-        while len(list(self._marks.iterdir())) < self._together and time.monotonic() < deadline:
-            time.sleep(0.05)
+        together(self._marks, self._together)
         # Twice, as Ray delivers a block whose machine was lost.
         return pa.Table.from_pylist([self._answered(row) for row in rows.to_pylist()] * 2)
 

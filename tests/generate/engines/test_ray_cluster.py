@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from pipeline.parallel.text_pool import TextPool
 from tests.conftest import ROOT, tiny_tokenizer
 from tests.encoder.test_inference import write as write_encoder
 from tests.generate.engines.conftest import GREEDY, SIZES, agree
-from tests.generate.engines.ray_stage import BAD, SumEngine, process
+from tests.generate.engines.ray_stage import BAD, SECONDS, SumEngine, process, together
 from tests.stage_runs import errors_of, kept_rows, wait_until, write_params, write_queries
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -48,8 +49,9 @@ TEXTS = {f"{index:03d}": f"{'long ' * (index % 7)}question {index}" for index in
 # Of the template and a text; some of `TEXTS` have one token more.
 MOST_TOKENS = 44
 NODE = {"num_cpus": 3, "object_store_memory": 100 * 2**20}
-# A lost node is noticed within two seconds.
+# A lost node is noticed within two seconds. Workers that wait are kept: to start another takes a busy machine long.
 QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+QUICK |= {"idle_worker_killing_time_threshold_ms": 300_000}
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def on_ray(cluster: Any, marks: Path) -> Iterator[Callable[..., RayEngine]]:
 
         def make(least: int, most: int, delay: float = 0.03, chunk_rows: int = 4, cpus: int = 1) -> RayEngine:
             made = process(marks, (least, most), delay, together=most, cpus=cpus)
-            options = RayOptions(chunk_rows=chunk_rows, timeout_seconds=60)
+            options = RayOptions(chunk_rows=chunk_rows, timeout_seconds=SECONDS)
             return RayEngine(made, {2}, 2 * MOST_TOKENS, options, prompt_makers=2)
 
         yield make
@@ -219,12 +221,12 @@ def test_the_owner_killed_and_run_again(cluster: Any, tiny_backbone: Callable[..
     marks = Path("marks")
     marks.mkdir()
     owner = start_stage()
-    wait_until(lambda: kept_rows("generate") > 0, owner)
+    wait_until(lambda: kept_rows("generate") > 0, owner, SECONDS)
     owner.kill()
     errors_of(owner)
     kept = kept_rows("generate")
     assert 0 < kept < len(TEXTS)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + SECONDS
     while pids_of(marks) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not pids_of(marks)
@@ -242,16 +244,18 @@ def test_the_owner_killed_and_run_again(cluster: Any, tiny_backbone: Callable[..
 
 
 class Slow:
-    """What a pool holds: it counts characters, slowly, and says where."""
+    """What a pool holds: once three are up, it counts characters, slowly, and says where."""
 
     name = "slow"
 
-    def __init__(self) -> None:
+    def __init__(self, marks: Path) -> None:
         import ray
 
-        self._node = ray.get_runtime_context().get_node_id()
+        self._node, self._marks = ray.get_runtime_context().get_node_id(), marks
+        (marks / self._node).touch()
 
     def lengths(self, texts: Sequence[str]) -> tuple[str, list[int]]:
+        together(self._marks, 3)
         time.sleep(0.1)
         return self._node, [len(text) for text in texts]
 
@@ -264,9 +268,11 @@ def refuse() -> None:
     raise TeacherError("0 is below 1", argument="width")
 
 
-def test_a_pool_on_three_nodes_that_loses_one(cluster: Any) -> None:
+def test_a_pool_on_three_nodes_that_loses_one(cluster: Any, marks: Path) -> None:
     texts = [f"{'x' * (index % 9)}" for index in range(120)]
-    with closing(TextPool(Slow, name_of, "ray", job_texts=4, kind="worker", error=TeacherError)) as pool:
+    with closing(
+        TextPool(partial(Slow, marks), name_of, "ray", job_texts=4, kind="worker", error=TeacherError)
+    ) as pool:
         assert (pool.facts, len(pool)) == ("slow", 3)
         lengths, nodes = dict[int, int](), list[str]()
         for rows, (node, values) in pool.run("lengths", texts):
