@@ -4,7 +4,11 @@ Reads the source without running it. Imports inside functions count; imports for
 """
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -44,6 +48,8 @@ LOOSE = {"__init__", "__main__", "api"}
 HEAVY = {"torch", "transformers", "vllm", "sentence_transformers", "mteb", "datasets", "matplotlib"}
 NOT_IN_CORE = {"torch", "vllm", "transformers", "dvc"}
 FOLDERS = {*LIBRARIES, *ORDERED}
+# What another library shows of its own libraries: these have to be the versions that it brings.
+COMES_WITH = {"pytrec_eval": "mteb", "sklearn": "mteb", "scmrepo": "dvc"}
 
 
 def allowed(folder: str) -> set[str]:
@@ -228,3 +234,25 @@ def test_a_command_shows_its_help_without_loading_a_heavy_package(module: str) -
             reached.add(current)
             todo += ours(current, on_import=True)
     assert not {name: heavy for name in reached if (heavy := packages(name, on_import=True) & HEAVY)}
+
+
+# --- what pyproject.toml asks for -----------------------------------------------------------------------------------
+
+
+def project_name(requirement: str) -> str:
+    """`ray` of `ray[data]>=2.60`, as the package index spells it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
+
+
+def test_every_library_that_is_imported_is_a_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = ("gpu", "cpu", "ray", "track", "quantize", "demo")
+    asked = [*project["dependencies"], *(name for extra in extras for name in project["optional-dependencies"][extra])]
+    declared = set(map(project_name, asked))
+    assert {"numpy", "ray", "vllm", "dvc"} <= declared
+    shipped = packages_distributions()
+    for module in MODULES:
+        for package in packages(module) - sys.stdlib_module_names - {PACKAGE}:
+            name = COMES_WITH.get(package, package)
+            distributions = set(map(project_name, shipped.get(name, [name])))
+            assert distributions & declared, f"{module} imports {package}, which pyproject.toml does not ask for"
