@@ -55,9 +55,9 @@ class Verdict:
     @property
     def lines(self) -> list[str]:
         """Where the student is better and worse, in words."""
-        others = " and ".join("its teacher" if mean.system == TEACHER else mean.system for mean in self.means[1:])
-        found = {"Better than": self.better, "Worse than one of": self.worse}
-        return [f"{words} {others} on {', '.join(tasks) or 'no task'}" for words, tasks in found.items()]
+        others = ["its teacher" if mean.system == TEACHER else mean.system for mean in self.means[1:]]
+        found = {f"Better than {' and '.join(others)}": self.better, f"Worse than {' or '.join(others)}": self.worse}
+        return [f"{words} on {', '.join(tasks) or 'no task'}" for words, tasks in found.items()]
 
 
 def verdict(suites: Sequence[Comparison], seconds: float, queries: int | None) -> Verdict | None:
