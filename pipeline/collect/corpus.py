@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -39,6 +40,9 @@ from pipeline.core.run import progress
 from pipeline.core.schemas import QUERIES
 from pipeline.core.sources import SourceDigests
 from pipeline.core.text import normalize_text
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 # Texts that are read together: at most so many rows, and about so many characters.
 BATCH_ROWS = 4096
@@ -167,7 +171,9 @@ class Corpus:
         with self._timed("write"):
             out.counts = self.counts()
             for name in SPLITS:
-                out.write_stream(f"{name}.parquet", self._tables(name), QUERIES)
+                rows = int((self._frame["fate"] == name).sum())
+                with progress(list[str](), total=rows, desc=f"write {name}") as bar:
+                    out.write_stream(f"{name}.parquet", _counted(self._tables(name), bar), QUERIES)
             if self._tokens is not None:
                 self._removals.write(out.path / REMOVED, self._frame, self._spill, self._labels, self._instructions)
 
@@ -179,6 +185,12 @@ class Corpus:
         started = time.monotonic()
         yield
         self.seconds[step] = round(time.monotonic() - started, 2)
+
+
+def _counted(tables: Iterable[pa.Table], bar: "tqdm[str]") -> Iterator[pa.Table]:
+    for table in tables:
+        yield table
+        bar.update(table.num_rows)
 
 
 def _batched(texts: Iterable[str]) -> Iterator[list[str]]:

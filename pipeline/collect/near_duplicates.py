@@ -28,6 +28,7 @@ from pipeline.collect.ngrams import Hashes, HashRows, TokenFile, mix, ngrams
 from pipeline.collect.spill import Mask, Rows
 from pipeline.core.artifacts import disk_errors
 from pipeline.core.config import Params
+from pipeline.core.run import progress
 from pipeline.core.text import query_id
 
 SEED = 42
@@ -79,10 +80,12 @@ def find_near_duplicates(
         return found if salts is None else HashRows(found.hashes ^ salts[start + found.owners()], found.offsets)
 
     with _Signatures(tokens.folder, len(tokens), params) as signatures:
-        for start, batch in tokens.batches():
-            stop = start + len(batch.offsets) - 1
-            shingles_of = shingled(start, batch.without(skipped[start:stop]))
-            signatures.write(start, _minhash(shingles_of, params.permutations))
+        with progress(list[str](), total=len(tokens), desc="near duplicates") as bar:
+            for start, batch in tokens.batches():
+                stop = start + len(batch.offsets) - 1
+                shingles_of = shingled(start, batch.without(skipped[start:stop]))
+                signatures.write(start, _minhash(shingles_of, params.permutations))
+                bar.update(stop - start)
         candidates = np.flatnonzero(_shares_a_bucket(signatures, skipped))
         in_order = np.argsort(tokens.rows[candidates])
         buckets = _bucket_numbers(signatures, candidates)[in_order]

@@ -92,6 +92,16 @@ def test_tables_manifest_and_record(collect: Collect) -> None:
     assert not list(Path(".work/collect").glob("scratch-*"))
 
 
+def test_every_long_step_says_how_far_it_is(collect: Collect) -> None:
+    write(questions(50))
+    result = collect(near_duplicates=NEAR)
+    train, heldout = len(rows("train")), len(rows("heldout"))
+    for done in ("measure: 100%", "near duplicates: 100%", "write train: 100%", "write heldout: 100%"):
+        assert done in result.stderr
+    assert f" {train}/{train} " in result.stderr
+    assert f" {heldout}/{heldout} " in result.stderr
+
+
 def test_a_second_run_gives_equal_bytes(collect: Collect) -> None:
     write(questions(50))
     contents = []
