@@ -27,6 +27,7 @@ def work(what: str, folder: Path) -> None:
     """The life of a rank."""
     (folder / f"{os.environ['RANK']}.told").write_text(" ".join(os.environ.get(name, "-") for name in TOLD))
     (folder / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    _wait_for_the_other(folder)
     match what, is_first():
         case "speak", _:
             log.info("some news")
@@ -52,6 +53,13 @@ def work(what: str, folder: Path) -> None:
             _work_until_told(folder)
         case _:
             time.sleep(100)
+
+
+def _wait_for_the_other(folder: Path) -> None:
+    """A rank that fails ends the other, which a busy machine may not have started yet."""
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("*.pid"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _work_until_told(folder: Path) -> None:
