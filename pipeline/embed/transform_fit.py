@@ -34,6 +34,8 @@ LEAST_ROWS = 2
 EQUAL = 1e-28
 # Share of the variance that may be removed without a warning.
 MOST_REMOVED = 0.9
+# Rows a dimension below which `decorrelate` warns: at 1.1 the teacher lost .10 of its mean score (docs/results.md).
+ROWS_A_DIMENSION = 4
 
 
 class TargetMoments:
@@ -147,6 +149,9 @@ def _maps(params: TransformParams, moments: TargetMoments, facts: dict[str, Any]
     if params.kind == "center":
         return np.ones(len(moments.mean)), np.ones(len(moments.mean))
     if params.kind == "standardize":
+        if params.decorrelate and moments.rows < ROWS_A_DIMENSION * len(covariance):
+            noisy = "decorrelate (%g): correlations of %d dimensions over %d responses are noise, which harms targets"
+            log.warning(noisy, params.decorrelate, len(covariance), moments.rows)
         return _standardized(params, covariance, facts)
     if params.kind == "rotate":
         nothing = np.ones(len(moments.mean))
