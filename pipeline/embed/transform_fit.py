@@ -149,9 +149,10 @@ def _maps(params: TransformParams, moments: TargetMoments, facts: dict[str, Any]
     if params.kind == "center":
         return np.ones(len(moments.mean)), np.ones(len(moments.mean))
     if params.kind == "standardize":
-        if params.decorrelate and moments.rows < ROWS_A_DIMENSION * len(covariance):
-            noisy = "decorrelate (%g): correlations of %d dimensions over %d responses are noise, which harms targets"
-            log.warning(noisy, params.decorrelate, len(covariance), moments.rows)
+        least = ROWS_A_DIMENSION * len(covariance)
+        if params.decorrelate and moments.rows < least:
+            few = "decorrelate (%g): %d responses are few for %d dimensions: take %d or more, or set it to 0"
+            log.warning(few, params.decorrelate, moments.rows, len(covariance), least)
         return _standardized(params, covariance, facts)
     if params.kind == "rotate":
         nothing = np.ones(len(moments.mean))

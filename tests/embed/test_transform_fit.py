@@ -108,7 +108,7 @@ def test_dimensions_are_decorrelated_by_a_power(power: float, expected: float) -
 @pytest.mark.parametrize(("rows", "power", "warns"), [(7, 0.5, True), (8, 0.5, False), (7, 0, False)])
 def test_correlations_of_few_rows_warn(rows: int, power: float, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
     fit(np.random.default_rng(0).normal(size=(rows, 2)), kind="standardize", decorrelate=power)
-    assert ("decorrelate (0.5): correlations of 2 dimensions over 7" in caplog.text) == warns
+    assert ("decorrelate (0.5): 7 responses are few for 2 dimensions: take 8" in caplog.text) == warns
 
 
 def cosines(vectors: np.ndarray) -> np.ndarray:
