@@ -43,8 +43,13 @@ def readings(
         int, typer.Option(min=0, help="Training queries that are passed over before: another draw of the same data.")
     ] = 0,
     decorrelate: Annotated[
-        float, typer.Option(min=0, max=1, help="Of the echo targets, as embed.transform.decorrelate.")
+        float,
+        typer.Option(min=0, max=1, help="Of the echo targets and of each reading, as embed.transform.decorrelate."),
     ] = 0.0,
+    shrinkage: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Of --decorrelate, as embed.transform.shrinkage.  [default: auto]"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Compare what can be read of the backbone: raw, standardised, and in closed form to its answers."""
@@ -60,7 +65,17 @@ def readings(
         found = run(
             load(params, Inputs),
             Request(
-                suite, reading or (), share or defaults.shares, chosen, refine, rows, heldout, joined, skip, decorrelate
+                suite=suite,
+                readings=reading or (),
+                shares=share or defaults.shares,
+                targets=chosen,
+                refine=refine,
+                rows=rows,
+                heldout=heldout,
+                form=joined,
+                skip=skip,
+                decorrelate=decorrelate,
+                shrinkage="auto" if shrinkage is None else shrinkage,
             ),
         )
     if as_json:

@@ -32,7 +32,7 @@ Space = Literal["trained", "teacher"]
 # The keys that only some kinds read; elsewhere they must keep their defaults.
 _READ_BY: dict[str, tuple[Kind, ...]] = {
     "components": ("whiten", "remove-components"),
-    "shrinkage": ("whiten",),
+    "shrinkage": ("standardize", "whiten"),
     "decorrelate": ("standardize",),
     "epsilon": ("standardize", "whiten"),
     "rotate": ("center", "standardize", "remove-components"),
@@ -49,7 +49,9 @@ class TransformParams(Params):
         default=None, description="of remove-components: how many go; of whiten: how many stay, null = all"
     )
     shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
-        default="auto", description="of whiten: share of equal variances in the covariance; auto: Ledoit and Wolf's"
+        default="auto",
+        description="of whiten: share of equal variances in the covariance, auto: Ledoit and Wolf's; of decorrelate: "
+        "share of no correlation in the correlations, auto: Schäfer and Strimmer's",
     )
     decorrelate: float = Field(
         default=0.0,
@@ -69,6 +71,8 @@ class TransformParams(Params):
     @model_validator(mode="after")
     def _fits_kind(self) -> Self:
         check_unread_keys(self, {key for key, kinds in _READ_BY.items() if self.kind not in kinds})
+        if self.kind == "standardize" and not self.decorrelate and self.shrinkage != "auto":
+            raise ValueError("kind standardize takes no shrinkage without decorrelate")
         if self.kind == "remove-components" and self.components is None:
             raise ValueError("kind remove-components needs components: how many of the leading ones go, e.g. 1")
         return self
@@ -101,6 +105,11 @@ class TargetTransform:
     def width(self) -> int:
         """e, dimensions of the targets."""
         return int(self.forward.shape[-1])
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether each dimension is mapped by itself."""
+        return self.forward.ndim == 1
 
     @property
     def identity(self) -> dict[str, str]:

@@ -7,7 +7,8 @@ Kinds (mu and C: mean and covariance of the training targets, C = V diag(lambda)
 
 - center: x - mu
 - standardize: each dimension of x - mu over its standard deviation. `decorrelate` p multiplies by R^(-p/2), with the
-  correlations R, scaled so that the mean variance stays 1; p = 1 is ZCA-cor (Kessy, Lewin and Strimmer 2018).
+  correlations R, scaled so that the mean variance stays 1; p = 1 is ZCA-cor (Kessy, Lewin and Strimmer 2018). R is
+  shrunk first, R' = (1 - s) R + s I, by default with the intensity of Schäfer and Strimmer (2005).
 - whiten: V' (x - mu) over the square roots of the variances; `components` keeps the leading ones. The covariance is
   shrunk first, C' = (1 - s) C + s tr(C)/d I, by default with the intensity of Ledoit and Wolf (2004).
 - remove-components: x - mu without its part along the leading components (Mu and Viswanath 2018)
@@ -18,7 +19,7 @@ Kinds (mu and C: mean and covariance of the training targets, C = V diag(lambda)
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,8 +35,6 @@ LEAST_ROWS = 2
 EQUAL = 1e-28
 # Share of the variance that may be removed without a warning.
 MOST_REMOVED = 0.9
-# Rows a dimension below which `decorrelate` warns: at 1.1 the teacher lost .10 of its mean score (docs/results.md).
-ROWS_A_DIMENSION = 4
 
 
 class TargetMoments:
@@ -149,22 +148,13 @@ def _maps(params: TransformParams, moments: TargetMoments, facts: dict[str, Any]
     if params.kind == "center":
         return np.ones(len(moments.mean)), np.ones(len(moments.mean))
     if params.kind == "standardize":
-        least = ROWS_A_DIMENSION * len(covariance)
-        if params.decorrelate and moments.rows < least:
-            few = "decorrelate (%g): %d responses are few for %d dimensions: take %d or more, or set it to 0"
-            log.warning(few, params.decorrelate, moments.rows, len(covariance), least)
-        return _standardized(params, covariance, facts)
+        return _standardized(params, covariance, moments.rows, facts)
     if params.kind == "rotate":
         nothing = np.ones(len(moments.mean))
         return _rotated(nothing, nothing, covariance + np.outer(moments.mean, moments.mean), facts)
     variances, directions = principal_components(covariance)
     if params.kind == "whiten":
-        share = params.shrinkage
-        if share == "auto":
-            share = moments.shrinkage(covariance)
-            message = "shrinkage: %.4g (Ledoit and Wolf's for %d responses in %d dimensions)"
-            log.info(message, share, moments.rows, len(covariance))
-        facts["shrinkage"] = round(float(share), 6)
+        share = _shrinkage(params, lambda: moments.shrinkage(covariance), moments.rows, facts)
         count = params.components or len(variances)
         facts["kept_variance"] = _part(variances, count)
         shrunk = (1 - share) * variances + share * variances.mean()
@@ -180,19 +170,45 @@ def _maps(params: TransformParams, moments: TargetMoments, facts: dict[str, Any]
 
 
 def _standardized(
-    params: TransformParams, covariance: np.ndarray, facts: dict[str, Any]
+    params: TransformParams, covariance: np.ndarray, rows: int, facts: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Forward and inverse, `[d]` each, or `[d, d]` with `decorrelate`."""
     forward, inverse = _inverse_roots(np.diag(covariance).clip(0), params.epsilon, facts)
     if not params.decorrelate:
         return forward, inverse
-    variances, directions = principal_components(covariance * np.outer(forward, forward))
+    correlations = covariance * np.outer(forward, forward)
+    share = _shrinkage(params, lambda: correlation_shrinkage(correlations, rows), rows, facts)
+    shrunk = (1 - share) * correlations + share * np.diag(forward > 0)
+    variances, directions = principal_components(shrunk)
     shrink, grow = (roots**params.decorrelate for roots in _inverse_roots(variances, params.epsilon, facts))
-    scale = (np.count_nonzero(forward) / float(variances @ shrink**2)) ** 0.5
+    before = ((correlations @ directions) * directions).sum(0)
+    scale = (np.count_nonzero(forward) / float(before @ shrink**2)) ** 0.5
     return (
         forward[:, None] * (directions * (scale * shrink)) @ directions.T,
         (directions * (grow / scale)) @ directions.T * inverse,
     )
+
+
+def _shrinkage(params: TransformParams, estimate: Callable[[], float], rows: int, facts: dict[str, Any]) -> float:
+    """What the params say, or the estimate; it is among the facts."""
+    share = params.shrinkage
+    if share == "auto":
+        share = estimate()
+        log.info("shrinkage: %.4g (auto, for %d responses)", share, rows)
+    facts["shrinkage"] = round(share, 6)
+    return share
+
+
+def correlation_shrinkage(correlations: np.ndarray, rows: int) -> float:
+    """The intensity of Schäfer and Strimmer (2005), 0 to 1: noise of the correlations `[d, d]` over their squares.
+
+    Their variances are those of normally distributed rows, (1 - r^2)^2 / (N - 1).
+    """
+    squares = np.square(correlations[~np.eye(len(correlations), dtype=bool)])
+    squares = squares[squares > 0]
+    if not squares.size:
+        return 1.0
+    return float(min(1.0, np.square(1 - squares).sum() / (rows - 1) / squares.sum()))
 
 
 def _rotated(

@@ -18,7 +18,7 @@ from pipeline.core.errors import EvaluationError, ParamsError, nested_in, sectio
 from pipeline.core.paths import HELDOUT_TABLE, QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TRAIN_TABLE
 from pipeline.core.run import work_dir
 from pipeline.core.schemas import QUERY_EMBEDDING
-from pipeline.core.target_transform import load_transform
+from pipeline.core.target_transform import TransformParams, load_transform
 from pipeline.core.vectors import matrix
 from pipeline.encoder.folder.config import ResponseForm, check_form
 from pipeline.encoder.passes.prompt_reader import prompt_reader
@@ -65,7 +65,7 @@ class Request:
         form: how prediction and reading are joined at a share below 1.
         rows: most training queries that are read; `heldout`: most held-out ones.
         skip: training queries that are passed over before, so that draws of one order share none.
-        decorrelate: of the standardised echo targets, see `TransformParams`.
+        decorrelate, shrinkage: of `TransformParams`, for `Measurement.transform`.
     """
 
     suite: str | None = None
@@ -78,6 +78,7 @@ class Request:
     form: ResponseForm = "beside"
     skip: int = 0
     decorrelate: float = 0.0
+    shrinkage: float | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def run(inputs: Inputs, request: Request) -> Found:
         chunk_characters=CHUNK_CHARACTERS.get(device),
         refine=(inputs.train.refine or RefineParams()) if request.refine else None,
         form=request.form,
-        decorrelate=request.decorrelate,
+        transform=TransformParams(kind="standardize", decorrelate=request.decorrelate, shrinkage=request.shrinkage),
         seed=inputs.train.seed,
         device=device,
     )
@@ -149,6 +150,8 @@ def _checked(request: Request) -> list[str]:
         raise ParamsError(f"{wrong[0]:g} must be above 0 and at most 1", argument="share")
     if request.decorrelate and request.targets == "stored":
         raise ParamsError("stored targets are as embed.transform made them: leave it at 0", argument="decorrelate")
+    if request.shrinkage != "auto" and not request.decorrelate:
+        raise ParamsError(f"{request.shrinkage:g} needs --decorrelate", argument="shrinkage")
     return [name for name in READINGS if not request.readings or name in request.readings]
 
 

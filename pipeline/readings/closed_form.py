@@ -26,12 +26,12 @@ from pipeline.train.ridge import LinearMap
 from pipeline.train.states import States
 from pipeline.train.warm_start import Statistics, closed_form
 
+STANDARDIZE = TransformParams(kind="standardize")
 VERSION = 1  # raise it when the same numbers embed differently: finished scores are then not reused
 
 
-def fit_standardization(vectors: np.ndarray, decorrelate: float = 0.0) -> TargetTransform:
+def fit_standardization(vectors: np.ndarray, params: TransformParams = STANDARDIZE) -> TargetTransform:
     """`embed.transform` of kind standardize, fitted on `[N, d]`; TeacherError if all rows are equal."""
-    params = TransformParams(kind="standardize", decorrelate=decorrelate)
     return fit_transform(params, [vectors], unit_length=False).transform
 
 

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.bootstrap import BootstrapParams, Sampled, delta_of, sample_statistic
+from pipeline.core.target_transform import TransformParams
 from pipeline.core.vectors import rank_own
 from pipeline.encoder.folder.config import ResponseForm
 from pipeline.evaluate.deltas import sampled_mean
 from pipeline.evaluate.embedding_cache import CachedSystem
 from pipeline.evaluate.run import run_systems
 from pipeline.evaluate.summary import summary_table, task_scores
-from pipeline.readings.closed_form import fit_prediction, fit_standardization, refine_prediction
+from pipeline.readings.closed_form import STANDARDIZE, fit_prediction, fit_standardization, refine_prediction
 from pipeline.readings.states import FrozenBackbone, TemplateStates
 from pipeline.readings.systems import READINGS, ReadingSystem
 from pipeline.tasks.instructions import Instructions
@@ -64,7 +65,7 @@ class Line:
     """One setting of one reading.
 
     Attributes:
-        kind: raw, standardized, closed form or refined.
+        kind: raw, standardized, decorrelated, closed form or refined.
         share: of the predicted response; None for what predicts nothing.
         scores: main score of each task.
         mean: over the tasks; None without tasks.
@@ -93,7 +94,7 @@ class Measurement:
         hidden_dir: where states are kept; `tasks_dir`: where the results of finished tasks are.
         refine: how the closed form is refined as well; None: it is not.
         form: how prediction and reading are joined at a share below 1.
-        decorrelate: of the standardised echo targets, see `TransformParams`.
+        transform: of the echo targets, of kind standardize; if it decorrelates, of one more line of each reading too.
         seed, device: of the refinement.
         chunk_characters: of texts that a kill loses at most.
     """
@@ -108,7 +109,7 @@ class Measurement:
     chunk_characters: int | None = None
     refine: RefineParams | None = None
     form: ResponseForm = "beside"
-    decorrelate: float = 0.0
+    transform: TransformParams = STANDARDIZE
     seed: int = 0
     device: str = "cpu"
 
@@ -116,7 +117,9 @@ class Measurement:
 def measure(
     backbone: FrozenBackbone, names: Sequence[str], train: Rows, heldout: Rows, settings: Measurement
 ) -> list[Line]:
-    """One line for each reading raw, standardised, and with each share of the closed form, in the order of `names`.
+    """One line for each reading raw, standardised, decorrelated if so asked, and with each share of the closed form.
+
+    They are in the order of `names`.
 
     Raises:
         TeacherError: a reading is the same for all training queries.
@@ -124,7 +127,7 @@ def measure(
     """
     with ExitStack() as stack:
         states = _States(backbone, settings, stack)
-        targets = _targets(states, train, heldout, settings.decorrelate)
+        targets = _targets(states, train, heldout, settings.transform)
         systems = [system for name in names for system in _systems(states, name, train, targets[0], settings)]
         top1 = {system.name: _top1(system, heldout, targets[1], settings.bootstrap) for system in systems}
         scores, means = _task_scores(systems, settings)
@@ -157,14 +160,14 @@ class _States:
 
 
 def _targets(
-    states: _States, train: Rows, heldout: Rows, decorrelate: float
+    states: _States, train: Rows, heldout: Rows, transform: TransformParams
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Targets of the training and of the held-out answers; None where there are no answers."""
     if train.targets is not None or not train.answers:
         return train.targets, heldout.targets
     raw = states.system("echo")
     answers = raw.readings(train.answers, side="document")
-    standardize = fit_standardization(answers, decorrelate)
+    standardize = fit_standardization(answers, transform)
     return standardize(answers), standardize(
         raw.readings(heldout.answers, side="document")
     ) if heldout.answers else None
@@ -178,6 +181,8 @@ def _systems(
     found = raw.readings(train.queries)
     standardize = fit_standardization(found)
     yield states.system(name, standardize=standardize)
+    if settings.transform.decorrelate:
+        yield states.system(name, standardize=fit_standardization(found, settings.transform))
     if targets is None:
         return
     readings = standardize(found)

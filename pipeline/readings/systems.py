@@ -1,4 +1,4 @@
-"""Readings as systems of an evaluation: as they are, standardised, and with the predicted response beside them."""
+"""Readings as systems of an evaluation: as they are, standardised, decorrelated, and with the predicted response."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,8 @@ READINGS = {
 }
 
 
-RAW, STANDARDIZED, CLOSED_FORM, REFINED = "raw", "standardized", "closed form", "refined"
+RAW, STANDARDIZED, DECORRELATED = "raw", "standardized", "decorrelated"
+CLOSED_FORM, REFINED = "closed form", "refined"
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,16 @@ class ReadingSystem:
     def kind(self) -> str:
         if self.prediction:
             return REFINED if self.prediction.refined else CLOSED_FORM
-        return STANDARDIZED if self.standardize else RAW
+        if self.standardize is None:
+            return RAW
+        return STANDARDIZED if self.standardize.diagonal else DECORRELATED
 
     @property
     def name(self) -> str:
-        if self.prediction:
-            return f"{self.reading}-{self.kind.replace(' ', '-')}-{self.share:g}"
-        return f"{self.reading}-{STANDARDIZED}" if self.standardize else self.reading
+        if self.kind == RAW:
+            return self.reading
+        share = f"-{self.share:g}" if self.prediction else ""
+        return f"{self.reading}-{self.kind.replace(' ', '-')}{share}"
 
     @property
     def identity(self) -> dict[str, Any]:

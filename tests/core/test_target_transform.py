@@ -59,7 +59,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         ({"kind": "pca"}, "kind: Input should be 'auto', 'none', 'center'"),
         ({"kind": "center", "components": 2}, "kind center takes no components"),
         ({"components": 2}, "kind none takes no components"),
-        ({"kind": "standardize", "shrinkage": 0.5}, "kind standardize takes no shrinkage"),
+        ({"kind": "standardize", "shrinkage": 0.5}, "kind standardize takes no shrinkage without decorrelate"),
         ({"kind": "whiten", "decorrelate": 0.5}, "kind whiten takes no decorrelate"),
         ({"kind": "standardize", "decorrelate": 1.5}, "decorrelate"),
         ({"kind": "remove-components"}, "kind remove-components needs components"),

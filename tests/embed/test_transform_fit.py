@@ -95,20 +95,35 @@ def test_whitening_keeps_the_leading_components() -> None:
     assert abs(np.corrcoef(leading[:, 0], along)[0, 1]) > 0.99
 
 
-@pytest.mark.parametrize(("power", "expected"), [(0, 0.6), (0.5, 1 / 3), (1, 0)])
-def test_dimensions_are_decorrelated_by_a_power(power: float, expected: float) -> None:
-    # Two dimensions with correlation .6: R has the variances 1.6 and .4. At .5 they become 1.265 and .632, whose mean
-    # is scaled to 1: 4/3 and 2/3, so 1/3 beside the diagonal.
-    rows = np.array([[1, 1], [-1, -1]] * 8 + [[1, -1], [-1, 1]] * 2) * [2, 5] + [3, 7]
-    transform = fit(rows, kind="standardize", decorrelate=power)
+def correlated() -> np.ndarray:
+    """20 rows of two dimensions with correlation .6."""
+    return np.array([[1, 1], [-1, -1]] * 8 + [[1, -1], [-1, 1]] * 2) * [2, 5] + [3, 7]
+
+
+@pytest.mark.parametrize(
+    ("power", "shrinkage", "expected"),
+    [(0.5, 0.0, 1 / 3), (1, 0.0, 0), (1, 0.5, (16 / 13 - 4 / 7) / (16 / 13 + 4 / 7))],
+)
+def test_dimensions_are_decorrelated_by_a_power(power: float, shrinkage: float, expected: float) -> None:
+    # R has the variances 1.6 and .4. At .5 they become 1.265 and .632, whose mean is scaled to 1: 4/3 and 2/3, so 1/3
+    # beside the diagonal. Half shrunk, R' has the variances 1.3 and .7, by which 1.6 and .4 are divided.
+    rows = correlated()
+    transform = fit(rows, kind="standardize", decorrelate=power, shrinkage=shrinkage)
     np.testing.assert_allclose(covariance(transform(rows)), [[1, expected], [expected, 1]], atol=1e-6)
     np.testing.assert_allclose(transform.invert(transform(rows)), rows, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "power", "warns"), [(7, 0.5, True), (8, 0.5, False), (7, 0, False)])
-def test_correlations_of_few_rows_warn(rows: int, power: float, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
-    fit(np.random.default_rng(0).normal(size=(rows, 2)), kind="standardize", decorrelate=power)
-    assert ("decorrelate (0.5): 7 responses are few for 2 dimensions: take 8" in caplog.text) == warns
+def test_correlations_are_shrunk_by_what_is_noise_in_them() -> None:
+    # r = .6 from 20 rows has the variance (1 - .36)^2 / 19.
+    params = TransformParams(kind="standardize", decorrelate=0.5)
+    facts = fit_transform(params, blocks(correlated()), unit_length=False).facts
+    assert facts["shrinkage"] == pytest.approx(0.64**2 / 19 / 0.36, abs=1e-6)
+
+
+def test_independent_dimensions_are_only_standardised() -> None:
+    rows = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]]) * [2, 5]
+    transform = fit(rows, kind="standardize", decorrelate=1)
+    np.testing.assert_allclose(transform(rows), rows / [2, 5], atol=1e-6)
 
 
 def cosines(vectors: np.ndarray) -> np.ndarray:

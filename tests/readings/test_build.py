@@ -123,13 +123,20 @@ def test_stored_targets_and_a_refinement(inputs: Inputs) -> None:
         run(inputs, Request(targets="stored"))
 
 
-def test_decorrelated_targets_change_the_closed_form_alone(inputs: Inputs) -> None:
+def test_decorrelated_targets_stand_beside_a_decorrelated_reading(inputs: Inputs) -> None:
     plain, decorrelated = (
         by_setting(run(inputs, Request(readings=["echo"], shares=[1.0], decorrelate=power))) for power in (0.0, 0.5)
     )
-    standardized, closed_form = ("echo", "standardized", None), ("echo", "closed form", 1.0)
-    assert decorrelated[standardized] == plain[standardized]
+    standardized, alone, closed_form = (
+        ("echo", kind, share) for kind, share in (("standardized", None), ("decorrelated", None), ("closed form", 1.0))
+    )
+    assert set(decorrelated) - set(plain) == {alone}
+    assert decorrelated[standardized].scores == plain[standardized].scores != decorrelated[alone].scores
     assert decorrelated[closed_form].scores != plain[closed_form].scores
+    # The bar is the best line without a prediction, the decorrelated one among them.
+    bar = max(line.mean.value for line in decorrelated.values() if line.share is None)
+    gain = decorrelated[closed_form].mean.value - bar
+    assert decorrelated[closed_form].gain.value == pytest.approx(gain, abs=2e-6)
 
 
 def test_stored_targets_are_added_where_the_teacher_embedded_the_queries(inputs: Inputs) -> None:
@@ -164,6 +171,7 @@ def test_without_answers_or_tasks(inputs: Inputs) -> None:
         (Request(shares=[0.5, 1.5]), "1.5"),
         (Request(suite="most"), "most"),
         (Request(rows=5), "5 training queries"),
+        (Request(shrinkage=0.3), "0.3 needs --decorrelate"),
     ],
 )
 def test_what_does_not_exist_is_named(inputs: Inputs, request_: Request, says: str) -> None:
