@@ -32,7 +32,7 @@ from pipeline.evaluate.baselines import HydeSystem, ModelSystem, pooled, pooled_
 from pipeline.evaluate.embedding_cache import CachedSystem
 from pipeline.evaluate.params import EvaluateParams, ModelParams
 from pipeline.evaluate.registry import BUILT_IN, SystemEntry, entry_of
-from pipeline.evaluate.standardized import StandardizedSystem, training_texts
+from pipeline.evaluate.standardized import DECORRELATED, STANDARDIZED, StandardizedSystem, training_texts
 from pipeline.evaluate.system import BARE, BareSystem, InstructedSystem, System, SystemName, innermost
 from pipeline.generate.answer_cache import Answers
 from pipeline.generate.engines.registry import ENGINES
@@ -136,15 +136,16 @@ class Systems:
                     yield self._standardized(stack.enter_context(self.wrap(build(stack))))
 
     def _standardized(self, system: System) -> System:
-        """The system in its standardised form, if its entry says so."""
+        """The system in its standardised or decorrelated form, if its entry says so."""
         entry = entry_of(system.name)
-        if entry is None or not entry.standardized:
+        if entry is None or not entry.fitted:
             return system
-        known = self._fitted_by_training(system)
+        known = self._fitted_by_training(system) if entry.standardized else None
+        kind = DECORRELATED if entry.decorrelated else STANDARDIZED
         fitted = (
             StandardizedSystem.of_reading(system.name, system, known)
             if known
-            else StandardizedSystem.fitted(system.name, system, self.training_texts())
+            else StandardizedSystem.fitted(system.name, system, self.training_texts(), kind)
         )
         self.standardizations[system.name] = fitted.transform
         return fitted
@@ -257,7 +258,7 @@ class Systems:
 
 
 def _untrained(entry: SystemEntry, seed: int) -> Variant:
-    return methodcaller("untrained_reading" if entry.standardized else "untrained", seed)
+    return methodcaller("untrained_reading" if entry.fitted else "untrained", seed)
 
 
 def make_systems(inputs: SystemInputs) -> Systems:

@@ -14,7 +14,8 @@ class SystemEntry:
         per_seed: one system for each of `seeds`: the name alone for the first, `<name>-<seed>` for each other.
         template: of pooling, a key of `TEMPLATES`; the mean is over the tokens from its last text on.
         reading: it reads the backbone, and nothing of it is trained.
-        standardized: each dimension over mean and standard deviation of training queries that it has read.
+        standardized: each dimension over mean and standard deviation of training queries that it has read;
+            decorrelated: with half of their correlation taken away as well.
     """
 
     kind: Literal["encoder", "start", "teacher", "pooling", "hyde"]
@@ -23,6 +24,12 @@ class SystemEntry:
     template: str = "text"
     reading: bool = False
     standardized: bool = False
+    decorrelated: bool = False
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it reads training queries to be fitted on."""
+        return self.standardized or self.decorrelated
 
 
 # In the order of tables. What the systems are: build.py and baselines.py.
@@ -32,10 +39,13 @@ BUILT_IN = {
     "teacher": SystemEntry("teacher", teacher_space=True),
     "untrained": SystemEntry("encoder", teacher_space=True, per_seed=True, reading=True),
     "untrained-standardized": SystemEntry("encoder", per_seed=True, reading=True, standardized=True),
+    "untrained-decorrelated": SystemEntry("encoder", per_seed=True, reading=True, decorrelated=True),
     "backbone-mean": SystemEntry("pooling", reading=True),
     "backbone-mean-standardized": SystemEntry("pooling", reading=True, standardized=True),
+    "backbone-mean-decorrelated": SystemEntry("pooling", reading=True, decorrelated=True),
     "echo": SystemEntry("pooling", template="echo", reading=True),
     "echo-standardized": SystemEntry("pooling", template="echo", reading=True, standardized=True),
+    "echo-decorrelated": SystemEntry("pooling", template="echo", reading=True, decorrelated=True),
     "hyde": SystemEntry("hyde", teacher_space=True),
 }
 

@@ -32,7 +32,7 @@ SUMMARY = pa.schema(
     ]
 )
 
-_UNTRAINED = re.compile(r"untrained(-standardized)?(-\d+)?/(.+)")
+_UNTRAINED = re.compile(r"untrained(?:-(standardized|decorrelated))?(-\d+)?/(.+)")
 
 
 def summary_table(tasks: Sequence[Any], runs: Sequence[SystemResults], metric: str | None = None) -> pa.Table:
@@ -112,12 +112,12 @@ def mean_weights(types: Mapping[str, str]) -> dict[str, dict[str, float]]:
 def seed_spread(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Mean and standard deviation (n - 1) of each metric over the untrained students; empty for a single seed.
 
-    Metrics of standardised ones begin with `standardized/`.
+    Metrics of standardised ones begin with `standardized/`, of decorrelated ones with `decorrelated/`.
     """
     values: dict[str, list[float]] = {}
     for key, value in metrics.items():
         if found := _UNTRAINED.fullmatch(key):
-            values.setdefault(f"standardized/{found[3]}" if found[1] else found[3], []).append(value)
+            values.setdefault(f"{found[1]}/{found[3]}" if found[1] else found[3], []).append(value)
     return {
         metric: {"mean": round(fmean(scores), 6), "std": round(stdev(scores), 6), "seeds": len(scores)}
         for metric, scores in values.items()

@@ -209,17 +209,20 @@ def test_each_seed_is_an_untrained_system(encoder: LengthEncoder) -> None:
 
 
 def test_standardised_systems_are_fitted_on_the_training_texts(workspace: Path, encoder_on_disk: Path) -> None:
-    names = ["untrained-standardized", "backbone-mean-standardized", "echo-standardized"]
+    names = ["untrained-standardized", "backbone-mean-standardized", "echo-standardized", "echo-decorrelated"]
     texts = ["one query", "another one", "and a third, which is longer"]
     made = systems(encoder_dir=encoder_on_disk, training_texts=lambda: texts, seeds=[3, 4])
     found = {system.name: (system.encode(texts, ""), system.prompting) for system in made.build(names)}
     assert list(found) == ["untrained-standardized", "untrained-standardized-4", *names[1:]]
     assert set(made.standardizations) == set(found)
-    for embeddings, prompting in found.values():
+    for name, (embeddings, prompting) in found.items():
         assert embeddings.shape == (3, 32)
         np.testing.assert_allclose(embeddings.mean(0), 0, atol=1e-4)
-        np.testing.assert_allclose(embeddings.std(0), 1, atol=1e-3)
-        assert "standardised over training queries" in prompting
+        assert embeddings.var(0).mean() == pytest.approx(1, abs=1e-3)
+        how = "decorrelated" if name.endswith("decorrelated") else "standardised"
+        assert f"{how} over training queries" in prompting
+        if how == "standardised":
+            np.testing.assert_allclose(embeddings.std(0), 1, atol=1e-3)
 
 
 def test_the_untrained_student_is_standardised_as_training_did_it_where_that_read_the_same_way(
