@@ -19,7 +19,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from pipeline.cli.plan import AllParams
 from pipeline.cli.presets import presets
+from pipeline.core.config import parse_yaml, read_yaml, validate
 from pipeline.optim.flops import step_flops
 from tests.conftest import ROOT
 from tests.encoder.test_inference import write
@@ -210,6 +212,25 @@ def test_an_example_runs(encoder: Path, page: str, code: str, capsys: pytest.Cap
         assert np.isfinite(np.asarray(names[name])).all()
     if "encode_stream" in code:
         assert capsys.readouterr().out == "(500, 5)\n(500, 5)\n"
+
+
+# --- params ---------------------------------------------------------------------------------------------------------
+
+
+def params_blocks() -> Iterator[Any]:
+    """YAML blocks of pages whose first key is a section of params."""
+    for page, text in CURRENT.items():
+        for at, block in enumerate(re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)):
+            if block.partition(":")[0] in AllParams.model_fields:
+                yield pytest.param(block, id=f"{page}-{at}")
+
+
+@pytest.mark.parametrize("block", list(params_blocks()))
+def test_params_that_a_page_shows_are_accepted(block: str) -> None:
+    shown, content = parse_yaml(block.encode(), "block"), read_yaml(ROOT / "params.yaml")
+    for name, section in shown.items():
+        content[name].update(section)
+    validate(content, AllParams, where="params.yaml")
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
