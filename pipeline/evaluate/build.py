@@ -32,7 +32,7 @@ from pipeline.evaluate.baselines import HydeSystem, ModelSystem, pooled, pooled_
 from pipeline.evaluate.embedding_cache import CachedSystem
 from pipeline.evaluate.params import EvaluateParams, ModelParams
 from pipeline.evaluate.registry import BUILT_IN, SystemEntry, entry_of
-from pipeline.evaluate.standardized import DECORRELATED, STANDARDIZED, StandardizedSystem, training_texts
+from pipeline.evaluate.standardized import DECORRELATE, STANDARDIZE, StandardizedSystem, training_texts
 from pipeline.evaluate.system import BARE, BareSystem, InstructedSystem, System, SystemName, innermost
 from pipeline.generate.answer_cache import Answers
 from pipeline.generate.engines.registry import ENGINES
@@ -141,7 +141,7 @@ class Systems:
         if entry is None or not entry.fitted:
             return system
         known = self._fitted_by_training(system) if entry.standardized else None
-        kind = DECORRELATED if entry.decorrelated else STANDARDIZED
+        kind = DECORRELATE if entry.decorrelated else STANDARDIZE
         fitted = (
             StandardizedSystem.of_reading(system.name, system, known)
             if known

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from pipeline.encoder.head import Reading
 
 STANDARDIZATION_FILE = "standardization.safetensors"
-STANDARDIZED = TransformParams(kind="standardize")
+STANDARDIZE = TransformParams(kind="standardize")
 # The best on SmolLM2-135M at 638 to 2,000 rows, of powers .25 to 1 and shrinkage to .6 (docs/results.md).
-DECORRELATED = TransformParams(kind="standardize", decorrelate=0.5, shrinkage=0.3)
+DECORRELATE = TransformParams(kind="standardize", decorrelate=0.5, shrinkage=0.3)
 MOST_TEXTS = 2_000
 """Training queries that mean and deviation are fitted on: both are then known to some 2 % of a deviation."""
 

@@ -20,7 +20,10 @@ from pipeline.probe.descriptions import describe
 log = logging.getLogger(__name__)
 
 # Systems to compare the student with; the report has the others.
-SHOWN = ("student", "start", "teacher", "untrained-standardized", "backbone-mean-standardized", "echo-standardized")
+SHOWN = (
+    *("student", "start", "teacher", "untrained-standardized", "untrained-decorrelated"),
+    *("backbone-mean-standardized", "echo-standardized", "echo-decorrelated"),
+)
 _KINDS = ("evaluate", "probe")
 
 

@@ -21,6 +21,7 @@ from pipeline.core.artifacts import bytes_sha256, digest_of
 from pipeline.core.target_transform import TargetTransform, TransformParams
 from pipeline.embed.transform_fit import fit_transform
 from pipeline.encoder.folder.config import ResponseForm
+from pipeline.evaluate.standardized import STANDARDIZE
 from pipeline.train.params import RefineParams
 from pipeline.train.reading_map import decorrelation
 from pipeline.train.refine import refine
@@ -28,7 +29,6 @@ from pipeline.train.ridge import LinearMap
 from pipeline.train.states import States
 from pipeline.train.warm_start import Statistics, closed_form
 
-STANDARDIZE = TransformParams(kind="standardize")
 VERSION = 1  # raise it when the same numbers embed differently: finished scores are then not reused
 
 

@@ -21,8 +21,9 @@ from pipeline.encoder.folder.config import ResponseForm
 from pipeline.evaluate.deltas import sampled_mean
 from pipeline.evaluate.embedding_cache import CachedSystem
 from pipeline.evaluate.run import run_systems
+from pipeline.evaluate.standardized import STANDARDIZE
 from pipeline.evaluate.summary import summary_table, task_scores
-from pipeline.readings.closed_form import STANDARDIZE, fit_prediction, fit_standardization, refine_prediction
+from pipeline.readings.closed_form import fit_prediction, fit_standardization, refine_prediction
 from pipeline.readings.states import FrozenBackbone, TemplateStates
 from pipeline.readings.systems import READINGS, ReadingSystem
 from pipeline.tasks.instructions import Instructions

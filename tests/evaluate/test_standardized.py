@@ -10,8 +10,8 @@ from pipeline.core.artifacts import open_artifact
 from pipeline.core.errors import EvaluationError
 from pipeline.evaluate.embedding_cache import CachedSystem
 from pipeline.evaluate.standardized import (
-    DECORRELATED,
-    STANDARDIZED,
+    DECORRELATE,
+    STANDARDIZE,
     StandardizedSystem,
     standardization_bytes,
     training_texts,
@@ -24,7 +24,7 @@ READINGS = {"a": [1.0, 10.0, 5.0], "b": [3.0, 30.0, 5.0], "c": [5.0, 0.0, 5.0]}
 
 
 def fitted(texts: list[str] = ["a", "b"]) -> StandardizedSystem:  # noqa: B006
-    return StandardizedSystem.fitted("echo-standardized", VectorSystem(READINGS, "echo"), texts, STANDARDIZED)
+    return StandardizedSystem.fitted("echo-standardized", VectorSystem(READINGS, "echo"), texts, STANDARDIZE)
 
 
 def test_each_dimension_is_over_its_mean_and_deviation_of_the_training_texts() -> None:
@@ -40,7 +40,7 @@ def test_decorrelated_readings_share_half_of_their_correlation_less_what_is_held
     rows = [[1, 1], [-1, -1]] * 8 + [[1, -1], [-1, 1]] * 2
     texts = {str(at): [float(value) for value in row] for at, row in enumerate(rows)}
     vectors = VectorSystem(texts, "echo")
-    system = StandardizedSystem.fitted("echo-decorrelated", vectors, list(texts), DECORRELATED)
+    system = StandardizedSystem.fitted("echo-decorrelated", vectors, list(texts), DECORRELATE)
     large, small = 1.6 / 1.42**0.5, 0.4 / 0.58**0.5
     found = np.cov(system.encode(list(texts), "").T, bias=True)
     expected = (large - small) / (large + small)
@@ -73,7 +73,7 @@ def test_raw_and_standardised_readings_share_the_embeddings_of_a_cache(workspace
     raw.encode(["a", "b", "c"], "")
     raw.close()
     again = CachedSystem(VectorSystem(READINGS, "echo"), Path("embeddings"), dtype="float32")
-    StandardizedSystem.fitted("echo-standardized", again, ["a", "b"], STANDARDIZED).encode(["c"], "")
+    StandardizedSystem.fitted("echo-standardized", again, ["a", "b"], STANDARDIZE).encode(["c"], "")
     again.close()
     assert (again.reused, again.computed) == (3, 0)
 
