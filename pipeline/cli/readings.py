@@ -44,7 +44,7 @@ def readings(
     ] = 0,
     decorrelate: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Of the echo targets and of each reading, as embed.transform.decorrelate."),
+        typer.Option(min=0, max=1, help="Of the echo targets, as embed.transform.decorrelate, and of the readings."),
     ] = 0.0,
     shrinkage: Annotated[
         float | None,

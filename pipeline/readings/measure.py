@@ -21,7 +21,7 @@ from pipeline.encoder.folder.config import ResponseForm
 from pipeline.evaluate.deltas import sampled_mean
 from pipeline.evaluate.embedding_cache import CachedSystem
 from pipeline.evaluate.run import run_systems
-from pipeline.evaluate.standardized import STANDARDIZE
+from pipeline.evaluate.standardized import DECORRELATE, STANDARDIZE
 from pipeline.evaluate.summary import summary_table, task_scores
 from pipeline.readings.closed_form import fit_prediction, fit_standardization, refine_prediction
 from pipeline.readings.states import FrozenBackbone, TemplateStates
@@ -95,7 +95,7 @@ class Measurement:
         hidden_dir: where states are kept; `tasks_dir`: where the results of finished tasks are.
         refine: how the closed form is refined as well; None: it is not.
         form: how prediction and reading are joined at a share below 1.
-        transform: of the echo targets, of kind standardize; if it decorrelates, of one more line of each reading too.
+        transform: of the echo targets, of kind standardize; if it decorrelates, of the decorrelated readings too.
         seed, device: of the refinement.
         chunk_characters: of texts that a kill loses at most.
     """
@@ -118,9 +118,7 @@ class Measurement:
 def measure(
     backbone: FrozenBackbone, names: Sequence[str], train: Rows, heldout: Rows, settings: Measurement
 ) -> list[Line]:
-    """One line for each reading raw, standardised, decorrelated if so asked, and with each share of the closed form.
-
-    They are in the order of `names`.
+    """One line for each reading raw, standardised, decorrelated, and with each share of the closed form; by `names`.
 
     Raises:
         TeacherError: a reading is the same for all training queries.
@@ -182,8 +180,8 @@ def _systems(
     found = raw.readings(train.queries)
     standardize = fit_standardization(found)
     yield states.system(name, standardize=standardize)
-    if settings.transform.decorrelate:
-        yield states.system(name, standardize=fit_standardization(found, settings.transform))
+    decorrelate = settings.transform if settings.transform.decorrelate else DECORRELATE
+    yield states.system(name, standardize=fit_standardization(found, decorrelate))
     if targets is None:
         return
     readings = standardize(found)

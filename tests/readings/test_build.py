@@ -44,6 +44,7 @@ def inputs(workspace: Path, tiny_backbone: Callable[..., Path]) -> Inputs:
     return load(Path("params.yaml"), Inputs)
 
 
+UNTRAINED = [("raw", None), ("standardized", None), ("decorrelated", None)]
 CHOSEN = Request(readings=["echo", "tokens"], shares=[0.5, 1.0])
 
 
@@ -56,7 +57,7 @@ def test_every_setting_is_scored_on_every_task(inputs: Inputs) -> None:
     assert found.tasks == ["retrieval_folder", "sts_folder", "classification_folder"]
     assert (found.rows, found.heldout, found.answered) == (27, 3, True)
     lines = by_setting(found)
-    kinds = [("raw", None), ("standardized", None), ("closed form", 0.5), ("closed form", 1.0)]
+    kinds = [*UNTRAINED, ("closed form", 0.5), ("closed form", 1.0)]
     assert list(lines) == [(reading, *kind) for reading in ("echo", "tokens") for kind in kinds]
     for line in found.lines:
         assert set(line.scores) == set(found.tasks)
@@ -81,7 +82,7 @@ def test_a_second_run_passes_nothing_through_the_backbone(inputs: Inputs, monkey
     again = run(inputs, CHOSEN)
     assert again == first
     # Another share needs no state that is not kept.
-    assert len(run(inputs, Request(readings=["echo"], shares=[0.2, 0.8])).lines) == 4
+    assert len(run(inputs, Request(readings=["echo"], shares=[0.2, 0.8])).lines) == 5
 
 
 def test_the_closed_form_is_fitted_on_the_training_rows_alone(inputs: Inputs) -> None:
@@ -111,7 +112,7 @@ def test_stored_targets_and_a_refinement(inputs: Inputs) -> None:
     vectors = [{"id": name, "embedding": [float(int(name[:2], 16)), 1.0, 2.0]} for name in ids]
     write_targets(pa.Table.from_pylist(vectors, targets_schema(3, "float32")))
     found = run(inputs, Request(readings=["echo"], shares=[0.5, 1.0], targets="stored", refine=True))
-    kinds = [("raw", None), ("standardized", None), *((k, a) for k in ("closed form", "refined") for a in (0.5, 1.0))]
+    kinds = [*UNTRAINED, *((k, a) for k in ("closed form", "refined") for a in (0.5, 1.0))]
     assert list(by_setting(found)) == [("echo", *kind) for kind in kinds]
     echo = by_setting(run(inputs, Request(readings=["echo"], shares=[1.0])))
     assert by_setting(found)["echo", "closed form", 1.0].scores != echo["echo", "closed form", 1.0].scores
@@ -125,13 +126,14 @@ def test_stored_targets_and_a_refinement(inputs: Inputs) -> None:
 
 def test_decorrelated_targets_stand_beside_a_decorrelated_reading(inputs: Inputs) -> None:
     plain, decorrelated = (
-        by_setting(run(inputs, Request(readings=["echo"], shares=[1.0], decorrelate=power))) for power in (0.0, 0.5)
+        by_setting(run(inputs, Request(readings=["echo"], shares=[1.0], decorrelate=power, shrinkage=held)))
+        for power, held in ((0.0, "auto"), (0.5, 0.3))
     )
     standardized, alone, closed_form = (
         ("echo", kind, share) for kind, share in (("standardized", None), ("decorrelated", None), ("closed form", 1.0))
     )
-    assert set(decorrelated) - set(plain) == {alone}
     assert decorrelated[standardized].scores == plain[standardized].scores != decorrelated[alone].scores
+    assert decorrelated[alone].scores == plain[alone].scores
     assert decorrelated[closed_form].scores != plain[closed_form].scores
     # The bar is the best line without a prediction, the decorrelated one among them.
     bar = max(line.mean.value for line in decorrelated.values() if line.share is None)
@@ -160,7 +162,7 @@ def test_without_answers_or_tasks(inputs: Inputs) -> None:
     found = run(bare, CHOSEN)
     assert (found.answered, found.tasks) == (False, [])
     assert [(line.kind, line.mean, line.top1, line.gain) for line in found.lines] == [
-        (kind, None, None, None) for _ in range(2) for kind in ("raw", "standardized")
+        (kind, None, None, None) for _ in range(2) for kind, _ in UNTRAINED
     ]
 
 
@@ -190,7 +192,7 @@ def test_the_command_prints_a_table_or_json(inputs: Inputs) -> None:
     assert "echo" in shown.output and "standardized" in shown.output and "27 training queries" in shown.output
     printed = CliRunner().invoke(app, [*options, "--json"])
     content = json.loads(printed.stdout)
-    assert [line["kind"] for line in content["lines"]] == ["raw", "standardized", "closed form"]
+    assert [line["kind"] for line in content["lines"]] == ["raw", "standardized", "decorrelated", "closed form"]
     assert set(content["lines"][0]["scores"]) == {"retrieval_folder", "sts_folder"}
     wrong = CliRunner().invoke(app, ["readings", "--reading", "ecco"])
     assert wrong.exit_code == 1
