@@ -6,9 +6,8 @@ A share a of the embedding is the predicted response, 1 - a the standardised rea
 
 p is the ridge regression of the target on the standardised reading r; |p| and |r| are mean lengths over the training
 rows, so the map from the hidden states to the embedding stays affine. a = 1 is the paper's, a = 0 the reading alone.
-In the form `added` both parts are summed. Targets that are readings of the backbone have the dimensions of r; where
-they are decorrelated, r is too, before it is added. Other teachers embed the queries too, and r is first mapped into
-their space, by ridge regression of these embeddings on it.
+In the form `added` both parts are summed. Targets that are readings of the backbone have the dimensions of r. Other
+teachers embed the queries too, and r is first mapped into their space, by ridge regression of these embeddings on it.
 The factor |r| in front plays no part in a cosine. A regularised classifier on the embeddings sees it: at unit length
 mteb's few-shot classifier loses .03 to .10 of its accuracy (docs/results.md).
 """
@@ -23,7 +22,6 @@ from pipeline.embed.transform_fit import fit_transform
 from pipeline.encoder.folder.config import ResponseForm
 from pipeline.evaluate.standardized import STANDARDIZE
 from pipeline.train.params import RefineParams
-from pipeline.train.reading_map import decorrelation
 from pipeline.train.refine import refine
 from pipeline.train.ridge import LinearMap
 from pipeline.train.states import States
@@ -86,23 +84,14 @@ class Prediction:
 
 
 def fit_prediction(
-    readings: np.ndarray,
-    targets: np.ndarray,
-    form: ResponseForm = "beside",
-    query_targets: np.ndarray | None = None,
-    transform: TransformParams = STANDARDIZE,
+    readings: np.ndarray, targets: np.ndarray, form: ResponseForm = "beside", query_targets: np.ndarray | None = None
 ) -> Prediction:
     """The closed form on the training rows: standardised readings `[N, d]` and targets `[N, e]`.
 
-    `query_targets` `[N, e]`, the teacher's embeddings of the queries, map the reading that is added. Without them it
-    is decorrelated as `transform` says, which made the targets.
+    `query_targets` `[N, e]`, the teacher's embeddings of the queries, map the reading that is added.
     """
     fitted, ridge = _closed_form(readings, targets)
-    reading_map = None
-    if query_targets is not None:
-        reading_map = _closed_form(readings, query_targets)[0]
-    elif form == "added" and transform.decorrelate:
-        reading_map = decorrelation(readings, transform)
+    reading_map = None if query_targets is None else _closed_form(readings, query_targets)[0]
     own = readings if reading_map is None else reading_map(readings)
     lengths = (_mean_length(fitted(readings)), _mean_length(own), _mean_length(targets))
     return Prediction(fitted, ridge, *lengths, form=form, reading_map=reading_map)

@@ -185,7 +185,7 @@ def _systems(
     if targets is None:
         return
     readings = standardize(found)
-    predictions = [fit_prediction(readings, targets, settings.form, train.query_targets, settings.transform)]
+    predictions = [fit_prediction(readings, targets, settings.form, train.query_targets)]
     if settings.refine:
         arguments = (settings.refine, settings.seed, settings.device)
         predictions.append(refine_prediction(predictions[0], readings, targets, *arguments))

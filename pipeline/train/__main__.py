@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
@@ -24,9 +23,6 @@ from pipeline.core.tracking import tracking
 from pipeline.parallel.launch import launch_ranks
 from pipeline.parallel.ranks import is_first, launched, rank_count, rank_process
 from pipeline.train.params import TrainParams, check_instructions
-
-if TYPE_CHECKING:
-    from pipeline.core.target_transform import TransformParams
 
 # For processes that wait while the first one reads a large backbone from a slow disk; NCCL gives up after 10 minutes.
 PATIENCE = timedelta(hours=2)
@@ -80,7 +76,6 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
         checkpoint=_checkpoint_path(inputs, identity, artifacts),
         frame_ids=formatter("").token_ids,
         identity=identity,
-        reading_transform=_reading_transform(artifacts[2]),
     )
     first = trainer.accelerator.is_main_process
     with tracking(params.track if first else None, "train", resume=bool(trainer.curve)) as trainer.track:
@@ -110,18 +105,6 @@ def _check_form(params: TrainParams, targets: Artifact) -> None:
     transform, mapped = load_transform(targets.path), targets.manifest.params.get("queries", False)
     made = transform.identity if transform else None
     check_form(params.response_form, targets.manifest.models["teacher"], made, mapped=mapped)
-
-
-def _reading_transform(targets: Artifact) -> "TransformParams | None":
-    """How readings are decorrelated to lie where targets do that are such a reading themselves; None: they are not."""
-    from pipeline.core.target_transform import TransformParams, load_transform
-    from pipeline.encoder.folder.config import in_reading_space
-
-    transform = load_transform(targets.path)
-    if transform is None or transform.diagonal:
-        return None
-    alike = in_reading_space(targets.manifest.models["teacher"], transform.identity)
-    return TransformParams.model_validate(targets.manifest.params["transform"]) if alike else None
 
 
 def _checkpoint_path(inputs: Inputs, identity: dict[str, str], artifacts: Sequence[Artifact]) -> Path:

@@ -87,12 +87,6 @@ def embedding_width(share: float, width: int, hidden: int, form: ResponseForm = 
     return width if form == "added" and 0 < share < 1 else width * (share > 0) + hidden * (share < 1)
 
 
-def in_reading_space(teacher: Mapping[str, Any], transform: Mapping[str, str] | None) -> bool:
-    """Whether targets of this teacher are a standardised reading of the backbone, so that readings have their space."""
-    mean = teacher.get("kind") == "backbone" and teacher.get("pooling") == "mean"
-    return mean and transform is not None and transform.get("kind") == "standardize"
-
-
 def check_form(
     form: ResponseForm, teacher: Mapping[str, Any], transform: Mapping[str, str] | None, *, mapped: bool
 ) -> None:
@@ -100,7 +94,8 @@ def check_form(
 
     `mapped`: the reading has a map to that space, since the teacher embedded the queries too.
     """
-    if form == "added" and not (mapped or in_reading_space(teacher, transform)):
+    mean = teacher.get("kind") == "backbone" and teacher.get("pooling") == "mean"
+    if form == "added" and not (mapped or (mean and (transform or {}).get("kind") == "standardize")):
         raise TrainingError(
             "added: the teacher must embed the queries too (embed.queries: true, then train), or the targets be a "
             "reading of the backbone itself, its mean hidden states standardised (embed.teacher.kind: backbone, "
