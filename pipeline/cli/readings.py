@@ -50,6 +50,9 @@ def readings(
         float | None,
         typer.Option(min=0, max=1, help="Of --decorrelate, as embed.transform.shrinkage.  [default: auto]"),
     ] = None,
+    decorrelate_reading: Annotated[
+        bool, typer.Option("--decorrelate-reading", help="Add the reading decorrelated, as train.decorrelate_reading.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Compare what can be read of the backbone: raw, standardised, and in closed form to its answers."""
@@ -75,6 +78,7 @@ def readings(
                 form=joined,
                 skip=skip,
                 decorrelate=decorrelate,
+                decorrelate_reading=decorrelate_reading,
                 shrinkage="auto" if shrinkage is None else shrinkage,
             ),
         )

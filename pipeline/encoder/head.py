@@ -10,9 +10,9 @@ The paper's embedding is the predicted response alone, a *response share* of 1. 
 - L_p, L_r: their mean lengths over these queries, so that both parts have one mean length
 
 The inner product of two embeddings is then a^2 times that of the predictions plus (1 - a)^2 times that of the readings.
-In the form `added` the two are summed, `[e]`. Targets that are a reading of the backbone have the reading's space; for
-others the reading is first mapped into theirs, by the closed form to the teacher's embeddings of the queries, and L_r
-is the mean length of what that gives.
+In the form `added` the two are summed, `[e]`. Targets that are a reading of the backbone have the reading's space, and
+where they are decorrelated a map may decorrelate the reading likewise. For others the reading is first mapped into
+theirs, by the closed form to the teacher's embeddings of the queries. L_r is the mean length of what the map gives.
 L_r in front changes no cosine, but classifiers with regularisation see the length. The map from the mean hidden state
 stays affine, so every export can carry it. `pipeline readings` measures this form before training.
 

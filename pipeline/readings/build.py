@@ -66,6 +66,7 @@ class Request:
         rows: most training queries that are read; `heldout`: most held-out ones.
         skip: training queries that are passed over before, so that draws of one order share none.
         decorrelate, shrinkage: of `TransformParams`, for `Measurement.transform`.
+        decorrelate_reading: see `Measurement`.
     """
 
     suite: str | None = None
@@ -79,6 +80,7 @@ class Request:
     skip: int = 0
     decorrelate: float = 0.0
     shrinkage: float | Literal["auto"] = "auto"
+    decorrelate_reading: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ def run(inputs: Inputs, request: Request) -> Found:
         refine=(inputs.train.refine or RefineParams()) if request.refine else None,
         form=request.form,
         transform=TransformParams(kind="standardize", decorrelate=request.decorrelate, shrinkage=request.shrinkage),
+        decorrelate_reading=request.decorrelate_reading,
         seed=inputs.train.seed,
         device=device,
     )
@@ -152,6 +155,8 @@ def _checked(request: Request) -> list[str]:
         raise ParamsError("stored targets are as embed.transform made them: leave it at 0", argument="decorrelate")
     if request.shrinkage != "auto" and not request.decorrelate:
         raise ParamsError(f"{request.shrinkage:g} needs --decorrelate", argument="shrinkage")
+    if request.decorrelate_reading and (not request.decorrelate or request.form == "beside"):
+        raise ParamsError("it needs --decorrelate and --form added", argument="decorrelate_reading")
     return [name for name in READINGS if not request.readings or name in request.readings]
 
 

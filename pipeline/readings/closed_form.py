@@ -6,8 +6,9 @@ A share a of the embedding is the predicted response, 1 - a the standardised rea
 
 p is the ridge regression of the target on the standardised reading r; |p| and |r| are mean lengths over the training
 rows, so the map from the hidden states to the embedding stays affine. a = 1 is the paper's, a = 0 the reading alone.
-In the form `added` both parts are summed. Targets that are readings of the backbone have the dimensions of r. Other
-teachers embed the queries too, and r is first mapped into their space, by ridge regression of these embeddings on it.
+In the form `added` both parts are summed. Targets that are readings of the backbone have the dimensions of r, which may
+be decorrelated as they are before it is added. Other teachers embed the queries too, and r is first mapped into their
+space, by ridge regression of these embeddings on it.
 The factor |r| in front plays no part in a cosine. A regularised classifier on the embeddings sees it: at unit length
 mteb's few-shot classifier loses .03 to .10 of its accuracy (docs/results.md).
 """
@@ -22,6 +23,7 @@ from pipeline.embed.transform_fit import fit_transform
 from pipeline.encoder.folder.config import ResponseForm
 from pipeline.evaluate.standardized import STANDARDIZE
 from pipeline.train.params import RefineParams
+from pipeline.train.reading_map import decorrelation
 from pipeline.train.refine import refine
 from pipeline.train.ridge import LinearMap
 from pipeline.train.states import States
@@ -84,14 +86,23 @@ class Prediction:
 
 
 def fit_prediction(
-    readings: np.ndarray, targets: np.ndarray, form: ResponseForm = "beside", query_targets: np.ndarray | None = None
+    readings: np.ndarray,
+    targets: np.ndarray,
+    form: ResponseForm = "beside",
+    query_targets: np.ndarray | None = None,
+    transform: TransformParams | None = None,
 ) -> Prediction:
     """The closed form on the training rows: standardised readings `[N, d]` and targets `[N, e]`.
 
-    `query_targets` `[N, e]`, the teacher's embeddings of the queries, map the reading that is added.
+    The reading that is added is mapped by ridge regression of `query_targets` `[N, e]`, the teacher's embeddings of the
+    queries, on it, or decorrelated by `transform`, that of the targets; without either it stays as it is.
     """
     fitted, ridge = _closed_form(readings, targets)
-    reading_map = None if query_targets is None else _closed_form(readings, query_targets)[0]
+    reading_map = None
+    if query_targets is not None:
+        reading_map = _closed_form(readings, query_targets)[0]
+    elif transform is not None:
+        reading_map = decorrelation(readings, transform)
     own = readings if reading_map is None else reading_map(readings)
     lengths = (_mean_length(fitted(readings)), _mean_length(own), _mean_length(targets))
     return Prediction(fitted, ridge, *lengths, form=form, reading_map=reading_map)

@@ -96,6 +96,7 @@ class Measurement:
         refine: how the closed form is refined as well; None: it is not.
         form: how prediction and reading are joined at a share below 1.
         transform: of the echo targets, of kind standardize; if it decorrelates, of the decorrelated readings too.
+        decorrelate_reading: the reading that is added to the prediction has that transform as well.
         seed, device: of the refinement.
         chunk_characters: of texts that a kill loses at most.
     """
@@ -111,6 +112,7 @@ class Measurement:
     refine: RefineParams | None = None
     form: ResponseForm = "beside"
     transform: TransformParams = STANDARDIZE
+    decorrelate_reading: bool = False
     seed: int = 0
     device: str = "cpu"
 
@@ -185,7 +187,8 @@ def _systems(
     if targets is None:
         return
     readings = standardize(found)
-    predictions = [fit_prediction(readings, targets, settings.form, train.query_targets)]
+    own = settings.transform if settings.decorrelate_reading else None
+    predictions = [fit_prediction(readings, targets, settings.form, train.query_targets, own)]
     if settings.refine:
         arguments = (settings.refine, settings.seed, settings.device)
         predictions.append(refine_prediction(predictions[0], readings, targets, *arguments))

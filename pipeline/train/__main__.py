@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -23,6 +24,9 @@ from pipeline.core.tracking import tracking
 from pipeline.parallel.launch import launch_ranks
 from pipeline.parallel.ranks import is_first, launched, rank_count, rank_process
 from pipeline.train.params import TrainParams, check_instructions
+
+if TYPE_CHECKING:
+    from pipeline.core.target_transform import TransformParams
 
 # For processes that wait while the first one reads a large backbone from a slow disk; NCCL gives up after 10 minutes.
 PATIENCE = timedelta(hours=2)
@@ -60,7 +64,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
     on_cpu = best_device() == "cpu"  # accelerate goes to the CPU in silence where a GPU is not usable
     artifacts = [open_artifact(path, path.name) for path in (QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR)]
     identity = _checked_identity(backbone, artifacts[1])
-    _check_form(params, artifacts[2])
+    reading_transform = _reading_transform(params, artifacts[2])
     check_instructions(params, artifacts[0].manifest.params.get("sources", []))
     tokenizer = load_tokenizer(backbone)
     formatter = query_formatter(params, backbone, tokenizer)
@@ -76,6 +80,7 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
         checkpoint=_checkpoint_path(inputs, identity, artifacts),
         frame_ids=formatter("").token_ids,
         identity=identity,
+        reading_transform=reading_transform,
     )
     first = trainer.accelerator.is_main_process
     with tracking(params.track if first else None, "train", resume=bool(trainer.curve)) as trainer.track:
@@ -98,13 +103,23 @@ def _checked_identity(params: BackboneParams, responses: Artifact) -> dict[str, 
     return identity
 
 
-def _check_form(params: TrainParams, targets: Artifact) -> None:
-    from pipeline.core.target_transform import load_transform
-    from pipeline.encoder.folder.config import check_form
+def _reading_transform(params: TrainParams, targets: Artifact) -> "TransformParams | None":
+    """How the reading that is added is decorrelated; None if it is not.
 
-    transform, mapped = load_transform(targets.path), targets.manifest.params.get("queries", False)
-    made = transform.identity if transform else None
-    check_form(params.response_form, targets.manifest.models["teacher"], made, mapped=mapped)
+    Raises TrainingError if a reading cannot be added, or decorrelated, as the params say.
+    """
+    from pipeline.core.target_transform import TransformParams, load_transform
+    from pipeline.encoder.folder.config import check_decorrelated, check_form
+
+    transform, made_with = load_transform(targets.path), targets.manifest.params
+    identity, mapped = transform.identity if transform else None, made_with.get("queries", False)
+    teacher = targets.manifest.models["teacher"]
+    check_form(params.response_form, teacher, identity, mapped=mapped)
+    if not params.decorrelate_reading:
+        return None
+    decorrelated = transform is not None and not transform.diagonal
+    check_decorrelated(teacher, identity, decorrelated=decorrelated, mapped=mapped)
+    return TransformParams.model_validate(made_with["transform"])
 
 
 def _checkpoint_path(inputs: Inputs, identity: dict[str, str], artifacts: Sequence[Artifact]) -> Path:

@@ -16,8 +16,8 @@ from pipeline.backbone.sizes import sizes_from_config
 from pipeline.core.artifacts import Artifact
 from pipeline.core.errors import nested_in
 from pipeline.core.run import work_dir
+from pipeline.core.target_transform import TransformParams
 from pipeline.encoder.folder.tensors import start_tensors
-from pipeline.encoder.head import Reading
 from pipeline.encoder.passes.adapted import AdaptedQueryPass
 from pipeline.encoder.passes.plain import Passes
 from pipeline.encoder.passes.select import make_passes
@@ -25,7 +25,7 @@ from pipeline.encoder.student import input_embeddings, new_student
 from pipeline.encoder.token_init import token_init
 from pipeline.train.data import TrainingRows, drop_loops, read_joined, tokenize
 from pipeline.train.params import TrainParams
-from pipeline.train.reading import fit_reading, row_statistics
+from pipeline.train.reading import fit_reading, reading_of, row_statistics
 from pipeline.train.refine import refine_alignment
 from pipeline.train.trainer import Trainer
 from pipeline.train.validation import Validation
@@ -85,6 +85,7 @@ def assemble(
     checkpoint: Path | None,
     frame_ids: Sequence[int],
     identity: Mapping[str, str] | None = None,
+    reading_transform: TransformParams | None = None,
 ) -> Trainer:
     """A trainer that is ready to run: at its last checkpoint, or at its start.
 
@@ -95,6 +96,7 @@ def assemble(
         checkpoint: file of the resumable state; None keeps none.
         frame_ids: the prompt of an empty query, for the closed-form start.
         identity: of the backbone, by which hidden states of queries are kept on the disk; None keeps none.
+        reading_transform: see `Trainer`.
 
     Raises:
         BackboneError: the backbone cannot be loaded or cannot do what the params ask.
@@ -130,6 +132,7 @@ def assemble(
         checkpoint,
         sizes_from_config(backbone.config.to_dict()),
         None if identity is None else {**identity, "dtype": str(backbone.dtype), "quantize": params.quantize},
+        reading_transform=reading_transform,
     )
     if not trainer.resume():
         start_student(trainer, backbone, frame_ids)
@@ -149,8 +152,6 @@ def _passes(params: TrainParams, backbone: Any, adapted: Any) -> Passes:
 
 def start_student(trainer: Trainer, backbone: Any, frame_ids: Sequence[int]) -> None:
     """Give a trainer's student its start, in closed form if the params say so, and keep it with its reading."""
-    import torch
-
     if not trainer.params.warm_start.enabled:
         trainer.start = start_tensors(trainer.student, fit_reading(trainer))
         return
@@ -162,7 +163,7 @@ def start_student(trainer: Trainer, backbone: Any, frame_ids: Sequence[int]) -> 
         trainer.start = start_tensors(trainer.student, fit_reading(trainer))
         return
     features, _ = statistics.scored_rows()
-    trainer.start = start_tensors(trainer.student, Reading.fit(trainer.student, torch.from_numpy(features)))
+    trainer.start = start_tensors(trainer.student, reading_of(trainer, features))
 
 
 def warm_start_student(trainer: Trainer, statistics: Statistics, backbone: Any, frame_ids: Sequence[int]) -> None:

@@ -132,6 +132,10 @@ class TrainParams(Params):
     response_form: ResponseForm = Field(
         default="beside", description="of a share below 1: beside the reading, or added to it in the teacher's space"
     )
+    decorrelate_reading: bool = Field(
+        default=False,
+        description="of the form added: the reading is decorrelated as the targets are (embed.transform.decorrelate)",
+    )
     refit_alignment: bool = Field(
         default=False,
         description="after the last step the alignment is fitted again in closed form, over the trained tokens and "
@@ -169,6 +173,12 @@ class TrainParams(Params):
     def _pooled_texts_stand_twice(self) -> Self:
         if self.pool != "tokens" and self.template != "echo":
             raise ValueError(f"pool {self.pool} is of the second text: it needs template echo, not {self.template}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_decorrelated_reading_is_added(self) -> Self:
+        if self.decorrelate_reading and self.response_form != "added":
+            raise ValueError(f"decorrelate_reading: true needs response_form added, not {self.response_form}")
         return self
 
     @property

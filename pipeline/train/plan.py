@@ -5,7 +5,7 @@ from dataclasses import replace
 from pipeline.backbone.loading import DType
 from pipeline.backbone.sizes import ModelSizes
 from pipeline.embed.params import EmbedParams
-from pipeline.encoder.folder.config import check_form
+from pipeline.encoder.folder.config import check_decorrelated, check_form
 from pipeline.optim.memory import OVERHEAD, PassTokens, StepMemory, StepSettings, largest, lora_sizes, step_memory
 from pipeline.parallel.devices import visible_gpus
 from pipeline.train.params import TrainParams
@@ -14,13 +14,16 @@ GB = 1e9
 
 
 def check_response_form(train: TrainParams, embed: EmbedParams) -> None:
-    """Raises TrainingError as the stage would, if a reading cannot be added to predictions of these targets.
+    """Raises TrainingError as the stage would, if a reading cannot be added to predictions of these targets as asked.
 
     The transform `auto` may turn out to be none, which only the stage sees.
     """
     transform = embed.transform
     kind = {"kind": "standardize" if transform.kind == "auto" else transform.kind + ", rotated" * transform.rotate}
-    check_form(train.response_form, embed.teacher.model_dump(), kind, mapped=embed.queries)
+    teacher = embed.teacher.model_dump()
+    check_form(train.response_form, teacher, kind, mapped=embed.queries)
+    if train.decorrelate_reading:
+        check_decorrelated(teacher, kind, decorrelated=transform.decorrelate > 0, mapped=embed.queries)
 
 
 def gpu_bytes() -> int | None:

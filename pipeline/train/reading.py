@@ -1,7 +1,8 @@
 """What a trainer's student reads of training queries, and its standardised reading, which a response share keeps.
 
-Where the teacher embedded the queries too, the reading gets a map to the teacher's space: the ridge regression of these
-embeddings on it, by which it can be added to the prediction (`train.response_form`).
+To be added to the prediction (`train.response_form`) the reading must lie in the targets' space. Where the teacher
+embedded the queries too, it gets a map: the ridge regression of these embeddings on it. Where the targets are a
+decorrelated reading of the backbone, its map may decorrelate it likewise (`train.decorrelate_reading`).
 """
 
 import logging
@@ -15,6 +16,7 @@ from pipeline.core.errors import TrainingError
 from pipeline.encoder.head import Reading
 from pipeline.encoder.student import Student
 from pipeline.optim.batching import epoch_order
+from pipeline.train.reading_map import decorrelation
 from pipeline.train.ridge import LinearMap
 from pipeline.train.states import READ_TOKENS, RowPasses, kept_states
 from pipeline.train.trainer import Trainer
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 
 ROWS = 2_000
 """Training queries that a reading is fitted on: mean and deviation are then known to some 2 % of a deviation."""
+DECORRELATED_ROWS = 5_000
+"""The same where correlations are fitted too: what the closed form keeps whole of its rows."""
 MAPPED_ROWS = 20_000
 """Training queries that a map to the teacher's space is fitted on; the deviation on those that are kept whole."""
 
@@ -60,25 +64,35 @@ def row_statistics(trainer: Trainer, most: int | None, targets: Any = None) -> S
 
 
 def fit_reading(trainer: Trainer) -> Reading:
-    """The reading of a trainer's student as it is, over at most `ROWS` rows, which all processes share.
-
-    With a map to the teacher's space, over at most `MAPPED_ROWS`, if the rows have the teacher's embeddings of queries.
+    """The reading of a trainer's student as it is, over a sample of its rows, which all processes share.
 
     Raises TrainingError if a hidden state is not finite.
     """
-    import torch
     from accelerate.utils import gather_object
 
     if trainer.rows.query_targets is not None:
         return mapped_reading(trainer.student, row_statistics(trainer, MAPPED_ROWS, trainer.rows.query_targets))
+    most = DECORRELATED_ROWS if trainer.reading_transform else ROWS
     with row_passes(trainer) as passes:
-        own = [(numbers, states.features) for numbers, states in passes.read(trainer.rows, sample(trainer, ROWS))]
+        own = [(numbers, states.features) for numbers, states in passes.read(trainer.rows, sample(trainer, most))]
     if trainer.accelerator.num_processes > 1:
         own = gather_object(own)
     features = np.concatenate([found for _, found in own])[np.argsort(np.concatenate([at for at, _ in own]))]
     if not np.isfinite(features).all():
         raise TrainingError("the hidden states of training queries at the compression tokens are not finite")
-    return Reading.fit(trainer.student, torch.from_numpy(features))
+    return reading_of(trainer, features)
+
+
+def reading_of(trainer: Trainer, features: np.ndarray) -> Reading:
+    """The reading of mean hidden states `[N, d]`, decorrelated if the trainer says so."""
+    import torch
+
+    read = torch.from_numpy(features)
+    reading = Reading.fit(trainer.student, read)
+    if trainer.reading_transform is None:
+        return reading
+    found = decorrelation(reading.standardized(read).numpy(), trainer.reading_transform)
+    return reading.with_map(torch.from_numpy(found.weight), torch.from_numpy(found.bias), read)
 
 
 def mapped_reading(student: Student, statistics: Statistics) -> Reading:

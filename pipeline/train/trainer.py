@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline.backbone.device import exact_dtype
 from pipeline.backbone.sizes import ModelSizes
 from pipeline.core.errors import TrainingError
+from pipeline.core.target_transform import TransformParams
 from pipeline.core.tracking import Log
 from pipeline.encoder.passes.plain import Passes
 from pipeline.encoder.student import Student
@@ -74,6 +75,7 @@ class Trainer:
         curve: one dict a step: step, loss, align, recon (NaN if its weight is 0), learning_rate.
         facts: about the start, for the record, saved in checkpoints; and about the alignment, where it is fitted again.
         start: the student before its first step, of `start_tensors`; saved in checkpoints.
+        reading_transform: of the targets, if the reading is decorrelated as they are.
         track: gets the losses of each step, and held-out scores; of the first process alone.
     """
 
@@ -90,6 +92,7 @@ class Trainer:
     curve: list[dict[str, float]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     start: Mapping[str, Any] = field(default_factory=dict)
+    reading_transform: TransformParams | None = None
     track: Log | None = None
     _resumed: bool = field(default=False, init=False)
     _unread: "_Unread | None" = field(default=None, init=False)

@@ -91,6 +91,13 @@ def test_a_form_that_train_would_refuse_is_refused_before_anything_runs(workspac
     lines = {stage: what for stage, what, _ in make_plan(load_all(written(workspace, with_queries)), workspace).lines}
     assert lines["embed"].endswith("tokens read, and the queries")
 
+    def decorrelated(content: dict[str, Any]) -> None:
+        content["train"] |= {"response_form": "added", "decorrelate_reading": True}
+        content["embed"] |= {"teacher": {"kind": "backbone"}, "transform": {"kind": "standardize"}}
+
+    with pytest.raises(TrainingError, match=r"train\.decorrelate_reading: true.*decorrelate: 0\.5"):
+        make_plan(load_all(written(workspace, decorrelated)), workspace)
+
 
 def test_sizes_from_a_local_config(workspace: Path, tiny_backbone: Any) -> None:
     folder = tiny_backbone("qwen3")

@@ -141,6 +141,17 @@ def test_decorrelated_targets_stand_beside_a_decorrelated_reading(inputs: Inputs
     assert decorrelated[closed_form].gain.value == pytest.approx(gain, abs=2e-6)
 
 
+def test_the_reading_that_is_added_may_be_decorrelated_too(inputs: Inputs) -> None:
+    added = Request(readings=["echo"], shares=[0.001, 1.0], form="added", decorrelate=0.5)
+    plain, likewise = (by_setting(run(inputs, replace(added, decorrelate_reading=own))) for own in (False, True))
+    # Next to nothing is predicted: the embedding is the reading, standardised or decorrelated.
+    for found, kind in ((plain, "standardized"), (likewise, "decorrelated")):
+        sts = [found["echo", *key].scores["sts_folder"] for key in ((kind, None), ("closed form", 0.001))]
+        assert sts[0] == pytest.approx(sts[1], abs=0.05)
+    alone = "echo", "closed form", 1.0
+    assert plain[alone].scores == likewise[alone].scores
+
+
 def test_stored_targets_are_added_where_the_teacher_embedded_the_queries(inputs: Inputs) -> None:
     added = Request(readings=["echo"], shares=[0.5, 1.0], targets="stored", form="added")
     draw = np.random.default_rng(0)
@@ -174,6 +185,7 @@ def test_without_answers_or_tasks(inputs: Inputs) -> None:
         (Request(suite="most"), "most"),
         (Request(rows=5), "5 training queries"),
         (Request(shrinkage=0.3), "0.3 needs --decorrelate"),
+        (Request(decorrelate=0.5, decorrelate_reading=True), "--form added"),
     ],
 )
 def test_what_does_not_exist_is_named(inputs: Inputs, request_: Request, says: str) -> None:

@@ -18,6 +18,7 @@ from pipeline.backbone.loading import identify
 from pipeline.core import schemas
 from pipeline.core.artifacts import create
 from pipeline.core.paths import HELDOUT_TABLE, QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TRAIN_TABLE
+from pipeline.core.target_transform import TargetTransform
 from pipeline.train.__main__ import main
 from tests.conftest import ROOT
 
@@ -51,11 +52,15 @@ def write_inputs(backbone: Path, rows: int = 24, width: int = 6) -> None:
     write_targets(pa.Table.from_pylist(targets, schemas.targets_schema(width, "float32")))
 
 
-def write_targets(table: pa.Table, **params: Any) -> None:
-    """data/targets of the current workspace."""
+def write_targets(
+    table: pa.Table, teacher: dict[str, Any] | None = None, fitted: TargetTransform | None = None, **params: Any
+) -> None:
+    """data/targets of the current workspace; `params` are those of its manifest."""
     shutil.rmtree(TARGETS_DIR, ignore_errors=True)
-    with create(TARGETS_DIR, kind="targets", params=params, models={"teacher": {"name": "t"}}) as out:
+    with create(TARGETS_DIR, kind="targets", params=params, models={"teacher": teacher or {"name": "t"}}) as out:
         out.write_parts([table], table.schema)
+        if fitted is not None:
+            fitted.save(out.path)
 
 
 def write_params(backbone: Path, **train: Any) -> None:

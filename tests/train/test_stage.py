@@ -31,8 +31,9 @@ from pipeline.core.paths import (
     TRAIN_TABLE,
 )
 from pipeline.core.schemas import QUERY_EMBEDDING, targets_schema
-from pipeline.core.target_transform import TRANSFORM_FILE, TargetTransform
+from pipeline.core.target_transform import TRANSFORM_FILE, TargetTransform, TransformParams
 from pipeline.core.vectors import matrix
+from pipeline.embed.transform_fit import fit_transform
 from pipeline.encoder.folder.mix import mix
 from pipeline.encoder.folder.read import read_encoder
 from pipeline.encoder.inference import Encoder
@@ -180,6 +181,45 @@ def test_a_reading_is_added_in_the_space_of_any_teacher_that_embedded_the_querie
     np.testing.assert_allclose(encoder.encode(texts), expected, atol=2e-3)
     assert encoder.width == encoder.at_start().width == 6
     assert encoder.at_start().head._reading.weight is not None
+
+
+def test_a_reading_is_decorrelated_as_the_targets_are_that_it_is_added_to(backbone: Path) -> None:
+    params = TransformParams(kind="standardize", decorrelate=0.5, shrinkage=0.3)
+    table, draw = open_artifact(TARGETS_DIR, "targets").read(), np.random.default_rng(2)
+    answers = draw.normal(size=(table.num_rows, 32)) @ draw.normal(size=(32, 32))
+    transform = fit_transform(params, [answers], unit_length=False).transform
+    rows = [
+        row | {"embedding": vector.tolist()} for row, vector in zip(table.to_pylist(), transform(answers), strict=True)
+    ]
+    teacher, made = {"kind": "backbone", "pooling": "mean"}, params.model_dump()
+    targets = pa.Table.from_pylist(rows, targets_schema(32, "float32"))
+    write_targets(targets, teacher=teacher, fitted=transform, transform=made)
+    write_params(backbone, epochs=1, response_share=0.3, response_form="added", decorrelate_reading=True)
+    run()
+
+    encoder, texts = read_encoder(ENCODER_DIR), [f"query {row:04x}" for row in range(20)]
+    states = encoder.hidden_states(texts).mean(axis=1).astype(np.float64)
+    read = (states - states.mean(0)) / states.std(0)
+    variances, directions = np.linalg.eigh(0.7 * read.T @ read / 20 + 0.3 * np.eye(32))
+    own = read @ (directions * variances**-0.25) @ directions.T
+    own *= np.sqrt(32 / own.var(0).sum())
+    mix(ENCODER_DIR, 1.0, Path("alone"))
+    alone = read_encoder(Path("alone")).encode(texts)
+    lengths = [np.linalg.norm(each, axis=1).mean() for each in (alone, own)]
+    np.testing.assert_allclose(encoder.encode(texts), 0.3 * lengths[1] / lengths[0] * alone + 0.7 * own, atol=2e-3)
+    assert encoder.at_start().head._reading.weight is not None
+
+
+def test_a_reading_is_not_decorrelated_for_targets_that_are_not(backbone: Path, fails: Callable[..., None]) -> None:
+    write_params(backbone, decorrelate_reading=True)
+    fails("decorrelate_reading", "response_form added, not beside")
+    write_query_targets(backbone, decorrelate_reading=True)
+    fails("train.decorrelate_reading: true", "embed.queries")
+    table = open_artifact(TARGETS_DIR, "targets").read().drop_columns([QUERY_EMBEDDING])
+    vectors = matrix(table["embedding"])
+    transform = fit_transform(TransformParams(kind="standardize"), [vectors], unit_length=False).transform
+    write_targets(table, teacher={"kind": "backbone", "pooling": "mean"}, fitted=transform)
+    fails("train.decorrelate_reading: true", "embed.transform")
 
 
 @pytest.mark.slow

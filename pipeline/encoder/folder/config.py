@@ -87,6 +87,32 @@ def embedding_width(share: float, width: int, hidden: int, form: ResponseForm = 
     return width if form == "added" and 0 < share < 1 else width * (share > 0) + hidden * (share < 1)
 
 
+def in_reading_space(teacher: Mapping[str, Any], transform: Mapping[str, str] | None) -> bool:
+    """Whether targets of this teacher are a standardised reading of the backbone, so that readings have their space."""
+    mean = teacher.get("kind") == "backbone" and teacher.get("pooling") == "mean"
+    return mean and transform is not None and transform.get("kind") == "standardize"
+
+
+def check_decorrelated(
+    teacher: Mapping[str, Any], transform: Mapping[str, str] | None, *, decorrelated: bool, mapped: bool
+) -> None:
+    """Raises TrainingError if a reading cannot be decorrelated as these targets are.
+
+    `decorrelated`: the transform takes correlation away; `mapped`: see `check_form`.
+    """
+    if mapped:
+        raise TrainingError(
+            "true: with embed.queries: true the reading is mapped to the teacher's space already: set one of them",
+            argument="decorrelate_reading",
+        )
+    if not (decorrelated and in_reading_space(teacher, transform)):
+        raise TrainingError(
+            "true: the targets must be a decorrelated reading of the backbone itself (embed.teacher.kind: backbone, "
+            "its mean, and embed.transform: {kind: standardize, decorrelate: 0.5}): set that, or false here",
+            argument="decorrelate_reading",
+        )
+
+
 def check_form(
     form: ResponseForm, teacher: Mapping[str, Any], transform: Mapping[str, str] | None, *, mapped: bool
 ) -> None:
@@ -94,8 +120,7 @@ def check_form(
 
     `mapped`: the reading has a map to that space, since the teacher embedded the queries too.
     """
-    mean = teacher.get("kind") == "backbone" and teacher.get("pooling") == "mean"
-    if form == "added" and not (mapped or (mean and (transform or {}).get("kind") == "standardize")):
+    if form == "added" and not (mapped or in_reading_space(teacher, transform)):
         raise TrainingError(
             "added: the teacher must embed the queries too (embed.queries: true, then train), or the targets be a "
             "reading of the backbone itself, its mean hidden states standardised (embed.teacher.kind: backbone, "

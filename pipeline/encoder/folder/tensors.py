@@ -1,8 +1,8 @@
 """The tensor files of an encoder folder: the trained student, what makes its embedding, and the student at its start.
 
 student.safetensors   new tokens and both projections
-reading.safetensors   how the student's own hidden states are standardised, and mapped into the teacher's space if it
-                      embedded the queries; imported encoders have none
+reading.safetensors   how the student's own hidden states are standardised, and mapped into the targets' space if the
+                      teacher embedded the queries or train.decorrelate_reading is on; imported encoders have none
 rotation.safetensors  the map to rotated embeddings, if `rotate` made the folder
 start.safetensors     the student before its first step, and its reading as `reading.<name>`
 """
