@@ -193,14 +193,16 @@ class Systems:
         start = self._instructed(name, methodcaller("at_start"), stack)
         if not isinstance(start.encoder, Encoder):
             return start
+        untrained = [each for each in names if each in BUILT_IN and BUILT_IN[each].per_seed]
+        # Standardised and decorrelated students share their embeddings: their cache is opened once.
+        others = {(BUILT_IN[each].fitted, seed): each for each in untrained for seed in self.seeds}
         beside = []
-        for other in (each for each in names if each in BUILT_IN and BUILT_IN[each].per_seed):
-            for seed in self.seeds:
-                system = self._instructed(other, _untrained(BUILT_IN[other], seed), stack)
-                if isinstance(system.encoder, Encoder) and start.encoder.reads_as(system.encoder):
-                    cached = stack.enter_context(self.wrap(system))
-                    if isinstance(cached, CachedSystem):
-                        beside.append((system.encoder, cached))
+        for (_, seed), other in others.items():
+            system = self._instructed(other, _untrained(BUILT_IN[other], seed), stack)
+            if isinstance(system.encoder, Encoder) and start.encoder.reads_as(system.encoder):
+                cached = stack.enter_context(self.wrap(system))
+                if isinstance(cached, CachedSystem):
+                    beside.append((system.encoder, cached))
         return replace(start, beside=beside)
 
     def _instructed(self, name: SystemName, variant: Variant, stack: ExitStack) -> InstructedSystem:

@@ -257,7 +257,10 @@ def test_the_start_is_a_system_if_the_encoder_has_it(
 
 
 def test_a_pass_of_the_start_embeds_for_the_untrained_students_that_read_as_it_does(
-    workspace: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    workspace: Path,
+    tiny_backbone: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from pipeline.encoder.inference import Encoder
 
@@ -265,7 +268,8 @@ def test_a_pass_of_the_start_embeds_for_the_untrained_students_that_read_as_it_d
     read = Encoder._batched
     monkeypatch.setattr(Encoder, "_batched", lambda *args, **rest: passes.append(1) or read(*args, **rest))
     folder = write_folder(Path("trained"), tiny_backbone("qwen3"), share=0.3)
-    names, texts = ["start", "untrained", "untrained-standardized"], ["a", "a longer text", "b"]
+    names = ["start", "untrained", "untrained-standardized", "untrained-decorrelated"]
+    texts = ["a", "a longer text", "b"]
 
     def embedded(root: Path | None) -> dict[str, np.ndarray]:
         made = systems(
@@ -279,11 +283,13 @@ def test_a_pass_of_the_start_embeds_for_the_untrained_students_that_read_as_it_d
     separate = embedded(None)
     before = len(passes)
     found = embedded(Path("kept"))
-    assert list(found) == ["start", "untrained", "untrained-3", "untrained-standardized", "untrained-standardized-3"]
+    assert list(found) == ["start", *(each for name in names[1:] for each in (name, f"{name}-3"))]
     for name, vectors in found.items():
         np.testing.assert_array_equal(vectors, separate[name])
-    # The two of seed 2 read nothing; that of seed 3 reads the training texts too.
-    assert (before, len(passes) - before) == (6, 4)
+    # Those of seed 2 find what the start has read, but for the training texts of the decorrelated one. Of seed 3 two read
+    # the texts, one of them the training texts too, and the decorrelated one finds both.
+    assert (before, len(passes) - before) == (10, 5)
+    assert "without its cache" not in caplog.text
 
 
 def test_models_come_by_their_keys_and_every_system_is_wrapped(encoder: LengthEncoder) -> None:
