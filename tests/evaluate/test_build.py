@@ -286,8 +286,8 @@ def test_a_pass_of_the_start_embeds_for_the_untrained_students_that_read_as_it_d
     assert list(found) == ["start", *(each for name in names[1:] for each in (name, f"{name}-3"))]
     for name, vectors in found.items():
         np.testing.assert_array_equal(vectors, separate[name])
-    # Those of seed 2 find what the start has read, but for the training texts of the decorrelated one. Of seed 3 two read
-    # the texts, one of them the training texts too, and the decorrelated one finds both.
+    # Those of seed 2 find what the start has read, but for the training texts of the decorrelated one. Of seed 3 two
+    # read the texts, one of them the training texts too, and the decorrelated one finds both.
     assert (before, len(passes) - before) == (10, 5)
     assert "without its cache" not in caplog.text
 
