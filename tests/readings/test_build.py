@@ -218,4 +218,6 @@ def test_a_real_backbone_finds_first_words(inputs: Inputs, small_lm: Path) -> No
     real = inputs.model_copy(update={"backbone": inputs.backbone.model_copy(update={"name": str(small_lm)})})
     for line in run(real, Request(readings=["echo", "tokens"], shares=[0.5])).lines:
         if line.share is None:
-            assert min(line.scores["retrieval_folder"], line.scores["classification_folder"]) > 0.99
+            # Correlations of 27 rows in 576 dimensions are mostly noise.
+            least = 0.8 if line.kind == "decorrelated" else 0.99
+            assert min(line.scores["retrieval_folder"], line.scores["classification_folder"]) > least
