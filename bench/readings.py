@@ -64,6 +64,8 @@ def by_size(folder: Path, arguments: argparse.Namespace) -> None:
         options["decorrelate"] = arguments.decorrelate
     if arguments.shrinkage is not None:
         options["shrinkage"] = arguments.shrinkage
+    if arguments.decorrelate_reading:
+        options["decorrelate_reading"] = True
     lines = measure_draws(folder, wanted, {**options, "refine": arguments.refine})
     show(f"Closed form by rows, {arguments.suite}", table(lines), {"draws": len(wanted)})
 
@@ -125,6 +127,7 @@ def parsed() -> argparse.Namespace:
     add("--share", type=float, nargs="+", default=[0.3, 0.5, 1.0], help="of --sizes")
     add("--decorrelate", type=float, default=0.0, help="of the targets, with --sizes")
     add("--shrinkage", type=float, help="of --decorrelate; by default auto")
+    add("--decorrelate-reading", action="store_true", help="as well as the targets, with --sizes; form added alone")
     add("--refine", action="store_true", help="the closed form too, with --sizes")
     add("--checkpoint", type=Path, nargs="+", help="of a training: its student against its start and other students")
     add("options", nargs="*", help="of python -m pipeline readings, behind --")

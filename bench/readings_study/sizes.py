@@ -37,7 +37,7 @@ def draws(sizes: Sequence[int], rows: int, most: int) -> list[Draw]:
 
 
 def measure_draws(folder: Path, wanted: Sequence[Draw], options: Line) -> list[Line]:
-    """The lines of all draws, in both forms; `options` are those of `Request`."""
+    """The lines of all draws, in each form; `options` are those of `Request`."""
     kept = folder / "sizes.jsonl"
     lines: list[Line] = [json.loads(row) for row in kept.read_text().splitlines()] if kept.is_file() else []
     for draw in wanted:
@@ -51,17 +51,19 @@ def measure_draws(folder: Path, wanted: Sequence[Draw], options: Line) -> list[L
 
 
 def measured(folder: Path, draw: Draw, options: Line) -> Iterator[Line]:
-    """The lines of a draw; what has no share of a reading is the same in both forms and comes once."""
+    """The lines of a draw; what has no share of a reading is the same in each form and comes once."""
     from pipeline.core.config import PARAMS_FILE, load
     from pipeline.readings.build import Inputs, Request, run
 
     os.chdir(folder)
     request = Request(**options, rows=draw.size, skip=draw.skip)
-    for form in FORMS:
+    # A reading that is decorrelated has no form beside.
+    forms = FORMS[1:] if request.decorrelate_reading else FORMS
+    for form in forms:
         found = run(load(PARAMS_FILE, Inputs), replace(request, form=form))
         for line in found.lines:
             shared = line.share is not None and line.share < 1
-            if shared or form == FORMS[0]:
+            if shared or form == forms[0]:
                 yield {"size": draw.size, "form": form if shared else None, "rows": found.rows, **asdict(line)}
 
 

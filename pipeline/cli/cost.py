@@ -175,12 +175,18 @@ class CostModel:
         evaluate = self.params.evaluate
         seconds: dict[str, float | None] = {}
         width = 0
+        kept: set[tuple[object, ...]] = set()
         for name in evaluate.systems:
             entry = BUILT_IN.get(name)
-            seeds = len(evaluate.seeds) if entry and entry.per_seed else 1
-            one = None if entry is None else self._system_seconds(entry, size, by_teacher)
-            seconds[name] = None if one is None else one * seeds
-            width += seeds * (self._width(entry) or 0)
+            if entry is None:
+                seconds[name] = None
+                continue
+            passes = 0 if entry.embeddings in kept else len(evaluate.seeds) if entry.per_seed else 1
+            one = self._system_seconds(entry, size, by_teacher)
+            seconds[name] = None if one is None else one * passes
+            width += passes * (self._width(entry) or 0)
+            if evaluate.cache_embeddings:
+                kept.add(entry.embeddings)
         known = [each for each in seconds.values() if each is not None]
         number = TARGET_TYPES[evaluate.embeddings_dtype].bit_width // 8
         disk = width * size.texts * number if evaluate.cache_embeddings else 0
@@ -210,10 +216,10 @@ class CostModel:
         reading = self._texts_seconds(self.teacher, size.document_tokens + answers, size.texts)
         return None if answering is None or reading is None else answering + reading
 
-    def _width(self, entry: SystemEntry | None) -> int | None:
-        """Of a system's embeddings; None for a model of `evaluate.models`."""
-        if entry is None or entry.teacher_space:
-            return self._trained_width if entry else None
+    def _width(self, entry: SystemEntry) -> int | None:
+        """Of a system's embeddings."""
+        if entry.teacher_space:
+            return self._trained_width
         return self.sizes.hidden if self.sizes else None
 
     # --- seconds ----------------------------------------------------------------------------------------------------

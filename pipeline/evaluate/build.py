@@ -31,8 +31,8 @@ from pipeline.encoder.pool import Variant, trained
 from pipeline.evaluate.baselines import HydeSystem, ModelSystem, pooled, pooled_in_processes
 from pipeline.evaluate.embedding_cache import CachedSystem
 from pipeline.evaluate.params import EvaluateParams, ModelParams
-from pipeline.evaluate.registry import BUILT_IN, SystemEntry, entry_of
-from pipeline.evaluate.standardized import DECORRELATE, STANDARDIZE, StandardizedSystem, training_texts
+from pipeline.evaluate.registry import BUILT_IN, STANDARDIZE, SystemEntry, entry_of
+from pipeline.evaluate.standardized import StandardizedSystem, training_texts
 from pipeline.evaluate.system import BARE, BareSystem, InstructedSystem, System, SystemName, innermost
 from pipeline.generate.answer_cache import Answers
 from pipeline.generate.engines.registry import ENGINES
@@ -138,14 +138,13 @@ class Systems:
     def _standardized(self, system: System) -> System:
         """The system in its standardised or decorrelated form, if its entry says so."""
         entry = entry_of(system.name)
-        if entry is None or not entry.fitted:
+        if entry is None or entry.transform is None:
             return system
-        known = self._fitted_by_training(system) if entry.standardized else None
-        kind = DECORRELATE if entry.decorrelated else STANDARDIZE
+        known = self._fitted_by_training(system) if entry.transform == STANDARDIZE else None
         fitted = (
             StandardizedSystem.of_reading(system.name, system, known)
             if known
-            else StandardizedSystem.fitted(system.name, system, self.training_texts(), kind)
+            else StandardizedSystem.fitted(system.name, system, self.training_texts(), entry.transform)
         )
         self.standardizations[system.name] = fitted.transform
         return fitted
@@ -195,7 +194,7 @@ class Systems:
             return start
         untrained = [each for each in names if each in BUILT_IN and BUILT_IN[each].per_seed]
         # Standardised and decorrelated students share their embeddings: their cache is opened once.
-        others = {(BUILT_IN[each].fitted, seed): each for each in untrained for seed in self.seeds}
+        others = {(BUILT_IN[each].transform is None, seed): each for each in untrained for seed in self.seeds}
         beside = []
         for (_, seed), other in others.items():
             system = self._instructed(other, _untrained(BUILT_IN[other], seed), stack)
@@ -260,7 +259,7 @@ class Systems:
 
 
 def _untrained(entry: SystemEntry, seed: int) -> Variant:
-    return methodcaller("untrained_reading" if entry.fitted else "untrained", seed)
+    return methodcaller("untrained_reading" if entry.transform else "untrained", seed)
 
 
 def make_systems(inputs: SystemInputs) -> Systems:

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from pipeline.encoder.head import Reading
 
 STANDARDIZATION_FILE = "standardization.safetensors"
-STANDARDIZE = TransformParams(kind="standardize")
-# The best on four parts of tasks with SmolLM2-135M, of powers .25 to 1 and shrinkage to .6 (docs/results.md).
-DECORRELATE = TransformParams(kind="standardize", decorrelate=0.5, shrinkage=0.3)
 MOST_TEXTS = 2_000
 """Training queries that mean and deviation are fitted on: both are then known to some 2 % of a deviation."""
 

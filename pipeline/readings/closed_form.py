@@ -21,7 +21,7 @@ from pipeline.core.artifacts import bytes_sha256, digest_of
 from pipeline.core.target_transform import TargetTransform, TransformParams
 from pipeline.embed.transform_fit import fit_transform
 from pipeline.encoder.folder.config import ResponseForm
-from pipeline.evaluate.standardized import STANDARDIZE
+from pipeline.evaluate.registry import STANDARDIZE
 from pipeline.train.params import RefineParams
 from pipeline.train.reading_map import decorrelation
 from pipeline.train.refine import refine

@@ -20,8 +20,8 @@ from pipeline.core.vectors import rank_own
 from pipeline.encoder.folder.config import ResponseForm
 from pipeline.evaluate.deltas import sampled_mean
 from pipeline.evaluate.embedding_cache import CachedSystem
+from pipeline.evaluate.registry import DECORRELATE, STANDARDIZE
 from pipeline.evaluate.run import run_systems
-from pipeline.evaluate.standardized import DECORRELATE, STANDARDIZE
 from pipeline.evaluate.summary import summary_table, task_scores
 from pipeline.readings.closed_form import fit_prediction, fit_standardization, refine_prediction
 from pipeline.readings.states import FrozenBackbone, TemplateStates

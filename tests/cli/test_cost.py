@@ -58,7 +58,7 @@ def test_every_stage_by_hand() -> None:
     row = step_flops(SIZES, [(512, 512)], compression_tokens=10, width=4)
     assert found["train"].seconds == 128 * row + read_flops(SIZES, 99 * 522, 522)  # 4 steps of 32 rows, and 99 rows
     assert found["train"].disk == 16 * (10 * 4 + 5 * 8)
-    assert found["evaluate@s"].disk == 7 * 4 * 30 * 2  # two seeds of one of the six systems
+    assert found["evaluate@s"].disk == 7 * 4 * 30 * 2  # of six passes, one of which has two seeds
 
 
 def test_an_alignment_fitted_again_reads_the_rows_of_the_start_once_more() -> None:
@@ -81,6 +81,17 @@ def test_what_each_system_costs() -> None:
         "minilm": None,
     }
     assert found.seconds == 4 * twice + 2 * once
+
+
+def test_forms_of_one_reading_cost_one_pass() -> None:
+    systems = ["untrained", "untrained-standardized", "untrained-decorrelated", "echo", "echo-decorrelated"]
+    found = costs(real(systems=systems))["evaluate@s"]
+    untrained, standardized, decorrelated, echo, echo_decorrelated = found.systems.values()
+    assert untrained == standardized and echo  # the raw student is projected, so its embeddings are its own
+    assert decorrelated == echo_decorrelated == 0
+    assert found.disk == 3 * 4 * 30 * 2
+    without = costs(real(systems=systems, cache_embeddings=False))["evaluate@s"]
+    assert without.systems["untrained-decorrelated"] == standardized
 
 
 def test_hyde_writes_and_its_teacher_reads_what_it_wrote() -> None:

@@ -9,13 +9,8 @@ from safetensors.numpy import load
 from pipeline.core.artifacts import open_artifact
 from pipeline.core.errors import EvaluationError
 from pipeline.evaluate.embedding_cache import CachedSystem
-from pipeline.evaluate.standardized import (
-    DECORRELATE,
-    STANDARDIZE,
-    StandardizedSystem,
-    standardization_bytes,
-    training_texts,
-)
+from pipeline.evaluate.registry import DECORRELATE, STANDARDIZE
+from pipeline.evaluate.standardized import StandardizedSystem, standardization_bytes, training_texts
 from pipeline.evaluate.system import innermost, revision_of
 from tests.evaluate.fakes import VectorSystem
 from tests.stage_runs import write_queries
