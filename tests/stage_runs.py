@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.core.artifacts import bytes_sha256, create
+from pipeline.core.artifacts import create
 from pipeline.core.fault_points import VARIABLE
+from pipeline.core.files import bytes_sha256
 from pipeline.core.schemas import QUERIES, RESPONSES
 from tests.conftest import ROOT
 

@@ -8,15 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core.artifacts import (
-    MANIFEST,
-    Manifest,
-    bytes_sha256,
-    create,
-    file_sha256,
-    read_manifest,
-    write_parquet,
-)
+from pipeline.core.artifacts import MANIFEST, Manifest, create, read_manifest
+from pipeline.core.files import bytes_sha256, file_sha256, write_parquet
 from pipeline.core.schemas import QUERIES, RESPONSES, targets_schema
 from pipeline.core.text import query_id
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from bench.fault_campaign import workspace
 from bench.fault_campaign.processes import run
 from bench.fault_campaign.stages import SEED, Arena
-from pipeline.core.artifacts import digest_of
+from pipeline.core.files import digest_of
 
 PHASE = "finished"  # the folder of a phase of `teach`
 

@@ -71,13 +71,13 @@ class Disk:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from pipeline.core import artifacts
+        from pipeline.core import folders
 
         for name in _FUNCTIONS:
             setattr(os, name, self._counted(name, getattr(os, name)))
         os.fsync = self._fsync
         builtins.open = io.open = self._open
-        artifacts._exchange = self._counted("exchange", artifacts._exchange)
+        folders._exchange = self._counted("exchange", folders._exchange)
         pq.write_table = self._to_python_file(pq.write_table, 1)
         pa.ipc.new_stream = self._to_python_file(pa.ipc.new_stream, 0)
         pq.ParquetWriter = self._parquet_writer(pq.ParquetWriter)

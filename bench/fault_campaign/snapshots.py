@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.fault_campaign.disk import Disk, Fault, Tear
 from bench.fault_campaign.processes import Journal
-from pipeline.core.artifacts import bytes_sha256
+from pipeline.core.files import bytes_sha256
 
 _KINDS = (Fault.KILL, Fault.POWER)
 

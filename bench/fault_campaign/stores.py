@@ -13,7 +13,7 @@ from bench.fault_campaign.disk import Disk, Fault
 from bench.fault_campaign.processes import Child, Journal, run
 from bench.fault_campaign.tally import Tally
 from bench.fault_campaign.workspace import copy
-from pipeline.core import artifacts, row_store
+from pipeline.core import artifacts, folders, row_store
 from pipeline.core.part_store import open_parts, whole_file
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import user_errors
@@ -68,7 +68,7 @@ def _stored_rows() -> int:
 
 def _write_artifact(first: int, *, exchange: bool = True) -> None:
     if not exchange:
-        artifacts._exchange = lambda one, other: False
+        folders._exchange = lambda one, other: False
     with artifacts.create(Path("data/out"), kind="numbers", params={"first": first}) as out:
         out.write_parts([_table(first).slice(0, 10), _table(first).slice(10)], SCHEMA)
         (out.path / "notes.txt").write_text("a file that is no table")
@@ -83,7 +83,7 @@ def _artifact_rows() -> int:
 
 def _recovered_rows() -> int:
     """As `_artifact_rows`, where no exchange exists: between its two renames the old artifact is beside its place."""
-    artifacts._recover(Path("data/out"))
+    folders._recover(Path("data/out"))
     return _artifact_rows()
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from pipeline.core.artifacts import digest_of, file_sha256
 from pipeline.core.config import Params
 from pipeline.core.errors import BackboneError, first_line
+from pipeline.core.files import digest_of, file_sha256
 
 if TYPE_CHECKING:
     import torch

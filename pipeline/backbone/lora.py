@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from pipeline.backbone.loading import share_weights
-from pipeline.core.artifacts import write_json
 from pipeline.core.config import Params
 from pipeline.core.errors import TrainingError
+from pipeline.core.files import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -75,9 +75,9 @@ def compare(
     from pipeline.compare.comparison import compare_runs
     from pipeline.compare.render import render, to_dict
     from pipeline.compare.runs import open_run
-    from pipeline.core.artifacts import to_json, write_bytes
     from pipeline.core.bootstrap import BootstrapParams
     from pipeline.core.errors import ParamsError
+    from pipeline.core.files import to_json, write_bytes
 
     if len(runs) < 2:
         raise ParamsError(f"{len(runs)} given: give two or more", argument="runs")

@@ -15,9 +15,9 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from pipeline.backbone.loading import BackboneParams, DType
 from pipeline.backbone.sizes import ModelSizes
-from pipeline.core.artifacts import write_bytes
 from pipeline.core.config import Params, read_yaml, validate
 from pipeline.core.errors import ParamsError
+from pipeline.core.files import write_bytes
 from pipeline.embed.params import TeacherParams
 from pipeline.embed.teachers.adapters import AdapterParams
 from pipeline.embed.teachers.registry import TRAINED

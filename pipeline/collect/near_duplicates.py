@@ -26,8 +26,8 @@ from pydantic import Field
 
 from pipeline.collect.ngrams import Hashes, HashRows, TokenFile, mix, ngrams
 from pipeline.collect.spill import Mask, Rows
-from pipeline.core.artifacts import disk_errors
 from pipeline.core.config import Params
+from pipeline.core.files import disk_errors
 from pipeline.core.run import progress
 from pipeline.core.text import query_id
 

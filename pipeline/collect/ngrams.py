@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.collect.spill import Mask, Rows
-from pipeline.core.artifacts import disk_errors
+from pipeline.core.files import disk_errors
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 

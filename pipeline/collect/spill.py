@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from pipeline.core.artifacts import disk_errors
+from pipeline.core.files import disk_errors
 from pipeline.core.row_store import locked
 
 BUCKETS = 64

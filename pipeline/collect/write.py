@@ -14,7 +14,7 @@ from pipeline.collect.decontamination import Contamination, shared_words
 from pipeline.collect.near_duplicates import NearDuplicates
 from pipeline.collect.rows import as_text
 from pipeline.collect.spill import Mask, Spill
-from pipeline.core.artifacts import disk_errors
+from pipeline.core.files import disk_errors
 from pipeline.core.schemas import QUERIES, check_table
 
 REMOVED = "removed.jsonl"

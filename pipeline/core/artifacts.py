@@ -6,14 +6,9 @@ gives equal bytes.
 """
 
 import contextlib
-import ctypes
 import errno
-import hashlib
 import json
 import os
-import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -23,10 +18,20 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
-from pipeline.core.errors import ArtifactError, PipelineError, WorkError
-from pipeline.core.fault_points import fault_point
+from pipeline.core.errors import ArtifactError
+from pipeline.core.files import (
+    PARQUET_OPTIONS,
+    bytes_sha256,
+    digest_of,
+    disk_errors,
+    file_sha256,
+    fsync_path,
+    to_json,
+    write_bytes,
+    write_parquet,
+)
+from pipeline.core.folders import replace_folder, scratch_beside
 
 # 2: `sources`, and the manifest's own sha256. Format 1 has neither and is still read.
 FORMAT_VERSION = 2
@@ -35,12 +40,6 @@ MANIFEST = "manifest.json"
 PART_BYTES = 128 * 2**20
 PIECES = 8
 """A part is made in so many pieces, one in memory at a time: of an eighth, copies and compressed bytes cost little."""
-_PARQUET_OPTIONS: dict[str, Any] = {
-    "compression": "zstd",
-    "version": "2.6",
-    "use_dictionary": False,
-    "row_group_size": 4096,
-}
 
 
 @dataclass(frozen=True)
@@ -69,131 +68,6 @@ class Manifest:
         return to_json({**content, "sha256": digest_of(content)}).encode()
 
 
-def to_json(value: Any) -> str:
-    """Canonical JSON for files: sorted keys, two spaces, one newline at the end."""
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def digest_of(value: Any) -> str:
-    """sha256 (hex) of a JSON-serialisable value, independent of key order."""
-    return bytes_sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
-
-
-def bytes_sha256(content: bytes | pa.Buffer) -> str:
-    """sha256 (hex) of bytes."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync_path(path: Path) -> None:
-    """Force a file or a directory entry to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_REFUSED = (errno.EACCES, errno.EPERM)
-_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
-_QUOTED = re.compile("'(/?[^']+)'")  # pyarrow names the file in its message alone
-# safetensors, and shutil of a folder, name the error in their message alone.
-_ERROR = re.compile(r"(?:\(os error |\[Errno )(\d+)")
-
-
-@contextlib.contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """Turn a full disk, a missing permission or a file in place of a folder into a WorkError that names the place.
-
-    A missing permission of a file that is no part of `where` is about that file: the block may also read.
-    """
-    try:
-        yield
-    except PipelineError:
-        raise
-    except Exception as error:
-        number, place = _number(error), _place(error)
-        if number in _NO_FOLDER and (blocking := _file_above(place or where)):
-            raise WorkError(f"{blocking} is a file, where a folder is needed: move it away, and run again") from error
-        if number in _REFUSED and place is not None and not _belongs(place, where):
-            raise WorkError(f"cannot open {place}: {os.strerror(number)}") from error
-        if number not in (*_FULL, *_REFUSED):
-            raise
-        raise WorkError(
-            f"cannot write {where}: {os.strerror(number)}. Finished work is kept; free space or choose another "
-            "place (PIPELINE_WORK_DIR moves work in progress) and run again"
-        ) from error
-
-
-def _number(error: Exception) -> int:
-    """The operating system's number of an error, 0 if it has none."""
-    if isinstance(error, OSError) and error.errno:
-        return error.errno
-    found = _ERROR.search(str(error))
-    return int(found[1]) if found else 0
-
-
-def _place(error: Exception) -> Path | None:
-    """The file that an error is about, if it says so."""
-    named = getattr(error, "filename", None)
-    if isinstance(named, str | os.PathLike):
-        return Path(named)
-    quoted = _QUOTED.search(str(error))
-    return Path(quoted[1]) if quoted else None
-
-
-def _file_above(path: Path) -> Path | None:
-    """The first of `path` and the folders that it needs that is a file."""
-    return next((part for part in reversed([path, *path.parents]) if part.is_file()), None)
-
-
-def _belongs(place: Path, where: Path) -> bool:
-    """Whether `place` is `where`, a part of it, a scratch name of it, or a folder that it needs."""
-    place, where = place.absolute(), where.absolute()
-    if place in (where, *where.parents):
-        return True
-    above = where.parent
-    if above not in place.parents:
-        return False
-    name = place.relative_to(above).parts[0]
-    return name == where.name or name.startswith(f".{where.name}.")
-
-
-def write_bytes(path: Path, content: bytes | pa.Buffer) -> None:
-    """Write a file atomically: temporary name in the same folder, fsync, rename."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            fault_point("file.rename")
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        fsync_path(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write canonical JSON atomically."""
-    write_bytes(path, to_json(value).encode())
-
-
-def write_parquet(table: pa.Table, path: Path | pa.NativeFile) -> None:
-    """Write one Parquet file with options that make equal tables equal bytes."""
-    pq.write_table(table, path, **_PARQUET_OPTIONS)
-
-
 class ArtifactWriter:
     """Collects the files of one artifact; `create` commits them."""
 
@@ -211,8 +85,8 @@ class ArtifactWriter:
 
     def write_stream(self, name: str, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
         """Add tables that follow one another as one Parquet file, the same bytes as of one table."""
-        options = {key: value for key, value in _PARQUET_OPTIONS.items() if key != "row_group_size"}
-        group, pending = _PARQUET_OPTIONS["row_group_size"], schema.empty_table()
+        options = {key: value for key, value in PARQUET_OPTIONS.items() if key != "row_group_size"}
+        group, pending = PARQUET_OPTIONS["row_group_size"], schema.empty_table()
         with pq.ParquetWriter(self.path / name, schema, **options) as file:
             for table in tables:
                 pending = pa.concat_tables([pending, table])
@@ -302,83 +176,7 @@ def create(
                 }
             )
             new.chmod(0o755)
-            _replace_folder(target, new)
-
-
-_LOCK = "lock"
-_OLD = "old"
-
-
-@contextlib.contextmanager
-def scratch_beside(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that is this process's alone while it lives; what killed ones left there goes."""
-    _recover(target)
-    scratch, lock = _locked_folder(target)
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        lock.release()
-
-
-def _locked_folder(target: Path) -> tuple[Path, FileLock]:
-    while True:
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.tmp-"))
-        lock = FileLock(scratch / _LOCK)
-        with contextlib.suppress(Timeout, FileNotFoundError):
-            lock.acquire(blocking=False)
-            if (scratch / _LOCK).exists():
-                return scratch, lock
-            lock.release()  # another writer took the folder, not locked yet, for a leftover
-
-
-def _recover(target: Path) -> None:
-    """Remove what killed writers of `target` left; what a live one writes stays.
-
-    One that was killed between the two renames of `_replace_folder` moved the old artifact away: it comes back.
-    """
-    for leftover in sorted(target.parent.glob(f".{target.name}.tmp-*")):
-        lock = FileLock(leftover / _LOCK)
-        try:
-            lock.acquire(blocking=False)
-        except (Timeout, OSError):  # its writer lives, or has just ended
-            continue
-        try:
-            if (leftover / _OLD).exists() and not target.exists():
-                (leftover / _OLD).rename(target)
-            shutil.rmtree(leftover, ignore_errors=True)
-        finally:
-            lock.release()
-
-
-def _replace_folder(target: Path, new: Path) -> None:
-    fault_point("artifact.commit")
-    if not target.exists():
-        new.rename(target)
-    elif not _exchange(new, target):
-        # Two renames, not a removal and a rename: deleting a large artifact takes long enough to be killed in.
-        target.rename(new.with_name(_OLD))
-        fault_point("artifact.swap")
-        new.rename(target)
-    fsync_path(target.parent)
-
-
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2  # <linux/fs.h>
-_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap what two paths name, in one step; False where the system or the file system cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux
-    if rename is None:
-        return False
-    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in _UNSUPPORTED:
-        return False
-    raise OSError(number, os.strerror(number), str(other))
+            replace_folder(target, new)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pipeline.core.artifacts import disk_errors
+from pipeline.core.files import disk_errors
 
 HELD = 2**20
 """Numbers in memory, 8 bytes each; more go to a temporary file in sorted runs."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.core.artifacts import bytes_sha256, digest_of, disk_errors, file_sha256, fsync_path, write_bytes
 from pipeline.core.fault_points import fault_point
+from pipeline.core.files import bytes_sha256, digest_of, disk_errors, file_sha256, fsync_path, write_bytes
 from pipeline.core.row_store import locked
 from pipeline.core.run import work_dir
 

@@ -23,7 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from pipeline.core.artifacts import (
+from pipeline.core.errors import BusyError, WorkError
+from pipeline.core.fault_points import fault_point
+from pipeline.core.files import (
     bytes_sha256,
     digest_of,
     disk_errors,
@@ -33,8 +35,6 @@ from pipeline.core.artifacts import (
     write_json,
     write_parquet,
 )
-from pipeline.core.errors import BusyError, WorkError
-from pipeline.core.fault_points import fault_point
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 import psutil
 from tqdm import tqdm
 
-from pipeline.core.artifacts import write_json
 from pipeline.core.errors import DeviceMemoryError, PipelineError
+from pipeline.core.files import write_json
 from pipeline.core.paths import RESULTS_DIR
 
 T = TypeVar("T")

@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pipeline.core.artifacts import digest_of, file_sha256
 from pipeline.core.errors import SourceError
+from pipeline.core.files import digest_of, file_sha256
 from pipeline.core.readers import HubSource, LocalSource, find_files, read_texts
 
 HUB = "hub:"

@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from pipeline.core.artifacts import bytes_sha256, digest_of, write_bytes
 from pipeline.core.config import Params, check_unread_keys
 from pipeline.core.errors import TeacherError
+from pipeline.core.files import bytes_sha256, digest_of, write_bytes
 from pipeline.core.vectors import unit_rows
 
 TRANSFORM_FILE = "transform.safetensors"

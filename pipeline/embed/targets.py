@@ -18,8 +18,9 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from pipeline.core.artifacts import PART_BYTES, bytes_sha256
+from pipeline.core.artifacts import PART_BYTES
 from pipeline.core.errors import TeacherError
+from pipeline.core.files import bytes_sha256
 from pipeline.core.gates import FIRST_ROWS
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import gpu_memory_mib, progress

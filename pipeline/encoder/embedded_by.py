@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.artifacts import bytes_sha256
 from pipeline.core.errors import SourceError
+from pipeline.core.files import bytes_sha256
 from pipeline.core.target_transform import Space
 from pipeline.encoder.folder.config import fingerprint
 

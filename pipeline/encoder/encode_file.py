@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.core.artifacts import ArtifactWriter, write_bytes
+from pipeline.core.artifacts import ArtifactWriter
 from pipeline.core.errors import SourceError, nested_in
+from pipeline.core.files import write_bytes
 from pipeline.core.part_store import Parts, open_parts, whole_file
 from pipeline.core.readers import Columns, TextFile, check_not_read, open_columns
 from pipeline.core.run import progress

@@ -12,8 +12,8 @@ from torch import Tensor
 from pipeline.backbone.attention.segments import shared_prefix
 from pipeline.backbone.loading import Pool
 from pipeline.backbone.prompting import FormattedPrompt, PromptFormatter, eos_token_id, join_instruction
-from pipeline.core.artifacts import file_sha256
 from pipeline.core.errors import SourceError, TrainingError
+from pipeline.core.files import file_sha256
 from pipeline.core.run import progress
 from pipeline.core.target_transform import TRANSFORM_FILE, Space, TargetTransform, load_transform
 from pipeline.encoder.folder.config import START_FILE, EncoderConfig

@@ -9,9 +9,10 @@ from typing import Any
 
 import typer
 
-from pipeline.core.artifacts import create, write_bytes
+from pipeline.core.artifacts import create
 from pipeline.core.config import PARAMS_FILE, EntryName, load
 from pipeline.core.errors import ParamsError, nested_in, section
+from pipeline.core.files import write_bytes
 from pipeline.core.paths import DELTAS_TABLE, ENCODER_DIR, EVALUATE_DIR, SUMMARY_TABLE
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
 from pipeline.encoder.storage import Storage

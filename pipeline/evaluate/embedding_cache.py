@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core.artifacts import bytes_sha256, digest_of
 from pipeline.core.errors import BusyError, EvaluationError
+from pipeline.core.files import bytes_sha256, digest_of
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import progress
 from pipeline.core.schemas import TARGET_TYPES

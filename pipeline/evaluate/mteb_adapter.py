@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.core.artifacts import digest_of
+from pipeline.core.files import digest_of
 from pipeline.evaluate.system import BARE, System, encode_finite, innermost, revision_of
 from pipeline.tasks.instructions import Instructions, Side
 

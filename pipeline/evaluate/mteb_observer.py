@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core.artifacts import digest_of
+from pipeline.core.files import digest_of
 from pipeline.evaluate.unit_scores import Kind, UnitScores
 
 log = logging.getLogger(__name__)

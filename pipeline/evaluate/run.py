@@ -19,16 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core.artifacts import (
-    bytes_sha256,
-    digest_of,
-    disk_errors,
-    file_sha256,
-    scratch_beside,
-    write_bytes,
-    write_json,
-)
 from pipeline.core.errors import EvaluationError
+from pipeline.core.files import bytes_sha256, digest_of, disk_errors, file_sha256, write_bytes, write_json
+from pipeline.core.folders import scratch_beside
 from pipeline.evaluate.mteb_adapter import MtebEncoder, published_meta
 from pipeline.evaluate.mteb_observer import Observer
 from pipeline.evaluate.system import System, failed_texts

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.core.artifacts import to_json
+from pipeline.core.files import to_json
 from pipeline.evaluate.run import SystemResults
 from pipeline.evaluate.unit_scores import UNIT_SCORES_DIR, save
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 from pipeline.backbone.prompting import join_instruction
-from pipeline.core.artifacts import digest_of
 from pipeline.core.errors import EvaluationError
+from pipeline.core.files import digest_of
 from pipeline.evaluate.registry import entry_of
 from pipeline.tasks.instructions import Side
 

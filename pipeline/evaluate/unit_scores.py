@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.artifacts import write_bytes
+from pipeline.core.files import write_bytes
 
 Floats = NDArray[np.float64]
 Kind = Literal["mean", "spearman", "ap", "f1"]

@@ -9,8 +9,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.core.artifacts import Artifact, check_new, disk_errors, open_artifact, read_manifest, scratch_beside
+from pipeline.core.artifacts import Artifact, check_new, open_artifact, read_manifest
 from pipeline.core.errors import ArtifactError
+from pipeline.core.files import disk_errors
+from pipeline.core.folders import scratch_beside
 from pipeline.encoder.folder.card import CARD_FILE, with_results
 from pipeline.encoder.folder.config import START_FILE
 from pipeline.encoder.folder.st_files import write_st_files

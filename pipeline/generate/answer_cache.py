@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from pipeline.backbone.device import release_memory
 from pipeline.backbone.loading import BackboneParams, identify
-from pipeline.core.artifacts import bytes_sha256
 from pipeline.core.errors import section
+from pipeline.core.files import bytes_sha256
 from pipeline.core.row_store import ShardStore
 from pipeline.generate.engines.base import Completion, Engine, Prompt, Sampling
 from pipeline.generate.generator import Generator, answer_content, make_generator

@@ -22,8 +22,9 @@ import pyarrow.compute as pc
 
 from pipeline.backbone.loading import BackboneParams, load_tokenizer
 from pipeline.backbone.prompting import PromptFormatter
-from pipeline.core.artifacts import PART_BYTES, disk_errors, write_json, write_parquet
+from pipeline.core.artifacts import PART_BYTES
 from pipeline.core.errors import EngineError, nested_in
+from pipeline.core.files import disk_errors, write_json, write_parquet
 from pipeline.core.gates import FIRST_ROWS, warn_of_gates
 from pipeline.core.row_store import ShardStore
 from pipeline.core.run import gpu_memory_mib, progress

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.artifacts import ArtifactWriter, bytes_sha256, write_bytes, write_parquet
+from pipeline.core.artifacts import ArtifactWriter
 from pipeline.core.bootstrap import BootstrapParams
 from pipeline.core.errors import SourceError
+from pipeline.core.files import bytes_sha256, write_bytes, write_parquet
 from pipeline.core.part_store import Parts, open_parts, whole_file
 from pipeline.core.run import progress
 from pipeline.core.text import templates, visible

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.core.artifacts import Artifact, digest_of, open_artifact
+from pipeline.core.artifacts import Artifact, open_artifact
 from pipeline.core.errors import SourceError
+from pipeline.core.files import digest_of
 from pipeline.core.run import progress
 from pipeline.core.vectors import matrix, top_k
 

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.artifacts import bytes_sha256
 from pipeline.core.errors import SourceError
+from pipeline.core.files import bytes_sha256
 from pipeline.core.readers import TextFile, check_encodable
 from pipeline.core.text import normalize_text, query_id
 from pipeline.lens.reading import Entries

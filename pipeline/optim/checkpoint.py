@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from pipeline.core.artifacts import bytes_sha256, disk_errors, write_bytes
 from pipeline.core.errors import TrainingError
 from pipeline.core.fault_points import fault_point
+from pipeline.core.files import bytes_sha256, disk_errors, write_bytes
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import typer
 
-from pipeline.core.artifacts import Artifact, create, to_json, write_bytes
+from pipeline.core.artifacts import Artifact, create
 from pipeline.core.config import PARAMS_FILE, EntryName, Params, load
 from pipeline.core.errors import nested_in, section
+from pipeline.core.files import to_json, write_bytes
 from pipeline.core.paths import DELTAS_TABLE, PROBE_DIR, QUERIES_DIR, ROWS_TABLE
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
 from pipeline.evaluate.build import (

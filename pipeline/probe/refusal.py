@@ -29,10 +29,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from pipeline.core.artifacts import digest_of
 from pipeline.core.bootstrap import BootstrapParams, Delta, statistic_delta
 from pipeline.core.config import Params, load
 from pipeline.core.errors import EvaluationError
+from pipeline.core.files import digest_of
 from pipeline.core.vectors import unit_rows
 from pipeline.evaluate.system import System, encode_finite, in_teacher_space
 from pipeline.probe.base import ProbeContext, ProbeResult, described, space_of, unit_deltas

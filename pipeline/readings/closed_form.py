@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.core.artifacts import bytes_sha256, digest_of
+from pipeline.core.files import bytes_sha256, digest_of
 from pipeline.core.target_transform import TargetTransform, TransformParams
 from pipeline.embed.transform_fit import fit_transform
 from pipeline.encoder.folder.config import ResponseForm

@@ -26,8 +26,8 @@ from pipeline.backbone.attention.segments import shared_prefix
 from pipeline.backbone.chat_template import ChatTemplate
 from pipeline.backbone.loading import Template
 from pipeline.backbone.prompting import SLOT, join_instruction
-from pipeline.core.artifacts import bytes_sha256
 from pipeline.core.code_digest import code_digest
+from pipeline.core.files import bytes_sha256
 from pipeline.embed.teachers.template import TEMPLATES, TemplateTokenizer, Tokens
 from pipeline.encoder.passes.packed import least_saved
 from pipeline.encoder.passes.prompt_reader import Beginning, PromptReader

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pipeline.core.artifacts import write_bytes
 from pipeline.core.config import PARAMS_FILE, EntryName, Params, load
+from pipeline.core.files import write_bytes
 from pipeline.core.paths import REPORT_PAGES
 from pipeline.core.run import prepare_process, user_errors
 from pipeline.report import ReportParams

@@ -10,9 +10,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.core.artifacts import digest_of
 from pipeline.core.config import Params, load
 from pipeline.core.errors import EvaluationError
+from pipeline.core.files import digest_of
 
 # Which side of a comparison a text is on; both sides of a symmetric one are queries.
 Side = Literal["query", "document"]

@@ -19,8 +19,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.core.artifacts import digest_of, file_sha256
 from pipeline.core.errors import EvaluationError, SourceError
+from pipeline.core.files import digest_of, file_sha256
 from pipeline.core.readers import read_table
 
 README = "README.md"

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import pyarrow.compute as pc
 
-from pipeline.core.artifacts import Artifact, bytes_sha256
+from pipeline.core.artifacts import Artifact
 from pipeline.core.errors import TeacherError, nested_in
+from pipeline.core.files import bytes_sha256
 from pipeline.core.paths import TRAIN_TABLE
 from pipeline.core.readers import HubSource, LocalSource
 from pipeline.core.run import progress

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import BackboneParams, identify, load_backbone, load_config, load_tokenizer
 from pipeline.backbone.lora import WEIGHTS_FILE, adapter_parameters, add_adapter, save_adapter
-from pipeline.core.artifacts import create, digest_of, file_sha256, open_artifact, write_json
+from pipeline.core.artifacts import create, open_artifact
 from pipeline.core.code_digest import code_digest
 from pipeline.core.errors import ArtifactError, nested_in
+from pipeline.core.files import digest_of, file_sha256, write_json
 from pipeline.embed.teachers.adapters import merge_adapter
 from pipeline.embed.teachers.bidirectional import check_bidirectional, make_bidirectional
 from pipeline.embed.teachers.pooling import check_positions

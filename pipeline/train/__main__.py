@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import typer
 
 from pipeline.backbone.loading import BackboneParams, identify
-from pipeline.core.artifacts import Artifact, digest_of, open_artifact
+from pipeline.core.artifacts import Artifact, open_artifact
 from pipeline.core.code_digest import code_digest
 from pipeline.core.config import PARAMS_FILE, Params, load
 from pipeline.core.errors import TrainingError, section
+from pipeline.core.files import digest_of
 from pipeline.core.paths import HELDOUT_TABLE, QUERIES_DIR, RESPONSES_DIR, TARGETS_DIR, TRAIN_TABLE
 from pipeline.core.run import RunRecord, device_memory, prepare_process, record, user_errors, work_dir
 from pipeline.core.tracking import tracking

@@ -14,7 +14,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core.artifacts import disk_errors
+from pipeline.core.files import disk_errors
 
 
 class _File:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from pipeline.backbone.device import release_memory
-from pipeline.core.artifacts import bytes_sha256, digest_of
 from pipeline.core.code_digest import code_digest
 from pipeline.core.errors import WorkError
+from pipeline.core.files import bytes_sha256, digest_of
 from pipeline.core.part_store import Parts
 from pipeline.core.row_store import locked
 from pipeline.core.run import is_out_of_memory, progress, work_dir

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbone.loading import BackboneParams
-from pipeline.core.artifacts import Artifact, create, write_bytes
+from pipeline.core.artifacts import Artifact, create
+from pipeline.core.files import write_bytes
 from pipeline.core.paths import ENCODER_DIR, HELDOUT_CURVE, LOSS_CURVE
 from pipeline.core.target_transform import TRANSFORM_FILE, load_transform
 from pipeline.encoder.folder.config import EncoderConfig

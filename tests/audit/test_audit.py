@@ -16,7 +16,8 @@ from pipeline.audit import audit
 from pipeline.audit.findings import SHOWN_PER_CHECK, Finding, Findings
 from pipeline.audit.lock import dvc_md5
 from pipeline.backbone.loading import identify
-from pipeline.core.artifacts import file_sha256, read_manifest
+from pipeline.core.artifacts import read_manifest
+from pipeline.core.files import file_sha256
 from pipeline.core.schemas import SAMPLES
 from pipeline.core.target_transform import TRANSFORM_FILE, TargetTransform
 from tests.toy_workspace import (

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from pipeline.audit.inspect import _cell, counts, failures, show, trace
-from pipeline.core.artifacts import create, write_json
+from pipeline.core.artifacts import create
 from pipeline.core.errors import ArtifactError
+from pipeline.core.files import write_json
 from pipeline.core.schemas import RESPONSES
 from tests.toy_workspace import EMPTY, FAILED, IDS, USABLE, flip_byte, make_workspace
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core.artifacts import create, to_json, write_json
+from pipeline.core.artifacts import create
+from pipeline.core.files import to_json, write_json
 from pipeline.core.paths import EVALUATE_DIR, PROBE_DIR, ROWS_TABLE, SUMMARY_TABLE
 from pipeline.evaluate.summary import SUMMARY
 from pipeline.evaluate.unit_scores import UNIT_SCORES_DIR, UnitScores, save

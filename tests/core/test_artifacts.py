@@ -3,8 +3,6 @@
 import itertools
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from safetensors import SafetensorError
 
 from pipeline.core import artifacts, fault_points
 from pipeline.core.artifacts import MANIFEST, Artifact, create, damaged_files, open_artifact, read_manifest
@@ -131,12 +128,12 @@ def test_leftovers_of_a_killed_run_go(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-NO_EXCHANGE = "artifacts._exchange = lambda *_: False\n"
+NO_EXCHANGE = "folders._exchange = lambda *_: False\n"
 
 
 def run_killed(target: Path, point: str, before: str = "") -> None:
     """Write 2 into the artifact in a process that dies at the point."""
-    code = f"import pathlib; from pipeline.core import artifacts\n{before}"
+    code = f"import pathlib; from pipeline.core import folders\n{before}"
     code += f"from tests.core.test_artifacts import make; make(pathlib.Path({str(target)!r}), 2)"
     environment = os.environ | {fault_points.VARIABLE: f"{point}:1"}
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment).returncode == -signal.SIGKILL
@@ -158,16 +155,6 @@ def test_without_an_exchange_an_artifact_that_was_moved_away_comes_back(tmp_path
         raise RuntimeError("boom")
     assert open_artifact(tmp_path / "out", "numbers").read()["value"].to_pylist() == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_two_paths_are_exchanged_in_one_step(tmp_path: Path) -> None:
-    for name in ("one", "other"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / f"{name}.txt").write_text(name)
-    if artifacts._exchange(tmp_path / "one", tmp_path / "other"):  # else this file system cannot
-        assert snapshot(tmp_path) == {"one/other.txt": b"other", "other/one.txt": b"one"}
-    else:
-        assert snapshot(tmp_path) == {"one/one.txt": b"one", "other/other.txt": b"other"}
 
 
 def test_a_writer_leaves_alone_what_another_one_is_writing(tmp_path: Path) -> None:
@@ -262,20 +249,6 @@ def test_keys_that_are_numbers_keep_the_manifest_s_own_digest(tmp_path: Path) ->
     assert read_manifest(tmp_path / "out").manifest.params == {"by_length": {"9": 1, "10": 2}}
 
 
-def test_a_written_file_replaces_the_old_one_and_is_readable_by_all(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "facts.json"
-    for value in (1, 2):
-        artifacts.write_json(path, {"b": value, "a": "ä"})
-    assert path.read_text(encoding="utf-8") == '{\n  "a": "ä",\n  "b": 2\n}\n'
-    assert path.stat().st_mode & 0o777 == 0o644
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_digests_do_not_depend_on_key_order() -> None:
-    assert artifacts.digest_of({"a": 1, "b": [1, 2]}) == artifacts.digest_of({"b": [1, 2], "a": 1})
-    assert artifacts.digest_of([1, 2]) != artifacts.digest_of([2, 1])
-
-
 def test_a_full_disk_is_a_work_error_and_leaves_the_target_as_it_was(small_disk: Path) -> None:
     make(small_disk / "out", 1)
     before = snapshot(small_disk)
@@ -287,15 +260,6 @@ def test_a_full_disk_is_a_work_error_and_leaves_the_target_as_it_was(small_disk:
     assert [path.name for path in small_disk.iterdir()] == ["out"]
 
 
-def test_a_full_disk_under_a_single_file(small_disk: Path) -> None:
-    path = small_disk / "facts.json"
-    artifacts.write_json(path, {"a": 1})
-    with pytest.raises(WorkError, match=r"cannot write .*facts.json: No space left on device"):
-        artifacts.write_json(path, {"a": "x" * 3 * 2**20})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert list(small_disk.iterdir()) == [path]
-
-
 def test_a_full_disk_under_weights(small_disk: Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file
@@ -303,30 +267,6 @@ def test_a_full_disk_under_weights(small_disk: Path) -> None:
     with pytest.raises(WorkError, match=r"out: No space left"), create(small_disk / "out", kind="m", params={}) as out:
         save_file({"a": np.zeros(2**19)}, out.path / "a.safetensors")
     assert list(small_disk.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (PermissionError(13, "Permission denied", "data/input.txt"), "cannot open data/input.txt: Permission denied"),
-        (
-            PermissionError(13, "Failed to open local file 'data/input.parquet'. Detail: [errno 13] Permission denied"),
-            "cannot open data/input.parquet: Permission denied",
-        ),
-        (PermissionError(13, "Permission denied", "data/out/a.parquet"), "cannot write data/out: Permission denied"),
-        (PermissionError(13, "Permission denied", "data/.out.tmp-1/new"), "cannot write data/out: Permission denied"),
-        (PermissionError(13, "Permission denied", "data"), "cannot write data/out: Permission denied"),
-        (OSError(30, "Read-only file system", "data/out"), "cannot write data/out: Read-only file system"),
-        (SafetensorError("I/O error: Full (os error 28)"), "cannot write data/out: No space left on device"),
-        (
-            shutil.Error([("a", "data/out/a", "[Errno 28] No space left on device")]),
-            "cannot write data/out: No space left on device",
-        ),
-    ],
-)
-def test_an_error_names_the_file_that_it_is_about(error: Exception, message: str) -> None:
-    with pytest.raises(WorkError, match=f"^{re.escape(message)}"), artifacts.disk_errors(Path("data/out")):
-        raise error
 
 
 @pytest.mark.parametrize("blocking", ["data", "data/out"])

@@ -16,8 +16,8 @@ import pytest
 
 from pipeline.core import fault_points
 from pipeline.core import row_store as shards
-from pipeline.core.artifacts import write_parquet
 from pipeline.core.errors import WorkError
+from pipeline.core.files import write_parquet
 from pipeline.core.row_store import ShardStore
 from tests.conftest import ROOT
 

@@ -10,8 +10,8 @@ import pytest
 
 import pipeline.core.vectors as ranking
 import pipeline.lens.nearest as lens_nearest
-from pipeline.core.artifacts import write_parquet
 from pipeline.core.errors import ArtifactError, SourceError
+from pipeline.core.files import write_parquet
 from pipeline.core.vectors import top_k
 from pipeline.encoder.embedded_by import EMBEDDED_BY, made_by
 from pipeline.lens.nearest import index_of_targets, nearest, open_index

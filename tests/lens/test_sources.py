@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 from safetensors.numpy import save_file
 
-from pipeline.core.artifacts import write_parquet
 from pipeline.core.errors import SourceError
+from pipeline.core.files import write_parquet
 from pipeline.lens.sources import open_soft_prompts
 
 SOFT = np.random.default_rng(0).normal(size=(5, 2, 3)).astype(np.float32)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.core.artifacts import create, write_json
+from pipeline.core.artifacts import create
+from pipeline.core.files import write_json
 from tests.report.toy_results import ALIGNMENT, NOISE, NOT_DRAWN, RECORD, SAFER, SAFETY, SAMPLE, SUITE, SYSTEMS
 from tests.toy_workspace import make_workspace
 

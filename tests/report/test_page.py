@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.artifacts import write_json
+from pipeline.core.files import write_json
 from pipeline.report.render import render_html
 from pipeline.report.sections import audit_workspace
 from tests.report.browser import OVERFLOW, TOO_WIDE, Browser

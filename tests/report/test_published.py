@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from pipeline.cli.presets import presets
-from pipeline.core.artifacts import write_json
 from pipeline.core.errors import ParamsError
+from pipeline.core.files import write_json
 from pipeline.evaluate.comparison import compare
 from pipeline.report.content import gather
 from pipeline.report.published import Measured, PaperComparison, compare_with_paper, load_published

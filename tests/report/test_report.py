@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.core.artifacts import create, write_json
+from pipeline.core.artifacts import create
+from pipeline.core.files import write_json
 from pipeline.core.paths import REPORT_PAGES
 from pipeline.evaluate.comparison import Cell
 from pipeline.report.__main__ import Inputs, run

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.artifacts import create, write_json
+from pipeline.core.artifacts import create
+from pipeline.core.files import write_json
 from pipeline.report.render import render_html, render_markdown
 from pipeline.report.sections import teacher_facts
 from tests.report.toy_results import RECORD, content_of

@@ -19,8 +19,9 @@ import torch
 from safetensors.numpy import load_file
 
 from pipeline.backbone.loading import BackboneParams, identify, load_backbone
-from pipeline.core.artifacts import create, file_sha256, open_artifact
+from pipeline.core.artifacts import create, open_artifact
 from pipeline.core.errors import TrainingError
+from pipeline.core.files import file_sha256
 from pipeline.core.paths import (
     ENCODER_DIR,
     HELDOUT_CURVE,

@@ -19,8 +19,8 @@ from typing import IO, Any, cast
 
 import pyarrow as pa
 
-from pipeline.core.artifacts import disk_errors
 from pipeline.core.errors import SourceError, first_line, nested_in
+from pipeline.core.files import disk_errors
 
 JSON = (".jsonl", ".ndjson", ".json")
 FORMATS = (".parquet", *JSON, ".csv", ".tsv", ".txt")

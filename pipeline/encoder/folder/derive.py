@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.artifacts import Artifact, check_new, create, open_artifact, write_json
+from pipeline.core.artifacts import Artifact, check_new, create, open_artifact
+from pipeline.core.files import write_json
 from pipeline.encoder.folder.card import CARD_FILE, with_config
 from pipeline.encoder.folder.config import CONFIG_FILE, ROTATION_FILE, EncoderConfig
 from pipeline.encoder.folder.read import read_config

@@ -9,9 +9,9 @@ from typing import Any
 from pipeline.backbone.loading import BackboneParams, DType, Quantize, identify, load_backbone, load_tokenizer
 from pipeline.backbone.lora import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from pipeline.backbone.lora import load_adapter
-from pipeline.core.artifacts import digest_of, file_sha256
 from pipeline.core.config import validate
 from pipeline.core.errors import BackboneError, TrainingError
+from pipeline.core.files import digest_of, file_sha256
 from pipeline.encoder.folder.config import (
     ADAPTER,
     CONFIG_FILE,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbone.prompting import join_instruction
-from pipeline.core.artifacts import write_json
+from pipeline.core.files import write_json
 from pipeline.tasks.instructions import Instructions, load_instructions
 
 MODULE = "pipeline.encoder.folder.st_module"

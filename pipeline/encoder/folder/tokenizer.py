@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.artifacts import write_json
+from pipeline.core.files import write_json
 
 # Where the tokenizer was loaded from, which is no part of it.
 _ORIGIN = ("is_local", "local_files_only")

@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.backbone.lora import save_adapter
-from pipeline.core.artifacts import ArtifactWriter, write_json
+from pipeline.core.artifacts import ArtifactWriter
 from pipeline.core.errors import TrainingError
+from pipeline.core.files import write_json
 from pipeline.encoder.folder.card import CARD_FILE, TrainingFacts, model_card
 from pipeline.encoder.folder.config import (
     ADAPTER,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.backbone.loading import DType, Keep
-from pipeline.core.artifacts import write_json
+from pipeline.core.files import write_json
 from pipeline.core.text import templates
 from pipeline.encoder.folder.config import EncoderConfig
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from pipeline.backbone.loading import Template
 from pipeline.backbone.prompting import PromptFormatter
-from pipeline.core.artifacts import write_json
 from pipeline.core.errors import TrainingError
+from pipeline.core.files import write_json
 from pipeline.encoder.folder.tokenizer import save_tokenizer
 from pipeline.export.merged.folder import MergedLayout
 

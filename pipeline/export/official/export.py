@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pipeline.backbone.loading import BackboneParams, DType, load_tokenizer
 from pipeline.backbone.prompting import PromptFormatter
-from pipeline.core.artifacts import check_new, create, read_manifest, write_json
+from pipeline.core.artifacts import check_new, create, read_manifest
 from pipeline.core.errors import BackboneError, TrainingError, describe
+from pipeline.core.files import write_json
 from pipeline.core.text import templates
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.export.merged.folder import old_rope_keys

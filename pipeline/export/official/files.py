@@ -22,8 +22,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.artifacts import digest_of, file_sha256
 from pipeline.core.errors import ArtifactError, first_line
+from pipeline.core.files import digest_of, file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor

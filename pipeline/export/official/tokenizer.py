@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbone.prompting import PromptFormatter, eos_token_id
-from pipeline.core.artifacts import write_json
 from pipeline.core.errors import ArtifactError, TrainingError
+from pipeline.core.files import write_json
 from pipeline.export.merged.tokenizer import PROBES, UNBOUNDED, Frame, find_frame
 from pipeline.export.official import files
 

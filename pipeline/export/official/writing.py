@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.backbone.loading import DType
-from pipeline.core.artifacts import write_json
 from pipeline.core.errors import TrainingError
+from pipeline.core.files import write_json
 from pipeline.encoder.folder.config import EncoderConfig
 from pipeline.export.merged.folder import old_rope_keys
 from pipeline.export.official import files
