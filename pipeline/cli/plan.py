@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.backbone.loading import DTYPE_BYTES, BackboneParams
-from pipeline.backbone.prompting import check_instructions_stay
+from pipeline.backbone.prompting import SLOT, check_instructions_stay
 from pipeline.backbone.sizes import ModelSizes, sizes_from_config
 from pipeline.cli.presets import preset_of
 from pipeline.collect.params import CollectParams
@@ -261,6 +261,13 @@ def _remarks(params: AllParams, sizes: ModelSizes | None, root: Path) -> list[st
     written, learnt = params.generate.max_new_tokens, params.train.max_response_tokens
     if written > learnt:
         found.append(f"train.max_response_tokens: {written} tokens are written, {learnt} are learnt from")
+    teacher = params.embed.teacher
+    if (copies := teacher.template.count(SLOT)) * written > teacher.max_tokens:
+        each = f"{copies} copies of an answer" if copies > 1 else "an answer"
+        found.append(
+            f"embed.teacher.max_tokens: {teacher.max_tokens} for {each} of up to {written} tokens: "
+            "longer ones lose their end"
+        )
     if sizes is None:
         found.append(f"backbone.name: no sizes known of {params.backbone.name}, so no memory estimate")
     else:

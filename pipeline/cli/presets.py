@@ -21,6 +21,8 @@ from pipeline.core.files import write_bytes
 from pipeline.embed.params import TeacherParams
 from pipeline.embed.teachers.adapters import AdapterParams
 from pipeline.embed.teachers.registry import TRAINED
+from pipeline.embed.teachers.template import TEMPLATES
+from pipeline.evaluate.registry import DECORRELATE
 from pipeline.teach.params import TeachParams
 from pipeline.teach.plan import fitting_rows
 from pipeline.train.params import TrainParams
@@ -30,12 +32,15 @@ TEACHERS_FILE = Path(__file__).with_name("teachers.yaml")
 PAPER_FILE = Path(__file__).with_name("paper.yaml")
 # The paper's limit for queries and responses; what the released teachers were made for.
 TEACHER_TOKENS = 512
+# The backbone's own teachers. Any has its echo reading, and an LLM2Vec that the stage teach trains.
+PUBLISHED, ECHO, TRAINED_HERE = "published", "echo", "trained"
+ECHO_TRANSFORM = DECORRELATE.model_dump(exclude_defaults=True)
 # Sections whose defaults need not be written into a file.
 _MODELS: dict[str, type[Params]] = {"embed.teacher": TeacherParams, "train": TrainParams}
 
 
 class PresetTeacher(Params):
-    """The backbone as its own LLM2Vec teacher, by published adapters; without any, the stage teach trains them.
+    """The backbone as its own teacher: an LLM2Vec by published adapters; without any, its echo reading.
 
     `batch_tokens`: tokens of a forward pass by GPU memory in GB.
     """
@@ -59,20 +64,24 @@ class Preset(Params):
     def published(self) -> bool:
         return bool(self.teacher.adapters)
 
-    def teacher_params(self, memory: int) -> TeacherParams:
-        """The teacher for a GPU of `memory` GB.
+    @property
+    def teacher_name(self) -> str:
+        """The teacher that is set unless another one is named."""
+        return PUBLISHED if self.published else ECHO
 
-        A published one names its base, so it stays when the backbone changes; one trained here follows the backbone.
+    def teacher_params(self, memory: int, name: str) -> TeacherParams:
+        """The teacher `name` of the backbone's own for a GPU of `memory` GB.
+
+        A published one names its base, so it stays when the backbone changes; the others follow the backbone.
         """
-        common: dict[str, Any] = {
-            "max_tokens": TEACHER_TOKENS,
-            "dtype": self.backbone.dtype,
-            "batch_tokens": self.teacher.batch_tokens[memory],
-        }
-        if not self.published:
-            return TeacherParams(kind=TRAINED, **common)
+        common: dict[str, Any] = {"dtype": self.backbone.dtype, "batch_tokens": self.teacher.batch_tokens[memory]}
+        if name == ECHO:  # the limit counts both copies of a text
+            return TeacherParams(kind="backbone", template=ECHO, max_tokens=2 * TEACHER_TOKENS, **common)
+        if name == TRAINED_HERE:
+            return TeacherParams(kind=TRAINED, max_tokens=TEACHER_TOKENS, **common)
         base: dict[str, Any] = {"name": self.backbone.name, "revision": self.backbone.revision}
-        return TeacherParams(kind="llm2vec", **base, adapters=self.teacher.adapters, **common)
+        adapters = self.teacher.adapters
+        return TeacherParams(kind="llm2vec", **base, adapters=adapters, max_tokens=TEACHER_TOKENS, **common)
 
 
 class OtherTeacher(Params):
@@ -117,20 +126,23 @@ def preset_of(backbone: str) -> Preset | None:
 def switch(path: Path, name: str, memory: int, teacher: str | None = None, *, paper: bool = False) -> list[str]:
     """Set the params of a preset in a params file for `memory` GB; returns the changes, one line each.
 
-    `teacher` is one of `teachers()`; None: the backbone's own. `paper`: and the paper's settings, see `PAPER_FILE`.
+    `teacher` is one of `teachers()`, `ECHO` or `TRAINED_HERE`; None: the published LLM2Vec of the backbone, without one
+    its echo reading. `paper`: and the paper's settings, see `PAPER_FILE`; its teacher is an LLM2Vec in any case.
 
     Raises:
         ParamsError: unknown preset, teacher or memory, or the file lacks a section that the preset sets.
     """
     if name not in presets():
         raise ParamsError(f"unknown backbone '{name}' (known: {', '.join(presets())})")
-    if teacher is not None and teacher not in teachers():
-        raise ParamsError(f"unknown '{teacher}' (known: {', '.join(teachers())})", argument="teacher")
-    preset, other = presets()[name], teachers()[teacher] if teacher else None
+    if teacher not in (known := (None, ECHO, TRAINED_HERE, *teachers())):
+        raise ParamsError(f"unknown '{teacher}' (known: {', '.join(filter(None, known))})", argument="teacher")
+    preset = presets()[name]
+    if teacher is None:
+        teacher = TRAINED_HERE if paper and not preset.published else preset.teacher_name
     if memory not in preset.teacher.batch_tokens:
-        known = ", ".join(map(str, preset.teacher.batch_tokens))
-        raise ParamsError(f"no batch sizes for {memory} GB (known: {known})", argument="memory")
-    return _edit(path, lambda content: _values(preset, other, memory, content, paper=paper))
+        sizes = ", ".join(map(str, preset.teacher.batch_tokens))
+        raise ParamsError(f"no batch sizes for {memory} GB (known: {sizes})", argument="memory")
+    return _edit(path, lambda content: _values(preset, teacher, memory, content, paper=paper))
 
 
 def lay_over(path: Path, changes: Mapping[str, Any]) -> list[str]:
@@ -168,9 +180,7 @@ def _edit(path: Path, values: Callable[[Any], dict[str, dict[str, Any]]]) -> lis
     return changes
 
 
-def _values(
-    preset: Preset, other: OtherTeacher | None, memory: int, content: Any, *, paper: bool
-) -> dict[str, dict[str, Any]]:
+def _values(preset: Preset, teacher: str, memory: int, content: Any, *, paper: bool) -> dict[str, dict[str, Any]]:
     """The values to set, by section.
 
     Targets of an LLM2Vec are raw hidden states with norms in the hundreds: the paper's mean over dimensions balances
@@ -178,18 +188,21 @@ def _values(
     does. Learning rates are for the paper's random start; they would undo a warm start, so none is set then
     (docs/results-log.md).
     """
+    other = teachers().get(teacher)
     train: dict[str, Any] = {
         "align_reduction": "sum" if other else "mean",
         "learning_rate": preset.learning_rate,
         "micro_batch_size": "auto",
+        **_response_form(teacher, content, paper=paper),
     }
     warm_start = (content.get("train") or {}).get("warm_start") or {}
     if warm_start.get("enabled") and not paper:
         del train["learning_rate"]
+    found = other.params(memory) if other else preset.teacher_params(memory, teacher)
     values = {
         "backbone": preset.backbone.model_dump(include={"name", "revision", "dtype", "chat_template_kwargs"}),
-        "embed.teacher": (other.params(memory) if other else preset.teacher_params(memory)).model_dump(),
-        "embed": {"normalize": False, "dtype": "float16"} | ({"transform": {"kind": "none"}} if other else {}),
+        "embed.teacher": found.model_dump() | {"template": _template_name(found.template)},
+        "embed": {"normalize": False, "dtype": "float16", **_transform(teacher, content)},
         "train": train,
         **_teach_values(preset, memory, content),
     }
@@ -197,6 +210,28 @@ def _values(
         if place != "train.heldout" or (content.get("train") or {}).get("heldout"):
             values[place] = {**values.get(place, {}), **own}
     return values
+
+
+def _template_name(template: str) -> str:
+    return next((name for name, known in TEMPLATES.items() if known == template), template)
+
+
+def _transform(teacher: str, content: Any) -> dict[str, Any]:
+    """That of the targets; an LLM2Vec keeps the file's own, unless it is the one that the echo reading had."""
+    if teacher == ECHO:
+        return {"transform": ECHO_TRANSFORM}
+    if teacher in teachers():
+        return {"transform": {"kind": "none"}}
+    own = (content.get("embed") or {}).get("transform")
+    return {"transform": {"kind": "auto"}} if own == ECHO_TRANSFORM else {}
+
+
+def _response_form(teacher: str, content: Any, *, paper: bool) -> dict[str, str]:
+    """Predictions are added to readings where the targets are readings; the file's form stays where it can."""
+    if teacher == ECHO and not paper:
+        return {"response_form": "added"}
+    train, embed = (content.get(name) or {} for name in ("train", "embed"))
+    return {"response_form": "beside"} if train.get("response_form") == "added" and not embed.get("queries") else {}
 
 
 def _teach_values(preset: Preset, memory: int, content: Any) -> dict[str, dict[str, Any]]:
@@ -221,6 +256,8 @@ def _section(path: Path, content: Any, place: str) -> CommentedMap:
 def _set(section: CommentedMap, place: str, values: dict[str, Any]) -> list[str]:
     fields = _MODELS[place].model_fields.items() if place in _MODELS else ()
     defaults = {key: field.get_default(call_default_factory=True) for key, field in fields}
+    if "template" in defaults:
+        defaults["template"] = _template_name(defaults["template"])
     changes, before = [], dict(section)
     for key in values:
         value = _keeping_pins(before, values, key)

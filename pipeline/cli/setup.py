@@ -40,7 +40,11 @@ def backbone(
     name: Annotated[str | None, typer.Argument(help="A preset; without one, they are listed.")] = None,
     memory: Annotated[int, typer.Option(help="GPU memory in GB that the micro-batch is sized for: 24 or 80.")] = 80,
     teacher: Annotated[
-        str | None, typer.Option(help="One of the teachers listed, in place of an LLM2Vec of the backbone.")
+        str | None,
+        typer.Option(
+            help="echo (the backbone's own echo reading), trained (an LLM2Vec that the stage teach trains), or one of "
+            "the teachers listed.  [default: the published LLM2Vec of the backbone, else echo]"
+        ),
     ] = None,
     paper: Annotated[bool, typer.Option("--paper", help="Set the paper's settings of embed and train too.")] = False,
     path: ParamsOption = PARAMS_FILE,
@@ -55,10 +59,12 @@ def backbone(
     for known, preset in presets().items():
         size = f"{preset.sizes.parameters() / 1e9:.1f}B"
         pin = preset.backbone.revision or "not pinned"
-        teacher, rate = ("published", "") if preset.published else ("trained here", " (a guess)")
+        rate = "" if preset.published else " (a guess)"
         print(
             f"{known:<14} {size:>5}  {preset.backbone.name:<36} {pin[:12]:<12}  "
-            f"teacher: {teacher:<12}  rate {preset.learning_rate:g}{rate}"
+            f"teacher: {preset.teacher_name:<9}  rate {preset.learning_rate:g}{rate}"
         )
+    print("--teacher echo: the backbone's echo reading, not trained")
+    print("--teacher trained: an LLM2Vec of the backbone, trained here")
     for known, other in teachers().items():
         print(f"--teacher {known}: {other.name}")

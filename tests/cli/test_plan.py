@@ -238,6 +238,21 @@ def test_a_teacher_of_adapters_is_named_and_its_pins_and_scale_are_remarked(work
 
 
 @pytest.mark.parametrize(
+    ("template", "most", "remarked"), [("text", 499, 1), ("text", 500, 0), ("echo", 999, 2), ("echo", 1000, 0)]
+)
+def test_a_teacher_that_reads_less_than_is_written_is_remarked(
+    workspace: Path, template: str, most: int, remarked: int
+) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["generate"]["max_new_tokens"] = 500
+        content["embed"]["teacher"] = {"kind": "backbone", "template": template, "max_tokens": most}
+
+    remarks = make_plan(load_all(written(workspace, change)), workspace).remarks
+    found = [remark for remark in remarks if remark.startswith(f"embed.teacher.max_tokens: {most} for ")]
+    assert [f"{remarked} copies" in remark for remark in found] == [True] * (remarked == 2) + [False] * (remarked == 1)
+
+
+@pytest.mark.parametrize(
     ("normalize", "reduction", "remarked"), [(True, "mean", True), (True, "sum", False), (False, "mean", False)]
 )
 def test_a_mean_over_unit_length_targets_is_remarked(

@@ -83,22 +83,53 @@ def test_teachers_are_the_papers_own_of_each_backbone() -> None:
         assert mntp.name == f"McGill-NLP/LLM2Vec-{family}-mntp", name
         assert simcse.name == f"{mntp.name}-unsup-simcse"
         assert all(adapter.revision is None or len(adapter.revision) == 40 for adapter in (mntp, simcse))
-        teacher = preset.teacher_params(24)
+        teacher = preset.teacher_params(24, "published")
         assert (teacher.name, teacher.revision) == (preset.backbone.name, preset.backbone.revision)
-        assert teacher.batch_tokens <= preset.teacher_params(80).batch_tokens
+        assert teacher.batch_tokens <= preset.teacher_params(80, "published").batch_tokens
 
 
-def test_where_none_is_published_the_teacher_is_trained_here(params: Path) -> None:
-    trained = {name for name, preset in presets().items() if not preset.published}
-    assert trained >= {"gemma-3-1b", "smollm2-135m", "phi-4-mini", "olmo-2-7b"}
+def test_where_none_is_published_the_teacher_is_the_echo_reading(params: Path) -> None:
+    unpublished = {name for name, preset in presets().items() if not preset.published}
+    assert unpublished >= {"gemma-3-1b", "smollm2-135m", "phi-4-mini", "olmo-2-7b"}
     switch(params, "qwen3-4b", 24)
     changes = switch(params, "smollm2-360m", 24)
-    assert "embed.teacher.kind: llm2vec -> llm2vec-trained" in changes
-    teacher = read_yaml(params)["embed"]["teacher"]
+    assert "embed.teacher.kind: llm2vec -> backbone" in changes
+    content = read_yaml(params)
+    teacher = content["embed"]["teacher"]
     assert (teacher["name"], teacher["revision"], teacher["adapters"]) == (None, None, [])
-    assert validate(teacher, TeacherParams, where="") == presets()["smollm2-360m"].teacher_params(24)
+    # Both copies of an answer of 500 tokens have room.
+    assert (teacher["template"], teacher["max_tokens"]) == ("echo", 1024)
+    assert content["embed"]["transform"] == {"kind": "standardize", "decorrelate": 0.5, "shrinkage": 0.3}
+    assert content["train"]["response_form"] == "added"
+    assert validate(teacher, TeacherParams, where="") == presets()["smollm2-360m"].teacher_params(24, "echo")
     switch(params, "llama-3.2-1b", 24)
-    assert validate(read_yaml(params)["embed"]["teacher"], TeacherParams, where="").kind == "llm2vec"
+    content = read_yaml(params)
+    assert validate(content["embed"]["teacher"], TeacherParams, where="").kind == "llm2vec"
+    assert content["embed"]["transform"] == {"kind": "auto"}
+    assert content["train"]["response_form"] == "beside"
+
+
+def test_a_transform_and_a_form_of_ones_own_stay_with_an_llm2vec(params: Path) -> None:
+    own = "embed:\n  transform: {kind: whiten}\n  queries: true\n"
+    params.write_text(PARAMS.replace("embed:\n", own).replace("train:\n", "train:\n  response_form: added\n"))
+    switch(params, "llama-3.2-1b", 24)
+    content = read_yaml(params)
+    assert (content["embed"]["transform"], content["train"]["response_form"]) == ({"kind": "whiten"}, "added")
+
+
+def test_a_teacher_is_trained_here_where_it_is_asked_for_or_the_papers(params: Path) -> None:
+    changes = switch(params, "smollm2-360m", 24, "trained")
+    assert "embed.teacher.kind: sentence-transformers -> llm2vec-trained" in changes
+    teacher = validate(read_yaml(params)["embed"]["teacher"], TeacherParams, where="")
+    assert teacher == presets()["smollm2-360m"].teacher_params(24, "trained")
+    params.write_text((ROOT / "params.yaml").read_text())
+    switch(params, "smollm2-360m", 24)
+    switch(params, "smollm2-360m", 24, paper=True)
+    content = read_yaml(params)
+    assert content["embed"]["teacher"]["kind"] == "llm2vec-trained"
+    assert (content["embed"]["transform"], content["train"]["response_form"]) == ({"kind": "none"}, "beside")
+    switch(params, "qwen3-4b", 24, "echo")
+    assert read_yaml(params)["embed"]["teacher"]["kind"] == "backbone"
 
 
 def test_the_authors_other_teacher_stands_behind_any_backbone(params: Path) -> None:
@@ -116,7 +147,7 @@ def test_the_authors_other_teacher_stands_behind_any_backbone(params: Path) -> N
     for other in teachers().values():
         assert other.batch_tokens.keys() == {24, 80}
         assert other.revision is None or len(other.revision) == 40
-    with pytest.raises(ParamsError, match=r"^teacher: unknown 'bge' \(known: bge-m3-unsupervised\)"):
+    with pytest.raises(ParamsError, match=r"^teacher: unknown 'bge' \(known: echo, trained, bge-m3-unsupervised\)"):
         switch(params, "qwen3-8b", 24, "bge")
 
 
@@ -247,7 +278,7 @@ def test_the_real_params_stay_valid_with_every_preset(workspace: Path) -> None:
         for name in names:
             switch(path, name, 24)
             params = validate(read_yaml(path), AllParams, where=name)
-            assert params.embed.teacher == presets()[name].teacher_params(24)
+            assert params.embed.teacher == presets()[name].teacher_params(24, presets()[name].teacher_name)
 
 
 def test_switching_twice_changes_nothing(params: Path) -> None:
