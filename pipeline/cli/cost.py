@@ -18,6 +18,7 @@ from pipeline.cli.plan import GB, AllParams, backbone_sizes, expected_rows
 from pipeline.core.schemas import TARGET_TYPES
 from pipeline.embed.teachers.registry import TEACHERS
 from pipeline.embed.teachers.template import TEMPLATES
+from pipeline.encoder.folder.config import embedding_width
 from pipeline.evaluate.plan import EvaluationPlan, SuiteSize
 from pipeline.evaluate.registry import BUILT_IN, SystemEntry
 from pipeline.generate.engines.vllm_defaults import (
@@ -37,16 +38,20 @@ from pipeline.train.plan import step_settings
 COMPUTE_SHARE = 0.4
 BANDWIDTH_SHARE = 0.6
 FLOAT32 = 4
+STEPS, CLOSED_FORM = "steps", "closed form"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one stage: seconds on one GPU and bytes of disk, None where unknown; `systems` has the seconds of each."""
+    """Of one stage: seconds on one GPU and bytes of disk, None where unknown.
+
+    `parts` has the seconds of each system, and of the steps and the closed forms of a training.
+    """
 
     stage: str
     seconds: float | None
     disk: float | None
-    systems: Mapping[str, float | None] = field(default_factory=dict)
+    parts: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def make_costs(params: AllParams, gpu: Gpu | None, root: Path = Path()) -> list[Cost]:
@@ -164,12 +169,14 @@ class CostModel:
             width=self._trained_width,
             adapter_parameters=adapter_parameters(sizes, settings),
         )
-        flops = float(row) * planned_steps(rows, train) * train.batch_size
-        if passes := train.warm_start.enabled + train.refit_alignment:
-            read = train.max_query_tokens + settings.new_tokens
-            flops += passes * read_flops(sizes, min(rows, train.warm_start.rows or rows) * read, read)
+        steps = float(row) * planned_steps(rows, train) * train.batch_size
+        read = train.max_query_tokens + settings.new_tokens
+        passes = train.warm_start.enabled + train.refit_alignment
+        fitted = passes * read_flops(sizes, min(rows, train.warm_start.rows or rows) * read, read)
+        parts = {STEPS: self._compute_seconds(steps), CLOSED_FORM: self._compute_seconds(fitted)} if passes else {}
         # The encoder's tensors in float32, and a checkpoint of them with gradients' moments.
-        return Cost("train", self._compute_seconds(flops), TRAINED * trained_parameters(sizes, settings))
+        disk = TRAINED * trained_parameters(sizes, settings)
+        return Cost("train", self._compute_seconds(steps + fitted), disk, parts)
 
     def _evaluate(self, stage: str, size: SuiteSize, by_teacher: SuiteSize) -> Cost:
         evaluate = self.params.evaluate
@@ -218,9 +225,13 @@ class CostModel:
 
     def _width(self, entry: SystemEntry) -> int | None:
         """Of a system's embeddings."""
-        if entry.teacher_space:
-            return self._trained_width
-        return self.sizes.hidden if self.sizes else None
+        hidden, trained = self.sizes.hidden if self.sizes else None, self._trained_width
+        if not entry.teacher_space:
+            return hidden
+        if entry.per_seed or entry.kind not in ("encoder", "start") or hidden is None or trained is None:
+            return trained
+        train = self.params.train
+        return embedding_width(train.response_share, trained, hidden, train.response_form)
 
     # --- seconds ----------------------------------------------------------------------------------------------------
 
@@ -263,12 +274,12 @@ def cost_lines(costs: Sequence[Cost], gpu: Gpu | None) -> list[str]:
 
 
 def cost_table(costs: Sequence[Cost]) -> list[str]:
-    """A line for each stage, with the time of each system where there is one; the sums; what is left out."""
+    """A line for each stage, with the time of its parts where there are some; the sums; what is left out."""
     lines: list[str] = []
     for cost in costs:
         lines.append(f"  {cost.stage:<22} {time_text(cost.seconds):>8}  {_disk(cost.disk):>9}")
-        if any(seconds is not None for seconds in cost.systems.values()):
-            shares = (f"{name} {time_text(seconds)}" for name, seconds in cost.systems.items())
+        if any(seconds is not None for seconds in cost.parts.values()):
+            shares = (f"{name} {time_text(seconds)}" for name, seconds in cost.parts.items())
             lines.append(f"    of it {', '.join(shares)}")
     seconds = [cost.seconds for cost in costs if cost.seconds is not None]
     disk = sum(cost.disk or 0 for cost in costs)

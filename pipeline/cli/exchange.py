@@ -59,7 +59,10 @@ def mix(
     if rotated:
         print("note: the rotation was of the former embeddings and is gone; rotate again")
     if output is None:
-        print(f"note: set train.response_share to {response_share} too, or `dvc repro` makes the former encoder again")
+        joined = "" if form is None else f" and train.response_form to {form}"
+        print(
+            f"note: set train.response_share to {response_share}{joined}, or `dvc repro` makes the former encoder again"
+        )
 
 
 def rotate(

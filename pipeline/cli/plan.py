@@ -293,7 +293,7 @@ def _missing(params: AllParams, root: Path) -> Iterator[str]:
             find_files(root / folder / name)
         except SourceError as error:
             yield f"{key.removesuffix('path')}{error}"
-    for key, (folder, name) in (_local_tasks(params) | _probe_data(params)).items():
+    for key, (folder, name) in (_local_tasks(params) | _quality_tasks(params) | _probe_data(params)).items():
         if not (root / folder / name).is_dir():
             yield f"{key}: there is no folder {Path(folder) / name}"
 
@@ -315,6 +315,12 @@ def _local_tasks(params: AllParams) -> dict[str, tuple[str, str]]:
         for suite, entry in params.suites.items()
         for number, name in enumerate(entry.local)
     }
+
+
+def _quality_tasks(params: AllParams) -> dict[str, tuple[str, str]]:
+    """Folder and name of each local task that a teacher trained here is measured on, by its key."""
+    names = params.teach.quality.local if TEACHERS[params.embed.teacher.kind].trained_here else []
+    return {f"teach.quality.local.{at}": (params.evaluate.local_dir, name) for at, name in enumerate(names)}
 
 
 def _probe_data(params: AllParams) -> dict[str, tuple[str, str]]:

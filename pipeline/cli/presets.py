@@ -193,7 +193,7 @@ def _values(preset: Preset, teacher: str, memory: int, content: Any, *, paper: b
         "align_reduction": "sum" if other else "mean",
         "learning_rate": preset.learning_rate,
         "micro_batch_size": "auto",
-        **_response_form(teacher, content, paper=paper),
+        **_response_form(teacher, content),
     }
     warm_start = (content.get("train") or {}).get("warm_start") or {}
     if warm_start.get("enabled") and not paper:
@@ -226,12 +226,14 @@ def _transform(teacher: str, content: Any) -> dict[str, Any]:
     return {"transform": {"kind": "auto"}} if own == ECHO_TRANSFORM else {}
 
 
-def _response_form(teacher: str, content: Any, *, paper: bool) -> dict[str, str]:
+def _response_form(teacher: str, content: Any) -> dict[str, Any]:
     """Predictions are added to readings where the targets are readings; the file's form stays where it can."""
-    if teacher == ECHO and not paper:
+    if teacher == ECHO:
         return {"response_form": "added"}
     train, embed = (content.get(name) or {} for name in ("train", "embed"))
-    return {"response_form": "beside"} if train.get("response_form") == "added" and not embed.get("queries") else {}
+    if train.get("response_form") == "added" and not embed.get("queries"):
+        return {"response_form": "beside", "decorrelate_reading": False}
+    return {}
 
 
 def _teach_values(preset: Preset, memory: int, content: Any) -> dict[str, dict[str, Any]]:

@@ -120,6 +120,7 @@ def measured_machine(found: "Preview", sizes: "ModelSizes | None", params: "AllP
 
 def whole_run(params: "AllParams", found: "Preview", computed: Sequence["Cost"]) -> list["Cost"]:
     """The costs with the measured time of each stage that was tried, in proportion to its rows."""
+    from pipeline.cli.cost import CLOSED_FORM
     from pipeline.cli.plan import expected_rows
     from pipeline.train.params import planned_steps
 
@@ -131,15 +132,16 @@ def whole_run(params: "AllParams", found: "Preview", computed: Sequence["Cost"])
         steps = planned_steps(trained, params.train) * params.train.batch_size
         counts = {"generate": rows, "embed": rows, "train": steps}
     return [
-        replace(cost, seconds=_in_proportion(found, cost.stage, counts.get(cost.stage)))
+        replace(cost, seconds=_in_proportion(found, cost.stage, counts.get(cost.stage), cost.parts.get(CLOSED_FORM)))
         if cost.stage in ("generate", "embed", "train")
         else cost
         for cost in computed
     ]
 
 
-def _in_proportion(found: "Preview", stage: str, rows: int | None) -> float | None:
+def _in_proportion(found: "Preview", stage: str, rows: int | None, once: float | None = None) -> float | None:
+    """Seconds for so many rows, and `once` for what was not tried."""
     speed = found.speeds.get(stage)
     if speed is None or rows is None or not speed.rows:
         return None
-    return speed.startup_seconds + speed.seconds / speed.rows * rows
+    return speed.startup_seconds + (once or 0.0) + speed.seconds / speed.rows * rows

@@ -11,8 +11,7 @@ from pipeline.cli.options import ParamsOption, one_of
 from pipeline.core.config import PARAMS_FILE
 
 if TYPE_CHECKING:
-    from pipeline.encoder.folder.config import ResponseForm
-    from pipeline.readings.build import Found
+    from pipeline.readings.build import Found, Request
     from pipeline.readings.measure import Interval, Line
 
 # Columns of the table where the output is no terminal.
@@ -65,30 +64,28 @@ def readings(
         from pipeline.readings.build import Inputs, Request, Targets, run
 
         defaults, chosen, joined = Request(), one_of(Targets, targets, "targets"), one_of(ResponseForm, form, "form")
-        found = run(
-            load(params, Inputs),
-            Request(
-                suite=suite,
-                readings=reading or (),
-                shares=share or defaults.shares,
-                targets=chosen,
-                refine=refine,
-                rows=rows,
-                heldout=heldout,
-                form=joined,
-                skip=skip,
-                decorrelate=decorrelate,
-                decorrelate_reading=decorrelate_reading,
-                shrinkage="auto" if shrinkage is None else shrinkage,
-            ),
+        request = Request(
+            suite=suite,
+            readings=reading or (),
+            shares=share or defaults.shares,
+            targets=chosen,
+            refine=refine,
+            rows=rows,
+            heldout=heldout,
+            form=joined,
+            skip=skip,
+            decorrelate=decorrelate,
+            decorrelate_reading=decorrelate_reading,
+            shrinkage="auto" if shrinkage is None else shrinkage,
         )
+        found = run(load(params, Inputs), request)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
     else:
-        _print(found, joined)
+        _print(found, request)
 
 
-def _print(found: "Found", form: "ResponseForm") -> None:
+def _print(found: "Found", request: "Request") -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -102,17 +99,19 @@ def _print(found: "Found", form: "ResponseForm") -> None:
     if not console.is_terminal:
         console.width = _WIDTH
     console.print(table)
-    print("\n".join(_notes(found, form)))
+    print("\n".join(_notes(found, request)))
 
 
-def _notes(found: "Found", form: "ResponseForm") -> Iterator[str]:
+def _notes(found: "Found", request: "Request") -> Iterator[str]:
     yield f"{found.rows} training queries, {found.heldout} held out, backbone {found.backbone['name']}."
     if found.answered:
-        kind = "standardised echo reading" if found.targets == "echo" else "target in data/targets"
-        joined = "beside" if form == "beside" else "added to"
+        echo = f"{'decorrelated' if request.decorrelate else 'standardised'} echo reading"
+        kind = echo if found.targets == "echo" else "target in data/targets"
+        own = "decorrelated" if request.decorrelate_reading else "standardised"
+        joined = "beside" if request.form == "beside" else "added to"
         yield (
             "query to answer: share of held-out queries whose own answer is the nearest. The closed form predicts the "
-            f"{kind} of the answer; a share below 1 has the standardised reading {joined} it."
+            f"{kind} of the answer; a share below 1 has the {own} reading {joined} it."
         )
     if not found.tasks:
         return

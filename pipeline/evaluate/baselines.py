@@ -99,15 +99,14 @@ def _echo_tokens(template: str, encoder: "Encoder") -> int:
 class HydeSystem:
     """The teacher's embedding of the backbone's answer; the caller owns and closes `answers`.
 
-    `fallbacks` counts queries whose answer was blank or failed, which were embedded themselves; `failed`, those that
-    the engine failed on. Another run may succeed, so results that include them are not stored.
+    `failed` counts queries that the engine failed on. Another run may succeed, so results that include them are not
+    stored.
     """
 
     answers: "Answers"
     teacher: "Teacher"
     prompting: str
     name: str = "hyde"
-    fallbacks: int = 0
     failed: int = 0
     _unanswered: frozenset[str] = frozenset()
 
@@ -139,7 +138,6 @@ class HydeSystem:
         self.failed += answers.count(None)
         embedded = [answer if answer and answer.strip() else None for answer in answers]
         if blank := embedded.count(None):
-            self.fallbacks += blank
             log.warning("hyde: %d of %d answers are blank or failed: the text itself is embedded", blank, len(texts))
         return [answer or text for answer, text in zip(embedded, texts, strict=True)]
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.core.artifacts import Artifact
-from pipeline.core.errors import EvaluationError
+from pipeline.core.errors import EvaluationError, TeacherError
 from pipeline.core.paths import TRAIN_TABLE
 from pipeline.core.target_transform import TargetTransform, TransformParams
 from pipeline.embed.transform_fit import LEAST_ROWS, fit_transform
+from pipeline.evaluate.registry import STANDARDIZE
 from pipeline.evaluate.system import System, encode_finite
 from pipeline.tasks.instructions import Side
 
@@ -25,6 +26,17 @@ if TYPE_CHECKING:
 STANDARDIZATION_FILE = "standardization.safetensors"
 MOST_TEXTS = 2_000
 """Training queries that mean and deviation are fitted on: both are then known to some 2 % of a deviation."""
+
+
+def fit_standardization(vectors: np.ndarray, params: TransformParams = STANDARDIZE) -> TargetTransform:
+    """`embed.transform` of kind standardize, fitted on readings `[N, d]`; EvaluationError if all rows are equal."""
+    try:
+        return fit_transform(params, [vectors], unit_length=False).transform
+    except TeacherError:
+        raise EvaluationError(
+            f"the backbone reads all {len(vectors)} texts alike, so nothing can be standardised: is a limit of tokens "
+            "(train.max_query_tokens) too small?"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -49,8 +61,7 @@ class StandardizedSystem:
         if len(texts) < LEAST_ROWS:
             raise EvaluationError(f"{name}: data/queries has {len(texts)} training queries, two at least are needed")
         vectors = encode_finite(system, texts, where="training queries")
-        found = fit_transform(params, [vectors], unit_length=False)
-        return cls(name, system, found.transform)
+        return cls(name, system, fit_standardization(vectors, params))
 
     @classmethod
     def of_reading(cls, name: str, system: System, reading: "Reading") -> "StandardizedSystem":

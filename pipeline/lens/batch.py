@@ -131,10 +131,11 @@ def read_to_files(
 def _index(encoder: "Encoder", corpus: Path) -> Index:
     """The known texts. Their vectors must be predicted responses; the instruction before them may differ."""
     index = open_index(corpus)
-    beside = index.width == encoder.width != encoder.config.width
-    rotated = encoder.config.rotated_width is not None
-    if beside or (rotated and corpus.is_file()):
-        what = "rotated embeddings" if rotated else "readings beside predicted responses"
+    config = encoder.config
+    beside = index.width == encoder.width != config.width
+    rotated, added = config.rotated_width is not None, config.response_share < 1 and config.response_form == "added"
+    if beside or ((rotated or added) and corpus.is_file()):
+        what = "rotated embeddings" if rotated else f"readings {'added to' if added else 'beside'} predicted responses"
         message = f"{corpus} holds {what}, and decode looks among predicted responses alone: give data/targets"
         raise SourceError(message, argument="corpus")
     check_width(index, encoder.config.width)

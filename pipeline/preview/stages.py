@@ -35,11 +35,13 @@ from pipeline.generate.generator import answer_content, make_generator, measured
 from pipeline.generate.params import GenerateParams
 from pipeline.generate.response_counts import CAUSES as ANSWER_CAUSES
 from pipeline.generate.response_counts import MANY_CUT, STORE, ResponseCounts
+from pipeline.optim.batching import steps
 from pipeline.train.params import HeldoutParams, TrainParams, WarmStartParams
 from pipeline.train.plan import check_response_form
 
 if TYPE_CHECKING:
     from pipeline.train.data import TrainingRows
+    from pipeline.train.trainer import Trainer
 
 # Optimiser steps; the first one compiles kernels on a GPU, so a mean over few steps is an upper bound.
 STEPS = 3
@@ -138,7 +140,7 @@ def _generate(sections: Sections, found: Preview, scratch: Path) -> None:
             found.cuts[row["id"]].append(f"the answer, at generate.max_new_tokens {params.max_new_tokens}")
     facts, failed = generator.facts, len(generator.failed)
     found.speeds["generate"] = Speed(
-        facts.computed_rows, facts.response_tokens, facts.generate_seconds, startup_seconds=facts.startup_seconds
+        len(ids), facts.response_tokens, facts.generate_seconds, startup_seconds=facts.startup_seconds
     )
     if failed > params.max_failed_fraction * facts.rows:
         reason = next(iter(generator.failed.values()))["error"]
@@ -174,7 +176,7 @@ def _embed(sections: Sections, found: Preview, scratch: Path) -> None:
         if cut:
             found.cuts[row_id].append(f"the answer for the teacher, at embed.teacher.max_tokens {teacher.max_tokens}")
     found.targets = targets
-    found.speeds["embed"] = Speed(embedder.computed_rows, embedder.computed_tokens, embedder.seconds)
+    found.speeds["embed"] = Speed(len(stored), embedder.computed_tokens, embedder.seconds)
     _add_gates("embed", params.gates, statistics.measures(), TARGET_CAUSES, found)
 
 
@@ -189,8 +191,10 @@ def _teacher(params: TeacherParams, found: Preview) -> TeacherParams:
     if not TEACHERS[params.kind].trained_here:
         return params
     try:
-        read_manifest(TEACHER_DIR)
+        trained = read_manifest(TEACHER_DIR).manifest.params.get("asked")
     except ArtifactError:
+        trained = False
+    if not trained:
         found.notes.append("the teacher is not trained yet: the targets are of the backbone as it is")
         return params.model_copy(update={"kind": "backbone"})
     return params
@@ -241,7 +245,14 @@ def _train(sections: Sections, found: Preview, scratch: Path) -> None:
     )
     trainer.run()
     found.losses, done = trainer.curve, trainer.throughput
-    found.speeds["train"] = Speed(min(len(rows), few.batch_size) * done.steps, done.tokens, done.seconds, done.flops)
+    found.speeds["train"] = Speed(_stepped(trainer), done.tokens, done.seconds, done.flops)
+
+
+def _stepped(trainer: "Trainer") -> int:
+    """Rows of the steps that were taken: the last one of an epoch may be smaller."""
+    params = trainer.params
+    taken = steps(trainer.lengths, params.batch_size, params.epochs, most=trainer.throughput.steps, seed=params.seed)
+    return sum(map(len, taken))
 
 
 def _note_cuts(found: Preview, params: TrainParams, prompts: Sequence[FormattedPrompt], rows: "TrainingRows") -> None:

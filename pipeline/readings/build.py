@@ -106,20 +106,24 @@ def run(inputs: Inputs, request: Request) -> Found:
         BackboneError: the backbone cannot be loaded.
     """
     names = _checked(request)
+    identity = identify(inputs.backbone.name, inputs.backbone.revision)
     if request.targets == "stored":
-        _check_form(request.form)
+        _check_form(request.form, identity)
     tasks = _tasks(inputs, request.suite)
     train, heldout = (
-        _rows(table, chosen, inputs.train.seed, request)
+        _rows(table, chosen, inputs.train.seed, request, identity)
         for table, chosen in (
             (TRAIN_TABLE, slice(request.skip, request.skip + request.rows)),
             (HELDOUT_TABLE, slice(request.heldout)),
         )
     )
     if len(train.queries) < LEAST_ROWS:
-        raise EvaluationError(f"{len(train.queries)} training queries, at least {LEAST_ROWS}: collect more")
+        left = f" after --skip {request.skip}" if request.skip else ""
+        raise EvaluationError(f"{len(train.queries)} training queries{left}, at least {LEAST_ROWS}: collect more")
     if not train.answers:
         log.warning("%s is not there: no closed form, no query to answer; run generate for both", RESPONSES_DIR)
+    if inputs.train.too_long == "keep_end":
+        log.warning("train.too_long keep_end: readings keep the start of a longer text, the student its end")
     backbone, device = frozen_backbone(inputs), best_device()
     settings = Measurement(
         tasks=tasks,
@@ -138,7 +142,6 @@ def run(inputs: Inputs, request: Request) -> Found:
         device=device,
     )
     lines = measure(backbone, names, train, heldout, settings)
-    identity = identify(inputs.backbone.name, inputs.backbone.revision)
     task_names = [task.metadata.name for task in tasks]
     counts = len(train.queries), len(heldout.queries), bool(train.answers)
     return Found(identity, task_names, request.targets, *counts, lines)
@@ -173,17 +176,22 @@ def _tasks(inputs: Inputs, suite: str | None) -> list[Any]:
     return suite_tasks(inputs.suites, suite, folder)
 
 
-def _check_form(form: ResponseForm) -> None:
-    """Raises TrainingError if predictions in the space of data/targets cannot be added to readings."""
+def _check_form(form: ResponseForm, backbone: Mapping[str, str]) -> None:
+    """Raises TrainingError if predictions in the space of data/targets cannot be added to readings of the backbone."""
     made, transform = read_manifest(TARGETS_DIR).manifest, load_transform(TARGETS_DIR)
     kind, mapped = transform.identity if transform else None, made.params.get("queries", False)
+    teacher = made.models["teacher"]
+    own = backbone.items() <= teacher.items()
     with nested_in(names={"response_form": "form"}):
-        check_form(form, made.models["teacher"], kind, mapped=mapped)
+        check_form(form, teacher, kind if own else None, mapped=mapped)
 
 
-def _rows(table: str, drawn: slice, seed: int, request: Request) -> Rows:
+def _rows(table: str, drawn: slice, seed: int, request: Request, backbone: Mapping[str, str]) -> Rows:
     """These of the queries of a table in random order, with their usable answers where there are any."""
-    queries, responses = open_artifact(QUERIES_DIR, QUERIES_DIR.name).read(table), _responses(request.targets)
+    queries = open_artifact(QUERIES_DIR, QUERIES_DIR.name).read(table)
+    if not queries.num_rows:
+        return Rows([], [])
+    responses = _responses(request.targets, backbone)
     if responses is not None and request.targets == "stored":
         columns = None if request.form == "added" else ["id", "embedding"]
         queries = join(queries, responses, open_artifact(TARGETS_DIR, TARGETS_DIR.name).read(columns=columns))
@@ -198,11 +206,15 @@ def _rows(table: str, drawn: slice, seed: int, request: Request) -> Rows:
     return Rows(texts, found.to_pylist(), *vectors)
 
 
-def _responses(targets: Targets) -> pa.Table | None:
-    """The answers; None where there are none, and no target of them is asked for."""
+def _responses(targets: Targets, backbone: Mapping[str, str]) -> pa.Table | None:
+    """The backbone's answers; None where there are none, and no target of them is asked for."""
     if targets == "echo" and not RESPONSES_DIR.exists():
         return None
-    return open_artifact(RESPONSES_DIR, RESPONSES_DIR.name).read()
+    found = open_artifact(RESPONSES_DIR, RESPONSES_DIR.name)
+    wrote = found.manifest.models.get("backbone", backbone)
+    if wrote != backbone:
+        raise EvaluationError(f"{RESPONSES_DIR} was written by {wrote}, the backbone is {backbone}: run generate again")
+    return found.read()
 
 
 def frozen_backbone(inputs: Inputs) -> FrozenBackbone:

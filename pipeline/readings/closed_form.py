@@ -18,10 +18,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.core.files import bytes_sha256, digest_of
-from pipeline.core.target_transform import TargetTransform, TransformParams
-from pipeline.embed.transform_fit import fit_transform
+from pipeline.core.target_transform import TransformParams
 from pipeline.encoder.folder.config import ResponseForm
-from pipeline.evaluate.registry import STANDARDIZE
 from pipeline.train.params import RefineParams
 from pipeline.train.reading_map import decorrelation
 from pipeline.train.refine import refine
@@ -30,11 +28,6 @@ from pipeline.train.states import States
 from pipeline.train.warm_start import Statistics, closed_form
 
 VERSION = 1  # raise it when the same numbers embed differently: finished scores are then not reused
-
-
-def fit_standardization(vectors: np.ndarray, params: TransformParams = STANDARDIZE) -> TargetTransform:
-    """`embed.transform` of kind standardize, fitted on `[N, d]`; TeacherError if all rows are equal."""
-    return fit_transform(params, [vectors], unit_length=False).transform
 
 
 @dataclass(frozen=True)

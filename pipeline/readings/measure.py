@@ -22,8 +22,9 @@ from pipeline.evaluate.deltas import sampled_mean
 from pipeline.evaluate.embedding_cache import CachedSystem
 from pipeline.evaluate.registry import DECORRELATE, STANDARDIZE
 from pipeline.evaluate.run import run_systems
+from pipeline.evaluate.standardized import fit_standardization
 from pipeline.evaluate.summary import summary_table, task_scores
-from pipeline.readings.closed_form import fit_prediction, fit_standardization, refine_prediction
+from pipeline.readings.closed_form import fit_prediction, refine_prediction
 from pipeline.readings.states import FrozenBackbone, TemplateStates
 from pipeline.readings.systems import READINGS, ReadingSystem
 from pipeline.tasks.instructions import Instructions
@@ -123,8 +124,8 @@ def measure(
     """One line for each reading raw, standardised, decorrelated, and with each share of the closed form; by `names`.
 
     Raises:
-        TeacherError: a reading is the same for all training queries.
-        EvaluationError: the data of a task is missing, or a state is not finite.
+        EvaluationError: a reading is the same for all training queries, the data of a task is missing, or a state is
+            not finite.
     """
     with ExitStack() as stack:
         states = _States(backbone, settings, stack)

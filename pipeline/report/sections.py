@@ -16,6 +16,7 @@ from pipeline.audit.findings import Finding, Verified
 from pipeline.core.artifacts import read_manifest
 from pipeline.core.errors import ArtifactError
 from pipeline.core.paths import ROWS_TABLE, TARGETS_DIR, TEACHER_DIR
+from pipeline.core.target_transform import TRANSFORM_FILE
 from pipeline.embed.teachers.registry import TEACHERS, TRAINED
 from pipeline.evaluate.comparison import Comparison, Row
 from pipeline.evaluate.registry import BUILT_IN, split_seed, system_order
@@ -212,9 +213,14 @@ def teacher_facts(root: Path, trained: Mapping[str, Any] | None) -> TeacherFacts
         return None
     kind = _kind(identity)
     record = (trained or {}) if kind == TRAINED else {}
-    transform = manifest.params.get("transform") or {"kind": "none"}
+    asked = manifest.params.get("transform") or {"kind": "none"}
+    # auto may have found that nothing is to be changed.
+    transform = (
+        asked if asked["kind"] != "auto" else {"kind": "standardize" if TRANSFORM_FILE in manifest.files else "none"}
+    )
     meaning = (TEACHERS[kind].meaning if kind in TEACHERS else "") + _training_text(record)
-    changed = f"{transform['kind']}{', rotated' * bool(transform.get('rotate'))}"
+    changed = f"{transform['kind']}{', decorrelated' * bool(transform.get('decorrelate'))}"
+    changed += ", rotated" * bool(transform.get("rotate"))
     return TeacherFacts(kind, meaning, changed, _scores(record), record.get("worse_than_untrained"))
 
 

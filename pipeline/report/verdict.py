@@ -41,6 +41,7 @@ class Verdict:
     means: list[MeanScore]
     better: list[str]
     worse: list[str]
+    uncompared: list[str]
     seconds: float
     cautions: list[str]
 
@@ -57,6 +58,8 @@ class Verdict:
         """Where the student is better and worse, in words."""
         others = ["its teacher" if mean.system == TEACHER else mean.system for mean in self.means[1:]]
         found = {f"Better than {' and '.join(others)}": self.better, f"Worse than {' or '.join(others)}": self.worse}
+        if self.uncompared:
+            found |= {"Not compared by an interval": self.uncompared}
         return [f"{words} on {', '.join(tasks) or 'no task'}" for words, tasks in found.items()]
 
 
@@ -69,8 +72,8 @@ def verdict(suites: Sequence[Comparison], seconds: float, queries: int | None) -
         row = next((row for row in table.rows if row.metric == MEAN), None)
         means = [] if row is None else _means(table, row)
         if len(means) > 1:
-            better, worse = _tasks(table, [mean.system for mean in means[1:]])
-            return Verdict(table.name, len(table.tasks), means, better, worse, seconds, _cautions(queries, table))
+            tasks = _tasks(table, [mean.system for mean in means[1:]])
+            return Verdict(table.name, len(table.tasks), means, *tasks, seconds, _cautions(queries, table))
     return None
 
 
@@ -92,11 +95,12 @@ def _mean(name: str, cell: Cell) -> MeanScore:
     return MeanScore(name, mean, student - cell.high, student - cell.low, cell.verdict)
 
 
-def _tasks(table: Comparison, systems: Sequence[str]) -> tuple[list[str], list[str]]:
+def _tasks(table: Comparison, systems: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     at = [table.systems.index(name) for name in systems]
     verdicts = {row.metric: {row.cells[index].verdict for index in at} for row in table.rows if not row.summary}
     better = [task for task, found in verdicts.items() if found == {"better"}]
-    return better, [task for task, found in verdicts.items() if "worse" in found]
+    worse = [task for task, found in verdicts.items() if "worse" in found]
+    return better, worse, [task for task, found in verdicts.items() if found <= {None, "no interval"}]
 
 
 def _cautions(queries: int | None, table: Comparison) -> list[str]:

@@ -57,8 +57,10 @@ def test_every_stage_by_hand() -> None:
     assert found["embed"] == Cost("embed", 51_200 * 2 * (336 + 24 * 512), 100 * 4 * (4 + 2))
     row = step_flops(SIZES, [(512, 512)], compression_tokens=10, width=4)
     assert found["train"].seconds == 128 * row + read_flops(SIZES, 99 * 522, 522)  # 4 steps of 32 rows, and 99 rows
+    assert found["train"].parts == {"steps": 128 * row, "closed form": read_flops(SIZES, 99 * 522, 522)}
     assert found["train"].disk == 16 * (10 * 4 + 5 * 8)
-    assert found["evaluate@s"].disk == 7 * 4 * 30 * 2  # of six passes, one of which has two seeds
+    # Student and start have readings beside predictions; untrained students of two seeds, teacher and two more do not.
+    assert found["evaluate@s"].disk == (2 * 8 + 5 * 4) * 30 * 2
 
 
 def test_an_alignment_fitted_again_reads_the_rows_of_the_start_once_more() -> None:
@@ -72,7 +74,7 @@ def test_what_each_system_costs() -> None:
     once, twice = 300 * 2 * (336 + 24 * 10), 600 * 2 * (336 + 24 * 20)
     systems = ["student", "teacher", "untrained", "backbone-mean", "echo", "minilm"]
     found = costs(real(seeds=[0, 1], systems=systems))["evaluate@s"]
-    assert found.systems == {
+    assert found.parts == {
         "student": twice,  # ten new tokens a text, as many as it has of its own
         "teacher": once,
         "untrained": 2 * twice,
@@ -86,12 +88,12 @@ def test_what_each_system_costs() -> None:
 def test_forms_of_one_reading_cost_one_pass() -> None:
     systems = ["untrained", "untrained-standardized", "untrained-decorrelated", "echo", "echo-decorrelated"]
     found = costs(real(systems=systems))["evaluate@s"]
-    untrained, standardized, decorrelated, echo, echo_decorrelated = found.systems.values()
+    untrained, standardized, decorrelated, echo, echo_decorrelated = found.parts.values()
     assert untrained == standardized and echo  # the raw student is projected, so its embeddings are its own
     assert decorrelated == echo_decorrelated == 0
     assert found.disk == 3 * 4 * 30 * 2
     without = costs(real(systems=systems, cache_embeddings=False))["evaluate@s"]
-    assert without.systems["untrained-decorrelated"] == standardized
+    assert without.parts["untrained-decorrelated"] == standardized
 
 
 def test_hyde_writes_and_its_teacher_reads_what_it_wrote() -> None:
@@ -134,9 +136,9 @@ def test_the_real_run_is_estimated_with_its_evaluation() -> None:
     assert list(found) == ["models", "generate", "embed", "train", "evaluate@mteb-eng-v2", "probe@reasoning"]
     assert all(each.seconds for each in found.values() if each.stage != "models")
     suite = found["evaluate@mteb-eng-v2"]
-    assert list(suite.systems) == real().evaluate.systems
-    assert max(suite.systems, key=lambda name: suite.systems[name] or 0) == "echo-standardized"
-    assert suite.systems["start"] == suite.systems["student"]
+    assert list(suite.parts) == real().evaluate.systems
+    assert max(suite.parts, key=lambda name: suite.parts[name] or 0) == "echo-standardized"
+    assert suite.parts["start"] == suite.parts["student"]
     slower = {each.stage: each for each in make_costs(real(), GPUS["A100"])}
     assert slower["embed"].seconds == pytest.approx((found["embed"].seconds or 0) * 989 / 312)
 

@@ -176,6 +176,8 @@ def test_local_data_and_models_that_are_not_there_are_remarked(workspace: Path) 
             "safety": {"local": "find", "harmless": {"local": "gone"}},
             "reasoning": {"local": ["find", "reson"]},
         }
+        content["embed"]["teacher"] = {"kind": "llm2vec-trained"}
+        content["teach"]["quality"]["local"] = ["find", "qualty"]
 
     remarks = make_plan(load_all(written(workspace, change)), workspace).remarks
     missing = {
@@ -186,6 +188,7 @@ def test_local_data_and_models_that_are_not_there_are_remarked(workspace: Path) 
         "suites.own.local.1": "data/tasks/fnd",
         "probes.safety.harmless.local": "data/tasks/gone",
         "probes.reasoning.local.1": "data/tasks/reson",
+        "teach.quality.local.1": "data/tasks/qualty",
     }
     found = dict(remark.split(": ", 1) for remark in remarks)
     for key, name in missing.items():

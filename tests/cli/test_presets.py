@@ -107,6 +107,11 @@ def test_where_none_is_published_the_teacher_is_the_echo_reading(params: Path) -
     assert validate(content["embed"]["teacher"], TeacherParams, where="").kind == "llm2vec"
     assert content["embed"]["transform"] == {"kind": "auto"}
     assert content["train"]["response_form"] == "beside"
+    content["train"] |= {"response_form": "added", "decorrelate_reading": True}
+    params.write_text(json.dumps(content))
+    switch(params, "llama-3.2-3b", 24)
+    train = read_yaml(params)["train"]
+    assert (train["response_form"], train["decorrelate_reading"]) == ("beside", False)
 
 
 def test_a_transform_and_a_form_of_ones_own_stay_with_an_llm2vec(params: Path) -> None:
@@ -165,7 +170,15 @@ def test_the_passes_of_teach_fit_the_memory(workspace: Path) -> None:
 
 def test_the_papers_settings_are_set_whatever_the_file_says(workspace: Path) -> None:
     path = workspace / "params.yaml"
-    own = {"template": "echo", "pool": "both", "response_share": 0.3, "refine": {"steps": 9}, "batch_size": 64}
+    own = {
+        "response_form": "added",
+        "decorrelate_reading": True,
+        "template": "echo",
+        "pool": "both",
+        "response_share": 0.3,
+        "refine": {"steps": 9},
+        "batch_size": 64,
+    }
     content = read_yaml(ROOT / "params.yaml")
     content["train"] |= own | {"heldout": {"every": 9, "rows": 99, "select": "mrr"}, "token_start": {"kind": "random"}}
     content["embed"]["transform"] = {"kind": "standardize"}
@@ -185,6 +198,7 @@ def test_the_papers_settings_are_set_whatever_the_file_says(workspace: Path) -> 
     assert (train.heldout.select, train.heldout.every) == (None, 9)
     assert (params.embed.transform.kind, params.generate.max_new_tokens) == ("none", 500)
     assert "train.template: echo -> raw" in changes
+    assert (train.response_form, train.decorrelate_reading) == ("beside", False)
     assert switch(path, "qwen3-4b", 80, paper=True) == []
 
 

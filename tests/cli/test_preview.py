@@ -113,6 +113,12 @@ def test_time_grows_with_the_rows_and_the_start_does_not(params: AllParams) -> N
     assert costs["models"].seconds is None and {cost.disk for cost in costs.values()} == {7.0}
 
 
+def test_the_closed_form_is_in_the_time_of_train(params: AllParams) -> None:
+    computed = [Cost("train", 9.0, None, {"steps": 4.0, "closed form": 5.0})]
+    (train,) = whole_run(params, tried(train=Speed(rows=12, tokens=600, seconds=6.0)), computed)
+    assert train.seconds == pytest.approx(5 + 40 * 16 * 6 / 12)
+
+
 def test_a_stage_that_was_not_reached_has_no_time(params: AllParams) -> None:
     computed = [Cost("generate", 5.0, None), Cost("train", 5.0, None)]
     found = tried(generate=Speed(rows=0, tokens=0, seconds=1.0))

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.backbone.loading import BackboneParams
 from pipeline.collect.params import CollectParams
+from pipeline.core.artifacts import create
 from pipeline.core.schemas import QUERIES
 from pipeline.core.vectors import matrix
 from pipeline.embed.params import EmbedParams
@@ -115,9 +116,24 @@ def test_the_queries_own_targets_come_to_train(sections: Sections, workspace: Pa
     found = run_stages(mapped, few(), workspace / "scratch")
     assert (found.problems, len(found.losses)) == ([], STEPS)
     assert found.targets.column_names == ["id", "embedding", "query_embedding"]
-    assert found.speeds["embed"].rows == 8
+    assert found.speeds["embed"].rows == 4  # of queries, whose rows a whole run is counted in
     refused = run_stages(changed(mapped, "embed", queries=False), few(), workspace / "again")
     assert [problem.partition(": added")[0] for problem in refused.problems] == ["train fails: train.response_form"]
+
+
+def test_speeds_count_queries_and_rows_of_whole_steps(sections: Sections, workspace: Path) -> None:
+    several = changed(sections, "generate", samples_per_query=3, temperature=1.0)
+    found = run_stages(changed(several, "train", batch_size=3), few(), workspace / "scratch")
+    assert found.problems == []
+    # The second of the three steps ends the epoch of four rows.
+    assert {name: speed.rows for name, speed in found.speeds.items()} == {"generate": 4, "embed": 4, "train": 3 + 1 + 3}
+
+
+def test_a_teacher_that_the_stage_was_not_asked_for_is_not_trained_yet(sections: Sections, workspace: Path) -> None:
+    with create(Path("models/teacher"), kind="teacher", params={"asked": False}):
+        pass
+    found = run_stages(changed(sections, "embed", teacher={"kind": "llm2vec-trained"}), few(), workspace / "scratch")
+    assert found.problems == [] and any("not trained yet" in note for note in found.notes)
 
 
 def test_what_an_automatic_transform_chose_is_noted(sections: Sections, workspace: Path) -> None:

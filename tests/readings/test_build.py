@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
-from pipeline.core.config import load
+from pipeline.core.artifacts import create
+from pipeline.core.config import load, read_yaml
 from pipeline.core.errors import PipelineError
-from pipeline.core.schemas import targets_schema
+from pipeline.core.schemas import QUERIES, RESPONSES, targets_schema
+from pipeline.core.target_transform import TransformParams
+from pipeline.embed.transform_fit import fit_transform
 from pipeline.readings import build
 from pipeline.readings.build import Found, Inputs, Request, run
 from pipeline.readings.states import TemplateStates
 from tests.evaluate.fakes import classification_folder, retrieval_folder, sts_folder
-from tests.stage_runs import row_id, write_params, write_queries, write_responses
+from tests.stage_runs import RESPONSE, row_id, write_params, write_queries, write_responses
 from tests.train.conftest import TRAIN, write_targets
 
 TEXTS = [f"question number {number}: what is {word}?" for number in range(10) for word in ("apple", "bread", "cloud")]
@@ -165,6 +169,58 @@ def test_stored_targets_are_added_where_the_teacher_embedded_the_queries(inputs:
     lines, others = by_setting(summed), by_setting(beside)
     assert lines["echo", "closed form", 0.5].scores != others["echo", "closed form", 0.5].scores
     assert lines["echo", "closed form", 1.0].ridge == others["echo", "closed form", 1.0].ridge
+
+
+def stored_targets(width: int, teacher: dict[str, str]) -> None:
+    """Standardised targets of a backbone, of random vectors."""
+    ids = sorted(map(row_id, TEXTS))
+    vectors = np.random.default_rng(0).normal(size=(len(ids), width))
+    fitted = fit_transform(TransformParams(kind="standardize"), [vectors], unit_length=False).transform
+    rows = [{"id": name, "embedding": row.tolist()} for name, row in zip(ids, fitted(vectors), strict=True)]
+    identity = {"kind": "backbone", "pooling": "mean", **teacher}
+    write_targets(pa.Table.from_pylist(rows, targets_schema(width, "float32")), identity, fitted)
+
+
+@pytest.mark.parametrize("width", [8, 32])
+def test_targets_of_another_backbone_are_not_added_to_readings(inputs: Inputs, width: int) -> None:
+    stored_targets(width, {"name": "org/another"})
+    with pytest.raises(PipelineError, match=r"^form: added"):
+        run(inputs, replace(CHOSEN, targets="stored", form="added"))
+
+
+def test_answers_of_another_backbone_are_refused(inputs: Inputs) -> None:
+    shutil.rmtree("data/responses")
+    rows = [{"id": row_id(text), "response": text, **RESPONSE} for text in TEXTS]
+    with create(Path("data/responses"), kind="responses", params={}, models={"backbone": {"name": "org/b"}}) as out:
+        out.write_parts([pa.Table.from_pylist(sorted(rows, key=itemgetter("id")), schema=RESPONSES)], RESPONSES)
+    with pytest.raises(PipelineError, match="data/responses was written by .*org/b"):
+        run(inputs, CHOSEN)
+
+
+def test_stored_targets_need_no_heldout_queries(inputs: Inputs) -> None:
+    shutil.rmtree("data/queries")
+    rows = [{"id": row_id(text), "text": text, "source": "x"} for text in TEXTS]
+    with create(Path("data/queries"), kind="queries", params={}) as out:
+        out.write_table("train.parquet", pa.Table.from_pylist(sorted(rows, key=itemgetter("id")), schema=QUERIES))
+        out.write_table("heldout.parquet", QUERIES.empty_table())
+    stored_targets(3, {"name": "org/another"})
+    found = run(inputs, replace(CHOSEN, targets="stored", suite="more"))
+    assert (found.rows, found.heldout) == (30, 0)
+    assert {line.top1 for line in found.lines} == {None}
+
+
+def test_what_the_student_reads_otherwise_is_said(inputs: Inputs, caplog: pytest.LogCaptureFixture) -> None:
+    params = read_yaml(Path("params.yaml"))
+    write_params(**params | {"train": {**params["train"], "too_long": "keep_end", "max_query_tokens": 64}})
+    run(load(Path("params.yaml"), Inputs), Request(readings=["tokens"], suite="more"))
+    assert "train.too_long keep_end" in caplog.text
+
+
+def test_queries_that_are_read_alike_name_the_limit(inputs: Inputs) -> None:
+    params = read_yaml(Path("params.yaml"))
+    write_params(**params | {"train": {**params["train"], "max_query_tokens": 8}})
+    with pytest.raises(PipelineError, match=r"all 27 texts alike.*train\.max_query_tokens"):
+        run(load(Path("params.yaml"), Inputs), CHOSEN)
 
 
 def test_without_answers_or_tasks(inputs: Inputs) -> None:

@@ -3,16 +3,17 @@
 import numpy as np
 import pytest
 
-from pipeline.core.errors import TeacherError
+from pipeline.core.errors import EvaluationError
 from pipeline.core.vectors import unit_rows
-from pipeline.readings.closed_form import Prediction, fit_prediction, fit_standardization
+from pipeline.evaluate.standardized import fit_standardization
+from pipeline.readings.closed_form import Prediction, fit_prediction
 from pipeline.train.ridge import LinearMap
 
 
 def test_standardised_rows_have_mean_0_and_deviation_1() -> None:
     rows = np.array([[1.0, 10.0], [3.0, 50.0]])
     np.testing.assert_allclose(fit_standardization(rows)(rows), [[-1, -1], [1, 1]])
-    with pytest.raises(TeacherError, match="alike"):
+    with pytest.raises(EvaluationError, match="alike"):
         fit_standardization(np.ones((3, 2)))
 
 

@@ -54,6 +54,19 @@ def test_a_teacher_is_told_by_its_identity(made: Path, identity: dict[str, Any],
     assert bool(found.scores) == (kind == "llm2vec-trained")  # another's record is an old one
 
 
+@pytest.mark.parametrize(
+    ("transform", "said"),
+    [
+        ({"kind": "auto"}, "none"),  # nothing was to be changed: there is no file of a transform
+        ({"kind": "standardize", "decorrelate": 0.5, "rotate": True}, "standardize, decorrelated, rotated"),
+    ],
+)
+def test_what_was_done_to_its_vectors(made: Path, transform: dict[str, Any], said: str) -> None:
+    of_targets({"kind": "backbone", "name": "b"}, transform=transform)
+    found = teacher_facts(made, None)
+    assert found is not None and found.transform == said
+
+
 @pytest.mark.parametrize(("corpus", "said"), [("sources", "teach.sources"), ("queries", "this run's own (queries)")])
 def test_whose_text_it_was_trained_on(made: Path, corpus: str, said: str) -> None:
     of_targets({"kind": "llm2vec", "adapters": ADAPTERS})

@@ -68,6 +68,16 @@ def test_a_task_is_better_against_both_and_worse_against_either() -> None:
     assert (found.better, found.worse) == (["a"], ["b"])
 
 
+def test_tasks_without_intervals_are_neither_better_nor_worse() -> None:
+    plain = [Cell(0.5), Cell(0.25, 0.25), Cell(0.25, 0.25, verdict="no interval"), Cell(0.9), Cell(0.5)]
+    found = verdict([table(a=plain, b=MEANS, mean__tasks=MEANS)], 60.0, None)
+    assert found is not None
+    assert found.uncompared == ["a"]
+    assert found.lines[-1] == "Not compared by an interval on a"
+    compared = verdict([table(b=MEANS, mean__tasks=MEANS)], 60.0, None)
+    assert compared is not None and len(compared.lines) == 2
+
+
 @pytest.mark.parametrize("rows", [{}, {"a": MEANS}], ids=["an empty suite", "no mean"])
 def test_there_is_no_verdict_without_a_mean(rows: dict[str, list[Cell]]) -> None:
     assert verdict([table(**rows)], 60.0, 500) is None

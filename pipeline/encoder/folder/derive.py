@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.artifacts import Artifact, check_new, create, open_artifact
+from pipeline.core.errors import ArtifactError
 from pipeline.core.files import write_json
 from pipeline.encoder.folder.card import CARD_FILE, with_config
 from pipeline.encoder.folder.config import CONFIG_FILE, ROTATION_FILE, EncoderConfig
@@ -19,6 +20,8 @@ def open_source(model: Path, out: Path) -> Artifact:
     artifact = open_artifact(model, "encoder")
     if out.resolve() != model.resolve():
         check_new(out)
+        if model.resolve() in out.resolve().parents:
+            raise ArtifactError(f"{out} lies in {model}, which would be damaged by it: name a folder beside it")
     return artifact
 
 

@@ -38,7 +38,10 @@ def mix(model: Path, response_share: float, out: Path, form: ResponseForm | None
     check_form(form or before.response_form, before.teacher, before.transform, mapped=mapped)
     config = before.model_copy(update={**mixed, "rotated_width": None})
     params = copy.deepcopy(source.manifest.params)
-    params.setdefault("train", {}).update(mixed)
+    train = params.setdefault("train", {})
+    train.update(mixed)
+    if train["response_form"] == "beside" and "decorrelate_reading" in train:
+        train["decorrelate_reading"] = False  # of the form added alone
     params.pop("rotate", None)
     derive(source, out, config, params)
     return config

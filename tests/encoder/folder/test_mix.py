@@ -1,6 +1,8 @@
 """Another response share for a trained encoder: the same folder that training with it writes, and what it embeds."""
 
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from pipeline.encoder.folder.read import read_encoder
 from pipeline.lens import decode
 from tests.encoder.test_inference import write
 from tests.export.encoder_folders import write_folder
+from tests.toy_workspace import write_manifest
 
 TEXTS = ["a", "a longer text", "What is it?"]
 
@@ -101,8 +104,8 @@ def test_a_reading_with_a_map_is_added_in_the_space_of_any_teacher(
 ) -> None:
     write_folder(Path("encoder"), tiny_backbone("qwen3"), mapped=True)
     trained = write_folder(Path("trained"), tiny_backbone("qwen3"), mapped=True, share=0.3, form="added")
-    arguments = ["--response-share", "0.3", "--response-form", "added", "--output", "mixed"]
-    assert "embeddings of 5 dimensions" in mix("encoder", *arguments)
+    arguments = ["--response-share", "0.3", "--response-form", "added"]
+    assert "embeddings of 5 dimensions" in mix("encoder", *arguments, "--output", "mixed")
     assert open_artifact(trained, "encoder").manifest == open_artifact(Path("mixed"), "encoder").manifest
     plain, mixed = read_encoder(Path("encoder")), read_encoder(Path("mixed"))
     reading = mixed.head._reading
@@ -116,6 +119,35 @@ def test_a_reading_with_a_map_is_added_in_the_space_of_any_teacher(
     save_file({**weights, "weight": weights["weight"][1:]}, "mixed/reading.safetensors")
     with pytest.raises(TrainingError, match=r"weight has shape \[4, 32\]"):
         read_encoder(Path("mixed"))
+    note = mix("encoder", *arguments)
+    assert "train.response_share to 0.3 and train.response_form to added" in note
+
+
+def test_a_reading_beside_is_not_decorrelated(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    folder = write_folder(Path("encoder"), tiny_backbone("qwen3"), mapped=True, share=0.3, form="added")
+    manifest = folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["params"]["train"]["decorrelate_reading"] = True
+    write_manifest(manifest, content)
+    mix("encoder", "--response-share", "0.3", "--response-form", "beside", "--output", "mixed")
+    train = open_artifact(Path("mixed"), "encoder").manifest.params["train"]
+    assert (train["response_form"], train["decorrelate_reading"]) == ("beside", False)
+
+
+def test_an_encoder_is_not_written_into_itself(folder: Path) -> None:
+    done = CliRunner().invoke(app, ["mix", "encoder", "--response-share", ".3", "--output", "encoder/mixed"])
+    assert done.exit_code == 1 and "encoder/mixed" in done.output
+    assert open_artifact(folder, "encoder")
+
+
+def test_decode_looks_among_predicted_responses_alone(workspace: Path, tiny_backbone: Callable[..., Path]) -> None:
+    write_folder(Path("encoder"), tiny_backbone("qwen3"), template="chat", mapped=True, share=0.3, form="added")
+    Path("texts.txt").write_text("a\nb and c\n")
+    call = partial(CliRunner().invoke, app)
+    assert call(["encode", "--model", "encoder", "--input", "texts.txt", "--output", "known.parquet"]).exit_code == 0
+    asked = ["decode", "--model", "encoder", "--input", "texts.txt", "--output", "o.parquet"]
+    done = call([*asked, "--corpus", "known.parquet"])
+    assert done.exit_code == 1 and "holds readings added to predicted responses" in done.output
 
 
 def test_the_start_stands_at_the_share_of_the_student(folder: Path) -> None:
