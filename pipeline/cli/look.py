@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli.options import print_table
+
 if TYPE_CHECKING:
     from pipeline.audit import AuditReport
 
@@ -33,14 +35,13 @@ def _print_audit(report: "AuditReport") -> None:
     if report.findings:
         print(f"{len(report.findings)} findings", file=sys.stderr)
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("artifact", "rows", "files", "bytes", "counts")
     for item in report.verified:
         rows = f"{item.rows:,}" if item.rows else ""
         table.add_row(item.artifact, rows, str(item.files), f"{item.bytes:,}", item.note)
-    Console().print(table)
+    print_table(table)
     locked = "no dvc.lock" if report.locked is None else f"{report.locked} outs agree with dvc.lock"
     print(f"no findings in {len(report.verified)} artifacts, {locked}")
 
@@ -53,15 +54,13 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what a stage counted, made and failed at, or one row through all stages."""
-    from rich.console import Console
-
     from pipeline.audit.inspect import check_stage, counts, failures, show, trace
 
     check_stage(stage)
     tables = [trace(row)] if row is not None else [counts(stage), show(stage, n), failures(stage, n)]
     for table in tables:
         if table is not None:
-            Console().print(table)
+            print_table(table)
 
 
 def compare(

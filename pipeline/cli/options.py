@@ -1,6 +1,7 @@
 """What the commands share: options, checks of their values, loading an encoder, errors for people."""
 
 import inspect
+import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -13,8 +14,12 @@ from pipeline.core.errors import ParamsError, nested_in
 from pipeline.core.run import prepare_threads, user_errors
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from pipeline.encoder.inference import Encoder
 
+# Of a table where the output is no terminal.
+WIDTH = 200
 DTYPES = "bfloat16, float16 or float32."
 _MODEL = "An encoder folder, as train writes it."
 _TEXTS = "Texts: .txt (one a line), .jsonl, .csv or .parquet, also .gz or .zst; a folder or a pattern of such files."
@@ -46,6 +51,16 @@ RemoteCodeOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let the backbone run code that comes with it.")
 ]
 ParamsOption = Annotated[Path, typer.Option("--params", help="The params file.")]
+
+
+def print_table(table: "Table") -> None:
+    """Print a table as wide as the terminal, into a file or a pipe `WIDTH` wide: 80 columns would cut its cells."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH
+    console.print(table)
 
 
 def printing_errors(command: Callable[..., None]) -> Callable[..., None]:

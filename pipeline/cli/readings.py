@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import ParamsOption, one_of
+from pipeline.cli.options import ParamsOption, one_of, print_table
 from pipeline.core.config import PARAMS_FILE
 
 if TYPE_CHECKING:
     from pipeline.readings.build import Found, Request
     from pipeline.readings.measure import Interval, Line
-
-# Columns of the table where the output is no terminal.
-_WIDTH = 200
 
 
 def readings(
@@ -86,7 +83,6 @@ def readings(
 
 
 def _print(found: "Found", request: "Request") -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("reading", "kind", "share", "query to answer", "mean of tasks", "gain over the bar", *found.tasks)
@@ -95,10 +91,7 @@ def _print(found: "Found", request: "Request") -> None:
         scores = (_number(line.scores[task]) for task in found.tasks)
         intervals = (_shown(line.top1), _shown(line.mean), _shown(line.gain, sign="+"))
         table.add_row(line.reading, line.kind, share, *intervals, *scores)
-    console = Console()
-    if not console.is_terminal:
-        console.width = _WIDTH
-    console.print(table)
+    print_table(table)
     print("\n".join(_notes(found, request)))
 
 

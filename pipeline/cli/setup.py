@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import ParamsOption
+from pipeline.cli.options import ParamsOption, print_table
 from pipeline.core.config import PARAMS_FILE
 from pipeline.core.errors import ParamsError
 
@@ -14,7 +14,6 @@ def params(
     gpu: Annotated[str | None, typer.Option(help="Estimate times for this GPU, not for the one here.")] = None,
 ) -> None:
     """Check the whole params file; show what each stage will run, on what, with how much memory, time and disk."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -29,7 +28,7 @@ def params(
     table = Table("stage", "what", "on what", show_lines=True)
     for line in plan.lines:
         table.add_row(*map(escape, line))
-    Console().print(table)
+    print_table(table)
     print("Estimates are upper bounds for rows of full length; their formulas: pipeline/optim/memory.py.")
     print("\n".join(cost_lines(costs, chosen)))
     for remark in plan.remarks:

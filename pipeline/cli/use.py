@@ -23,6 +23,7 @@ from pipeline.cli.options import (
     TidyOption,
     load_encoder,
     one_of,
+    print_table,
 )
 from pipeline.core.config import PARAMS_FILE
 from pipeline.core.errors import ParamsError, nested_in
@@ -130,8 +131,6 @@ def search(
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
     """Show the passages nearest to a query, and the answer that the query's embedding holds."""
-    from rich.console import Console
-
     from pipeline.cli.search import search as run_search
     from pipeline.cli.search import table
     from pipeline.core.readers import open_texts
@@ -153,7 +152,7 @@ def search(
             document_instruction=document,
             center=center,
         )
-    Console().print(table(hits))
+    print_table(table(hits))
     from pipeline.lens import decode as run_decode
 
     [answer] = run_decode(encoder, [text], max_new_tokens=max_new_tokens, instruction=instruction)
