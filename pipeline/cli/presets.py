@@ -228,12 +228,14 @@ def _transform(teacher: str, content: Any) -> dict[str, Any]:
 
 def _response_form(teacher: str, content: Any) -> dict[str, Any]:
     """Predictions are added to readings where the targets are readings; the file's form stays where it can."""
-    if teacher == ECHO:
-        return {"response_form": "added"}
     train, embed = (content.get(name) or {} for name in ("train", "embed"))
-    if train.get("response_form") == "added" and not embed.get("queries"):
-        return {"response_form": "beside", "decorrelate_reading": False}
-    return {}
+    mapped = bool(embed.get("queries"))
+    if teacher == ECHO:
+        return {"response_form": "added", "decorrelate_reading": not mapped}
+    changes: dict[str, Any] = {"decorrelate_reading": False} if train.get("decorrelate_reading") else {}
+    if train.get("response_form") == "added" and not mapped:
+        changes["response_form"] = "beside"
+    return changes
 
 
 def _teach_values(preset: Preset, memory: int, content: Any) -> dict[str, dict[str, Any]]:

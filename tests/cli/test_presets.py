@@ -100,18 +100,13 @@ def test_where_none_is_published_the_teacher_is_the_echo_reading(params: Path) -
     # Both copies of an answer of 500 tokens have room.
     assert (teacher["template"], teacher["max_tokens"]) == ("echo", 1024)
     assert content["embed"]["transform"] == {"kind": "standardize", "decorrelate": 0.5, "shrinkage": 0.3}
-    assert content["train"]["response_form"] == "added"
+    assert (content["train"]["response_form"], content["train"]["decorrelate_reading"]) == ("added", True)
     assert validate(teacher, TeacherParams, where="") == presets()["smollm2-360m"].teacher_params(24, "echo")
     switch(params, "llama-3.2-1b", 24)
     content = read_yaml(params)
     assert validate(content["embed"]["teacher"], TeacherParams, where="").kind == "llm2vec"
     assert content["embed"]["transform"] == {"kind": "auto"}
-    assert content["train"]["response_form"] == "beside"
-    content["train"] |= {"response_form": "added", "decorrelate_reading": True}
-    params.write_text(json.dumps(content))
-    switch(params, "llama-3.2-3b", 24)
-    train = read_yaml(params)["train"]
-    assert (train["response_form"], train["decorrelate_reading"]) == ("beside", False)
+    assert (content["train"]["response_form"], content["train"]["decorrelate_reading"]) == ("beside", False)
 
 
 def test_a_transform_and_a_form_of_ones_own_stay_with_an_llm2vec(params: Path) -> None:
@@ -120,6 +115,9 @@ def test_a_transform_and_a_form_of_ones_own_stay_with_an_llm2vec(params: Path) -
     switch(params, "llama-3.2-1b", 24)
     content = read_yaml(params)
     assert (content["embed"]["transform"], content["train"]["response_form"]) == ({"kind": "whiten"}, "added")
+    # A reading that is mapped to the teacher's space is not decorrelated.
+    switch(params, "smollm2-360m", 24)
+    assert not read_yaml(params)["train"].get("decorrelate_reading")
 
 
 def test_a_teacher_is_trained_here_where_it_is_asked_for_or_the_papers(params: Path) -> None:
