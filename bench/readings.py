@@ -3,7 +3,7 @@
     .venv/bin/python bench/readings.py --workspace DIR [--backbone DIR] [--rows 1200] [--tokens 32] [-- OPTION ...]
 
 The workspace gets queries, the backbone's own answers and the tasks (bench/readings_study/tasks.py), where they are not
-there yet; with --data DIR it gets the queries and answers of another workspace (the demo's .demo), whoever wrote them.
+there yet; with --data DIR it gets those of another workspace (the demo's .demo), whose backbone must be the same.
 Then `python -m pipeline readings` runs in it with the options behind `--`. The last line has all-MiniLM-L6-v2 on the
 same tasks. REAL_DATA names the folder of the data (hub/mteb/..., queries/...). One process, as many threads as
 OMP_NUM_THREADS; a second call reads what the first one computed.

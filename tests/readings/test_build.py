@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.__main__ import app
+from pipeline.backbone.loading import identify
 from pipeline.core.artifacts import create
 from pipeline.core.config import load, read_yaml
 from pipeline.core.errors import PipelineError
@@ -195,6 +196,15 @@ def test_answers_of_another_backbone_are_refused(inputs: Inputs) -> None:
         out.write_parts([pa.Table.from_pylist(sorted(rows, key=itemgetter("id")), schema=RESPONSES)], RESPONSES)
     with pytest.raises(PipelineError, match="data/responses was written by .*org/b"):
         run(inputs, CHOSEN)
+
+
+def test_a_backbone_that_lies_elsewhere_wrote_its_answers(inputs: Inputs) -> None:
+    shutil.rmtree("data/responses")
+    rows = [{"id": row_id(text), "response": text, **RESPONSE} for text in TEXTS]
+    wrote = {**identify(inputs.backbone.name, None), "name": "models/elsewhere"}
+    with create(Path("data/responses"), kind="responses", params={}, models={"backbone": wrote}) as out:
+        out.write_parts([pa.Table.from_pylist(sorted(rows, key=itemgetter("id")), schema=RESPONSES)], RESPONSES)
+    assert run(inputs, Request(readings=["tokens"], suite="more")).answered
 
 
 def test_stored_targets_need_no_heldout_queries(inputs: Inputs) -> None:
