@@ -24,7 +24,14 @@ from pipeline.report.verdict import verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKSPACE = ROOT / ".demo"
-COPIED = {"pipeline": "pipeline", "data/demo": "data/demo", "dvc.yaml": "dvc.yaml", "params.demo.yaml": "params.yaml"}
+# Without .dvcignore DVC takes the bytecode that Python keeps beside the code for a change of it.
+COPIED = {
+    "pipeline": "pipeline",
+    "data/demo": "data/demo",
+    "dvc.yaml": "dvc.yaml",
+    ".dvcignore": ".dvcignore",
+    "params.demo.yaml": "params.yaml",
+}
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as /proc/cpuinfo spells them
 MODELS = ("SmolLM2-135M-Instruct", "all-MiniLM-L6-v2")
 

@@ -1,6 +1,7 @@
 """dvc.yaml lists all code that a stage imports, and an edit reruns what depends on it and nothing else."""
 
 import ast
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -177,3 +178,18 @@ def test_a_name_from_params_reaches_the_shell_in_quotes() -> None:
 
 def test_no_stage_persists_its_outs() -> None:
     assert "persist" not in (ROOT / "dvc.yaml").read_text()
+
+
+def test_bytecode_is_no_change_of_the_demos_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
+    assert spec is not None and spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    monkeypatch.setattr(demo, "WORKSPACE", tmp_path)
+    monkeypatch.setattr(demo, "MODELS", ())
+    demo.lay_out()
+    (tmp_path / "pipeline/core/__pycache__").mkdir()
+    (tmp_path / "pipeline/core/__pycache__/text.cpython-311.pyc").write_bytes(b"bytecode")
+    command = [sys.executable, "-m", "dvc", "check-ignore", "pipeline/core/__pycache__", "pipeline/core/text.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["pipeline/core/__pycache__"], done.stderr
