@@ -58,7 +58,7 @@ def measured(folder: Path, draw: Draw, options: Line) -> Iterator[Line]:
     os.chdir(folder)
     request = Request(**options, rows=draw.size, skip=draw.skip)
     # A reading that is decorrelated has no form beside.
-    forms = FORMS[1:] if request.decorrelate_reading else FORMS
+    forms = [form for form in FORMS if form == "added" or not request.decorrelate_reading]
     for form in forms:
         found = run(load(PARAMS_FILE, Inputs), replace(request, form=form))
         for line in found.lines:

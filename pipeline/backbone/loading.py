@@ -4,7 +4,7 @@ import contextlib
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -76,6 +76,12 @@ def identify(name: str, revision: str | None) -> dict[str, str]:
         raise BackboneError(f"{name} is a folder without model weights")
     hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
     return {"name": name, "sha256": digest_of(hashes)}
+
+
+def same_model(identity: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
+    """Whether what names or holds a model's identity is `wanted`; a local folder is its content, wherever it lies."""
+    pinned = {key: value for key, value in wanted.items() if key != "name" or "sha256" not in wanted}
+    return pinned.items() <= identity.items()
 
 
 def check_not_missing(name: str, revision: str | None) -> None:

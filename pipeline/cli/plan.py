@@ -262,11 +262,12 @@ def _remarks(params: AllParams, sizes: ModelSizes | None, root: Path) -> list[st
     if written > learnt:
         found.append(f"train.max_response_tokens: {written} tokens are written, {learnt} are learnt from")
     teacher = params.embed.teacher
-    if (copies := teacher.template.count(SLOT)) * written > teacher.max_tokens:
+    copies = teacher.template.count(SLOT)
+    if (needed := copies * written) > teacher.max_tokens:
         each = f"{copies} copies of an answer" if copies > 1 else "an answer"
         found.append(
-            f"embed.teacher.max_tokens: {teacher.max_tokens} for {each} of up to {written} tokens: "
-            "longer ones lose their end"
+            f"embed.teacher.max_tokens: {teacher.max_tokens} for {each} of up to {written} tokens: longer ones lose "
+            f"their end; set {needed} and some for the template"
         )
     if sizes is None:
         found.append(f"backbone.name: no sizes known of {params.backbone.name}, so no memory estimate")

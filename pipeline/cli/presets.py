@@ -127,7 +127,7 @@ def switch(path: Path, name: str, memory: int, teacher: str | None = None, *, pa
     """Set the params of a preset in a params file for `memory` GB; returns the changes, one line each.
 
     `teacher` is one of `teachers()`, `ECHO` or `TRAINED_HERE`; None: the published LLM2Vec of the backbone, without one
-    its echo reading. `paper`: and the paper's settings, see `PAPER_FILE`; its teacher is an LLM2Vec in any case.
+    its echo reading. `paper`: and the paper's settings, see `PAPER_FILE`; with it `teacher` None is an LLM2Vec.
 
     Raises:
         ParamsError: unknown preset, teacher or memory, or the file lacks a section that the preset sets.
@@ -260,7 +260,7 @@ def _section(path: Path, content: Any, place: str) -> CommentedMap:
 def _set(section: CommentedMap, place: str, values: dict[str, Any]) -> list[str]:
     fields = _MODELS[place].model_fields.items() if place in _MODELS else ()
     defaults = {key: field.get_default(call_default_factory=True) for key, field in fields}
-    if "template" in defaults:
+    if "template" in defaults:  # a file names templates, params hold their text
         defaults["template"] = _template_name(defaults["template"])
     changes, before = [], dict(section)
     for key in values:

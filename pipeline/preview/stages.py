@@ -35,13 +35,11 @@ from pipeline.generate.generator import answer_content, make_generator, measured
 from pipeline.generate.params import GenerateParams
 from pipeline.generate.response_counts import CAUSES as ANSWER_CAUSES
 from pipeline.generate.response_counts import MANY_CUT, STORE, ResponseCounts
-from pipeline.optim.batching import steps
 from pipeline.train.params import HeldoutParams, TrainParams, WarmStartParams
 from pipeline.train.plan import check_response_form
 
 if TYPE_CHECKING:
     from pipeline.train.data import TrainingRows
-    from pipeline.train.trainer import Trainer
 
 # Optimiser steps; the first one compiles kernels on a GPU, so a mean over few steps is an upper bound.
 STEPS = 3
@@ -245,14 +243,7 @@ def _train(sections: Sections, found: Preview, scratch: Path) -> None:
     )
     trainer.run()
     found.losses, done = trainer.curve, trainer.throughput
-    found.speeds["train"] = Speed(_stepped(trainer), done.tokens, done.seconds, done.flops)
-
-
-def _stepped(trainer: "Trainer") -> int:
-    """Rows of the steps that were taken: the last one of an epoch may be smaller."""
-    params = trainer.params
-    taken = steps(trainer.lengths, params.batch_size, params.epochs, most=trainer.throughput.steps, seed=params.seed)
-    return sum(map(len, taken))
+    found.speeds["train"] = Speed(done.rows, done.tokens, done.seconds, done.flops)
 
 
 def _note_cuts(found: Preview, params: TrainParams, prompts: Sequence[FormattedPrompt], rows: "TrainingRows") -> None:

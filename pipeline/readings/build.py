@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.backbone.device import best_device
-from pipeline.backbone.loading import BackboneParams, identify, load_backbone, load_tokenizer
+from pipeline.backbone.loading import BackboneParams, identify, load_backbone, load_tokenizer, same_model
 from pipeline.core.artifacts import open_artifact, read_manifest
 from pipeline.core.config import Params
 from pipeline.core.errors import EvaluationError, ParamsError, nested_in, section
@@ -182,13 +182,7 @@ def _check_form(form: ResponseForm, backbone: Mapping[str, str]) -> None:
     kind, mapped = transform.identity if transform else None, made.params.get("queries", False)
     teacher = made.models["teacher"]
     with nested_in(names={"response_form": "form"}):
-        check_form(form, teacher, kind if _is_backbone(teacher, backbone) else None, mapped=mapped)
-
-
-def _is_backbone(identity: Mapping[str, Any], backbone: Mapping[str, str]) -> bool:
-    """Whether an identity is the backbone's; that of a local folder is its content, wherever it lies."""
-    pinned = {key: value for key, value in backbone.items() if key != "name" or "sha256" not in backbone}
-    return pinned.items() <= identity.items()
+        check_form(form, teacher, kind if same_model(teacher, backbone) else None, mapped=mapped)
 
 
 def _rows(table: str, drawn: slice, seed: int, request: Request, backbone: Mapping[str, str]) -> Rows:
@@ -217,7 +211,7 @@ def _responses(targets: Targets, backbone: Mapping[str, str]) -> pa.Table | None
         return None
     found = open_artifact(RESPONSES_DIR, RESPONSES_DIR.name)
     wrote = found.manifest.models.get("backbone", backbone)
-    if not _is_backbone(wrote, backbone):
+    if not same_model(wrote, backbone):
         raise EvaluationError(f"{RESPONSES_DIR} was written by {wrote}, the backbone is {backbone}: run generate again")
     return found.read()
 

@@ -19,6 +19,7 @@ class Throughput:
     step_flops: Callable[[Lengths], int] | None = None
     seconds: float = 0.0
     steps: int = 0
+    rows: int = 0
     tokens: int = 0
     flops: float = 0.0
 
@@ -26,6 +27,7 @@ class Throughput:
         """Add a step."""
         self.seconds += seconds
         self.steps += 1
+        self.rows += len(lengths)
         self.tokens += sum(query + response for query, response in lengths)
         if self.step_flops is not None:
             self.flops += self.step_flops(lengths)

@@ -93,6 +93,13 @@ def test_params_prints_the_plan(workspace: Path) -> None:
     fails("params.yaml does not exist", "params")
 
 
+def test_a_table_in_a_pipe_keeps_its_cells(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    result = CliRunner().invoke(app, ["params", "--params", str(ROOT / "params.yaml")])
+    assert result.exit_code == 0, result.output
+    assert "…" not in result.output and max(map(len, result.output.splitlines()[:5])) == 200
+
+
 def test_backbone_lists_and_switches(workspace: Path) -> None:
     assert "meta-llama/Llama-3.2-1B-Instruct" in call("backbone").stdout
     Path("params.yaml").write_text((ROOT / "params.yaml").read_text())

@@ -189,21 +189,22 @@ def test_targets_of_another_backbone_are_not_added_to_readings(inputs: Inputs, w
         run(inputs, replace(CHOSEN, targets="stored", form="added"))
 
 
-def test_answers_of_another_backbone_are_refused(inputs: Inputs) -> None:
+def answers_by(backbone: dict[str, str]) -> None:
+    """Answers, equal to the queries, that a backbone of this identity wrote."""
     shutil.rmtree("data/responses")
     rows = [{"id": row_id(text), "response": text, **RESPONSE} for text in TEXTS]
-    with create(Path("data/responses"), kind="responses", params={}, models={"backbone": {"name": "org/b"}}) as out:
+    with create(Path("data/responses"), kind="responses", params={}, models={"backbone": backbone}) as out:
         out.write_parts([pa.Table.from_pylist(sorted(rows, key=itemgetter("id")), schema=RESPONSES)], RESPONSES)
+
+
+def test_answers_of_another_backbone_are_refused(inputs: Inputs) -> None:
+    answers_by({"name": "org/b"})
     with pytest.raises(PipelineError, match="data/responses was written by .*org/b"):
         run(inputs, CHOSEN)
 
 
 def test_a_backbone_that_lies_elsewhere_wrote_its_answers(inputs: Inputs) -> None:
-    shutil.rmtree("data/responses")
-    rows = [{"id": row_id(text), "response": text, **RESPONSE} for text in TEXTS]
-    wrote = {**identify(inputs.backbone.name, None), "name": "models/elsewhere"}
-    with create(Path("data/responses"), kind="responses", params={}, models={"backbone": wrote}) as out:
-        out.write_parts([pa.Table.from_pylist(sorted(rows, key=itemgetter("id")), schema=RESPONSES)], RESPONSES)
+    answers_by({**identify(inputs.backbone.name, None), "name": "models/elsewhere"})
     assert run(inputs, Request(readings=["tokens"], suite="more")).answered
 
 
