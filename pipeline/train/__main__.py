@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from pipeline.backbone.loading import BackboneParams, identify
+from pipeline.backbone.loading import BackboneParams, identify, same_model
 from pipeline.core.artifacts import Artifact, open_artifact
 from pipeline.core.code_digest import code_digest
 from pipeline.core.config import PARAMS_FILE, Params, load
@@ -96,8 +96,8 @@ def run(inputs: Inputs, run_record: RunRecord) -> None:
 
 def _checked_identity(params: BackboneParams, responses: Artifact) -> dict[str, str]:
     identity = identify(params.name, params.revision)
-    wrote = responses.manifest.models.get("backbone")
-    if wrote != identity:
+    wrote = responses.manifest.models.get("backbone", {})
+    if not same_model(wrote, identity):
         raise TrainingError(
             f"{RESPONSES_DIR} was written by {wrote}, the backbone is {identity}: run generate and embed again"
         )

@@ -545,6 +545,13 @@ def test_another_backbone_than_the_responses(
     fails("run generate and embed again")
 
 
+def test_a_backbone_that_lies_elsewhere_than_when_it_answered(backbone: Path) -> None:
+    moved = Path(shutil.copytree(backbone, "models/elsewhere"))
+    write_params(moved)
+    run()
+    assert open_artifact(ENCODER_DIR, "encoder").manifest.models["backbone"] == identify(str(moved), None)
+
+
 def test_backbone_without_chat_template(
     workspace: Path, tiny_backbone: Callable[..., Path], fails: Callable[..., None]
 ) -> None:
