@@ -100,7 +100,7 @@ def kept_rows(stage: str) -> int:
     return sum(pq.read_metadata(shard).num_rows for shard in shards(stage))
 
 
-def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 240) -> None:
     """Poll until `condition` holds while the process lives."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,13 +30,11 @@ def fails(message: str, *arguments: object) -> None:
     assert "Traceback" not in result.output
 
 
-def test_help_is_quick_and_loads_nothing_heavy() -> None:
+def test_help_loads_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "polars", "mteb", "matplotlib")
     code = f"import sys; from pipeline.__main__ import app; print([m for m in {heavy} if m in sys.modules])"
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert time.monotonic() - started < 5  # under a second where nothing else runs
     assert "audit" in call("--help").stdout
 
 

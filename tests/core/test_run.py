@@ -50,7 +50,7 @@ def test_a_second_interrupt_ends_a_process_at_once_that_is_still_cleaning_up(fir
         for number, said in ((first, "working\n"), (signal.SIGINT, "cleaning up\n")):
             assert process.stdout.readline() == said
             process.send_signal(number)
-        assert process.wait(timeout=20) == -signal.SIGINT
+        assert process.wait(timeout=120) == -signal.SIGINT
 
 
 def test_a_mistake_of_the_code_is_not_hidden() -> None:

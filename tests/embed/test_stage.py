@@ -290,7 +290,7 @@ def test_ctrl_c_keeps_every_finished_row(configure: Configure) -> None:
     process = start("embed")
     wait_until(lambda: kept_rows("embed") > 100, process)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=240)
     assert process.returncode == 130
     assert "interrupted: finished work is kept, run the same command again" in stderr
     assert "Traceback" not in stderr

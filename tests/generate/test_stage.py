@@ -326,7 +326,7 @@ def test_an_interrupted_run_keeps_every_finished_row(configure: Configure, numbe
     wait_until(lambda: bool(shards("generate")), process)
     time.sleep(0.2)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=240)
     assert process.returncode == 130
     assert stderr.splitlines()[-1].startswith("interrupted: ")
     assert "Traceback" not in stderr

@@ -33,7 +33,7 @@ def owner(what: str) -> "tuple[subprocess.Popen[str], int, int]":
 
 
 def soon(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
     return condition()

@@ -57,7 +57,7 @@ def work(what: str, folder: Path) -> None:
 
 def _wait_for_the_other(folder: Path) -> None:
     """A rank that fails ends the other, which a busy machine may not have started yet."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len(list(folder.glob("*.pid"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
 
