@@ -42,9 +42,9 @@ def mix(
     model: ModelArgument,
     response_share: Annotated[float, typer.Option(help="Of the predicted response, above 0; 1 is the paper's.")],
     response_form: Annotated[
-        str | None, typer.Option(help="beside or added (summed in one space).  [default: the encoder's]")
+        str | None, typer.Option(help="beside or added (summed in one space); by default the encoder's.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="The folder to write.  [default: MODEL itself]")] = None,
+    output: Annotated[Path | None, typer.Option(help="The folder to write; by default MODEL itself.")] = None,
 ) -> None:
     """Change how much of an embedding is the predicted response; the rest is the encoder's own reading of the text."""
     from pipeline.encoder.folder.config import ResponseForm
@@ -70,8 +70,8 @@ def rotate(
     texts: Annotated[
         Path, typer.Option("--texts", help="Texts like those to embed, in files as encode reads them; some thousands.")
     ],
-    output: Annotated[Path | None, typer.Option(help="The folder to write.  [default: MODEL itself]")] = None,
-    dimensions: Annotated[int | None, typer.Option(min=1, help="Keep the first ones only.  [default: all]")] = None,
+    output: Annotated[Path | None, typer.Option(help="The folder to write; by default MODEL itself.")] = None,
+    dimensions: Annotated[int | None, typer.Option(min=1, help="Keep the first ones only; by default all.")] = None,
     prompt: PromptOption = "",
     column: ColumnOption = None,
     dtype: DTypeOption = "float32",

@@ -28,9 +28,9 @@ ModelOption = Annotated[Path, typer.Option("--model", help=_MODEL)]
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help=_MODEL)]
 InputOption = Annotated[Path, typer.Option("--input", help=f"{_TEXTS} - is standard input.")]
 OptionalInputOption = Annotated[Path | None, typer.Option("--input", help=_TEXTS)]
-ColumnOption = Annotated[str | None, typer.Option(help="Column of the texts.  [default: text]")]
+ColumnOption = Annotated[str | None, typer.Option(help="Column of the texts; by default text.")]
 TidyOption = Annotated[
-    bool, typer.Option("--tidy", help="Normalise texts as collect does: NFC, tidy spaces.  [default: as they stand]")
+    bool, typer.Option("--tidy", help="Normalise texts as collect does: NFC, tidy spaces; by default nothing.")
 ]
 PromptOption = Annotated[str, typer.Option(help="Instruction put before each text.")]
 CenterOption = Annotated[

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 def readings(
     params: ParamsOption = PARAMS_FILE,
     suite: Annotated[
-        str | None, typer.Option(help="Whose tasks are scored.  [default: the local tasks of all suites]")
+        str | None, typer.Option(help="Whose tasks are scored; by default the local tasks of all suites.")
     ] = None,
-    reading: Annotated[list[str] | None, typer.Option(help="A reading to measure; repeatable.  [default: all]")] = None,
+    reading: Annotated[list[str] | None, typer.Option(help="A reading to measure; repeatable; by default all.")] = None,
     share: Annotated[
         list[float] | None,
-        typer.Option(help="A share of the predicted response; repeatable.  [default: 0.3, 0.5, 1]"),
+        typer.Option(help="A share of the predicted response; repeatable; by default 0.3, 0.5 and 1."),
     ] = None,
     targets: Annotated[
         str,
@@ -36,7 +36,7 @@ def readings(
     rows: Annotated[int, typer.Option(min=20, help="Most training queries that are read.")] = 4000,
     heldout: Annotated[int, typer.Option(min=2, help="Most held-out queries.")] = 500,
     skip: Annotated[
-        int, typer.Option(min=0, help="Training queries that are passed over before: another draw of the same data.")
+        int, typer.Option(min=0, help="Leave out the first training queries, for another draw of the same data.")
     ] = 0,
     decorrelate: Annotated[
         float,
@@ -44,7 +44,7 @@ def readings(
     ] = 0.0,
     shrinkage: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Of --decorrelate, as embed.transform.shrinkage.  [default: auto]"),
+        typer.Option(min=0, max=1, help="Of --decorrelate, as embed.transform.shrinkage; by default auto."),
     ] = None,
     decorrelate_reading: Annotated[
         bool, typer.Option("--decorrelate-reading", help="Add the reading decorrelated, as train.decorrelate_reading.")

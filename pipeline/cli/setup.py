@@ -42,7 +42,7 @@ def backbone(
         str | None,
         typer.Option(
             help="echo (the backbone's own echo reading), trained (an LLM2Vec that the stage teach trains), or one of "
-            "the teachers listed.  [default: the published LLM2Vec of the backbone, else echo]"
+            "the teachers listed; by default the published LLM2Vec of the backbone, else echo."
         ),
     ] = None,
     paper: Annotated[bool, typer.Option("--paper", help="Set the paper's settings of embed and train too.")] = False,

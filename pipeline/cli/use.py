@@ -42,7 +42,7 @@ def encode(
     column: ColumnOption = None,
     tidy: TidyOption = False,
     keep: Annotated[
-        str | None, typer.Option(help="Columns of the input to keep in .parquet: id,url or all.  [default: the text]")
+        str | None, typer.Option(help="Columns of the input to keep in .parquet: id,url or all; by default the text.")
     ] = None,
     truncate_dim: Annotated[
         int | None, typer.Option(min=1, help="Keep the first dimensions, scaled to length 1.")
@@ -116,13 +116,13 @@ def search(
     query: Annotated[str, typer.Argument(help="What to look for.")],
     count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many passages.")] = 5,
     prompt: Annotated[
-        str | None, typer.Option(help="Instruction put before the query.  [default: as in the evaluation of retrieval]")
+        str | None, typer.Option(help="Instruction put before the query; by default as in the evaluation of retrieval.")
     ] = None,
     document_prompt: Annotated[
-        str | None, typer.Option(help="Instruction put before each passage.  [default: as in the evaluation]")
+        str | None, typer.Option(help="Instruction put before each passage; by default as in the evaluation.")
     ] = None,
     center: CenterOption = None,
-    column: Annotated[str | None, typer.Option(help="Column of the passages.  [default: text]")] = None,
+    column: Annotated[str | None, typer.Option(help="Column of the passages; by default text.")] = None,
     tidy: TidyOption = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer decoded.")] = 64,
     dtype: DTypeOption = "float32",
