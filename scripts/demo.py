@@ -1,6 +1,6 @@
 """Run the demo: the same stages as the real run, in a workspace of its own, `.demo/`.
 
-    python scripts/demo.py [--dry]
+    python scripts/demo.py [--dry --force]    # --dry --force lists the stages
 
 The workspace holds a copy of what the stages read, so the user's tree stays clean, and what `dvc repro` makes there
 stays for the next call, which then has nothing to do.

@@ -45,7 +45,9 @@ def backbone(
             "the teachers listed; by default the published LLM2Vec of the backbone, else echo."
         ),
     ] = None,
-    paper: Annotated[bool, typer.Option("--paper", help="Set the paper's settings of embed and train too.")] = False,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Set the paper's settings of generate, embed and train too.")
+    ] = False,
     path: ParamsOption = PARAMS_FILE,
 ) -> None:
     """Switch the params file to a backbone and its teacher. Comments and everything else stay."""
@@ -63,6 +65,7 @@ def backbone(
             f"{known:<14} {size:>5}  {preset.backbone.name:<36} {pin[:12]:<12}  "
             f"teacher: {preset.teacher_name:<9}  rate {preset.learning_rate:g}{rate}"
         )
+    print("rate: train.learning_rate of the paper's random start; set with --paper, or where train.warm_start is off")
     print("--teacher echo: the backbone's echo reading, not trained")
     print("--teacher trained: an LLM2Vec of the backbone, trained here")
     for known, other in teachers().items():

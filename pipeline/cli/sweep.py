@@ -31,7 +31,7 @@ def sweep(
 ) -> None:
     """Queue a DVC experiment for each name, run them one after another, and compare their students.
 
-    A preset brings backbone, teacher and rates together; the values of a file go over those of params.yaml, which is
+    A preset brings backbone and teacher together; the values of a file go over those of params.yaml, which is
     as before at the end.
     """
     from pipeline.cli.look import compare as compare_runs
