@@ -13,7 +13,7 @@ from pydantic import Field
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
-from pipeline.backbone.loading import BackboneParams, DType
+from pipeline.backbone.loading import BackboneParams, DType, Pool, Template
 from pipeline.backbone.sizes import ModelSizes
 from pipeline.core.config import Params, read_yaml, validate
 from pipeline.core.errors import ParamsError
@@ -49,14 +49,24 @@ class PresetTeacher(Params):
     batch_tokens: dict[int, int]
 
 
+class PresetReading(Params):
+    """How the student reads a text: params of `train`. The defaults are those of the shipped params file."""
+
+    template: Template = "chat"
+    pool: Pool = "tokens"
+    max_query_tokens: int = TEACHER_TOKENS
+
+
 class Preset(Params):
     """A backbone, its teacher and how it is trained.
 
-    The learning rate is the paper's if the teacher is published, else a guess after a model of like size.
+    The learning rate is the paper's if the teacher is published, else a guess after a model of like size. `reading` is
+    there where it was measured that another one than the default is better (docs/results.md).
     """
 
     backbone: BackboneParams
     teacher: PresetTeacher
+    reading: PresetReading | None = None
     learning_rate: float
     sizes: ModelSizes
 
@@ -194,6 +204,7 @@ def _values(preset: Preset, teacher: str, memory: int, content: Any, *, paper: b
         "learning_rate": preset.learning_rate,
         "micro_batch_size": "auto",
         **_response_form(teacher, content),
+        **_reading(preset, content),
     }
     warm_start = (content.get("train") or {}).get("warm_start") or {}
     if warm_start.get("enabled") and not paper:
@@ -236,6 +247,16 @@ def _response_form(teacher: str, content: Any) -> dict[str, Any]:
     if train.get("response_form") == "added" and not mapped:
         changes["response_form"] = "beside"
     return changes
+
+
+def _reading(preset: Preset, content: Any) -> dict[str, Any]:
+    """The preset's; without one the file's own stays, unless it is the one that the preset before had."""
+    if preset.reading:
+        return preset.reading.model_dump()
+    before, train = preset_of((content.get("backbone") or {}).get("name", "")), content.get("train") or {}
+    if before and before.reading and before.reading.model_dump().items() <= train.items():
+        return PresetReading().model_dump()
+    return {}
 
 
 def _teach_values(preset: Preset, memory: int, content: Any) -> dict[str, dict[str, Any]]:
@@ -353,6 +374,7 @@ def _round_trip() -> YAML:
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096
+    yaml.brace_single_entry_mapping_in_flow_sequence = True
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.representer.add_representer(
         type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null")

@@ -109,6 +109,36 @@ def test_where_none_is_published_the_teacher_is_the_echo_reading(params: Path) -
     assert (content["train"]["response_form"], content["train"]["decorrelate_reading"]) == ("beside", False)
 
 
+def test_a_measured_reading_comes_and_goes_with_its_preset(params: Path) -> None:
+    params.write_text((ROOT / "params.yaml").read_text())
+
+    def reading() -> tuple[str, str, int]:
+        train = read_yaml(params)["train"]
+        return train["template"], train["pool"], train["max_query_tokens"]
+
+    switch(params, "smollm2-135m", 24)
+    assert reading() == ("echo", "both", 1024)
+    validate(read_yaml(params), AllParams, where="")
+    switch(params, "qwen3-0.6b", 24)
+    assert reading() == ("chat", "tokens", 512)
+    switch(params, "smollm2-135m", 24, paper=True)
+    assert reading() == ("raw", "tokens", 512)
+
+
+def test_there_and_back_the_shipped_file_is_the_same(params: Path) -> None:
+    shipped = (ROOT / "params.yaml").read_text()
+    params.write_text(shipped)
+    for name in ("smollm2-135m", "llama-3.2-1b", "qwen3-4b"):
+        switch(params, name, 80)
+    assert params.read_text() == shipped
+
+
+def test_a_reading_of_ones_own_stays(params: Path) -> None:
+    params.write_text((ROOT / "params.yaml").read_text().replace("template: chat ", "template: raw "))
+    switch(params, "qwen3-0.6b", 24)
+    assert read_yaml(params)["train"]["template"] == "raw"
+
+
 def test_a_transform_and_a_form_of_ones_own_stay_with_an_llm2vec(params: Path) -> None:
     own = "embed:\n  transform: {kind: whiten}\n  queries: true\n"
     params.write_text(PARAMS.replace("embed:\n", own).replace("train:\n", "train:\n  response_form: added\n"))
