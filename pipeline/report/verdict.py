@@ -71,9 +71,10 @@ def verdict(suites: Sequence[Comparison], seconds: float, queries: int | None) -
     for table in suites:
         row = next((row for row in table.rows if row.metric == MEAN), None)
         means = [] if row is None else _means(table, row)
-        if len(means) > 1:
+        if row is not None and len(means) > 1:
             tasks = _tasks(table, [mean.system for mean in means[1:]])
-            return Verdict(table.name, len(table.tasks), means, *tasks, seconds, _cautions(queries, table))
+            cautions = [*_without_mean(table, row), *_cautions(queries, table)]
+            return Verdict(table.name, len(table.tasks), means, *tasks, seconds, cautions)
     return None
 
 
@@ -82,13 +83,14 @@ def _means(table: Comparison, row: Row) -> list[MeanScore]:
     student = cells.pop(BASIS, None)
     if student is None or student.score is None:
         return []
-    chosen = [name for name in (TEACHER, best_reading(cells)) if name is not None and name in cells]
-    return [MeanScore(BASIS, float(student.score)), *(_mean(name, cells[name]) for name in chosen)]
+    chosen = [(name, cells[name]) for name in (TEACHER, best_reading(cells)) if name is not None and name in cells]
+    # A task without a score leaves its system without a mean.
+    beside = [_mean(name, cell, float(cell.score)) for name, cell in chosen if cell.score is not None]
+    return [MeanScore(BASIS, float(student.score)), *beside]
 
 
-def _mean(name: str, cell: Cell) -> MeanScore:
+def _mean(name: str, cell: Cell, mean: float) -> MeanScore:
     """The student's mean minus the ends of the difference: the interval lies around the system's own mean."""
-    mean = float(cell.score or 0)
     if cell.delta is None or cell.low is None or cell.high is None:
         return MeanScore(name, mean, verdict=cell.verdict)
     student = mean + cell.delta
@@ -101,6 +103,13 @@ def _tasks(table: Comparison, systems: Sequence[str]) -> tuple[list[str], list[s
     better = [task for task, found in verdicts.items() if found == {"better"}]
     worse = [task for task, found in verdicts.items() if "worse" in found]
     return better, worse, [task for task, found in verdicts.items() if found <= {None, "no interval"}]
+
+
+def _without_mean(table: Comparison, row: Row) -> list[str]:
+    cells = dict(zip(table.systems, row.cells, strict=True))
+    if TEACHER not in cells or cells[TEACHER].score is not None:
+        return []
+    return ["The teacher has no mean: its score of a task is undefined."]
 
 
 def _cautions(queries: int | None, table: Comparison) -> list[str]:

@@ -83,6 +83,17 @@ def test_there_is_no_verdict_without_a_mean(rows: dict[str, list[Cell]]) -> None
     assert verdict([table(**rows)], 60.0, 500) is None
 
 
+def test_a_teacher_without_a_mean_is_left_out_and_not_0() -> None:
+    undefined = [Cell(0.75), Cell(None), Cell(0.5, 0.25, 0.125, 0.375, "better"), Cell(None), Cell(None)]
+    found = verdict([table(a=undefined, mean__tasks=undefined)], 1.0, None)
+    assert found is not None
+    assert found.means == [MeanScore("student", 0.75), MeanScore("echo", 0.5, 0.375, 0.625, "better")]
+    assert found.lines[0] == "Better than echo on a"
+    assert found.cautions[0] == "The teacher has no mean: its score of a task is undefined."
+    alone = [Cell(0.75), *[Cell(None)] * 4]
+    assert verdict([table(a=alone, mean__tasks=alone)], 1.0, None) is None
+
+
 def test_scores_without_intervals_are_called_so() -> None:
     found = verdict([table(mean__tasks=[Cell(0.75), Cell(0.5, 0.25), Cell(None), Cell(None), Cell(None)])], 1.0, None)
     assert found is not None
