@@ -7,6 +7,7 @@ cosines are as asked for, since the mean is stored with them.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -16,7 +17,7 @@ from pipeline.core.errors import SourceError
 from pipeline.core.readers import TextFile
 from pipeline.core.readers.rows import parquet_batches
 from pipeline.core.run import progress
-from pipeline.core.text import visible
+from pipeline.core.text import normalize_text, visible
 from pipeline.core.vectors import matrix, top_k
 from pipeline.encoder.embedded_by import CORPUS, center_of, mean_of, not_made_by, read_center
 
@@ -67,9 +68,10 @@ def search(
     mean = None if center is None or center == CORPUS else read_center(encoder, Path(center))
     wanted = encoder.encode([query], instruction=instruction)
     with ExitStack() as stack:
-        vectors = _vectors(stack, encoder, corpus, document_instruction, again=center == CORPUS)
+        reused = _is_embedded(encoder, corpus, document_instruction)
+        vectors = _vectors(stack, encoder, corpus, document_instruction, reused=reused, again=center == CORPUS)
         if center == CORPUS:
-            mean = _mean(corpus, vectors)
+            mean = _mean(corpus, vectors, reused=reused)
         compared = vectors() if mean is None else (block - mean for block in vectors())
         rows, cosines = top_k(wanted if mean is None else wanted - mean, compared, count)
     texts = _texts(corpus, set(rows[0].tolist()))
@@ -77,10 +79,13 @@ def search(
 
 
 def _vectors(
-    stack: ExitStack, encoder: "Encoder", corpus: TextFile, instruction: str, *, again: bool
+    stack: ExitStack, encoder: "Encoder", corpus: TextFile, instruction: str, *, reused: bool, again: bool
 ) -> "Callable[[], Iterator[Array]]":
-    """Reads the embeddings of all passages in blocks, `again` as often as needed; `stack` frees what they lie in."""
-    if _is_embedded(encoder, corpus, instruction):
+    """Reads the embeddings of all passages in blocks, `again` as often as needed; `stack` frees what they lie in.
+
+    `reused`: the corpus holds them.
+    """
+    if reused:
         log.info("%s holds embeddings by this encoder: nothing is embedded again", corpus.path)
         return partial(_stored, corpus)
     made = partial(_embedded, encoder, corpus, instruction)
@@ -105,10 +110,11 @@ def _kept(blocks: "Iterator[Array]") -> "Iterator[Callable[[], Iterator[Array]]]
         yield read
 
 
-def _mean(corpus: TextFile, vectors: "Callable[[], Iterator[Array]]") -> "Array":
-    """The mean embedding of the corpus, as it is stored with it, else of its embeddings."""
+def _mean(corpus: TextFile, vectors: "Callable[[], Iterator[Array]]", *, reused: bool) -> "Array":
+    """The mean embedding of the corpus: where its embeddings are `reused`, the one stored with them if there is one."""
     [file, *others] = corpus.files
-    stored = None if others or file.format != ".parquet" else center_of(file.path)
+    # A mean beside embeddings that are not used is of another encoder, or behind another instruction.
+    stored = center_of(file.path) if reused and not others else None
     return mean_of(vectors()) if stored is None else stored
 
 
@@ -140,6 +146,9 @@ def _is_embedded(encoder: "Encoder", corpus: TextFile, instruction: str) -> bool
         if reason is not None:
             log.info("%s %s: its texts are embedded now", file, reason)
             return False
+    if corpus.tidy and any(text != normalize_text(text) for text in replace(corpus, tidy=False)):
+        log.info("%s holds embeddings of texts that are not tidy: they are embedded now, tidied", corpus.path)
+        return False
     return True
 
 

@@ -1,5 +1,6 @@
 """Search: ranks in closed form, corpora in every state."""
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.__main__ import app
 from pipeline.cli.search import Hit, search, table
 from pipeline.core.errors import SourceError
 from pipeline.core.readers import open_texts
-from pipeline.encoder.embedded_by import EMBEDDED_BY
+from pipeline.encoder.embedded_by import EMBEDDED_BY, center_facts
 from pipeline.encoder.encode_file import encode_file
 from pipeline.encoder.inference import Embedded
 from tests.encoder.test_encode_file import LengthEncoder, expected, reading
@@ -96,15 +97,43 @@ def test_centring_changes_who_is_nearest(workspace: Path, monkeypatch: pytest.Mo
     assert min(hit.score for hit in plain) > 0.99
 
 
-@pytest.mark.parametrize("metadata", [b"{", b"[]", b'{"encoder": {}}'])
+@pytest.mark.parametrize("other", ["encoder", "instruction"])
+def test_a_mean_of_other_embeddings_is_not_subtracted(workspace: Path, other: str) -> None:
+    Path("in.txt").write_text("a\nbbbbbb\nb\n")
+    maker = reading({"max_query_tokens": 8}) if other == "encoder" else LengthEncoder()
+    instruction = "" if other == "encoder" else "a long instruction"
+    encode_file(maker, open_texts(Path("in.txt")), Path("c.parquet"), instruction=instruction, center="corpus")
+    if other == "encoder":  # whose mean is another one
+        table = pq.read_table("c.parquet")
+        said = json.loads(table.schema.metadata[EMBEDDED_BY]) | center_facts(np.array([9, 9, 9], np.float32))
+        pq.write_table(table.replace_schema_metadata({EMBEDDED_BY: json.dumps(said)}), "c.parquet")
+    found = search(LengthEncoder(), open_texts(Path("c.parquet")), "bbbb", center="corpus")  # type: ignore[arg-type]
+    # As of the texts themselves: see test_centring_changes_who_is_nearest.
+    assert [hit.text for hit in found] == ["bbbbbb", "b", "a"]
+    assert found[0].score == pytest.approx((4 * 10 + 1) / np.sqrt((4 * 4 + 1) * (10 * 10 + 1)), abs=1e-4)
+
+
+def test_embeddings_of_untidy_texts_are_not_those_of_tidy_ones(workspace: Path) -> None:
+    for name, text in (("tidy", "a b"), ("untidy", "a    b")):
+        Path("in.txt").write_text(f"{text}\ncc\n")
+        encode_file(LengthEncoder(), open_texts(Path("in.txt")), Path(f"{name}.parquet"))  # type: ignore[arg-type]
+    for name, embedded in (("tidy", []), ("untidy", [["a b", "cc"]])):
+        encoder = LengthEncoder()
+        found = search(encoder, open_texts(Path(f"{name}.parquet"), tidy=True), "a b")  # type: ignore[arg-type]
+        assert (found[0].text, found[0].score) == ("a b", pytest.approx(1.0))
+        assert encoder.calls == [["a b"], *embedded]
+
+
+@pytest.mark.parametrize("center", [None, "corpus"])
+@pytest.mark.parametrize("metadata", [b"{", b"[]", b'{"encoder": {}}', b'{"encoder": {}, "center": {}}'])
 def test_a_corpus_with_damaged_metadata_is_embedded(
-    workspace: Path, caplog: pytest.LogCaptureFixture, metadata: bytes
+    workspace: Path, caplog: pytest.LogCaptureFixture, metadata: bytes, center: str | None
 ) -> None:
     table = pa.table({"text": ["a", "bb"], "embedding": [[1.0], [2.0]]})
     pq.write_table(table.replace_schema_metadata({EMBEDDED_BY: metadata}), "c.parquet")
     encoder = LengthEncoder()
     with caplog.at_level(logging.INFO):
-        assert search(encoder, open_texts(Path("c.parquet")), "bb")[0].text == "bb"  # type: ignore[arg-type]
+        assert search(encoder, open_texts(Path("c.parquet")), "bb", center=center)[0].text == "bb"  # type: ignore[arg-type]
     assert encoder.calls == [["bb"], ["a", "bb"]]
     assert "does not say what made its embeddings" in caplog.text
 
@@ -176,6 +205,10 @@ def test_mistakes(model: Path) -> None:
         (("--model", model, "--corpus", "gone.txt", "q"), "error: --corpus: gone.txt does not exist"),
         (("--model", model, "--corpus", "c.txt", " "), "error: the query is empty"),
         (("--model", "none", "--corpus", "c.txt", "q"), "error: none is not an encoder"),
+        (
+            ("--model", "gone/enc--v2", "--corpus", "c.txt", "q"),
+            "error: there is no folder 'gone/enc--v2' here, and it is no name of the hub's: Cannot have -- or ..",
+        ),
     ]:
         code, _, stderr = call("search", *arguments)
         assert code == 1

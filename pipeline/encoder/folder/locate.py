@@ -24,10 +24,13 @@ def encoder_folder(name: str | Path, revision: str | None = None) -> Path:
         return path
     from httpx import HTTPError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(name), revision=revision))
+    except HFValidationError as error:
+        message = f"there is no folder '{name}' here, and it is no name of the hub's: {first_line(error)}"
+        raise TrainingError(message) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError) as error:
         message = f"there is no folder '{name}' here, and the hub did not give it: {first_line(error)}"
         raise TrainingError(message) from None
