@@ -82,7 +82,10 @@ def print_answers(encoder: "Encoder", request: Request) -> None:
     """Print the decoded answers, without control characters."""
     with _decoder(encoder, request) as decoder:
         for chunk in request.source.chunks(PRINTED_ROWS):
-            for answer in decoder(_outputs(encoder, chunk, request.instruction).soft_prompts):
+            soft = chunk.soft_prompts
+            if soft is None:
+                soft = _outputs(encoder, chunk, request.instruction).soft_prompts
+            for answer in decoder(soft):
                 print(visible(answer), flush=True)
 
 

@@ -27,6 +27,7 @@ from pipeline.lens.batch import PAGE_ROWS, render_page, token
 from pipeline.lens.nearest import Index, nearest, open_index
 from pipeline.lens.reading import ROWS, Entries, Lens, outputs_for_texts
 from tests.encoder.test_inference import write
+from tests.export.encoder_folders import write_folder
 from tests.lens.test_nearest import write_embedded
 
 EVIL = "</td><script>alert(1)</script>\x1b[31m\x07 & <b>"
@@ -81,6 +82,17 @@ def test_stored_soft_prompts_decode_as_their_texts(encoder: Encoder, suffix: str
     assert rows["decoded"].to_list() == decode_soft_prompts(encoder, soft, max_new_tokens=4)
     assert rows["query"].to_list() == rows["vocabulary"].to_list() == [None, None]
     assert rows["id"].n_unique() == 2
+
+
+def test_stored_soft_prompts_of_an_encoder_that_pools_the_text_are_printed(
+    workspace: Path, tiny_backbone: Callable[..., Path]
+) -> None:
+    """What is printed needs no embedding, and only embeddings need the texts."""
+    write_folder(Path("enc"), tiny_backbone("llama"), template="echo", pool="text", max_query_tokens=200)
+    np.save("soft.npy", read_encoder(Path("enc")).soft_prompts(["one"]))
+    stored = works("--soft-prompts", "soft.npy", "--max-new-tokens", 4).stdout
+    assert stored == works("one", "--max-new-tokens", 4).stdout
+    fails("(pool: text) need the texts", "--soft-prompts", "soft.npy", "--output", "o.parquet")
 
 
 def teacher_params() -> None:
@@ -277,6 +289,8 @@ def test_what_is_read_is_not_overwritten(encoder: Encoder) -> None:
     fails("--output: link.parquet is read itself", "--input", "in.parquet", "--output", "link.parquet")
     fails("soft.parquet is read itself", "--soft-prompts", "soft.parquet", "--output", "./soft.parquet")
     fails("c.parquet is read itself", "x", "--corpus", "c.parquet", "--output", "c.parquet")
+    Path("d.html").mkdir()
+    fails("--html: d.html is a folder: give the name of a file", "x", "--output", "o.parquet", "--html", "d.html")
     assert [Path(name).read_bytes() for name in files] == before
 
 

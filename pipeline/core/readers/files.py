@@ -142,7 +142,9 @@ def spooled(stream: IO[bytes], ending: str, folder: Path) -> Iterator[tuple[File
 
 
 def check_not_read(output: Path, read: Path | None) -> None:
-    """Raises SourceError if an output, by whatever path or link, is one of the files that are read, or would be."""
+    """Raises SourceError if an output is a folder or, by whatever path or link, one of the files that are read."""
+    if output.is_dir():
+        raise SourceError(f"{output} is a folder: give the name of a file", argument="output")
     if read is None:
         return
     if output.exists() and read.exists() and output.samefile(read):
