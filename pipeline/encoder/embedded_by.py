@@ -115,6 +115,8 @@ def read_center(encoder: "Encoder", path: Path, space: Space = "trained") -> Arr
     width = encoder.width_of(space)
     if mean.shape != (width,):
         raise _no_center(f"{path} holds numbers of shape {list(mean.shape)}, the mean has [{width}]")
+    if mean.dtype.kind not in "fiu" or not np.isfinite(mean).all():
+        raise _no_center(f"{path} holds what is no finite number")
     return np.asarray(mean, np.float32)
 
 

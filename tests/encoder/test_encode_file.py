@@ -328,6 +328,15 @@ def test_embeddings_back_in_the_teachers_space_are_others(workspace: Path) -> No
     assert not_made_by(behind, Path("out.parquet")) is None
 
 
+def test_a_folder_as_the_output_is_refused_before_the_work(workspace: Path) -> None:
+    write()
+    Path("out.npy").mkdir()
+    encoder = LengthEncoder()
+    with pytest.raises(SourceError, match=r"output: out\.npy is a folder: give the name of a file"):
+        encode("out.npy", encoder)
+    assert encoder.calls == []
+
+
 @pytest.mark.parametrize("link", [None, Path.symlink_to, Path.hardlink_to])
 def test_the_input_is_not_overwritten(workspace: Path, link: Callable[..., None] | None) -> None:
     pl.DataFrame({"text": ["a", "b"]}).write_parquet("in.parquet")
@@ -524,6 +533,8 @@ def test_centring_comes_before_truncation(workspace: Path) -> None:
         ("behind.parquet", "in another space"),
         ("plain.npy", r"shape \[2, 3\], the mean has \[3\]"),
         ("torn.parquet", r"torn\.parquet cannot be read"),
+        ("words.npy", r"words\.npy holds what is no finite number"),
+        ("nan.npy", r"nan\.npy holds what is no finite number"),
     ],
 )
 def test_a_mean_that_is_none_of_the_encoders(workspace: Path, center: str, problem: str) -> None:
@@ -533,6 +544,8 @@ def test_a_mean_that_is_none_of_the_encoders(workspace: Path, center: str, probl
     encode("other.parquet", reading({"max_query_tokens": 8}), center="corpus")
     encode("behind.parquet", space="teacher", center="corpus")
     encode("torn.parquet", center="corpus")
+    np.save("words.npy", np.array(["a", "b", "c"]))
+    np.save("nan.npy", np.array([1, np.nan, 1], np.float32))
     table = pq.read_table("torn.parquet")
     said = table.schema.metadata[EMBEDDED_BY].replace(b"98.0", b"97.0")
     pq.write_table(table.replace_schema_metadata({EMBEDDED_BY: said}), "torn.parquet")
