@@ -31,6 +31,7 @@ _OTHER_FOLDERS = {
     "config.json": "a language model or another checkpoint",
     "modules.json": "another model of sentence-transformers",
 }
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TRUSTED = "if you trust its code, add --trust-remote-code"
 _ELSEWHERE = "say where a copy of it is by --backbone PATH (in Python backbone=PATH)"
@@ -63,7 +64,7 @@ def read_encoder(
     """
     config = read_config(path)
     student, reading, rotation = read_student(path, config), read_reading(path, config), read_rotation(path, config)
-    tokenizer = load_tokenizer(BackboneParams(name=str(path), trust_remote_code=trust_remote_code))
+    tokenizer = _read_tokenizer(path, trust_remote_code=trust_remote_code)
     other = None
     if backbone is None or isinstance(backbone, str | Path):
         name = config.backbone["name"] if backbone is None else str(backbone)
@@ -80,6 +81,20 @@ def read_encoder(
     identity = _identity_of(path, config, other)
     student = student.to(backbone.device)
     return Encoder(backbone, tokenizer, student, config, identity, adapted, path, reading, rotation)
+
+
+def _read_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
+    """The tokenizer in an encoder folder; TrainingError if its files are missing or damaged."""
+    again = "copy the folder again, or run the train stage"
+    # Without its settings transformers loads one that may read texts in another way, and does not say so.
+    if not (path / TOKENIZER_CONFIG).is_file():
+        raise TrainingError(f"{path} has no {TOKENIZER_CONFIG}: {again}")
+    try:
+        return load_tokenizer(BackboneParams(name=str(path), trust_remote_code=trust_remote_code))
+    except BackboneError as error:
+        if "custom code" in error.message:
+            raise
+        raise TrainingError(f"the tokenizer in {path} cannot be read ({error.message}): {again}") from None
 
 
 def read_config(path: Path) -> EncoderConfig:

@@ -75,6 +75,16 @@ def test_damaged_weights(folder: Path) -> None:
     fails("student.safetensors cannot be read")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_not_called_a_backbone(folder: Path, name: str) -> None:
+    """Without its settings transformers would load one all the same, which may read texts in another way."""
+    (folder / name).rename(folder / "away")
+    fails(rf"^(the tokenizer in encoder cannot be read .*|encoder has no {name}): copy the folder again")
+    if name == "tokenizer.json":
+        (folder / name).write_text("{")
+        fails("^the tokenizer in encoder cannot be read")
+
+
 # --- which side is kept ---------------------------------------------------------------------------------------------
 
 
