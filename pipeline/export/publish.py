@@ -33,11 +33,17 @@ def publish(model: Path, out: Path, results: Path | None = None) -> list[str]:
     """Write the verified encoder folder `model` as a new folder `out`, without this pipeline's manifest.
 
     The card shows the evaluations of this encoder in the folder `results`; their names are returned. Raises
-    ArtifactError if the encoder is missing or damaged, a record is damaged, or `out` exists.
+    ArtifactError if the encoder is missing or damaged, `results` is no folder, a record is damaged, or `out` exists.
     """
     artifact = open_artifact(model, "encoder")
     check_new(out)
+    if results is not None and not results.is_dir():
+        raise ArtifactError(
+            f"{results} is no folder: give the one that evaluate and probe write to", argument="results"
+        )
     comparisons = list(_comparisons(artifact, results)) if results else []
+    if results is not None and not comparisons:
+        log.warning("%s holds no evaluation of %s: the card shows no scores", results, model)
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with scratch_beside(out) as scratch:

@@ -678,6 +678,12 @@ def test_a_published_folder_shows_the_scores_of_this_encoder_only(
     assert [path.name for path in Path("out").iterdir()] == ["mine"]
     with pytest.raises(ArtifactError, match="exists already"):
         publish(folder, Path("out/mine"))
+    with pytest.raises(ArtifactError, match="results: result is no folder"):
+        publish(folder, Path("out/bare"), Path("result"))
+    assert not Path("out/bare").exists()
+    Path("empty").mkdir()
+    assert publish(folder, Path("out/unscored"), Path("empty")) == []
+    assert "empty holds no evaluation of encoder: the card shows no scores" in caplog.text
     assert publish(folder, Path("out/bare")) == []
     assert NO_RESULTS in Path("out/bare/README.md").read_text()
 
