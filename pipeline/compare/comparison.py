@@ -5,6 +5,7 @@ compared only where all runs scored the same data with the same version of mteb 
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -209,11 +210,15 @@ def _table(
     lower: Sequence[str] = (),
 ) -> Comparison:
     rows = []
-    for metric, scores in values.items():
+    for metric, found in values.items():
+        # mteb gives NaN where a score is undefined.
+        scores = [None if math.isnan(score) else score for score in found]
         cells = [Cell(scores[0])]
         for index, score in enumerate(scores[1:], start=1):
             delta = deltas.get((index, metric))
-            if delta is None:
+            if score is None or scores[0] is None:
+                cells.append(Cell(score))
+            elif delta is None:
                 cells.append(Cell(score, score - scores[0]))
             else:
                 cells.append(Cell(score, delta.delta, delta.low, delta.high, delta.verdict))

@@ -62,6 +62,13 @@ def test_other_queries_leave_a_difference_without_an_interval(tmp_path: Path) ->
     assert cells(found, "suite demo", "search")[1] == Cell(0.5, 0.25, None, None, "no interval")
 
 
+def test_an_undefined_score_is_no_number(tmp_path: Path) -> None:
+    known, undefined = write_run(tmp_path / "a", [0.25, 0.25]), write_run(tmp_path / "b", [0.25, float("nan")])
+    for metric in ("search", "mean/tasks"):
+        assert cells(compared(known, undefined), "suite demo", metric) == [Cell(0.25), Cell(None)]
+        assert cells(compared(undefined, known), "suite demo", metric) == [Cell(None), Cell(0.25)]
+
+
 @pytest.mark.parametrize("change", [{"data_revision": "r2"}, {"mteb_version": "2.1"}, {"instructions": "abd"}])
 def test_other_data_versions_and_instructions_are_refused_unless_asked(tmp_path: Path, change: dict[str, str]) -> None:
     first, other = write_run(tmp_path / "a", [0.0, 1.0]), write_run(tmp_path / "b", [1.0, 1.0], **change)
