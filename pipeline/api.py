@@ -13,6 +13,7 @@ Several processes (`processes=`) are started by `spawn`: a script that uses them
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Set
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
 
@@ -175,8 +176,8 @@ class Embedder:
         from pipeline.encoder.encode_file import CHUNK_ROWS
 
         size = CHUNK_ROWS.get(self.encoder.model.device.type, CHUNK_ROWS["cuda"]) if chunk is None else chunk
-        if size < 1:
-            raise SourceError(f"chunk is {size}: it must be at least 1")
+        if not _is_whole(size) or size < 1:
+            raise SourceError(f"chunk is {size}: it must be a whole number, at least 1")
         _refuse_table(texts)
         if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
             raise SourceError(f"texts is {str(texts)[:40]!r} ({type(texts).__name__}): give an iterable of strings")
@@ -304,7 +305,7 @@ def _listed(texts: Iterable[str]) -> list[str]:
     _refuse_table(texts)
     if isinstance(texts, Mapping | Set | bytes) or not isinstance(texts, Iterable):
         raise SourceError(f"texts is a {kind}: give a string, or a list, tuple, array or column of strings")
-    if not hasattr(texts, "__len__"):
+    if not hasattr(texts, "__len__") or getattr(texts, "shape", None) == ():
         raise SourceError(f"texts is a {kind}, whose length is not known: give a list, or use encode_stream")
     return list(texts)
 
@@ -313,7 +314,14 @@ def _check_truncation(truncate_dim: int | None, width: int) -> None:
     """Raises SourceError unless embeddings of `width` can be cut to `truncate_dim` dimensions."""
     from pipeline.encoder.storage import Storage
 
+    if truncate_dim is not None and not _is_whole(truncate_dim):
+        raise SourceError(f"truncate_dim is {truncate_dim!r}: it must be a whole number")
     Storage(truncate_dim).check(width)
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a number is whole, of numpy too."""
+    return isinstance(value, Integral)
 
 
 def _refuse_table(texts: object) -> None:

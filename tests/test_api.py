@@ -287,6 +287,7 @@ MISTAKES: list[tuple[Any, str]] = [
     (b"x", "texts is a bytes: give a string"),
     (7, "texts is a int: give a string"),
     (None, "texts is a NoneType: give a string"),
+    (np.array("x"), "texts is a ndarray, whose length is not known: give a list"),
     (pl.DataFrame({"text": TEXTS}), "texts is a DataFrame: give a column of it"),
 ]
 
@@ -303,8 +304,9 @@ def test_mistakes_in_a_stream(embedder: Embedder) -> None:
     assert next(stream).shape == (2, WIDTH)
     with pytest.raises(SourceError, match=r"texts\[3\] is 4 \(int\)"):
         next(stream)
-    with pytest.raises(SourceError, match="chunk is 0: it must be at least 1"):
-        embedder.encode_stream(["a"], chunk=0)
+    for chunk in (0, 1.5):
+        with pytest.raises(SourceError, match=f"chunk is {chunk}: it must be a whole number, at least 1"):
+            embedder.encode_stream(["a"], chunk=chunk)  # type: ignore[arg-type]
     with pytest.raises(SourceError, match="texts is a DataFrame: give a column of it"):
         embedder.encode_stream(pl.DataFrame({"text": TEXTS}))  # type: ignore[arg-type]
     for wrong in ("a string", 7):
@@ -317,6 +319,10 @@ def test_numbers_out_of_range(embedder: Embedder) -> None:
         embedder.encode("x", processes=0)
     with pytest.raises(SourceError, match="max_new_tokens is 0: it must be at least 1"):
         embedder.decode("x", 0)
+    for given in (embedder.encode, embedder.encode_stream):
+        with pytest.raises(SourceError, match=r"truncate_dim is 2\.0: it must be a whole number"):
+            given(["x"], truncate_dim=2.0)  # type: ignore[operator]
+    assert embedder.encode("x", truncate_dim=np.int64(2)).shape == (2,)  # type: ignore[arg-type]
 
 
 def test_embeddings_that_are_not_finite_are_an_error(folder: Path) -> None:
