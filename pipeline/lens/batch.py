@@ -4,6 +4,7 @@ Rows are written in parts: after a kill, the same command continues behind the l
 looked up last, for thousands of rows at once, because their index may be far larger than the input.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -13,17 +14,19 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.artifacts import ArtifactWriter
+from pipeline.core.artifacts import ArtifactWriter, read_manifest
 from pipeline.core.bootstrap import BootstrapParams
 from pipeline.core.errors import SourceError
 from pipeline.core.files import bytes_sha256, write_bytes, write_parquet
 from pipeline.core.part_store import Parts, open_parts, whole_file
+from pipeline.core.paths import TARGETS_DIR
 from pipeline.core.run import progress
+from pipeline.core.target_transform import load_transform
 from pipeline.core.text import templates, visible
 from pipeline.core.vectors import matrix
 from pipeline.encoder.embedded_by import made_by, not_made_by
 from pipeline.lens.decoding import Decoder, EngineName, open_decoder
-from pipeline.lens.faithfulness import Summary, check_teacher
+from pipeline.lens.faithfulness import Summary, check_teacher, teacher_difference
 from pipeline.lens.nearest import Index, check_width, open_index
 from pipeline.lens.reading import (
     ROWS,
@@ -39,6 +42,8 @@ from pipeline.lens.sources import Chunk, Source
 if TYPE_CHECKING:
     from pipeline.embed.teachers.base import Teacher
     from pipeline.encoder.inference import Encoder
+
+log = logging.getLogger(__name__)
 
 # Covers whatever changes a row.
 VERSION = 3
@@ -142,11 +147,33 @@ def _index(encoder: "Encoder", corpus: Path) -> Index:
         message = f"{corpus} holds {what}, and decode looks among predicted responses alone: give data/targets"
         raise SourceError(message, argument="corpus")
     check_width(index, encoder.config.width)
+    if corpus.is_dir():
+        _check_targets(encoder, corpus / TARGETS_DIR.name)
     problem = not_made_by(encoder, corpus) if corpus.is_file() else None
     if problem is not None:
         message = f"{corpus} {problem}: cosines would mean nothing; make it with encode by this encoder"
         raise SourceError(message, argument="corpus")
     return index
+
+
+def _check_targets(encoder: "Encoder", folder: Path) -> None:
+    """Raises SourceError unless targets lie in the space of predicted responses: that of one teacher and transform."""
+    config, teacher = encoder.config, read_manifest(folder).manifest.models.get("teacher", {})
+    if difference := teacher_difference(teacher, config.teacher, "the encoder"):
+        message = f"{folder} is of another teacher than the encoder's ({difference}): cosines would mean nothing"
+        raise SourceError(message, argument="corpus")
+    transform = load_transform(folder)
+    found = None if transform is None else transform.identity
+    if found == config.transform:
+        return
+    ours, theirs = ("not transformed" if each is None else each["kind"] for each in (config.transform, found))
+    if ours != theirs:
+        message = f"{folder} is {theirs}, the encoder's targets were {ours}: cosines would mean nothing"
+        raise SourceError(message, argument="corpus")
+    # Of a transform that turns nothing they differ little.
+    log.warning(
+        "%s: its transform (%s) is not the one that the encoder was trained behind: cosines differ", folder, theirs
+    )
 
 
 def _report(output: Path, page: Path | None, title: str) -> list[str]:

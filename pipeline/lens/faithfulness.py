@@ -75,19 +75,27 @@ def over_chance(metric: str, pairs: PairCosines, settings: BootstrapParams) -> D
 def check_teacher(identity: Mapping[str, Any], recorded: Mapping[str, Any], owner: str) -> None:
     """Compare the judging teacher with the recorded one of `owner` ("the encoder", "the targets").
 
-    Folder names and transforms may differ; a recorded teacher without a `kind` is warned of. Raises EvaluationError if
-    they differ otherwise.
+    Raises EvaluationError if they differ, see `teacher_difference`.
+    """
+    if difference := teacher_difference(identity, recorded, owner):
+        message = f"another teacher than that of {owner}: {difference}. Name the recorded one"
+        raise EvaluationError(message, argument="teacher")
+
+
+def teacher_difference(identity: Mapping[str, Any], recorded: Mapping[str, Any], owner: str) -> str | None:
+    """In what a teacher differs from the recorded one of `owner`; None if in nothing.
+
+    Folder names and transforms may differ; a recorded teacher without a `kind` is warned of.
     """
     if "kind" not in recorded:
         name = recorded.get("name", "unknown")
         log.warning("cannot tell whether teacher %s is the one of %s, %s", identity.get("name"), owner, name)
-        return
+        return None
     ours, theirs = ({key: _pinned(value) for key, value in _pinned(each).items()} for each in (identity, recorded))
     for key in sorted((ours.keys() | theirs.keys()) - {"transform"}):
         if ours.get(key) != theirs.get(key):
-            values = f"its {key} is {identity.get(key)!r}, recorded is {recorded.get(key)!r}"
-            message = f"another teacher than that of {owner}: {values}. Name the recorded one"
-            raise EvaluationError(message, argument="teacher")
+            return f"its {key} is {identity.get(key)!r}, recorded is {recorded.get(key)!r}"
+    return None
 
 
 def _pinned(identity: Any) -> Any:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import pipeline.lens.batch as writing
 from pipeline.__main__ import app
+from pipeline.core.artifacts import read_manifest
 from pipeline.core.part_store import Parts
 from pipeline.core.text import visible
 from pipeline.embed.teachers.stub import HashTeacher
@@ -29,6 +30,7 @@ from pipeline.lens.reading import ROWS, Entries, Lens, outputs_for_texts
 from tests.encoder.test_inference import write
 from tests.export.encoder_folders import write_folder
 from tests.lens.test_nearest import write_embedded
+from tests.probe.test_alignment import write_heldout
 
 EVIL = "</td><script>alert(1)</script>\x1b[31m\x07 & <b>"
 
@@ -346,6 +348,26 @@ def test_another_teacher_than_the_recorded_one_is_refused(encoder: Encoder, capl
     assert "cannot tell" not in caplog.text
     record({"kind": "sentence-transformers", "name": "org/t", "revision": "main"})
     fails("embed.teacher: another teacher than that of the encoder: its kind is 'hash'", *options)
+
+
+def test_targets_of_another_teacher_or_transform_are_no_known_texts(encoder: Encoder) -> None:
+    """They have the same width."""
+    write_heldout(width=5)
+    made_by = read_manifest(Path("data/targets")).manifest.models["teacher"]
+    options = ["x", "--output", "o.parquet", "--corpus", "data", "--max-new-tokens", 1]
+    config = Path("enc/encoder_config.json")
+
+    def record(teacher: dict[str, Any], transform: dict[str, str] | None = None) -> None:
+        facts = {"teacher": teacher, "transform": transform}
+        config.write_text(json.dumps(json.loads(config.read_text()) | facts))
+
+    record(made_by)
+    works(*options)
+    assert [near["id"] for near in pl.read_parquet("o.parquet")["nearest"][0]] != []
+    record({"kind": "sentence-transformers", "name": "org/t", "revision": "main"})
+    fails("--corpus: data/targets is of another teacher than the encoder's (its kind is", *options)
+    record(made_by, {"kind": "whiten", "sha256": "0"})
+    fails("--corpus: data/targets is not transformed, the encoder's targets were whiten", *options)
 
 
 class Tags(HTMLParser):
