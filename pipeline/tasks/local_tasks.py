@@ -233,6 +233,8 @@ def _classification(data: LocalData) -> Any:
     if not {"train", "test"} <= set(splits):
         raise EvaluationError(f"{data.folder}: classification needs the splits train and test, it has {sorted(splits)}")
     tables = {split: data.read("default", split, texts=["text"], required=["label"]) for split in ("train", "test")}
+    if len(tables["train"]["label"].unique()) < 2:
+        raise EvaluationError(f"{data.folder}: config 'default', split 'train': a classifier needs two labels at least")
     labels = {label for table in tables.values() for label in table["label"].to_pylist()}
     names = sorted(labels, key=lambda label: (isinstance(label, str), label))
     codes = {name: code for code, name in enumerate(names)}
@@ -245,7 +247,12 @@ def _classification(data: LocalData) -> Any:
 
 
 def _pairs(data: LocalData, split: str) -> pa.Table:
-    return data.read("default", split, texts=_PAIR[:2], numbers=_PAIR[2:]).select(_PAIR)
+    table = data.read("default", split, texts=_PAIR[:2], numbers=_PAIR[2:]).select(_PAIR)
+    if table.num_rows < 2:
+        raise EvaluationError(
+            f"{data.folder}: config 'default', split '{split}': a correlation needs two pairs at least"
+        )
+    return table
 
 
 def _dataset_dict(tables: dict[str, pa.Table]) -> Any:

@@ -116,6 +116,18 @@ def test_a_classification_needs_both_splits(tmp_path: Path) -> None:
         task.load_data()
 
 
+def test_too_little_for_a_classifier_or_a_correlation_is_refused(tmp_path: Path) -> None:
+    """Both are scores that the libraries below cannot compute at all."""
+    rows = [{"text": text, "label": "one"} for text in "ab"]
+    one_label = local_task(write_folder(tmp_path / "c", {"default": {"train": rows, "test": rows}}))
+    with pytest.raises(EvaluationError, match="c: config 'default', split 'train': a classifier needs two labels"):
+        one_label.load_data()
+    pair = {"sentence1": "a", "sentence2": "b", "score": 1.0}
+    one_pair = local_task(write_folder(tmp_path / "s", {"default": {"test": [pair]}}))
+    with pytest.raises(EvaluationError, match="s: config 'default', split 'test': a correlation needs two pairs"):
+        one_pair.load_data()
+
+
 def test_judgements_of_unknown_ids_are_refused(tmp_path: Path) -> None:
     folder = retrieval_folder(tmp_path / "r")
     path = folder / "default" / "test.jsonl"
