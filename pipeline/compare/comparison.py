@@ -19,10 +19,16 @@ from pipeline.core.errors import EvaluationError
 from pipeline.evaluate.comparison import Cell, Comparison, Row
 from pipeline.evaluate.deltas import resample_task, task_difference, with_means
 from pipeline.evaluate.summary import mean_weights, task_scores
+from pipeline.lens.faithfulness import teacher_difference
 from pipeline.probe.base import find_probe
 from pipeline.probe.descriptions import describe, probe_names
 
 log = logging.getLogger(__name__)
+
+# Metrics of probes that are cosines to a teacher's vectors.
+_TO_TARGETS = ("cosine", "cosine_embedding", "cosine_response")
+# What a probe records of a system whose space it is.
+_TEACHERS_SPACE = "the teacher's"
 
 
 @dataclass(frozen=True)
@@ -163,14 +169,33 @@ def _compare_probe(
     for key in ("settings", "instructions"):
         if any(found.get(key) != params[0].get(key) for found in params):
             _refuse_or_note(f"probe {probe}: its {key} differ", notes, allow_different)
-    scores = [_student_metrics(run.probe_result(probe)["metrics"]) for run in runs]
+    results = [run.probe_result(probe) for run in runs]
+    scores = [_student_metrics(result["metrics"]) for result in results]
     values = {
         metric: [found[metric] for found in scores]
         for metric in scores[0]
         if all(isinstance(found.get(metric), int | float) for found in scores)
     }
     deltas = _probe_deltas(runs, probe, params[0]["settings"], settings, notes)
-    return _table(f"probe {probe}", runs, values, deltas, describe(probe).lower_is_better)
+    apart = [metric for metric in values if metric in _TO_TARGETS]
+    if apart and not _in_one_space(results):
+        notes.append(f"probe {probe}: {', '.join(apart)} not compared, the runs measured it in other spaces")
+    else:
+        apart = []
+    return _table(f"probe {probe}", runs, values, deltas, describe(probe).lower_is_better, apart)
+
+
+def _in_one_space(results: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the cosines of all students are in the space of one teacher and transform, as far as the results say."""
+    systems = [result.get("systems", {}) for result in results]
+    if any(found.get(STUDENT, {}).get("space", _TEACHERS_SPACE) != _TEACHERS_SPACE for found in systems):
+        return False
+    teachers = [found["teacher"]["identity"] for found in systems if "teacher" in found]
+    return all(
+        other.get("transform") == teachers[0].get("transform")
+        and teacher_difference(other, teachers[0], "the first run") is None
+        for other in teachers[1:]
+    )
 
 
 def _student_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,7 +233,9 @@ def _table(
     values: Mapping[str, Sequence[Any]],
     deltas: Mapping[tuple[int, str], Delta],
     lower: Sequence[str] = (),
+    apart: Sequence[str] = (),
 ) -> Comparison:
+    """`apart` are metrics whose scores stand beside one another without a difference."""
     rows = []
     for metric, found in values.items():
         # mteb gives NaN where a score is undefined.
@@ -216,7 +243,7 @@ def _table(
         cells = [Cell(scores[0])]
         for index, score in enumerate(scores[1:], start=1):
             delta = deltas.get((index, metric))
-            if score is None or scores[0] is None:
+            if score is None or scores[0] is None or metric in apart:
                 cells.append(Cell(score))
             elif delta is None:
                 cells.append(Cell(score, score - scores[0]))

@@ -15,11 +15,18 @@ from pipeline.probe.alignment import ROWS
 
 
 def write_run(
-    root: Path, queries: list[float], *, ranks: list[int] | None = None, params: str = "", **changes: Any
+    root: Path,
+    queries: list[float],
+    *,
+    ranks: list[int] | None = None,
+    systems: dict[str, Any] | None = None,
+    params: str = "",
+    **changes: Any,
 ) -> Path:
     """A run whose student has these scores of the queries of one task, and these ranks in the probe alignment.
 
-    `changes` are of columns of the summary, of `instructions`, and of the units' `key`.
+    `systems` are what that probe says of them, `changes` are of columns of the summary, of `instructions`, and of the
+    units' `key`.
     """
     folder = root / EVALUATE_DIR / "demo"
     score = float(np.mean(queries))
@@ -35,12 +42,12 @@ def write_run(
         save(out.path / UNIT_SCORES_DIR / "search.npz", [units])
     write_json(folder.with_suffix(".json"), {"seconds": 10 * len(queries)})
     if ranks is not None:
-        _write_alignment(root / PROBE_DIR / "alignment", ranks)
+        _write_alignment(root / PROBE_DIR / "alignment", ranks, systems or {})
     (root / "params.yaml").write_text(params or "train: {epochs: 1}\n", encoding="utf-8")
     return root
 
 
-def _write_alignment(folder: Path, ranks: list[int]) -> None:
+def _write_alignment(folder: Path, ranks: list[int], systems: dict[str, Any]) -> None:
     ids = [f"q{index}" for index in range(len(ranks))]
     columns = {
         "system": ["student"] * len(ranks),
@@ -53,5 +60,6 @@ def _write_alignment(folder: Path, ranks: list[int]) -> None:
     top1 = sum(rank == 1 for rank in ranks) / len(ranks)
     with create(folder, kind="probe", params={"settings": {}}) as out:
         out.write_table(ROWS_TABLE, pa.table(columns, schema=ROWS))
-        content = {"metrics": {"candidates": len(ranks), "student/top1": top1, "echo/top1": 0.9}}
+        metrics = {"candidates": len(ranks), "student/top1": top1, "echo/top1": 0.9, "student/cosine": 0.5}
+        content = {"metrics": metrics, "systems": systems}
         (out.path / "result.json").write_text(to_json(content), encoding="utf-8")

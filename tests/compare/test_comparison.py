@@ -52,6 +52,31 @@ def test_a_probe_is_compared_by_its_rows(tmp_path: Path) -> None:
     assert top1[1].score == 1.0 and top1[1].delta == 0.75 and top1[1].low is not None
 
 
+TEACHER = {"kind": "hash", "width": 4}
+
+
+@pytest.mark.parametrize(
+    ("other", "alike"),
+    [
+        ({"student": {"space": "the teacher's"}, "teacher": {"identity": TEACHER}}, True),
+        ({"student": {"space": "the teacher's"}}, True),  # nothing says that it is another
+        ({"student": {"space": "its own"}, "teacher": {"identity": TEACHER}}, False),
+        ({"teacher": {"identity": {**TEACHER, "width": 5}}}, False),
+        ({"teacher": {"identity": {**TEACHER, "transform": {"kind": "center", "sha256": "a"}}}}, False),
+    ],
+)
+def test_cosines_in_two_spaces_have_no_difference(tmp_path: Path, other: dict[str, Any], alike: bool) -> None:
+    first = {"student": {"space": "the teacher's"}, "teacher": {"identity": TEACHER}}
+    runs = [write_run(tmp_path / name, [0.5], ranks=[1, 2], systems=of) for name, of in (("a", first), ("b", other))]
+    found = compared(*runs)
+    delta = cells(found, "probe alignment", "cosine")[1].delta
+    assert delta == (0.0 if alike else None)
+    assert cells(found, "probe alignment", "cosine")[1].score == 0.5
+    assert cells(found, "probe alignment", "top1")[1].delta == 0.0
+    note = "probe alignment: cosine not compared, the runs measured it in other spaces"
+    assert found.notes == ([] if alike else [note])
+
+
 def test_three_runs_are_each_compared_with_the_first(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / str(index), [index / 4, index / 4]) for index in range(3)]
     assert [cell.delta for cell in cells(compared(*folders), "suite demo", "search")] == [None, 0.25, 0.5]
