@@ -168,7 +168,8 @@ class Embedder:
     ) -> "Iterator[np.ndarray[Any, Any]]":
         """Embeddings float32 `[<= chunk, width]`, in order, as they are made; at most one chunk is in memory.
 
-        `texts` is any iterable, endless ones too; `chunk` None is chosen by the device; see `encode` for the others.
+        `texts` is any iterable with an order, endless ones too; `chunk` None is chosen by the device; see `encode` for
+        the others.
 
         Raises:
             SourceError: an item is not a text, `chunk` is below 1, the space is unknown, or there are fewer dimensions.
@@ -179,7 +180,7 @@ class Embedder:
         if not _is_whole(size) or size < 1:
             raise SourceError(f"chunk is {size}: it must be a whole number, at least 1")
         _refuse_table(texts)
-        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        if isinstance(texts, str | bytes | Mapping | set | frozenset) or not isinstance(texts, Iterable):
             raise SourceError(f"texts is {str(texts)[:40]!r} ({type(texts).__name__}): give an iterable of strings")
         _check_truncation(truncate_dim, self.encoder.width_of(space))
         options = {"instruction": prompt, "batch_tokens": batch_tokens}
@@ -286,11 +287,14 @@ def similarity(a: "np.ndarray[Any, Any]", b: "np.ndarray[Any, Any]") -> "np.ndar
     """Cosines float32 `[N, M]` of embeddings `[N, width]` and `[M, width]`; one `[width]` counts as `[1, width]`.
 
     Raises:
-        SourceError: the widths differ.
+        SourceError: the widths differ, or one is no array of numbers.
     """
     import numpy as np
 
-    rows, columns = (np.atleast_2d(np.asarray(side, dtype=np.float32)) for side in (a, b))
+    try:
+        rows, columns = (np.atleast_2d(np.asarray(side, dtype=np.float32)) for side in (a, b))
+    except (ValueError, TypeError) as error:
+        raise SourceError(f"embeddings must be numbers [number, width]: {error}") from None
     if rows.ndim != 2 or columns.ndim != 2 or rows.shape[1] != columns.shape[1]:
         raise SourceError(
             f"embeddings of shapes {list(rows.shape)} and {list(columns.shape)} cannot be compared: both must be "

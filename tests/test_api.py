@@ -257,6 +257,8 @@ def test_similarity_is_the_cosine() -> None:
 def test_similarity_of_other_widths() -> None:
     with pytest.raises(SourceError, match=r"shapes \[1, 2\] and \[1, 3\] cannot be compared"):
         similarity(np.ones(2), np.ones(3))
+    with pytest.raises(SourceError, match="embeddings must be numbers"):
+        similarity("a text", np.ones(3))  # type: ignore[arg-type]
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
@@ -309,7 +311,7 @@ def test_mistakes_in_a_stream(embedder: Embedder) -> None:
             embedder.encode_stream(["a"], chunk=chunk)  # type: ignore[arg-type]
     with pytest.raises(SourceError, match="texts is a DataFrame: give a column of it"):
         embedder.encode_stream(pl.DataFrame({"text": TEXTS}))  # type: ignore[arg-type]
-    for wrong in ("a string", 7):
+    for wrong in ("a string", 7, {"a": "x"}, {"a"}):
         with pytest.raises(SourceError, match="give an iterable of strings"):
             embedder.encode_stream(wrong)  # type: ignore[arg-type]
 
