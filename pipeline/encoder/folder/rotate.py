@@ -8,7 +8,7 @@ An embedding is an affine map of a hidden state of d dimensions and spans d + 1 
 a prediction, loses the other dimensions, which hold nothing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -61,8 +61,17 @@ def rotate(
         SourceError: the texts are damaged.
     """
     source = open_source(model, out)
-    blocks = (encoder.encode(chunk, instruction=instruction) for chunk in texts.chunks(CHUNK_ROWS))
-    found = fit_rotation(encoder.head, blocks, dimensions)
+    truncated = 0
+
+    def blocks() -> Iterator[np.ndarray]:
+        nonlocal truncated
+        for chunk in texts.chunks(CHUNK_ROWS):
+            embedded = encoder.embed(chunk, instruction=instruction)
+            truncated += embedded.truncated
+            yield embedded.vectors
+
+    found = fit_rotation(encoder.head, blocks(), dimensions)
+    encoder.config.warn_of_truncated(truncated, texts.rows)
     config: EncoderConfig = encoder.config.model_copy(update={"rotated_width": len(found.shares)})
     facts = {"texts": texts.rows, "instruction": instruction, "dimensions": dimensions}
     derive(source, out, config, {**source.manifest.params, "rotate": facts}, found.rotation)

@@ -109,6 +109,18 @@ def test_the_first_dimensions_alone_may_stay(folder: Path) -> None:
     np.testing.assert_allclose(short, whole[:, :2], atol=1e-5)
 
 
+def test_texts_that_are_too_long_are_counted_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.encoder.folder.rotate.CHUNK_ROWS", 2)
+    Path("long.txt").write_text("".join(f"{text * 40}\n" for text in ("one", "two", "three")))
+    command("rotate", "encoder", "--texts", "long.txt", "--output", "rotated")
+    assert [line for line in caplog.messages if "are longer than" in line] == [
+        "3 of 3 texts are longer than 64 tokens, prompt and template included (max_query_tokens), and lose their end "
+        "(keep: start)"
+    ]
+
+
 def test_a_new_share_leaves_the_rotation_behind(folder: Path) -> None:
     before = open_artifact(folder, "encoder").manifest
     share = before.params["train"]["response_share"]
