@@ -18,8 +18,8 @@ from pipeline.core.readers import TextFile
 from pipeline.core.readers.rows import parquet_batches
 from pipeline.core.run import progress
 from pipeline.core.text import normalize_text, visible
-from pipeline.core.vectors import matrix, top_k
-from pipeline.encoder.embedded_by import CORPUS, center_of, mean_of, not_made_by, read_center
+from pipeline.core.vectors import top_k
+from pipeline.encoder.embedded_by import CORPUS, center_of, mean_of, not_made_by, read_center, stored_in
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,7 +87,7 @@ def _vectors(
     """
     if reused:
         log.info("%s holds embeddings by this encoder: nothing is embedded again", corpus.path)
-        return partial(_stored, corpus)
+        return partial(_stored, corpus, encoder.width)
     made = partial(_embedded, encoder, corpus, instruction)
     return stack.enter_context(_kept(made())) if again else made
 
@@ -152,12 +152,12 @@ def _is_embedded(encoder: "Encoder", corpus: TextFile, instruction: str) -> bool
     return True
 
 
-def _stored(corpus: TextFile) -> "Iterator[Array]":
+def _stored(corpus: TextFile, width: int) -> "Iterator[Array]":
     """With the mean that a file's embeddings lack."""
     for file in corpus.files:
         mean = center_of(file.path)
         for batch in parquet_batches(file, CHUNK_ROWS, ["embedding"]):
-            vectors = matrix(batch.column("embedding"))
+            vectors = stored_in(file.path, batch.column("embedding"), width)
             yield vectors if mean is None else vectors + mean
 
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import SourceError
 from pipeline.core.files import bytes_sha256
 from pipeline.core.target_transform import Space
+from pipeline.core.vectors import matrix
 from pipeline.encoder.folder.config import fingerprint
 
 if TYPE_CHECKING:
@@ -68,6 +70,16 @@ def _said_of(path: Path) -> dict[str, Any] | None:
     if written is None or "embedding" not in schema.names:
         return None
     found: dict[str, Any] | None = json.loads(written)
+    return found
+
+
+def stored_in(path: Path, column: pa.Array | pa.ChunkedArray, width: int) -> Array:
+    """Embeddings float32 `[B, width]` in a column of a file; SourceError if a row is no such embedding."""
+    whole = not column.null_count and pc.all(pc.equal(pc.list_value_length(column), width)).as_py()
+    found = matrix(column) if whole else None
+    if found is None or not np.isfinite(found).all():
+        message = f"{path}: a row of 'embedding' is not {width} finite numbers: write the file again with encode"
+        raise SourceError(message, argument="corpus")
     return found
 
 

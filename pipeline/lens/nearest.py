@@ -19,6 +19,7 @@ from pipeline.core.errors import SourceError
 from pipeline.core.files import digest_of
 from pipeline.core.run import progress
 from pipeline.core.vectors import matrix, top_k
+from pipeline.encoder.embedded_by import stored_in
 
 CHUNK_ROWS = 8192
 # A larger index shows a progress bar.
@@ -140,7 +141,7 @@ def open_index(path: Path) -> Index:
         version=f"{path.stat().st_size} {path.stat().st_mtime_ns}",
         rows=metadata.num_rows,
         width=kind.list_size,
-        vectors=lambda: map(matrix, _column(path, "embedding")),
+        vectors=lambda: (stored_in(path, column, kind.list_size) for column in _column(path, "embedding")),
         entries=entries,
     )
 

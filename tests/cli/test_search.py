@@ -113,6 +113,18 @@ def test_a_mean_of_other_embeddings_is_not_subtracted(workspace: Path, other: st
     assert found[0].score == pytest.approx((4 * 10 + 1) / np.sqrt((4 * 4 + 1) * (10 * 10 + 1)), abs=1e-4)
 
 
+@pytest.mark.parametrize("wrong", [None, [1.0, 2.0], [1.0, float("nan"), 1.0]])
+def test_a_row_that_is_no_embedding_is_an_error_and_no_passage(workspace: Path, wrong: list[float] | None) -> None:
+    """As after the join of two tables."""
+    Path("in.txt").write_text("a\nbb\n")
+    encode_file(LengthEncoder(), open_texts(Path("in.txt")), Path("c.parquet"))  # type: ignore[arg-type]
+    table = pq.read_table("c.parquet")
+    joined = pa.table({"text": ["a", "bb"], "embedding": [[1.0, 97.0, 1.0], wrong]})
+    pq.write_table(joined.replace_schema_metadata(table.schema.metadata), "c.parquet")
+    with pytest.raises(SourceError, match=r"corpus: c\.parquet: a row of 'embedding' is not 3 finite numbers"):
+        search(LengthEncoder(), open_texts(Path("c.parquet")), "bb")  # type: ignore[arg-type]
+
+
 def test_embeddings_of_untidy_texts_are_not_those_of_tidy_ones(workspace: Path) -> None:
     for name, text in (("tidy", "a b"), ("untidy", "a    b")):
         Path("in.txt").write_text(f"{text}\ncc\n")

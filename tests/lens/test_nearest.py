@@ -83,6 +83,10 @@ def test_a_corpus_that_is_none(tmp_path: Path) -> None:
     write_embedded(tmp_path / "c.parquet", ["x"], [[0, 2]])
     with pytest.raises(SourceError, match="vectors of 2 dimensions, the encoder's have 3"):
         nearest(np.ones((1, 3)), open_index(tmp_path / "c.parquet"), 1)
+    for wrong in ([[0, 2], None], [[0, 2], [0, float("nan")]]):
+        write_embedded(tmp_path / "joined.parquet", ["x", "y"], wrong)  # type: ignore[arg-type]
+        with pytest.raises(SourceError, match="a row of 'embedding' is not 2 finite numbers"):
+            nearest(np.ones((1, 2)), open_index(tmp_path / "joined.parquet"), 1)
     write_parquet(pa.table({"text": ["x"]}), tmp_path / "plain.parquet")
     with pytest.raises(SourceError, match=r"needs the columns 'text' and 'embedding'.*its columns: text"):
         open_index(tmp_path / "plain.parquet")
