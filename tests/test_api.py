@@ -301,6 +301,11 @@ def test_what_is_no_text(embedder: Embedder, texts: Any, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_prompt_that_no_tokenizer_reads(embedder: Embedder) -> None:
+    with pytest.raises(SourceError, match=r"prompt: holds '\\udce9' at character 3, half of a surrogate pair"):
+        embedder.encode("x", prompt="caf\udce9")
+
+
 def test_mistakes_in_a_stream(embedder: Embedder) -> None:
     stream = embedder.encode_stream(["a", "b", "c", 4], chunk=2)  # type: ignore[list-item]
     assert next(stream).shape == (2, WIDTH)

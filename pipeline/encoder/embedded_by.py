@@ -27,8 +27,21 @@ CORPUS = "corpus"
 Array = np.ndarray[Any, Any]
 
 
+def check_instruction(instruction: str) -> None:
+    """Raises SourceError if an instruction holds half of a surrogate pair, which no tokenizer reads."""
+    try:
+        instruction.encode()
+    except UnicodeEncodeError as error:
+        half = f"{instruction[error.start]!r} at character {error.start}, half of a surrogate pair"
+        raise SourceError(f"holds {half}: write it as UTF-8", argument="prompt") from None
+
+
 def made_by(encoder: "Encoder", instruction: str, space: Space = "trained") -> dict[str, Any]:
-    """What decides an embedding besides its text, however its folder is called (serialises to JSON)."""
+    """What decides an embedding besides its text, however its folder is called (serialises to JSON).
+
+    Raises SourceError as `check_instruction`.
+    """
+    check_instruction(instruction)
     decides = fingerprint(encoder.identity, encoder.config)
     facts = {"encoder": {key: value for key, value in decides.items() if key != "name"}, "instruction": instruction}
     return facts if space == "trained" else {**facts, "space": space, "transform": encoder.config.transform}

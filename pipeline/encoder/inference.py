@@ -16,6 +16,7 @@ from pipeline.core.errors import SourceError, TrainingError
 from pipeline.core.files import file_sha256
 from pipeline.core.run import progress
 from pipeline.core.target_transform import TRANSFORM_FILE, Space, TargetTransform, load_transform
+from pipeline.encoder.embedded_by import check_instruction
 from pipeline.encoder.folder.config import START_FILE, EncoderConfig
 from pipeline.encoder.folder.tensors import read_start
 from pipeline.encoder.head import EmbeddingHead, Reading, Rotation
@@ -273,6 +274,7 @@ class Encoder:
 
     def _prompts(self, texts: Sequence[str], instruction: str) -> tuple[list[FormattedPrompt], int]:
         check_texts(texts)
+        check_instruction(instruction)
         prompts = self._format.batch(texts, join_instruction(instruction, ""))
         return prompts, sum(prompt.truncated for prompt in prompts)
 

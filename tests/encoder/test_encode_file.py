@@ -328,6 +328,13 @@ def test_embeddings_back_in_the_teachers_space_are_others(workspace: Path) -> No
     assert not_made_by(behind, Path("out.parquet")) is None
 
 
+def test_a_prompt_that_no_tokenizer_reads(workspace: Path) -> None:
+    """As from a terminal that is not in UTF-8."""
+    write()
+    with pytest.raises(SourceError, match=r"prompt: holds '\\udce9' at character 3, half of a surrogate pair"):
+        encode("out.npy", instruction="caf\udce9")
+
+
 def test_a_folder_as_the_output_is_refused_before_the_work(workspace: Path) -> None:
     write()
     Path("out.npy").mkdir()
