@@ -135,4 +135,10 @@ class EvaluateParams(Params):
             raise ValueError(f"stored needs the student among the systems: they are {', '.join(self.systems)}")
         if self.stored and not self.cache_embeddings:
             raise ValueError("stored needs cache_embeddings: true, or every form would embed all texts again")
+        if self.stored:
+            from pipeline.evaluate.stored import name_of
+
+            names = {name_of(form.storage) for form in self.stored}
+            if taken := sorted(names & self.models.keys()):
+                raise ValueError(f"models: '{taken[0]}' is the name of a form in stored: choose another key")
         return self

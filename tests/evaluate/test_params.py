@@ -30,6 +30,10 @@ from pipeline.evaluate.params import EvaluateParams
         ({"stored": [{"truncate_dim": 8}] * 2}, r"stored contains a duplicate"),
         ({"stored": [{"truncate_dim": 8}], "cache_embeddings": False}, r"stored needs cache_embeddings: true"),
         ({"stored": [{"truncate_dim": 8}], "systems": ["echo"]}, r"stored needs the student among the systems"),
+        (
+            {"stored": [{"truncate_dim": 8, "quantize": "int8"}], "models": {"student-8-int8": {"name": "m"}}},
+            "models: 'student-8-int8' is the name of a form in stored",
+        ),
         ({"model_name": "mine"}, r"model_name: String should match pattern"),
     ],
 )
