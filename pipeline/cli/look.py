@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def audit(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False) -> None:
-    """Verify every artifact: hashes, schemas, ids, models, dvc.lock. Exits with 1 on any finding."""
+    """Verify every artifact: hashes, schemas, ids, models, dvc.lock. Exits with 1 on a finding, or if none is here."""
     from pipeline.audit import audit as run_audit
 
     report = run_audit()
@@ -22,7 +22,7 @@ def audit(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inste
         print(json.dumps(report.to_dict(), indent=2))
     else:
         _print_audit(report)
-    sys.exit(bool(report.findings))
+    sys.exit(bool(report.findings) or not report.verified)
 
 
 def _print_audit(report: "AuditReport") -> None:
@@ -34,6 +34,9 @@ def _print_audit(report: "AuditReport") -> None:
         print(f"{name}: not made yet", file=sys.stderr)
     if report.findings:
         print(f"{len(report.findings)} findings", file=sys.stderr)
+        return
+    if not report.verified:
+        print("error: nothing to verify: no stage has written an artifact in this folder", file=sys.stderr)
         return
     from rich.table import Table
 

@@ -117,7 +117,7 @@ def _cautions(queries: int | None, table: Comparison) -> list[str]:
     if queries is not None and queries < PAPER_QUERIES:
         cautions.append(f"The student was trained on {queries:,} queries; the paper's on {PAPER_QUERIES:,}.")
     if len(table.tasks) < 10:
-        cautions.append(f"{len(table.tasks)} tasks are no benchmark.")
+        cautions.append(f"A benchmark has more than {len(table.tasks)} task{'s' * (len(table.tasks) != 1)}.")
     return cautions
 
 

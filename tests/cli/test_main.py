@@ -60,8 +60,9 @@ def test_audit_names_a_flipped_byte_and_fails(workspace: Path) -> None:
 
 def test_audit_of_nothing(workspace: Path) -> None:
     result = call("audit")
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert "data/queries: not made yet" in result.stderr
+    assert "no stage has written an artifact" in result.stderr
 
 
 def test_inspect(workspace: Path) -> None:
