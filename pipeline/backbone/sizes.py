@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline.core.config import Params
 
 # Architectures that differ from two norms a layer over the hidden states: (norms a layer, norms of queries and keys).
@@ -63,8 +65,11 @@ class ModelSizes(Params):
 
 
 def sizes_from_config(config: Mapping[str, Any]) -> ModelSizes | None:
-    """The sizes in a config.json; None if it names them differently, or for a mixture of experts."""
-    config = config.get("text_config", config)
+    """The sizes in a config.json; None if it names them differently, or for a mixture of experts.
+
+    Layers that differ from each other (Gemma 3n) have a list of sizes, or null, where others have a number.
+    """
+    config = config.get("text_config") or config
     if any(config.get(key) for key in _EXPERTS):
         return None
     try:
@@ -83,5 +88,5 @@ def sizes_from_config(config: Mapping[str, Any]) -> ModelSizes | None:
             norms=norms,
             head_norms=head_norms,
         )
-    except KeyError:
+    except (KeyError, TypeError, ValidationError):
         return None

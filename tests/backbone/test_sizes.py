@@ -52,7 +52,18 @@ def test_what_a_config_may_leave_out_or_nest() -> None:
     assert (shape.kv_heads, shape.head_dim, shape.tied) == (4, 8, True)
 
 
-@pytest.mark.parametrize("config", [{}, CONFIG | {"num_experts": 8}, CONFIG | {"num_local_experts": 8}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        CONFIG | {"num_experts": 8},
+        CONFIG | {"num_local_experts": 8},
+        CONFIG | {"intermediate_size": [48, 48, 64]},  # Gemma 3n: one a layer
+        CONFIG | {"intermediate_size": None},
+        CONFIG | {"num_attention_heads": None},
+        {"text_config": None},
+    ],
+)
 def test_what_has_no_such_sizes(config: dict[str, Any]) -> None:
     assert sizes_from_config(config) is None
 
