@@ -152,7 +152,7 @@ def switch(path: Path, name: str, memory: int, teacher: str | None = None, *, pa
     if memory not in preset.teacher.batch_tokens:
         sizes = ", ".join(map(str, preset.teacher.batch_tokens))
         raise ParamsError(f"no batch sizes for {memory} GB (known: {sizes})", argument="memory")
-    return _edit(path, lambda content: _values(preset, teacher, memory, content, paper=paper))
+    return _edit(path, lambda content: _values(preset, teacher, memory, content, paper=paper), keep_pins=True)
 
 
 def lay_over(path: Path, changes: Mapping[str, Any]) -> list[str]:
@@ -160,7 +160,7 @@ def lay_over(path: Path, changes: Mapping[str, Any]) -> list[str]:
 
     A mapping goes over the file's own key by key, anything else replaces it.
     """
-    return _edit(path, lambda content: dict(_leaves(changes, content)))
+    return _edit(path, lambda content: dict(_leaves(changes, content)), keep_pins=False)
 
 
 def _leaves(changes: Mapping[str, Any], content: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -176,13 +176,18 @@ def _leaves(changes: Mapping[str, Any], content: Any, place: str = "") -> Iterat
         yield from _leaves(changes[key], content[key], f"{place}.{key}" if place else key)
 
 
-def _edit(path: Path, values: Callable[[Any], dict[str, dict[str, Any]]]) -> list[str]:
-    """Set values by their place in a file, of whose content they are a function; returns the changes."""
+def _edit(path: Path, values: Callable[[Any], dict[str, dict[str, Any]]], *, keep_pins: bool) -> list[str]:
+    """Set values by their place in a file, of whose content they are a function; returns the changes.
+
+    `keep_pins`: a model without a revision keeps the one in the file.
+    """
     read_yaml(path)  # says what is wrong with the file, if anything is
     yaml = _round_trip()
     content = yaml.load(path.read_text(encoding="utf-8"))
     changes = [
-        line for place, found in values(content).items() for line in _set(_section(path, content, place), place, found)
+        line
+        for place, found in values(content).items()
+        for line in _set(_section(path, content, place), place, found, keep_pins=keep_pins)
     ]
     sink = StringIO()
     yaml.dump(content, sink)
@@ -278,14 +283,14 @@ def _section(path: Path, content: Any, place: str) -> CommentedMap:
     return section
 
 
-def _set(section: CommentedMap, place: str, values: dict[str, Any]) -> list[str]:
+def _set(section: CommentedMap, place: str, values: dict[str, Any], *, keep_pins: bool) -> list[str]:
     fields = _MODELS[place].model_fields.items() if place in _MODELS else ()
     defaults = {key: field.get_default(call_default_factory=True) for key, field in fields}
     if "template" in defaults:  # a file names templates, params hold their text
         defaults["template"] = _template_name(defaults["template"])
     changes, before = [], dict(section)
     for key in values:
-        value = _keeping_pins(before, values, key)
+        value = _keeping_pins(before, values, key) if keep_pins else values[key]
         # What a file leaves to the default need not be written into it.
         unset = key not in section and key in defaults and value == defaults[key]
         if unset or (key in section and section[key] == value):
@@ -366,7 +371,9 @@ def _shown(value: Any) -> str:
     """A value in the line of a change; models by name and the start of their commit."""
     if not isinstance(value, list):
         return str(dict(value) if isinstance(value, dict) else value)
-    pins = [(item.get("name"), item.get("revision")) for item in value if isinstance(item, dict)]
+    if not all(isinstance(item, dict) and "revision" in item for item in value):
+        return str([dict(item) if isinstance(item, dict) else item for item in value])
+    pins = [(item.get("name"), item["revision"]) for item in value]
     return " + ".join(f"{name} ({revision[:12] if revision else 'not pinned'})" for name, revision in pins) or "none"
 
 

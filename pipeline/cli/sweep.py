@@ -91,12 +91,19 @@ def changed_params(name: str, memory: int) -> Iterator[list[str]]:
 
 
 def absolute_models(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The `name` of each mapping that is a folder by a relative path, as an absolute one, where it stands."""
+    """The `name` of each mapping that is a folder by a relative path, as an absolute one, where it stands.
+
+    A list that has such mappings, as of a teacher's adapters, is there as a whole.
+    """
     found: dict[str, Any] = {}
     for key, value in params.items():
         if isinstance(value, Mapping):
             if inner := absolute_models(value):
                 found[key] = inner
+        elif isinstance(value, list):
+            moved = [{**item, **absolute_models(item)} if isinstance(item, Mapping) else item for item in value]
+            if moved != value:
+                found[key] = moved
         elif key == "name" and isinstance(value, str) and not Path(value).is_absolute() and Path(value).is_dir():
             found[key] = str(Path(value).resolve())
     return found

@@ -73,6 +73,25 @@ def test_a_relative_model_folder_becomes_an_absolute_one(workspace: Path) -> Non
     assert absolute_models(params) == {"backbone": {"name": str(workspace / "models/own")}}
 
 
+def test_adapters_in_relative_folders_become_absolute_ones(workspace: Path) -> None:
+    (workspace / "models/mntp").mkdir(parents=True)
+    hub = {"name": "org/simcse", "revision": "abc"}
+    params = {"embed": {"teacher": {"adapters": [{"name": "models/mntp", "revision": None}, hub]}}, "seeds": [0, 1]}
+    own = {"name": str(workspace / "models/mntp"), "revision": None}
+    assert absolute_models(params) == {"embed": {"teacher": {"adapters": [own, hub]}}}
+
+
+def test_a_list_of_a_file_replaces_that_of_the_params(params: Path, tmp_path: Path) -> None:
+    source = {"kind": "local", "path": "other.jsonl"}
+    lists = {"evaluate": {"systems": ["student"], "seeds": [0, 1]}, "collect": {"sources": [source]}}
+    (tmp_path / "lists.yaml").write_text(yaml.safe_dump(lists))
+    with changed_params("lists.yaml", 80) as changes:
+        content = read_yaml(params)
+    assert [content["evaluate"]["systems"], content["evaluate"]["seeds"]] == [["student"], [0, 1]]
+    assert content["collect"]["sources"] == [source]
+    assert any(line.startswith("evaluate.systems: ['") and line.endswith("-> ['student']") for line in changes)
+
+
 def test_a_file_gives_an_experiment_its_name() -> None:
     assert [experiment_name(name) for name in ("qwen3-0.6b", "a/small.yaml")] == ["qwen3-0.6b", "small"]
 
