@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from pipeline.core.artifacts import Artifact, read_manifest
-from pipeline.core.errors import ArtifactError
+from pipeline.core.errors import ArtifactError, first_line
 from pipeline.core.paths import RESULTS_DIR, STAGE_ARTIFACTS
 from pipeline.core.schemas import QUERY_EMBEDDING
 
@@ -109,10 +110,19 @@ def _starting_with(path: Path, prefix: str) -> list[dict[str, Any]]:
 
 
 def _filtered(path: Path, condition: pc.Expression) -> list[dict[str, Any]]:
-    try:
+    with _readable(path):
         return pq.read_table(path, filters=condition).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ArtifactError(f"{path}: {error}") from None
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raises ArtifactError if a file that is read in the block is missing or damaged, or has columns of other kinds."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (pa.ArrowException, SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def _embedding_facts(row: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +161,7 @@ def _head(artifact: Artifact, count: int) -> list[dict[str, Any]]:
     for path in artifact.tables():
         wanted = count - len(rows) if parts else count
         if wanted > 0:
-            with pq.ParquetFile(path) as file:
+            with _readable(path), pq.ParquetFile(path) as file:
                 batch = next(file.iter_batches(batch_size=wanted), None)
             rows += [_flat({"file": path.stem, **row}) for row in (batch.to_pylist() if batch else [])]
     return rows
@@ -167,7 +177,7 @@ def _tensors_table(artifact: Artifact) -> Table:
 
     table = _plain(f"{artifact.path}: trained tensors", "file", "tensor", "shape", "dtype", "norm")
     for name in sorted(file for file in artifact.manifest.files if file.endswith(".safetensors")):
-        with safe_open(artifact.path / name, framework="pt") as tensors:
+        with _readable(artifact.path / name), safe_open(artifact.path / name, framework="pt") as tensors:
             for key in sorted(tensors.keys()):
                 tensor = tensors.get_tensor(key)
                 norm = f"{tensor.float().norm():.4f}"

@@ -124,3 +124,16 @@ def test_a_damaged_table_is_one_message() -> None:
 def test_text_cannot_use_markup_or_control_characters() -> None:
     assert "[red]" in rendered(_cell("[red]x[/red]"))
     assert "\x1b" not in _cell("\x1b[31m")
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [("collect", "data/queries/train.parquet"), ("train", "models/encoder/student.safetensors")],
+)
+@pytest.mark.parametrize("content", [None, b"xx"])
+def test_a_file_that_cannot_be_read_is_named(stage: str, file: str, content: bytes | None) -> None:
+    Path(file).unlink()
+    if content is not None:
+        Path(file).write_bytes(content)
+    with pytest.raises(ArtifactError, match=f"^{file} cannot be read: "):
+        show(stage, 1)
