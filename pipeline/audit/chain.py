@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.audit.findings import ENCODER, STALE, TARGETS, TEACHER, Findings
@@ -87,11 +88,12 @@ def check_trained_teacher(root: Path, artifacts: Mapping[str, Artifact], finding
 def check_width(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
     """The encoder states the width that the targets have."""
     targets, encoder = artifacts.get(TARGETS), artifacts.get(ENCODER)
-    config = encoder.path / ENCODER_CONFIG if encoder else None
-    if targets is None or config is None or not config.is_file():
-        return
-    stated = json.loads(config.read_text(encoding="utf-8")).get("width")
-    kind = pq.read_schema(targets.tables()[0]).field("embedding").type
+    config, tables = _encoder_config(encoder), targets.tables() if targets else []
+    found = pq.read_schema(tables[0]) if tables else pa.schema([])
+    kind = found.field("embedding").type if "embedding" in found.names else None
+    if config is None or not isinstance(kind, pa.FixedSizeListType):
+        return  # reported for the config and for the targets themselves
+    stated = config.get("width")
     if stated != kind.list_size:
         findings.add(ENCODER, ENCODER_CONFIG, f"width is {stated}, the targets have {kind.list_size}")
 
@@ -99,10 +101,12 @@ def check_width(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
 def check_share(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
     """The encoder's config has the response share of its params, and below 1 a reading."""
     encoder = artifacts.get(ENCODER)
-    config = encoder.path / ENCODER_CONFIG if encoder else None
-    if encoder is None or config is None or not config.is_file():
+    if encoder is None or ENCODER_CONFIG not in encoder.manifest.files:
         return
-    found, params = json.loads(config.read_text(encoding="utf-8")), encoder.manifest.params.get("train") or {}
+    found, params = _encoder_config(encoder), encoder.manifest.params.get("train") or {}
+    if found is None:
+        findings.add(ENCODER, ENCODER_CONFIG, "holds no mapping in JSON: run train again")
+        return
     stated = found.get("response_share", 1.0)
     for name, usual in (("response_share", 1.0), ("response_form", "beside")):
         here, wanted = found.get(name, usual), params.get(name, usual)
@@ -110,6 +114,17 @@ def check_share(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
             findings.add(ENCODER, ENCODER_CONFIG, f"{name} is {here}, the params of the manifest say {wanted}")
     if stated < 1 and READING_FILE not in encoder.manifest.files:
         findings.add(ENCODER, READING_FILE, f"is missing, which response_share {stated} needs")
+
+
+def _encoder_config(encoder: Artifact | None) -> dict[str, Any] | None:
+    """The encoder's config; None if there is none, or it holds something else."""
+    if encoder is None or ENCODER_CONFIG not in encoder.manifest.files:
+        return None
+    try:
+        found = json.loads((encoder.path / ENCODER_CONFIG).read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def check_transform(artifacts: Mapping[str, Artifact], findings: Findings) -> None:

@@ -24,7 +24,7 @@ def check_lock(root: Path, damaged: set[str], anything_made: bool, findings: Fin
     if not path.is_file():
         return None
     try:
-        stages = read_yaml(path).get("stages", {})
+        stages = read_yaml(path).get("stages") or {}
     except ParamsError as error:
         findings.add(LOCK, "", str(error))
         return 0
@@ -55,7 +55,7 @@ def dvc_md5(path: Path) -> str:
 
 def _outs(stages: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for stage, entry in stages.items():
-        for out in entry.get("outs", []):
+        for out in (entry or {}).get("outs") or []:
             yield stage, out
 
 

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -229,6 +229,7 @@ def read_manifest(path: Path) -> Artifact:
             raise ArtifactError(f"{manifest_path}: format version {found}, this code reads {FORMAT_VERSION}: rerun it")
         signed = content.pop("sha256", None) is not None
         manifest = Manifest(**content)
+        _check_kinds(manifest)
     except FileNotFoundError:
         raise ArtifactError(f"{path} is not a finished artifact (no {MANIFEST}): run the stage that makes it") from None
     except NotADirectoryError:
@@ -240,6 +241,15 @@ def read_manifest(path: Path) -> Artifact:
     if (signed or found == FORMAT_VERSION) and raw != manifest.to_bytes():
         raise ArtifactError(f"{manifest_path} is damaged (its sha256 is another): run the stage again")
     return Artifact(path, manifest, bytes_sha256(raw))
+
+
+def _check_kinds(manifest: Manifest) -> None:
+    """Raises TypeError if a value is of another kind than readers take."""
+    kinds: dict[str, type] = {"kind": str, "rows": int, "format_version": int}
+    for each in fields(manifest):
+        value = getattr(manifest, each.name)
+        if not isinstance(value, kinds.get(each.name, dict)):
+            raise TypeError(f"{each.name} is {value!r}")
 
 
 def open_artifact(path: Path, kind: str) -> Artifact:

@@ -470,3 +470,30 @@ def test_md5_is_what_dvc_computes(workspace: Path) -> None:
     assert (report.findings, report.locked) == ([], 2)
     Path("out/b").write_text("changed")
     assert [finding.where for finding in audit(workspace).findings] == ["out"]
+
+
+def test_targets_without_vectors_are_one_finding(made: Path) -> None:
+    rewrite(made, "data/targets", PART0, lambda table: table.drop_columns(["embedding"]))
+    assert lines() == ["data/targets: column 'embedding' is None, expected a fixed-size list"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_an_encoder_config_that_is_no_mapping_is_a_finding(made: Path, content: str) -> None:
+    config = Path("models/encoder/encoder_config.json")
+    config.write_text(content)
+    edit_manifest(made, "models/encoder", files={config.name: file_sha256(config)})
+    assert lines() == ["models/encoder encoder_config.json: holds no mapping in JSON: run train again"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("params", None), ("files", []), ("counts", None), ("rows", "5")])
+def test_a_manifest_with_values_of_another_kind_is_damaged(made: Path, key: str, value: Any) -> None:
+    edit_manifest(made, "data/responses", **{key: value})
+    [line] = [line for line in lines() if line.startswith("data/responses manifest.json")]
+    assert f"is damaged ({key} is {value!r}): run the stage again" in line
+
+
+@pytest.mark.parametrize("content", ["stages:\n", "stages: {collect: null}\n", "stages: {collect: {outs: null}}\n"])
+def test_a_lock_without_outs_has_nothing_to_compare(made: Path, content: str) -> None:
+    Path("dvc.lock").write_text(content)
+    report = audit(made)
+    assert (report.findings, report.locked) == ([], 0)
