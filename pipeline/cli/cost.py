@@ -6,15 +6,15 @@ weights, and the keys and values of all rows in flight, at `BANDWIDTH_SHARE`; as
 and the cache holds. Both shares are assumptions: `bench/gpu.py` measures.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.backbone.loading import DTYPE_BYTES, BackboneParams, DType
 from pipeline.backbone.prompting import SLOT
 from pipeline.backbone.sizes import ModelSizes
-from pipeline.cli.plan import GB, AllParams, backbone_sizes, expected_rows
+from pipeline.cli.plan import GB, AllParams, backbone_sizes, expected_rows, model_config
+from pipeline.core.errors import nested_in, section
 from pipeline.core.schemas import TARGET_TYPES
 from pipeline.embed.teachers.registry import TEACHERS
 from pipeline.embed.teachers.template import TEMPLATES
@@ -38,6 +38,7 @@ from pipeline.train.plan import step_settings
 COMPUTE_SHARE = 0.4
 BANDWIDTH_SHARE = 0.6
 FLOAT32 = 4
+TOKEN = 4  # bytes of a token of a training row on the disk, see `pipeline.train.row_files`
 STEPS, CLOSED_FORM = "steps", "closed form"
 
 
@@ -61,11 +62,12 @@ def make_costs(params: AllParams, gpu: Gpu | None, root: Path = Path()) -> list[
     """
     teacher, own = params.embed.teacher, backbone_sizes(params.backbone, root)
     sizes = own
-    if not TEACHERS[teacher.kind].on_backbone:
-        sizes = None
-    elif teacher.name:
-        sizes = backbone_sizes(BackboneParams(name=teacher.name, revision=teacher.revision), root)
-    width = sizes.hidden if sizes else _local_width(root / teacher.name) if teacher.name else None
+    with section("embed"), nested_in("teacher"):
+        if not TEACHERS[teacher.kind].on_backbone:
+            sizes = None
+        elif teacher.name:
+            sizes = backbone_sizes(BackboneParams(name=teacher.name, revision=teacher.revision), root)
+        width = sizes.hidden if sizes else _local_width(root / teacher.name) if teacher.name else None
     rows, _ = expected_rows(params, root)
     evaluation = EvaluationPlan(params.evaluate, params.suites, params.probes, root)
     return CostModel(params, own, sizes, width, rows, gpu).stages(evaluation)
@@ -74,7 +76,7 @@ def make_costs(params: AllParams, gpu: Gpu | None, root: Path = Path()) -> list[
 def _local_width(folder: Path) -> int | None:
     """Width of the embeddings of a sentence-transformers folder whose modules keep the transformer's."""
     config = folder / "config.json"
-    found = json.loads(config.read_text(encoding="utf-8")).get("hidden_size") if config.is_file() else None
+    found = model_config(config).get("hidden_size") if config.is_file() else None
     return found if isinstance(found, int) else None
 
 
@@ -118,6 +120,12 @@ class CostModel:
         transform = self.params.embed.transform
         return transform.components if transform.kind == "whiten" and transform.components else self.teacher_width
 
+    @property
+    def _target_bytes(self) -> int:
+        """Of a row in data/targets; 0 where the width is unknown."""
+        number = TARGET_TYPES[self.params.embed.dtype].bit_width // 8
+        return (self._trained_width or 0) * number * (2 if self.params.embed.queries else 1)
+
     # --- stages -----------------------------------------------------------------------------------------------------
 
     def _weights(self) -> float | None:
@@ -160,7 +168,7 @@ class CostModel:
         if self.rows is None or sizes is None:
             return Cost("train", None, None)
         rows = round(self.rows * (1 - self.params.collect.heldout_fraction))
-        settings = step_settings(train, self.params.backbone.dtype)
+        settings = replace(step_settings(train, self.params.backbone.dtype), width=self._trained_width)
         row = step_flops(
             sizes,
             [(train.max_query_tokens, train.max_response_tokens)],
@@ -172,10 +180,13 @@ class CostModel:
         steps = float(row) * planned_steps(rows, train) * train.batch_size
         read = train.max_query_tokens + settings.new_tokens
         passes = train.warm_start.enabled + train.refit_alignment
-        fitted = passes * read_flops(sizes, min(rows, train.warm_start.rows or rows) * read, read)
+        closed = passes * min(rows, train.warm_start.rows or rows)
+        fitted = read_flops(sizes, closed * read, read)
         parts = {STEPS: self._compute_seconds(steps), CLOSED_FORM: self._compute_seconds(fitted)} if passes else {}
-        # The encoder's tensors in float32, and a checkpoint of them with gradients' moments.
-        disk = TRAINED * trained_parameters(sizes, settings)
+        # The encoder's tensors in float32, and a checkpoint of them with gradients' moments. In the work folder the
+        # hidden states of the rows of a closed form, and while the stage runs the tokens and targets of all rows.
+        disk = TRAINED * trained_parameters(sizes, settings) + closed * sizes.hidden * FLOAT32
+        disk += self.rows * (TOKEN * (train.max_query_tokens + train.max_response_tokens) + self._target_bytes)
         return Cost("train", self._compute_seconds(steps + fitted), disk, parts)
 
     def _evaluate(self, stage: str, size: SuiteSize, by_teacher: SuiteSize) -> Cost:

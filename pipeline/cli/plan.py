@@ -21,7 +21,15 @@ from pipeline.cli.presets import preset_of
 from pipeline.collect.params import CollectParams
 from pipeline.core.artifacts import read_manifest
 from pipeline.core.config import EntryName, Params, read_yaml, validate
-from pipeline.core.errors import ArtifactError, EvaluationError, ParamsError, SourceError, section
+from pipeline.core.errors import (
+    ArtifactError,
+    BackboneError,
+    EvaluationError,
+    ParamsError,
+    SourceError,
+    first_line,
+    section,
+)
 from pipeline.core.paths import QUERIES_DIR, REPORT_PAGES
 from pipeline.core.readers import LocalSource, find_files
 from pipeline.core.sources import is_within
@@ -108,7 +116,8 @@ def make_plan(params: AllParams, root: Path = Path()) -> Plan:
     with section("train"):
         check_instructions(params.train, sources)
         check_response_form(params.train, params.embed)
-    sizes = backbone_sizes(params.backbone, root)
+    with section("backbone"):
+        sizes = backbone_sizes(params.backbone, root)
     rows, known = expected_rows(params, root)
     plan = Plan()
     plan.lines.append(("collect", _sources(params), _rows_text(rows, known)))
@@ -127,10 +136,13 @@ def make_plan(params: AllParams, root: Path = Path()) -> Plan:
 
 
 def backbone_sizes(backbone: BackboneParams, root: Path = Path()) -> ModelSizes | None:
-    """The backbone's sizes from a local config, the presets or the hub's cache; None without any."""
+    """The backbone's sizes from a local config, the presets or the hub's cache; None without any.
+
+    Raises BackboneError if the config is damaged.
+    """
     config = root / backbone.name / "config.json"
     if config.is_file():
-        return sizes_from_config(json.loads(config.read_text(encoding="utf-8")))
+        return sizes_from_config(model_config(config))
     preset = preset_of(backbone.name)
     return preset.sizes if preset else _sizes_from_cache(backbone)
 
@@ -139,7 +151,18 @@ def _sizes_from_cache(backbone: BackboneParams) -> ModelSizes | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(backbone.name, "config.json", revision=backbone.revision)
-    return sizes_from_config(json.loads(Path(found).read_text(encoding="utf-8"))) if isinstance(found, str) else None
+    return sizes_from_config(model_config(Path(found))) if isinstance(found, str) else None
+
+
+def model_config(path: Path) -> dict[str, Any]:
+    """The mapping in a model's config.json; raises BackboneError if it holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{path} cannot be read: {first_line(error)}", argument="name") from None
+    if not isinstance(found, dict):
+        raise BackboneError(f"{path} must hold a mapping, not {type(found).__name__}", argument="name")
+    return found
 
 
 def expected_rows(params: AllParams, root: Path = Path()) -> tuple[int | None, bool]:

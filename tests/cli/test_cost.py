@@ -58,7 +58,8 @@ def test_every_stage_by_hand() -> None:
     row = step_flops(SIZES, [(512, 512)], compression_tokens=10, width=4)
     assert found["train"].seconds == 128 * row + read_flops(SIZES, 99 * 522, 522)  # 4 steps of 32 rows, and 99 rows
     assert found["train"].parts == {"steps": 128 * row, "closed form": read_flops(SIZES, 99 * 522, 522)}
-    assert found["train"].disk == 16 * (10 * 4 + 5 * 8)
+    # Beside what is trained: four float32 numbers a row of the closed form, 1,024 tokens and a target of every row.
+    assert found["train"].disk == 16 * (10 * 4 + 5 * 8) + 99 * 4 * 4 + 100 * (1024 * 4 + 4 * 2)
     # Student and start have readings beside predictions; untrained students of two seeds, teacher and two more do not.
     assert found["evaluate@s"].disk == (2 * 8 + 5 * 4) * 30 * 2
 
@@ -66,8 +67,9 @@ def test_every_stage_by_hand() -> None:
 def test_an_alignment_fitted_again_reads_the_rows_of_the_start_once_more() -> None:
     params = real()
     again = params.model_copy(update={"train": params.train.model_copy(update={"refit_alignment": True})})
-    before, after = (costs(each)["train"].seconds or 0 for each in (params, again))
-    assert after - before == pytest.approx(read_flops(SIZES, 99 * 522, 522))
+    before, after = (costs(each)["train"] for each in (params, again))
+    assert (after.seconds or 0) - (before.seconds or 0) == pytest.approx(read_flops(SIZES, 99 * 522, 522))
+    assert (after.disk or 0) - (before.disk or 0) == 99 * 4 * 4  # the hidden states behind the trained tokens
 
 
 def test_what_each_system_costs() -> None:

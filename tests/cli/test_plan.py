@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.cli.cost import make_costs
 from pipeline.cli.plan import AllParams, backbone_sizes, expected_rows, load_all, make_plan
 from pipeline.core.artifacts import create
 from pipeline.core.config import read_yaml
@@ -108,6 +109,20 @@ def test_sizes_from_a_local_config(workspace: Path, tiny_backbone: Any) -> None:
     (workspace / "odd").mkdir()
     (workspace / "odd/config.json").write_text("{}")
     assert backbone_sizes(backbone.model_copy(update={"name": "odd"}), workspace) is None
+
+
+@pytest.mark.parametrize("content", ["", '{"hidden_size": 8', "[]"])
+def test_a_damaged_config_of_a_model_is_named(workspace: Path, content: str) -> None:
+    (workspace / "own").mkdir()
+    (workspace / "own/config.json").write_text(content)
+    params = real()
+    backbone = params.backbone.model_copy(update={"name": "own"})
+    with pytest.raises(BackboneError, match=r"^backbone\.name: .*own/config\.json "):
+        make_plan(params.model_copy(update={"backbone": backbone}), workspace)
+    teacher = params.embed.teacher.model_copy(update={"name": "own"})
+    embed = params.embed.model_copy(update={"teacher": teacher})
+    with pytest.raises(BackboneError, match=r"^embed\.teacher\.name: .*own/config\.json "):
+        make_costs(params.model_copy(update={"embed": embed}), None, workspace)
 
 
 def test_an_unknown_backbone_gives_a_plan_without_memory(workspace: Path) -> None:
