@@ -63,6 +63,18 @@ def add_adapter(
     return adapted.eval()
 
 
+def check_adapter(adapted: Any, targets: list[str] | Literal["all-linear"]) -> None:
+    """Raises TrainingError if a layer was adapted that trains nothing: an embedding, or the output head.
+
+    Adapters are read where hidden states are made, and `adapter_parameters` are those of linear layers.
+    """
+    if any(".lora_embedding_" in name for name, _ in adapted.named_parameters()):
+        raise TrainingError(f"{targets} names embeddings: only linear layers are adapted", argument="targets")
+    head = adapted.get_output_embeddings()
+    if head is not None and any(".lora_" in f".{name}" for name, _ in head.named_parameters()):
+        raise TrainingError(f"{targets} names the output head, which reads no text: leave it out", argument="targets")
+
+
 def adapter_parameters(adapted: Any) -> "dict[str, nn.Parameter]":
     """The adapters' parameters under peft's names, in a fixed order."""
     return {

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pipeline.backbone.device import best_device
 from pipeline.backbone.loading import BackboneParams, identify, load_backbone, load_config, load_tokenizer
-from pipeline.backbone.lora import WEIGHTS_FILE, adapter_parameters, add_adapter, save_adapter
+from pipeline.backbone.lora import WEIGHTS_FILE, adapter_parameters, add_adapter, check_adapter, save_adapter
 from pipeline.core.artifacts import create, open_artifact
 from pipeline.core.code_digest import code_digest
 from pipeline.core.errors import ArtifactError, nested_in
@@ -218,6 +218,7 @@ class Recipe:
     def _adapted(self, body: Any, lora: TeacherLoraParams) -> tuple[Any, dict[str, Any]]:
         with nested_in("lora"):
             adapted = add_adapter(body, **lora.model_dump(), seed=self.params.seed)
+            check_adapter(adapted, lora.targets)
         return adapted, adapter_parameters(adapted)
 
 

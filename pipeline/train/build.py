@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.backbone.loading import BackboneParams, load_backbone
-from pipeline.backbone.lora import adapter_parameters, add_adapter
+from pipeline.backbone.lora import adapter_parameters, add_adapter, check_adapter
 from pipeline.backbone.prompting import PromptFormatter
 from pipeline.backbone.sharding import load_sharded
 from pipeline.backbone.sizes import sizes_from_config
@@ -119,6 +119,8 @@ def assemble(
     )
     with nested_in("lora"):
         adapted = add_adapter(backbone, **params.lora.model_dump(), seed=params.seed) if params.lora else None
+        if params.lora:
+            check_adapter(adapted, params.lora.targets)
     with nested_in("passes"):
         passes = _passes(params, backbone, adapted)
     trainer = Trainer(

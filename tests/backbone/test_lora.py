@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone.loading import BackboneParams, Quantize, load_backbone
-from pipeline.backbone.lora import LoraParams, adapter_parameters, add_adapter, load_adapter, save_adapter
+from pipeline.backbone.lora import (
+    LoraParams,
+    adapter_parameters,
+    add_adapter,
+    check_adapter,
+    load_adapter,
+    save_adapter,
+)
 from pipeline.core.config import validate
 from pipeline.core.errors import ParamsError, TrainingError
 from pipeline.encoder.passes.adapted import AdaptedQueryPass
@@ -147,6 +154,21 @@ def test_targets() -> None:
     assert len(every) == 3 * 7 * 2
     with pytest.raises(TrainingError, match=r"targets: \['Wqkv'\] cannot be adapted: "):
         add_adapter(backbone, rank=1, alpha=1.0, dropout=0.0, targets=["Wqkv"], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_proj", "embed_tokens"], "targets: .* names embeddings"),
+        (["q_proj", "lm_head"], "targets: .* names the output head"),
+    ],
+)
+def test_what_an_adapter_would_not_train_is_refused(targets: list[str], message: str) -> None:
+    adapted = add_adapter(tiny_model(), rank=1, alpha=1.0, dropout=0.0, targets=targets, seed=0)
+    with pytest.raises(TrainingError, match=message):
+        check_adapter(adapted, targets)
+    for backbone in (tiny_model(), tiny_model().get_decoder()):
+        check_adapter(add_adapter(backbone, rank=1, alpha=1.0, dropout=0.0, targets="all-linear", seed=0), "all-linear")
 
 
 def test_dropout_draws_where_it_trains_and_the_same_again_after_a_resume() -> None:
