@@ -130,6 +130,7 @@ def _checkpoint_path(inputs: Inputs, identity: dict[str, str], artifacts: Sequen
             "train": inputs.train.trajectory(),
             "backbone": identity,
             "dtype": inputs.backbone.dtype,
+            "chat_template_kwargs": inputs.backbone.chat_template_kwargs,
             "inputs": [artifact.digest for artifact in artifacts],
         }
     )
