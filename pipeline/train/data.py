@@ -19,6 +19,7 @@ from pipeline.backbone.loading import Pool
 from pipeline.backbone.prompting import PromptFormatter, eos_token_id
 from pipeline.core.artifacts import Artifact
 from pipeline.core.errors import TrainingError
+from pipeline.core.paths import HELDOUT_TABLE
 from pipeline.core.schemas import QUERY_EMBEDDING
 from pipeline.encoder.passes.plain import Pooled, pooled_of
 from pipeline.generate.response_text import ends_in_loop
@@ -147,7 +148,7 @@ def read_joined(queries: Artifact, responses: Artifact, targets: Artifact, name:
         rows, read = rows + joined.num_rows, read + batch.num_rows
         if joined.num_rows:
             yield joined
-    _check_some(rows, read)
+    _check_some(rows, read, name)
     without.must_be_none("have a usable response but no target: run embed again")
 
 
@@ -165,9 +166,12 @@ def _join(queries: pa.Table, responses: pa.Table, targets: pa.Table) -> tuple[pa
     return joined, without["id"].to_pylist()
 
 
-def _check_some(joined: int, queries: int) -> None:
+def _check_some(joined: int, queries: int, name: str = "") -> None:
     if not joined:
-        raise TrainingError(f"none of {queries} queries has a target: run generate and embed again")
+        # With few held-out queries the answers to all of them may fail or be blank, however often they are made.
+        more = "raise collect.heldout_fraction, or " if name == HELDOUT_TABLE else ""
+        of = f" of {name}" if name else ""
+        raise TrainingError(f"none of {queries} queries{of} has a target: {more}run generate and embed again")
 
 
 @dataclass
@@ -209,7 +213,7 @@ def drop_loops(tables: Iterable[pa.Table], name: str) -> Iterator[pa.Table]:
             yield table.filter(pa.array(kept, pa.bool_()))
     log.info("%s: %d of %d responses end in a repetition loop, left out", name, read - left, read)
     if not left:
-        raise TrainingError(f"all {read} responses end in a repetition loop", argument="drop_loops")
+        raise TrainingError(f"all {read} responses of {name} end in a repetition loop", argument="drop_loops")
 
 
 def tokenize(

@@ -169,5 +169,5 @@ def test_what_is_wrong_with_a_join_is_said_at_the_end(tmp_path: Path, monkeypatc
     with pytest.raises(TrainingError, match=r"1 queries have a usable response but no target.*\(ids b\)"):
         list(read_joined(*made, "part-00000.parquet"))
     made = artifacts(tmp_path / "none", [queries], [responses], [targets.slice(0, 0)])
-    with pytest.raises(TrainingError, match="none of 3 queries has a target"):
+    with pytest.raises(TrainingError, match="none of 3 queries of part-00000.parquet has a target"):
         list(read_joined(*made, "part-00000.parquet"))
