@@ -39,6 +39,8 @@ SPREAD = 0.5
 """Share of the input embeddings' mean norm by which soft prompts vary around the frame."""
 LEAST_OFFSET = 0.1
 """Share of the spread: directions in which positions differ by less on average stay, or they would swamp the rest."""
+LEAST_SPREAD = 1e-12
+"""Share of the mean's squared length below which the squared spread of hidden states is rounding."""
 _BLOCK = 1_000  # rows that wait for one matrix product
 
 
@@ -130,9 +132,10 @@ class Statistics:
 
     @property
     def spread(self) -> float:
-        """Root mean square distance of hidden states from the mean over rows and positions."""
+        """Root mean square distance of hidden states from the mean over rows and positions; 0 if it is rounding."""
         mean = self.position_means.mean(0)
-        return float(np.sqrt(self._squares / (self._rows * len(self._sums)) - mean @ mean))
+        square = float(self._squares / (self._rows * len(self._sums)) - mean @ mean)
+        return square**0.5 if square > LEAST_SPREAD * float(mean @ mean) else 0.0
 
     def folds(self) -> list[tuple[Moments, np.ndarray, np.ndarray]]:
         """Moments, scored features and scored targets of each fold that has rows."""
@@ -239,7 +242,16 @@ def warm_start(
         statistics: of the training rows, see `accumulate`.
         frame: `[n, d]`, see `frame_rows`.
         input_norm: mean norm of the backbone's input embeddings.
+
+    Raises:
+        TrainingError: the hidden states are all the same, as those of one row at one token are.
     """
+    if not statistics.spread:
+        raise TrainingError(
+            f"the hidden states at {student.compression_tokens} compression tokens of {len(statistics)} training "
+            "queries do not differ: add queries, or set false for a random start",
+            argument="warm_start.enabled",
+        )
     reconstruction = fit_reconstruction(statistics.position_means, statistics.spread, frame, input_norm)
     alignment, used = closed_form(statistics.folds(), reconstruction, strength)
     reconstruction.write_to(student.reconstruction)

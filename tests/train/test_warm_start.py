@@ -103,6 +103,13 @@ def test_a_handful_of_rows_still_starts(rows: int) -> None:
     assert all(bool(torch.isfinite(value).all()) for value in student.state_dict().values())
 
 
+def test_one_row_at_one_token_is_nothing_to_fit() -> None:
+    hidden, targets = linear_problem(1)
+    student, alone = Student(hidden=6, width=5, compression_tokens=1), statistics_of(hidden[:, :1], targets)
+    with pytest.raises(TrainingError, match=r"^warm_start\.enabled: .* 1 compression tokens of 1 training queries"):
+        warm_start(student, alone, np.zeros((1, 6)), input_norm=2.0, strength="auto")
+
+
 def test_rows_that_are_not_finite_are_named() -> None:
     hidden, targets = linear_problem(20)
     hidden[3, 0, 0], targets[11, 2] = np.inf, np.nan
