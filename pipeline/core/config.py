@@ -16,6 +16,8 @@ from ruamel.yaml.error import YAMLError
 from pipeline.core.errors import ParamsError
 
 PARAMS_FILE = Path("params.yaml")
+# Of numbers that numpy and torch both take as a seed, which begin at 0.
+SEEDS = 2**64
 
 M = TypeVar("M", bound=BaseModel)
 

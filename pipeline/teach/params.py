@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from pipeline.backbone.loading import DType
 from pipeline.backbone.lora import LoraParams
 from pipeline.core.bootstrap import BootstrapParams
-from pipeline.core.config import Params
+from pipeline.core.config import SEEDS, Params
 from pipeline.core.readers import Source
 from pipeline.optim.schedule import ScheduleKind
 
@@ -86,7 +86,7 @@ class TeachParams(Params):
     on_worse: Literal["warn", "fail"] = Field(
         default="warn", description="where the trained teacher scores below an untrained reading of the backbone"
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
 
     @model_validator(mode="after")
     def _sources_are_read(self) -> Self:

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from pipeline.backbone.loading import Keep, Pool, Quantize, Template
 from pipeline.backbone.lora import LoraParams
 from pipeline.backbone.prompting import check_instructions_stay, first_instruction
-from pipeline.core.config import Params
+from pipeline.core.config import SEEDS, Params
 from pipeline.core.errors import TrainingError
 from pipeline.core.tracking import Tracker
 from pipeline.encoder.folder.config import ResponseForm
@@ -53,7 +53,7 @@ class WarmStartParams(Params):
     """The closed-form start of the projections; disabled: the paper's random start."""
 
     enabled: bool = False
-    ridge: float | Literal["auto"] = "auto"
+    ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     rows: int | None = Field(default=20_000, ge=2, description="at most this many training rows; null = all")
 
 
@@ -145,7 +145,7 @@ class TrainParams(Params):
     track: Tracker | None = Field(default=None, exclude=True, description="losses and held-out scores, live")
     processes: Count = "auto"
     shard_backbone: bool = Field(default=False, description="FSDP2: each process holds a share of the backbone")
-    seed: int
+    seed: int = Field(ge=0, lt=SEEDS)
 
     @model_validator(mode="after")
     def _sharding_is_of_plain_weights(self) -> Self:

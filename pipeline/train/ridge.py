@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from torch.nn import Linear
 
 
+LEAST_VARIANCE = 1e-12
+"""Share of the largest variance below which a direction is rounding."""
+
+
 @dataclass(frozen=True)
 class LinearMap:
     """`y = x @ weight.T + bias` with weight `[e, d]` and bias `[e]`, float64."""
@@ -105,12 +109,15 @@ class Moments:
 def fit_ridge(moments: Moments, strengths: Sequence[float]) -> Iterator[LinearMap]:
     """Ridge regression with an intercept on standardised features, as a map of the raw ones.
 
-    Yields one map per strength (penalty on the coefficients), all from one eigendecomposition.
+    Yields one map per strength (penalty on the coefficients), all from one eigendecomposition. Strength 0 gives the
+    smallest coefficients of those that fit best: fewer rows than features leave directions in which nothing varies.
     """
     spread = np.sqrt(np.diagonal(moments.scatter) / moments.count)
     spread = np.where(spread > 1e-9, spread, 1.0)  # a feature that never varies explains nothing
     values, vectors = np.linalg.eigh(moments.scatter / np.outer(spread, spread))
     projected = vectors.T @ (moments.cross / spread[:, None])
+    varies = (values > LEAST_VARIANCE * values.max())[:, None]
     for strength in strengths:
-        weight = (vectors @ (projected / (values + strength)[:, None])).T / spread
+        coefficients = np.divide(projected, (values + strength)[:, None], out=np.zeros_like(projected), where=varies)
+        weight = (vectors @ coefficients).T / spread
         yield LinearMap(weight, moments.target_mean - weight @ moments.mean)

@@ -42,6 +42,15 @@ def test_fit_ridge_of_infinite_strength_is_the_mean() -> None:
     np.testing.assert_allclose(fitted(features), targets.mean(0)[None].repeat(200, 0), atol=1e-7)
 
 
+def test_strength_0_over_fewer_rows_than_features_is_the_smallest_map_that_fits() -> None:
+    features, targets = linear_problem(4)
+    standardised = (features - features.mean(0)) / features.std(0)
+    expected = np.linalg.pinv(standardised) @ (targets - targets.mean(0))
+    [fitted] = fit_ridge(Moments.of(features, targets), [0.0])
+    np.testing.assert_allclose(fitted(features), targets, atol=1e-9)
+    np.testing.assert_allclose(fitted.weight.T * features.std(0)[:, None], expected, atol=1e-9)
+
+
 def test_a_feature_that_never_varies_is_ignored() -> None:
     features, targets = linear_problem()
     features[:, 2] = 5.0

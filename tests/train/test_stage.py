@@ -28,6 +28,7 @@ from pipeline.core.paths import (
     HELDOUT_TABLE,
     LOSS_CURVE,
     QUERIES_DIR,
+    RESPONSES_DIR,
     TARGETS_DIR,
     TRAIN_TABLE,
 )
@@ -260,6 +261,18 @@ def test_a_response_share_is_made_of_the_trained_student(trained: Path, tiny_bac
     assert "0.3" in row
 
 
+def test_other_variables_of_the_chat_template_train_anew(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are others then: a finished checkpoint is of other ones."""
+    content = json.loads(Path("params.yaml").read_text())
+    content["backbone"]["chat_template_kwargs"] = {"enable_thinking": False}
+    Path("params.yaml").write_text(json.dumps(content))
+    taken: list[int] = []
+    step = Trainer._step
+    monkeypatch.setattr(Trainer, "_step", lambda trainer, at, batch: (taken.append(at), step(trainer, at, batch))[1])
+    run()
+    assert taken == list(range(9))
+
+
 def test_another_ridge_reads_no_query_for_its_start(
     trained: Path, tiny_backbone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -486,6 +499,32 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
         assert not [part for part in parts if part not in stderr], stderr
 
     return check
+
+
+def test_numbers_that_are_no_seed_or_no_strength_are_refused(backbone: Path, fails: Callable[..., None]) -> None:
+    write_params(backbone, seed=-1)
+    fails("train.seed", "-1")
+    write_params(backbone, seed=2**64)
+    fails("train.seed", "18446744073709551616")
+    write_params(backbone, warm_start={"enabled": True, "ridge": -5.0})
+    fails("train.warm_start.ridge", "-5.0")
+
+
+def test_an_adapter_that_trains_nothing_is_refused_before_the_first_step(
+    backbone: Path, fails: Callable[..., None]
+) -> None:
+    write_params(backbone, lora={"rank": 2, "targets": ["embed_tokens"]})
+    fails("train.lora.targets: ['embed_tokens']")
+
+
+def test_held_out_queries_without_an_answer_are_named(backbone: Path, fails: Callable[..., None]) -> None:
+    responses, targets = open_artifact(RESPONSES_DIR, "responses"), open_artifact(TARGETS_DIR, "targets").read()
+    table = responses.read()
+    answers = table["response"].to_pylist()[:20] + [""] * 4
+    with create(RESPONSES_DIR, kind="responses", params={}, models=responses.manifest.models) as out:
+        out.write_parts([table.set_column(1, table.schema.field(1), pa.array(answers))], table.schema)
+    write_targets(targets.slice(0, 20))
+    fails("none of 4 queries of heldout.parquet has a target", "collect.heldout_fraction")
 
 
 def test_a_cuda_build_without_a_gpu_stops_unless_the_cpu_is_chosen(
