@@ -131,5 +131,5 @@ def test_no_heldout_row_has_a_target(workspace: Path) -> None:
     schema = targets_schema(WIDTH, "float32")
     with create(Path("data/targets"), kind="targets", params={}) as out:
         out.write_parts([], schema)
-    with pytest.raises(EvaluationError, match="held-out queries: none of 3 queries has a target"):
+    with pytest.raises(EvaluationError, match="held-out queries: none of 3 queries of heldout.parquet has a target"):
         run(AlignmentParams(), context(Path(), WordSystem("student")))
