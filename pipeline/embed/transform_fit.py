@@ -224,7 +224,7 @@ def _rotated(
 
 def _check_rank(params: TransformParams, rows: int, variances: np.ndarray) -> None:
     """Raises TeacherError if nothing would remain: N rows span at most N - 1 directions."""
-    alive = variances > variances[0] * len(variances) * np.finfo(np.float64).eps
+    alive = variances > variances[0] * _rounding(variances)
     rank = min(int(alive.sum()), rows - 1)
     if params.components is not None and params.components >= rank:
         raise TeacherError(
@@ -234,12 +234,21 @@ def _check_rank(params: TransformParams, rows: int, variances: np.ndarray) -> No
         )
 
 
+def _rounding(variances: np.ndarray) -> float:
+    """Share of the largest variance that an eigenvalue of 0 may have."""
+    return len(variances) * float(np.finfo(np.float64).eps)
+
+
 def _part(variances: np.ndarray, leading: int | None) -> float:
     return round(float(variances[:leading].sum() / variances.sum()), 6)
 
 
 def _inverse_roots(variances: np.ndarray, epsilon: float, facts: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """1 over the standard deviations, and the standard deviations; both 0 where the variance is below `epsilon`."""
+    """1 over the standard deviations, and the standard deviations; both 0 where the variance is below `epsilon`.
+
+    What is below rounding is 0 at any `epsilon`: of fewer rows than dimensions some directions do not vary.
+    """
+    epsilon = max(epsilon, _rounding(variances))
     alive = variances > epsilon * variances.max()
     facts["left_out"] = int((~alive).sum())
     if facts["left_out"]:

@@ -288,3 +288,16 @@ def test_removing_most_of_the_variance_warns(caplog: pytest.LogCaptureFixture) -
     flat = np.random.default_rng(0).standard_normal((200, WIDTH)).astype(np.float32)
     fit(flat, kind="remove-components", components=1)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("params", [{"kind": "whiten"}, {"kind": "standardize", "decorrelate": 1.0}])
+def test_epsilon_0_leaves_out_what_is_rounding(params: dict[str, Any]) -> None:
+    """Three rows of four dimensions differ in two directions; in the other two they differ by rounding alone."""
+    rows = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    found = fit_transform(TransformParams(**params, epsilon=0.0, shrinkage=0.0), [rows], unit_length=False)
+    assert found.facts["left_out"] == 2
+    # Decorrelated rows of a simplex are equally long, and their squares sum up to 3 rows times 2 directions, which
+    # standardize scales to 4 dimensions of variance 1.
+    squares = 2.0 if params["kind"] == "whiten" else 4.0
+    np.testing.assert_allclose(np.square(found.transform(rows)).sum(1), squares, rtol=1e-3)
+    assert np.abs(found.transform(rows + 10)).max() < 1e3
