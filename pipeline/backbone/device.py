@@ -26,17 +26,31 @@ def best_device() -> str:
     """`$PIPELINE_DEVICE` where it is set; else `cuda` where torch can use a GPU, else `cpu`.
 
     Raises:
-        BackboneError: torch is a CUDA build and cannot use a GPU.
+        BackboneError: torch is a CUDA build and cannot use a GPU, or the variable names no device that it can use.
     """
     import torch
 
     if wanted := os.environ.get(DEVICE_VARIABLE):
+        _check_named(wanted)
         return wanted
     if torch.cuda.is_available():
         return "cuda"
     if problem := cuda_problem():
         raise BackboneError(f"{problem}; {DEVICE_VARIABLE}=cpu runs on the CPU on purpose")
     return "cpu"
+
+
+def _check_named(device: str) -> None:
+    """Raises BackboneError if the user's device is none; nothing is put on it, which would start CUDA here."""
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise BackboneError(f"{DEVICE_VARIABLE} is '{device}', which is no device: set cuda or cpu") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        reason = cuda_problem() or f"torch {torch.__version__} is a build without CUDA"
+        raise BackboneError(f"{DEVICE_VARIABLE} is '{device}', and no GPU is usable: {reason}")
 
 
 def cuda_problem() -> str | None:

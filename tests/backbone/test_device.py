@@ -41,6 +41,23 @@ def test_a_usable_gpu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert best_device() == "cuda"
 
 
+@pytest.mark.parametrize("name", ["gpu", "CPU", " cpu"])
+def test_a_variable_that_names_no_device_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_DEVICE", name)
+    with pytest.raises(BackboneError, match=f"^PIPELINE_DEVICE is '{name}', which is no device: set cuda or cpu$"):
+        best_device()
+
+
+def test_a_variable_that_names_a_gpu_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_DEVICE", "cuda:1")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackboneError, match=r"^PIPELINE_DEVICE is 'cuda:1', and no GPU is usable: .* without CUDA$"):
+        best_device()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert best_device() == "cuda:1"
+
+
 def test_a_cuda_build_without_a_driver_stops(cuda_build: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackboneError, match=r"CUDA 13\.0.*580.*no NVIDIA driver.*PIPELINE_DEVICE=cpu"):
         best_device()
