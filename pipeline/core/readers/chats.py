@@ -39,7 +39,7 @@ def _written(text: str) -> list[Any] | None:
         try:
             with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
                 messages = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # TypeError: of a list as a key
             continue
         if all(isinstance(message, dict) and _has(message, _ROLE) and _has(message, _CONTENT) for message in messages):
             return messages

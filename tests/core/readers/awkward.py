@@ -84,6 +84,7 @@ JSON_TEXTS = [
     "[1, 2]",
     '{"role": "user"}',
     "[{'role'",
+    "[{'role': {[1]: 2}, 'content': 'a list as a key'}]",
 ]
 WRITTEN = "[{'role': 'user', 'content': 'as Python writes it'}, {'role': 'assistant', 'content': None}]"
 
