@@ -37,7 +37,9 @@ class SentenceTransformersTeacher:
         prompt: str = "",
         trust_remote_code: bool = False,
     ) -> None:
-        """Load the model onto the best device; raises TeacherError if it cannot be loaded.
+        """Load the model onto the best device.
+
+        Raises TeacherError if it cannot be loaded, or `max_tokens` leaves no room for a text.
 
         Args:
             name: hub name or local folder.
@@ -51,6 +53,9 @@ class SentenceTransformersTeacher:
         self.max_tokens = limit_tokens(self._model, name, max_tokens)
         self._batch_tokens, self._prompt = token_budget(batch_tokens, self._model.device.type), prompt
         read_control_tokens_as_text(self._model.tokenizer, prompt)
+        if self.max_tokens is not None and (taken := self.token_lengths([""])[0]) >= self.max_tokens:
+            message = f"{self.max_tokens} leaves no room for a text: prompt and special tokens take {taken}"
+            raise TeacherError(message, argument="max_tokens")
         self.width = int(self._model.get_embedding_dimension())
         self.identity = {
             **identify(name, revision),

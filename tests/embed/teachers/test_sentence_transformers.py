@@ -98,6 +98,15 @@ def test_lengths_count_prompt_and_special_tokens(tiny_teacher: Path) -> None:
     np.testing.assert_allclose(bare.embed(["abcde"]), bare.embed(["abcd"]), atol=1e-6)
 
 
+def test_a_limit_without_room_for_a_text_is_refused(tiny_teacher: Path) -> None:
+    alone = build(tiny_teacher).token_lengths([""])[0]
+    prompted = build(tiny_teacher, prompt="say ").token_lengths([""])[0]
+    for taken, keys in ((alone, {}), (prompted, {"prompt": "say "})):
+        with pytest.raises(TeacherError, match=rf"max_tokens: {taken} leaves no room for a text: .* take {taken}$"):
+            build(tiny_teacher, max_tokens=taken, **keys)
+        assert build(tiny_teacher, max_tokens=taken + 1, **keys).max_tokens == taken + 1
+
+
 def test_a_model_of_static_vectors_reads_all_of_every_text(tmp_path: Path) -> None:
     import torch
     from sentence_transformers import SentenceTransformer
