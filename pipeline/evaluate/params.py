@@ -7,7 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.backbone.loading import DType
 from pipeline.core.bootstrap import BootstrapParams
-from pipeline.core.config import Params
+from pipeline.core.config import SEEDS, Params
 from pipeline.embed.params import TargetType
 from pipeline.encoder.storage import Precision, Storage
 from pipeline.evaluate.registry import BUILT_IN
@@ -123,8 +123,8 @@ class EvaluateParams(Params):
         for name, values in (("systems", self.systems), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {values} contains a duplicate")
-        if min(self.seeds) < 0:
-            raise ValueError(f"seeds {self.seeds} must be 0 or more")
+        if min(self.seeds) < 0 or max(self.seeds) >= SEEDS:
+            raise ValueError(f"seeds {self.seeds} must be 0 or more, and below {SEEDS}")
         return self
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from pipeline.evaluate.params import EvaluateParams
         ({"seeds": []}, r"seeds: List should have at least 1 item"),
         ({"seeds": [1, 1]}, r"seeds \[1, 1\] contains a duplicate"),
         ({"seeds": [-1]}, r"seeds \[-1\] must be 0 or more"),
+        ({"seeds": [2**64]}, "must be 0 or more, and below 18446744073709551616"),
         ({"seed": 0}, r"seed: unknown key \(did you mean 'seeds'\?\)"),
         ({"stored": [{}]}, r"stored\.0: .*needs truncate_dim or quantize"),
         ({"stored": [{"quantize": "int4"}]}, r"stored\.0\.quantize: Input should be 'int8' or 'binary'"),
