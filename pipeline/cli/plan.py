@@ -149,8 +149,12 @@ def backbone_sizes(backbone: BackboneParams, root: Path = Path()) -> ModelSizes 
 
 def _sizes_from_cache(backbone: BackboneParams) -> ModelSizes | None:
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(backbone.name, "config.json", revision=backbone.revision)
+    try:
+        found = try_to_load_from_cache(backbone.name, "config.json", revision=backbone.revision)
+    except HFValidationError:  # a path that is no folder here, and no name of the hub
+        return None
     return sizes_from_config(model_config(Path(found))) if isinstance(found, str) else None
 
 

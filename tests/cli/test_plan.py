@@ -125,6 +125,16 @@ def test_a_damaged_config_of_a_model_is_named(workspace: Path, content: str) -> 
         make_costs(params.model_copy(update={"embed": embed}), None, workspace)
 
 
+@pytest.mark.parametrize("name", ["models/own/qwen", "/data/qwen", "models/qwen/"])
+def test_a_folder_that_is_not_there_gives_a_plan_that_says_so(workspace: Path, name: str) -> None:
+    (workspace / "models/own").mkdir(parents=True)
+    params = real()
+    backbone = params.backbone.model_copy(update={"name": name, "revision": None})
+    plan = make_plan(params.model_copy(update={"backbone": backbone}), workspace)
+    assert f"backbone.name: no sizes known of {name}, so no memory estimate" in plan.remarks
+    assert any(line.startswith("backbone.revision: ") and name in line for line in plan.remarks)
+
+
 def test_an_unknown_backbone_gives_a_plan_without_memory(workspace: Path) -> None:
     backbone = real().backbone.model_copy(update={"name": "nobody/nothing"})
     plan = make_plan(real().model_copy(update={"backbone": backbone}), workspace)
