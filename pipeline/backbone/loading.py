@@ -139,6 +139,7 @@ def load_backbone(
     quantised again); embeddings, norms and the output head stay in `params.dtype`, in which 4-bit layers compute.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_not_missing(params.name, params.revision)
@@ -153,7 +154,7 @@ def load_backbone(
                 trust_remote_code=params.trust_remote_code,
                 **options,
             )
-    except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, ImportError, json.JSONDecodeError, SafetensorError) as error:
         raise _cannot_load(params, error) from None
     model = model.to(device) if quantize is None else _differentiable(model)
     return model.eval().requires_grad_(False)

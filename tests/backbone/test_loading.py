@@ -31,6 +31,13 @@ def gated_repo_error() -> GatedRepoError:
     return GatedRepoError("403 Client Error.", response=response)
 
 
+def test_a_file_of_weights_that_is_damaged_is_named(tiny_backbone: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_backbone(), tmp_path / "torn")
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")  # what git has of it
+    with pytest.raises(BackboneError, match=f"^cannot load backbone '{folder}': .*header"):
+        load_backbone(BackboneParams(name=str(folder)))
+
+
 def test_weights_are_read_without_a_bar(tiny_backbone: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
     params = BackboneParams(name=str(tiny_backbone()), dtype="float32")
     capfd.readouterr()

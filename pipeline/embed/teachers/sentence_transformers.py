@@ -117,6 +117,7 @@ def limit_tokens(model: Any, name: str, max_tokens: int) -> int | None:
 def load_model(name: str, revision: str | None, dtype: DType, device: str, trust_remote_code: bool) -> Any:
     """The SentenceTransformer. Raises TeacherError if it cannot be loaded."""
     import torch
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
 
     try:
@@ -131,5 +132,5 @@ def load_model(name: str, revision: str | None, dtype: DType, device: str, trust
             )
     except BackboneError as error:
         raise TeacherError(error.message, argument="name") from None
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise TeacherError(f"cannot load '{name}': {hub_reason(error, name)}", argument="name") from None

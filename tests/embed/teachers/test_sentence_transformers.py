@@ -1,6 +1,7 @@
 """The sentence-transformers teacher: a tiny random model in memory, and (marker models) the real all-MiniLM."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,13 @@ def test_the_models_own_limit_wins_and_is_said(tiny_teacher: Path, caplog: pytes
 
 def test_identity_is_that_of_the_folder(tiny_teacher: Path) -> None:
     assert build(tiny_teacher).identity.items() >= identify(str(tiny_teacher), None).items()
+
+
+def test_a_folder_with_damaged_weights(tiny_teacher: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_teacher, tmp_path / "torn")
+    (folder / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(TeacherError, match=r"^embed\.teacher\.name: cannot load .*torn': .*header"):
+        build(folder)
 
 
 def test_a_folder_that_is_not_there(workspace: Path) -> None:
