@@ -148,6 +148,12 @@ class TrainParams(Params):
     seed: int = Field(ge=0, lt=SEEDS)
 
     @model_validator(mode="after")
+    def _a_loss_is_left(self) -> Self:
+        if not self.align_weight + self.recon_weight:
+            raise ValueError("align_weight and recon_weight are both 0: no step would change anything")
+        return self
+
+    @model_validator(mode="after")
     def _sharding_is_of_plain_weights(self) -> Self:
         other = [name for name in ("lora", "quantize") if getattr(self, name)]
         if self.shard_backbone and other:

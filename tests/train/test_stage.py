@@ -568,6 +568,7 @@ def test_a_usable_response_without_a_target(backbone: Path, fails: Callable[...,
         ({"token_start": {"kind": "words", "words": ""}}, ["train.token_start.words"]),
         ({"passes": {"attention": "varlen"}}, ["train.passes.attention", "varlen"]),
         ({"processes": 100}, ["train.processes", "100", "batch_size"]),
+        ({"align_weight": 0, "recon_weight": 0}, ["train", "align_weight", "recon_weight", "both 0"]),
     ],
 )
 def test_params_that_cannot_be_trained_with(
