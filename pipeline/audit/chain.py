@@ -108,7 +108,9 @@ def check_share(artifacts: Mapping[str, Artifact], findings: Findings) -> None:
         findings.add(ENCODER, ENCODER_CONFIG, "holds no mapping in JSON: run train again")
         return
     stated = found.get("response_share", 1.0)
-    for name, usual in (("response_share", 1.0), ("response_form", "beside")):
+    # Encoders of older versions do not state the last one.
+    stated_reading = found.get("decorrelate_reading", params.get("decorrelate_reading", False))
+    for name, usual in (("response_share", 1.0), ("response_form", "beside"), ("decorrelate_reading", stated_reading)):
         here, wanted = found.get(name, usual), params.get(name, usual)
         if here != wanted:
             findings.add(ENCODER, ENCODER_CONFIG, f"{name} is {here}, the params of the manifest say {wanted}")

@@ -18,11 +18,11 @@ from pipeline.backbone.sizes import ModelSizes
 from pipeline.core.config import Params, read_yaml, validate
 from pipeline.core.errors import ParamsError
 from pipeline.core.files import write_bytes
+from pipeline.core.target_transform import DECORRELATE
 from pipeline.embed.params import TeacherParams
 from pipeline.embed.teachers.adapters import AdapterParams
 from pipeline.embed.teachers.registry import TRAINED
 from pipeline.embed.teachers.template import TEMPLATES
-from pipeline.evaluate.registry import DECORRELATE
 from pipeline.teach.params import TeachParams
 from pipeline.teach.plan import fitting_rows
 from pipeline.train.params import TrainParams
@@ -248,10 +248,7 @@ def _response_form(teacher: str, content: Any) -> dict[str, Any]:
     mapped = bool(embed.get("queries"))
     if teacher == ECHO:
         return {"response_form": "added", "decorrelate_reading": not mapped}
-    changes: dict[str, Any] = {"decorrelate_reading": False} if train.get("decorrelate_reading") else {}
-    if train.get("response_form") == "added" and not mapped:
-        changes["response_form"] = "beside"
-    return changes
+    return {"response_form": "beside"} if train.get("response_form") == "added" and not mapped else {}
 
 
 def _reading(preset: Preset, content: Any) -> dict[str, Any]:

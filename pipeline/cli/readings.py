@@ -47,7 +47,7 @@ def readings(
         typer.Option(min=0, max=1, help="Of --decorrelate, as embed.transform.shrinkage; by default auto."),
     ] = None,
     decorrelate_reading: Annotated[
-        bool, typer.Option("--decorrelate-reading", help="Add the reading decorrelated, as train.decorrelate_reading.")
+        bool, typer.Option("--decorrelate-reading", help="Join the reading decorrelated, as train.decorrelate_reading.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:

@@ -10,9 +10,10 @@ The paper's embedding is the predicted response alone, a *response share* of 1. 
 - L_p, L_r: their mean lengths over these queries, so that both parts have one mean length
 
 The inner product of two embeddings is then a^2 times that of the predictions plus (1 - a)^2 times that of the readings.
-In the form `added` the two are summed, `[e]`. Targets that are a reading of the backbone have the reading's space, and
-where they are decorrelated a map may decorrelate the reading likewise. For others the reading is first mapped into
-theirs, by the closed form to the teacher's embeddings of the queries. L_r is the mean length of what the map gives.
+A map may decorrelate the reading; L_r is then the mean length of what it gives. In the form `added` the two are
+summed, `[e]`. Targets that are a reading of the backbone have the reading's space, where they are decorrelated the
+decorrelated reading's. For others the reading is first mapped into theirs, by the closed form to the teacher's
+embeddings of the queries.
 L_r in front changes no cosine, but classifiers with regularisation see the length. The map from the mean hidden state
 stays affine, so every export can carry it. `pipeline readings` measures this form before training.
 
@@ -43,7 +44,8 @@ class Reading:
         mean: of the mean hidden state over the compression tokens, `[d]`.
         scale: one over its standard deviation, `[d]`; 0 where it does not vary.
         lengths: mean length of predictions and of standardised readings, `[2]`; with a map also of mapped ones, `[3]`.
-        weight: of the map from standardised readings to the targets' space, `[e, d]`; None without one.
+        weight: of the map that decorrelates standardised readings, or takes them to the targets' space, `[e, d]`; None
+            without one.
         bias: of the map, `[e]`.
     """
 
@@ -138,12 +140,14 @@ class EmbeddingHead:
         reading: Reading | None = None,
         rotation: Rotation | None = None,
         form: ResponseForm = "beside",
+        *,
+        decorrelated: bool = False,
     ) -> None:
-        """`share` of the predicted response, 0 to 1; below 1 it needs a `reading`."""
+        """`share` of the predicted response, 0 to 1; below 1 it needs a `reading`, whose map may be `decorrelated`."""
         self.student, self.share, self.form = student, share, form
         self.rotation = rotation.to(student.tokens.device) if rotation is not None else None
         self._reading = reading.to(student.tokens.device) if reading is not None else Reading.plain(student.hidden)
-        self._map = self._reading.to_targets if form == "added" else None
+        self._map = self._reading.to_targets if form == "added" or decorrelated else None
         prediction, own = (float(self._reading.lengths[at]) for at in (0, 1 if self._map is None else 2))
         self.prediction_scale = 1.0 if share == 1 else share * own / prediction
         self._reading_scale = self._reading.scale * (1 - share)

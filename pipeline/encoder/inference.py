@@ -64,7 +64,14 @@ class Encoder:
         """
         self._folder = folder
         self.model, self.tokenizer, self.student, self.config = model, tokenizer, student.eval(), config
-        self.head = EmbeddingHead(student, config.response_share, reading, rotation, config.response_form)
+        self.head = EmbeddingHead(
+            student,
+            config.response_share,
+            reading,
+            rotation,
+            config.response_form,
+            decorrelated=config.decorrelate_reading,
+        )
         self.width, self.max_tokens, self.identity = self.head.width, config.max_query_tokens, identity
         self._reader = reader or prompt_reader(model if adapted is None else adapted)
         self._has_adapters = adapted is not None

@@ -21,7 +21,7 @@ from pipeline.core.config import Params
 from pipeline.core.errors import EvaluationError, nested_in, section
 from pipeline.core.paths import ENCODER_DIR, QUERIES_DIR
 from pipeline.core.run import work_dir
-from pipeline.core.target_transform import TargetTransform
+from pipeline.core.target_transform import STANDARDIZE, TargetTransform
 from pipeline.embed.params import TeacherSection
 from pipeline.embed.teachers.base import Teacher
 from pipeline.embed.teachers.pool import open_teacher
@@ -31,7 +31,7 @@ from pipeline.encoder.pool import Variant, trained
 from pipeline.evaluate.baselines import HydeSystem, ModelSystem, pooled, pooled_in_processes
 from pipeline.evaluate.embedding_cache import CachedSystem
 from pipeline.evaluate.params import EvaluateParams, ModelParams
-from pipeline.evaluate.registry import BUILT_IN, STANDARDIZE, SystemEntry, entry_of
+from pipeline.evaluate.registry import BUILT_IN, SystemEntry, entry_of
 from pipeline.evaluate.standardized import StandardizedSystem, training_texts
 from pipeline.evaluate.system import BARE, BareSystem, InstructedSystem, System, SystemName, innermost
 from pipeline.generate.answer_cache import Answers

@@ -3,11 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.core.target_transform import TransformParams
-
-STANDARDIZE = TransformParams(kind="standardize")
-# The best on four parts of tasks with SmolLM2-135M, of powers .25 to 1 and shrinkage to .6 (docs/results.md).
-DECORRELATE = TransformParams(kind="standardize", decorrelate=0.5, shrinkage=0.3)
+from pipeline.core.target_transform import DECORRELATE, STANDARDIZE, TransformParams
 
 
 @dataclass(frozen=True)

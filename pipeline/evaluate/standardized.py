@@ -14,9 +14,8 @@ import numpy as np
 from pipeline.core.artifacts import Artifact
 from pipeline.core.errors import EvaluationError, TeacherError
 from pipeline.core.paths import TRAIN_TABLE
-from pipeline.core.target_transform import TargetTransform, TransformParams
+from pipeline.core.target_transform import STANDARDIZE, TargetTransform, TransformParams
 from pipeline.embed.transform_fit import LEAST_ROWS, fit_transform
-from pipeline.evaluate.registry import STANDARDIZE
 from pipeline.evaluate.system import System, encode_finite
 from pipeline.tasks.instructions import Side
 

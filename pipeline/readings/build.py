@@ -158,8 +158,8 @@ def _checked(request: Request) -> list[str]:
         raise ParamsError("stored targets are as embed.transform made them: leave it at 0", argument="decorrelate")
     if request.shrinkage != "auto" and not request.decorrelate:
         raise ParamsError(f"{request.shrinkage:g} needs --decorrelate", argument="shrinkage")
-    if request.decorrelate_reading and (not request.decorrelate or request.form == "beside"):
-        raise ParamsError("it needs --decorrelate and --form added", argument="decorrelate_reading")
+    if request.decorrelate_reading and request.form == "added" and not request.decorrelate:
+        raise ParamsError("of the form added it needs --decorrelate", argument="decorrelate_reading")
     return [name for name in READINGS if not request.readings or name in request.readings]
 
 

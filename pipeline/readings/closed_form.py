@@ -6,8 +6,8 @@ A share a of the embedding is the predicted response, 1 - a the standardised rea
 
 p is the ridge regression of the target on the standardised reading r; |p| and |r| are mean lengths over the training
 rows, so the map from the hidden states to the embedding stays affine. a = 1 is the paper's, a = 0 the reading alone.
-In the form `added` both parts are summed. Targets that are readings of the backbone have the dimensions of r, which may
-be decorrelated as they are before it is added. Other teachers embed the queries too, and r is first mapped into their
+r may be decorrelated before. In the form `added` both parts are summed. Targets that are readings of the backbone have
+the dimensions of r, decorrelated as they are. Other teachers embed the queries too, and r is first mapped into their
 space, by ridge regression of these embeddings on it.
 The factor |r| in front plays no part in a cosine. A regularised classifier on the embeddings sees it: at unit length
 mteb's few-shot classifier loses .03 to .10 of its accuracy (docs/results.md).
@@ -87,8 +87,8 @@ def fit_prediction(
 ) -> Prediction:
     """The closed form on the training rows: standardised readings `[N, d]` and targets `[N, e]`.
 
-    The reading that is added is mapped by ridge regression of `query_targets` `[N, e]`, the teacher's embeddings of the
-    queries, on it, or decorrelated by `transform`, that of the targets; without either it stays as it is.
+    A reading that is added is mapped by ridge regression of `query_targets` `[N, e]`, the teacher's embeddings of the
+    queries, on it. In either form it is else decorrelated by `transform`, or stays as it is.
     """
     fitted, ridge = _closed_form(readings, targets)
     reading_map = None

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.bootstrap import BootstrapParams, Sampled, delta_of, sample_statistic
-from pipeline.core.target_transform import TransformParams
+from pipeline.core.target_transform import DECORRELATE, STANDARDIZE, TransformParams
 from pipeline.core.vectors import rank_own
 from pipeline.encoder.folder.config import ResponseForm
 from pipeline.evaluate.deltas import sampled_mean
 from pipeline.evaluate.embedding_cache import CachedSystem
-from pipeline.evaluate.registry import DECORRELATE, STANDARDIZE
 from pipeline.evaluate.run import run_systems
 from pipeline.evaluate.standardized import fit_standardization
 from pipeline.evaluate.summary import summary_table, task_scores
@@ -97,7 +96,7 @@ class Measurement:
         refine: how the closed form is refined as well; None: it is not.
         form: how prediction and reading are joined at a share below 1.
         transform: of the echo targets, of kind standardize; if it decorrelates, of the decorrelated readings too.
-        decorrelate_reading: the reading that is added to the prediction has that transform as well.
+        decorrelate_reading: the reading that is joined to the prediction has that transform as well, or `DECORRELATE`.
         seed, device: of the refinement.
         chunk_characters: of texts that a kill loses at most.
     """
@@ -188,7 +187,7 @@ def _systems(
     if targets is None:
         return
     readings = standardize(found)
-    own = settings.transform if settings.decorrelate_reading else None
+    own = decorrelate if settings.decorrelate_reading else None
     predictions = [fit_prediction(readings, targets, settings.form, train.query_targets, own)]
     if settings.refine:
         arguments = (settings.refine, settings.seed, settings.device)

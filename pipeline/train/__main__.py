@@ -105,12 +105,12 @@ def _checked_identity(params: BackboneParams, responses: Artifact) -> dict[str, 
 
 
 def _reading_transform(params: TrainParams, targets: Artifact) -> "TransformParams | None":
-    """How the reading that is added is decorrelated; None if it is not.
+    """How the reading is decorrelated: as targets that are one of the backbone's are. None if it is not.
 
     Raises TrainingError if a reading cannot be added, or decorrelated, as the params say.
     """
-    from pipeline.core.target_transform import TransformParams, load_transform
-    from pipeline.encoder.folder.config import check_decorrelated, check_form
+    from pipeline.core.target_transform import DECORRELATE, TransformParams, load_transform
+    from pipeline.encoder.folder.config import check_decorrelated, check_form, in_reading_space
 
     transform, made_with = load_transform(targets.path), targets.manifest.params
     identity, mapped = transform.identity if transform else None, made_with.get("queries", False)
@@ -119,8 +119,10 @@ def _reading_transform(params: TrainParams, targets: Artifact) -> "TransformPara
     if not params.decorrelate_reading:
         return None
     decorrelated = transform is not None and not transform.diagonal
-    check_decorrelated(teacher, identity, decorrelated=decorrelated, mapped=mapped)
-    return TransformParams.model_validate(made_with["transform"])
+    check_decorrelated(params.response_form, teacher, identity, decorrelated=decorrelated, mapped=mapped)
+    if decorrelated and in_reading_space(teacher, identity):
+        return TransformParams.model_validate(made_with["transform"])
+    return DECORRELATE
 
 
 def _checkpoint_path(inputs: Inputs, identity: dict[str, str], artifacts: Sequence[Artifact]) -> Path:

@@ -134,7 +134,7 @@ class TrainParams(Params):
     )
     decorrelate_reading: bool = Field(
         default=False,
-        description="of the form added: the reading is decorrelated as the targets are (embed.transform.decorrelate)",
+        description="the reading loses half of its correlation; added, it is decorrelated as the targets are",
     )
     refit_alignment: bool = Field(
         default=False,
@@ -179,12 +179,6 @@ class TrainParams(Params):
     def _pooled_texts_stand_twice(self) -> Self:
         if self.pool != "tokens" and self.template != "echo":
             raise ValueError(f"pool {self.pool} is of the second text: it needs template echo, not {self.template}")
-        return self
-
-    @model_validator(mode="after")
-    def _a_decorrelated_reading_is_added(self) -> Self:
-        if self.decorrelate_reading and self.response_form != "added":
-            raise ValueError(f"decorrelate_reading: true needs response_form added, not {self.response_form}")
         return self
 
     @property

@@ -23,7 +23,8 @@ def check_response_form(train: TrainParams, embed: EmbedParams) -> None:
     teacher = embed.teacher.model_dump()
     check_form(train.response_form, teacher, kind, mapped=embed.queries)
     if train.decorrelate_reading:
-        check_decorrelated(teacher, kind, decorrelated=transform.decorrelate > 0, mapped=embed.queries)
+        decorrelated = transform.decorrelate > 0
+        check_decorrelated(train.response_form, teacher, kind, decorrelated=decorrelated, mapped=embed.queries)
 
 
 def gpu_bytes() -> int | None:

@@ -1,8 +1,8 @@
 """What a trainer's student reads of training queries, and its standardised reading, which a response share keeps.
 
-To be added to the prediction (`train.response_form`) the reading must lie in the targets' space. Where the teacher
-embedded the queries too, it gets a map: the ridge regression of these embeddings on it. Where the targets are a
-decorrelated reading of the backbone, its map may decorrelate it likewise (`train.decorrelate_reading`).
+Its map may decorrelate it (`train.decorrelate_reading`). To be added to the prediction (`train.response_form`) the
+reading must lie in the targets' space. Where the teacher embedded the queries too, it gets a map: the ridge regression
+of these embeddings on it. Where the targets are a decorrelated reading of the backbone, it is decorrelated likewise.
 """
 
 import logging

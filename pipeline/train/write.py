@@ -54,6 +54,7 @@ def write_run(
         transform=transform.identity if transform else None,
         response_share=params.response_share,
         response_form=params.response_form,
+        decorrelate_reading=params.decorrelate_reading,
         lora=params.lora,
     )
     sections = {"train": params.model_dump(), "backbone": backbone.model_dump()}

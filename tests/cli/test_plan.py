@@ -88,6 +88,7 @@ def test_a_form_that_train_would_refuse_is_refused_before_anything_runs(workspac
     def with_queries(content: dict[str, Any]) -> None:
         change(content)
         content["embed"]["queries"] = True
+        content["train"]["decorrelate_reading"] = False
 
     lines = {stage: what for stage, what, _ in make_plan(load_all(written(workspace, with_queries)), workspace).lines}
     assert lines["embed"].endswith("tokens read, and the queries")

@@ -106,7 +106,7 @@ def test_where_none_is_published_the_teacher_is_the_echo_reading(params: Path) -
     content = read_yaml(params)
     assert validate(content["embed"]["teacher"], TeacherParams, where="").kind == "llm2vec"
     assert content["embed"]["transform"] == {"kind": "auto"}
-    assert (content["train"]["response_form"], content["train"]["decorrelate_reading"]) == ("beside", False)
+    assert (content["train"]["response_form"], content["train"]["decorrelate_reading"]) == ("beside", True)
 
 
 def test_a_measured_reading_comes_and_goes_with_its_preset(params: Path) -> None:

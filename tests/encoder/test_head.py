@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pipeline.encoder.folder.config import ResponseForm
 from pipeline.encoder.head import EmbeddingHead, Reading
 from pipeline.encoder.student import Student
 
@@ -94,7 +95,19 @@ def test_a_reading_is_mapped_into_the_space_of_the_targets_before_it_is_added() 
     torch.testing.assert_close(beside[0], torch.tensor([0.25 * 6 * math.sqrt(2) / 4, 0.75 * 2, 0.75 * -1]))
 
 
+def test_a_decorrelated_reading_stands_beside_the_prediction_at_the_length_that_it_then_has() -> None:
+    reading = Reading.fit(student(), FEATURES)  # less (4, 2), deviations of 1, predictions of mean length 4
+    turned = reading.with_map(torch.tensor([[0.0, 3], [3, 0]]).double(), torch.zeros(2).double(), FEATURES)
+    assert turned.lengths.tolist() == pytest.approx([4, math.sqrt(2), 3 * math.sqrt(2)])
+    with torch.no_grad():
+        found = EmbeddingHead(student(), 0.25, turned, decorrelated=True)(tokens_of((6.0, 1.0)))
+    # The reading (2, -1) becomes (-3, 6); the prediction is 6.
+    expected = torch.tensor([0.25 * 6 * 3 * math.sqrt(2) / 4, 0.75 * -3, 0.75 * 6])
+    torch.testing.assert_close(found[0], expected)
+
+
 FORMS = [(0.0, "beside"), (0.3, "beside"), (0.3, "added"), (1.0, "added"), (0.3, "mapped"), (1.0, "mapped")]
+FORMS += [(0.3, "decorrelated")]
 
 
 @pytest.mark.parametrize(("share", "form"), FORMS)
@@ -102,11 +115,13 @@ def test_the_composed_map_is_the_head(share: float, form: str) -> None:
     made = Student(hidden=5, width=5 if form == "added" else 3, compression_tokens=2)
     hidden = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(0))
     reading = Reading.fit(made, hidden.mean(1))
-    if form == "mapped":
+    decorrelated, width = form == "decorrelated", 5 if form == "decorrelated" else 3
+    if form in ("mapped", "decorrelated"):
         draw = torch.Generator().manual_seed(1)
-        weight, bias = torch.randn(3, 5, generator=draw).double(), torch.randn(3, generator=draw).double()
+        weight, bias = torch.randn(width, 5, generator=draw).double(), torch.randn(width, generator=draw).double()
         reading = reading.with_map(weight, bias, hidden.mean(1))
-    head = EmbeddingHead(made, share, reading, form="beside" if form == "beside" else "added")
+    joined: ResponseForm = "beside" if form in ("beside", "decorrelated") else "added"
+    head = EmbeddingHead(made, share, reading, form=joined, decorrelated=decorrelated)
     weight, bias = head.composed()
     assert tuple(weight.shape) == (head.width, 5)
     with torch.no_grad():

@@ -8,8 +8,8 @@ from safetensors.numpy import load
 
 from pipeline.core.artifacts import open_artifact
 from pipeline.core.errors import EvaluationError
+from pipeline.core.target_transform import DECORRELATE, STANDARDIZE
 from pipeline.evaluate.embedding_cache import CachedSystem
-from pipeline.evaluate.registry import DECORRELATE, STANDARDIZE
 from pipeline.evaluate.standardized import StandardizedSystem, standardization_bytes, training_texts
 from pipeline.evaluate.system import innermost, revision_of
 from tests.evaluate.fakes import VectorSystem

@@ -33,13 +33,14 @@ def write_folder(
     share: float = 1.0,
     form: ResponseForm = "beside",
     mapped: bool = False,
+    decorrelated: bool = False,
     teacher: dict[str, Any] | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     **card: Any,
 ) -> Path:
     """Write the encoder folder `out`; `recorded` is the identity of the backbone that it names.
 
-    `mapped`: its reading has a map to the teacher's space.
+    `mapped`: its reading has a map to the teacher's space; `decorrelated`: one by which it counts as decorrelated.
     """
     params = BackboneParams(name=str(backbone), dtype="float32")
     model = load_backbone(params)
@@ -50,6 +51,7 @@ def write_folder(
         compression_tokens=compression_tokens, pool=pool,
         thought_tokens=thought_tokens, hidden=student.hidden, width=width, teacher=teacher or {"name": "t"}, lora=lora,
         transform=transform.identity if transform else None, response_share=share, response_form=form,
+        decorrelate_reading=decorrelated,
     )  # fmt: skip
     adapter = adapter_parameters(add_adapter(model, **lora.model_dump(), seed=3)) if lora else None
     with torch.no_grad():
@@ -57,10 +59,12 @@ def write_folder(
             value.copy_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)))
     features = torch.randn(20, student.hidden, generator=torch.Generator().manual_seed(5)) + 1
     reading = Reading.fit(student, features)
-    if mapped:
-        draw = torch.randn(width, student.hidden + 1, generator=torch.Generator().manual_seed(6)).double()
+    if mapped or decorrelated:
+        made = student.hidden if decorrelated else width
+        draw = torch.randn(made, student.hidden + 1, generator=torch.Generator().manual_seed(6)).double()
         reading = reading.with_map(draw[:, 1:], draw[:, 0], features)
-    sections = {"train": {"response_share": share, "response_form": form}, "backbone": {"dtype": params.dtype}}
+    joined = {"response_share": share, "response_form": form, "decorrelate_reading": decorrelated}
+    sections = {"train": joined, "backbone": {"dtype": params.dtype}}
     untrained = new_student(model, width, compression_tokens=compression_tokens, thought_tokens=thought_tokens, seed=2)
     trained: dict[str, Any] = {"adapter": adapter, "reading": reading, "start": start_tensors(untrained, reading)}
     with create(out, kind="encoder", params=sections) as writer:

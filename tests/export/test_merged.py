@@ -82,7 +82,9 @@ def test_several_tokens_in_plain_sentence_transformers(
     np.testing.assert_allclose(embed("merged", texts), read_encoder(model).encode(texts), atol=1e-4)
 
 
-@pytest.mark.parametrize(("form", "width"), [({}, 5 + 32), ({"form": "added", "mapped": True}, 5)])
+@pytest.mark.parametrize(
+    ("form", "width"), [({}, 5 + 32), ({"decorrelated": True}, 5 + 32), ({"form": "added", "mapped": True}, 5)]
+)
 def test_the_reading_goes_along(
     workspace: Path, tiny_backbone: Callable[..., Path], form: dict[str, Any], width: int
 ) -> None:

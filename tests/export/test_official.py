@@ -352,7 +352,9 @@ def test_what_was_exported_and_imported_embeds_as_before(
     assert second.config.backbone == first.config.backbone
 
 
-@pytest.mark.parametrize(("form", "width"), [({}, 5 + 32), ({"form": "added", "mapped": True}, 5)])
+@pytest.mark.parametrize(
+    ("form", "width"), [({}, 5 + 32), ({"decorrelated": True}, 5 + 32), ({"form": "added", "mapped": True}, 5)]
+)
 def test_the_reading_goes_along(folders: Path, workspace: Path, form: dict[str, Any], width: int) -> None:
     ours = write_ours(Path("ours"), folders / "backbone", share=0.3, **form)
     assert any("inverse of the reconstruction projection" in note for note in export_official(ours, Path("theirs")))

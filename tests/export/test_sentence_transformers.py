@@ -165,7 +165,8 @@ def test_the_reading_beside_the_prediction_embeds_and_the_prediction_decodes(
     folder = write(Path("mixed"), tiny_backbone("llama"), share=0.3, template="echo", pool="both")
     added = write(Path("added"), tiny_backbone("llama"), share=0.3, form="added", width=32)
     mapped = write(Path("mapped"), tiny_backbone("llama"), share=0.3, form="added", mapped=True)
-    for summed, width in ((added, 32), (mapped, 6)):
+    decorrelated = write(Path("decorrelated"), tiny_backbone("llama"), share=0.3, decorrelated=True)
+    for summed, width in ((added, 32), (mapped, 6), (decorrelated, 6 + 32)):
         np.testing.assert_allclose(load(summed).encode(TEXTS), read_encoder(summed).encode(TEXTS), atol=1e-5)
         assert load(summed).get_embedding_dimension() == width
         load(summed).save("saved")

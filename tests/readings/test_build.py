@@ -21,6 +21,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.schemas import QUERIES, RESPONSES, targets_schema
 from pipeline.core.target_transform import TransformParams
 from pipeline.embed.transform_fit import fit_transform
+from pipeline.encoder.folder.config import ResponseForm
 from pipeline.readings import build
 from pipeline.readings.build import Found, Inputs, Request, run
 from pipeline.readings.states import TemplateStates
@@ -146,8 +147,9 @@ def test_decorrelated_targets_stand_beside_a_decorrelated_reading(inputs: Inputs
     assert decorrelated[closed_form].gain.value == pytest.approx(gain, abs=2e-6)
 
 
-def test_the_reading_that_is_added_may_be_decorrelated_too(inputs: Inputs) -> None:
-    added = Request(readings=["echo"], shares=[0.001, 1.0], form="added", decorrelate=0.5)
+@pytest.mark.parametrize("form", ["added", "beside"])
+def test_the_reading_may_be_decorrelated_too(inputs: Inputs, form: ResponseForm) -> None:
+    added = Request(readings=["echo"], shares=[0.001, 1.0], form=form, decorrelate=0.5)
     plain, likewise = (by_setting(run(inputs, replace(added, decorrelate_reading=own))) for own in (False, True))
     # Next to nothing is predicted: the embedding is the reading, standardised or decorrelated.
     for found, kind in ((plain, "standardized"), (likewise, "decorrelated")):
@@ -252,7 +254,7 @@ def test_without_answers_or_tasks(inputs: Inputs) -> None:
         (Request(suite="most"), "most"),
         (Request(rows=5), "5 training queries"),
         (Request(shrinkage=0.3), "0.3 needs --decorrelate"),
-        (Request(decorrelate=0.5, decorrelate_reading=True), "--form added"),
+        (Request(form="added", decorrelate_reading=True), "needs --decorrelate"),
     ],
 )
 def test_what_does_not_exist_is_named(inputs: Inputs, request_: Request, says: str) -> None:

@@ -200,27 +200,48 @@ def test_a_reading_is_decorrelated_as_the_targets_are_that_it_is_added_to(backbo
     run()
 
     encoder, texts = read_encoder(ENCODER_DIR), [f"query {row:04x}" for row in range(20)]
-    states = encoder.hidden_states(texts).mean(axis=1).astype(np.float64)
-    read = (states - states.mean(0)) / states.std(0)
-    variances, directions = np.linalg.eigh(0.7 * read.T @ read / 20 + 0.3 * np.eye(32))
-    own = read @ (directions * variances**-0.25) @ directions.T
-    own *= np.sqrt(32 / own.var(0).sum())
+    own = half_decorrelated(encoder, texts)
     mix(ENCODER_DIR, 1.0, Path("alone"))
     alone = read_encoder(Path("alone")).encode(texts)
     lengths = [np.linalg.norm(each, axis=1).mean() for each in (alone, own)]
-    np.testing.assert_allclose(encoder.encode(texts), 0.3 * lengths[1] / lengths[0] * alone + 0.7 * own, atol=2e-3)
+    summed = 0.3 * lengths[1] / lengths[0] * alone + 0.7 * own
+    np.testing.assert_allclose(encoder.encode(texts), summed, atol=2e-3)
     assert encoder.at_start().head._reading.weight is not None
+    mix(ENCODER_DIR, 0.3, Path("beside"), "beside")
+    np.testing.assert_allclose(read_encoder(Path("beside")).encode(texts)[:, 32:], 0.7 * own, atol=2e-3)
+
+
+def half_decorrelated(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
+    """Their readings, of which the trainer has read all, by `{decorrelate: 0.5, shrinkage: 0.3}`."""
+    states = encoder.hidden_states(texts).mean(axis=1).astype(np.float64)
+    read = (states - states.mean(0)) / states.std(0)
+    variances, directions = np.linalg.eigh(0.7 * read.T @ read / len(texts) + 0.3 * np.eye(32))
+    own = read @ (directions * variances**-0.25) @ directions.T
+    return np.asarray(own * np.sqrt(32 / own.var(0).sum()))
+
+
+def test_a_reading_beside_is_decorrelated_whoever_the_teacher_is(backbone: Path) -> None:
+    write_params(backbone, epochs=1, response_share=0.3, decorrelate_reading=True)
+    run()
+    encoder, texts = read_encoder(ENCODER_DIR), [f"query {row:04x}" for row in range(20)]
+    own, found = half_decorrelated(encoder, texts), encoder.encode(texts)
+    assert found.shape == (20, 6 + 32)
+    np.testing.assert_allclose(found[:, 6:], 0.7 * own, atol=2e-3)
+    lengths = [np.linalg.norm(part, axis=1).mean() for part in (found[:, :6], found[:, 6:])]
+    assert lengths[0] / lengths[1] == pytest.approx(0.3 / 0.7, rel=1e-3)
+    assert encoder.at_start().encode(texts).shape == (20, 6 + 32)
+    with pytest.raises(TrainingError, match="it is added to"):
+        mix(ENCODER_DIR, 0.3, Path("added"), "added")
 
 
 def test_a_reading_is_not_decorrelated_for_targets_that_are_not(backbone: Path, fails: Callable[..., None]) -> None:
-    write_params(backbone, decorrelate_reading=True)
-    fails("decorrelate_reading", "response_form added, not beside")
     write_query_targets(backbone, decorrelate_reading=True)
     fails("train.decorrelate_reading: true", "embed.queries")
     table = open_artifact(TARGETS_DIR, "targets").read().drop_columns([QUERY_EMBEDDING])
     vectors = matrix(table["embedding"])
     transform = fit_transform(TransformParams(kind="standardize"), [vectors], unit_length=False).transform
     write_targets(table, teacher={"kind": "backbone", "pooling": "mean"}, fitted=transform)
+    write_params(backbone, response_form="added", decorrelate_reading=True)
     fails("train.decorrelate_reading: true", "embed.transform")
 
 

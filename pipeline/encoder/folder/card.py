@@ -162,7 +162,7 @@ def with_config(card: str, before: "EncoderConfig", after: "EncoderConfig") -> s
     """The card of an encoder whose response share or rotation became another one."""
     for text in (_embeddings, _share_row, _form_row):
         card = card.replace(text(before), text(after))
-    if after.response_form == "beside":
+    if after.response_form == "beside" and not after.decorrelate_reading:
         of_added = "train.decorrelate_reading"
         card = card.replace(_row(of_added, True), _row(of_added, False))
     return card

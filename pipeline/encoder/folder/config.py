@@ -40,6 +40,7 @@ class EncoderConfig(Params):
     transform: dict[str, str] | None = None
     response_share: float = Field(default=1.0, gt=0, le=1, description="of the embedding; the rest is the reading")
     response_form: ResponseForm = Field(default="beside", description="how a share below 1 and the reading are joined")
+    decorrelate_reading: bool = Field(default=False, description="the reading's map decorrelates it, in either form")
     rotated_width: int | None = Field(
         default=None, ge=1, description="dimensions of rotated embeddings; null = as made"
     )
@@ -78,7 +79,9 @@ def fingerprint(identity: Mapping[str, Any], config: EncoderConfig) -> dict[str,
     # Left out where they change nothing, so that what earlier versions embedded is found.
     usual = {"response_share": 1, "pool": "tokens", "rotated_width": None}
     apart |= {name for name, value in usual.items() if getattr(config, name) == value}
-    apart |= {"response_form"} if config.response_share == 1 or config.response_form == "beside" else set()
+    beside = config.response_form == "beside"
+    apart |= {"response_form"} if config.response_share == 1 or beside else set()
+    apart |= set() if config.response_share < 1 and beside and config.decorrelate_reading else {"decorrelate_reading"}
     return {**identity, "config": config.model_dump(exclude=apart)}
 
 
@@ -94,9 +97,14 @@ def in_reading_space(teacher: Mapping[str, Any], transform: Mapping[str, str] | 
 
 
 def check_decorrelated(
-    teacher: Mapping[str, Any], transform: Mapping[str, str] | None, *, decorrelated: bool, mapped: bool
+    form: ResponseForm,
+    teacher: Mapping[str, Any],
+    transform: Mapping[str, str] | None,
+    *,
+    decorrelated: bool,
+    mapped: bool,
 ) -> None:
-    """Raises TrainingError if a reading cannot be decorrelated as these targets are.
+    """Raises TrainingError if a reading cannot be decorrelated, which `added` must be as the targets are.
 
     `decorrelated`: the transform takes correlation away; `mapped`: see `check_form`.
     """
@@ -105,10 +113,11 @@ def check_decorrelated(
             "true: with embed.queries: true the reading is mapped to the teacher's space already: set one of them",
             argument="decorrelate_reading",
         )
-    if not (decorrelated and in_reading_space(teacher, transform)):
+    if form == "added" and not (decorrelated and in_reading_space(teacher, transform)):
         raise TrainingError(
-            "true: the targets must be a decorrelated reading of the backbone itself (embed.teacher.kind: backbone, "
-            "its mean, and embed.transform: {kind: standardize, decorrelate: 0.5}): set that, or false here",
+            "true: the targets that it is added to must be a decorrelated reading of the backbone itself "
+            "(embed.teacher.kind: backbone, its mean, and embed.transform: {kind: standardize, decorrelate: 0.5}): set "
+            "that, or take the form beside",
             argument="decorrelate_reading",
         )
 

@@ -8,7 +8,14 @@ import copy
 from pathlib import Path
 
 from pipeline.core.errors import TrainingError
-from pipeline.encoder.folder.config import READING_FILE, EncoderConfig, ResponseForm, check_form
+from pipeline.core.target_transform import load_transform
+from pipeline.encoder.folder.config import (
+    READING_FILE,
+    EncoderConfig,
+    ResponseForm,
+    check_decorrelated,
+    check_form,
+)
 from pipeline.encoder.folder.derive import derive, open_source
 from pipeline.encoder.folder.read import read_config
 from pipeline.encoder.folder.tensors import read_reading
@@ -35,13 +42,24 @@ def mix(model: Path, response_share: float, out: Path, form: ResponseForm | None
     mixed = {"response_share": response_share, "response_form": form or before.response_form}
     reading = read_reading(model, before)
     mapped = reading is not None and reading.to_targets is not None
-    check_form(form or before.response_form, before.teacher, before.transform, mapped=mapped)
+    _check_form(source.path, before, form or before.response_form, mapped=mapped)
     config = before.model_copy(update={**mixed, "rotated_width": None})
     params = copy.deepcopy(source.manifest.params)
     train = params.setdefault("train", {})
     train.update(mixed)
     if train["response_form"] == "beside" and "decorrelate_reading" in train:
-        train["decorrelate_reading"] = False  # of the form added alone
+        # Encoders of older versions are decorrelated in the form added alone.
+        train["decorrelate_reading"] = before.decorrelate_reading
     params.pop("rotate", None)
     derive(source, out, config, params)
     return config
+
+
+def _check_form(folder: Path, config: EncoderConfig, form: ResponseForm, *, mapped: bool) -> None:
+    """Raises TrainingError unless prediction and reading of an encoder can be joined in a form."""
+    if not config.decorrelate_reading:
+        check_form(form, config.teacher, config.transform, mapped=mapped)
+        return
+    transform = load_transform(folder)
+    decorrelated = transform is not None and not transform.diagonal
+    check_decorrelated(form, config.teacher, config.transform, decorrelated=decorrelated, mapped=False)

@@ -84,9 +84,9 @@ class Head(_InFloat32):
 
     `share` is that of the predicted response in an embedding. Below 1, `reading` holds the mean and the scale of hidden
     states `[d]`, and `lengths` of predictions and readings `[2]`; the reading stands beside the response or is `added`
-    to it. If `reading` has a map to its space, weight `[e, d]` and bias `[e]`, that is what is added, and its length is
-    the third of `lengths`. A `rotation` holds the whole map from the mean hidden state to rotated embeddings: weight
-    `[k, d]`, bias `[k]`.
+    to it. If `reading` has a map, weight `[e, d]` and bias `[e]`, to the space where it is added, or one by which it is
+    `decorrelated`, what the map gives is joined, and its length is the third of `lengths`. A `rotation` holds the whole
+    map from the mean hidden state to rotated embeddings: weight `[k, d]`, bias `[k]`.
     """
 
     reading_mean: Tensor
@@ -106,10 +106,11 @@ class Head(_InFloat32):
         reading: dict[str, Tensor] | None = None,
         rotation: dict[str, Tensor] | None = None,
         added: bool = False,
+        decorrelated: bool = False,
     ) -> None:
         super().__init__()
         self.share, self.rotated, self.added = share, bool(rotation), added
-        self.mapped = added and "weight" in (reading or {})
+        self.mapped = (added or decorrelated) and "weight" in (reading or {})
         for kind, tensors in (("reading", reading), ("rotation", rotation)):
             for name, value in (tensors or {}).items():
                 self.register_buffer(f"{kind}_{name}", value.float(), persistent=False)
@@ -559,7 +560,8 @@ def _load_head(config: dict[str, Any], files: dict[str, str | None]) -> Head:
     tokens = config["thought_tokens"] + config["compression_tokens"]
     reading, rotation = (load_file(files[name]) if name in files else None for name in (READING_FILE, ROTATION_FILE))
     share, added = config.get("response_share", 1.0), config.get("response_form", "beside") == "added"
-    head = Head(config["hidden"], config["width"], tokens, share, reading, rotation, added)
+    decorrelated = config.get("decorrelate_reading", False)
+    head = Head(config["hidden"], config["width"], tokens, share, reading, rotation, added, decorrelated)
     tensors, wanted = load_file(files[WEIGHTS_FILE]), head.state_dict()
     for name in sorted(tensors.keys() | wanted.keys()):
         found, expected = (list(part[name].shape) if name in part else None for part in (tensors, wanted))

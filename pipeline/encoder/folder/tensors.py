@@ -2,7 +2,8 @@
 
 student.safetensors   new tokens and both projections
 reading.safetensors   how the student's own hidden states are standardised, and mapped into the targets' space if the
-                      teacher embedded the queries or train.decorrelate_reading is on; imported encoders have none
+                      teacher embedded the queries, or decorrelated (train.decorrelate_reading); imported encoders have
+                      none
 rotation.safetensors  the map to rotated embeddings, if `rotate` made the folder
 start.safetensors     the student before its first step, and its reading as `reading.<name>`
 """
@@ -103,8 +104,8 @@ def _student(file: Path, tensors: Mapping[str, Tensor], config: EncoderConfig) -
 def _reading(file: Path, tensors: Mapping[str, Tensor], config: EncoderConfig) -> Reading:
     wanted = Reading.plain(config.hidden)
     if "weight" in tensors:
-        sizes = torch.empty(config.width, config.hidden), torch.empty(config.width)
-        wanted = Reading(wanted.mean, wanted.scale, torch.empty(3), *sizes)
+        made = config.hidden if config.decorrelate_reading else config.width
+        wanted = Reading(wanted.mean, wanted.scale, torch.empty(3), torch.empty(made, config.hidden), torch.empty(made))
     _check_shapes(file, tensors, wanted.tensors())
     return Reading(**tensors)
 

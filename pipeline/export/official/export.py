@@ -45,7 +45,8 @@ def export_official(model: Path, out: Path, *, backbone: str | None = None, dtyp
     frame = own_frame(tokenizer, config.template, config.chat_template_kwargs)
     student = read_student(model, config)
     parts = read_reading(model, config), read_rotation(model, config)
-    head = EmbeddingHead(student, config.response_share, *parts, config.response_form)
+    decorrelated = config.decorrelate_reading
+    head = EmbeddingHead(student, config.response_share, *parts, config.response_form, decorrelated=decorrelated)
     texts = files.token_texts(len(student.tokens))
     with create(out, kind="official", params={"dtype": dtype}, models={"backbone": config.backbone}) as writer:
         # Nothing is truncated here: `max_length` does it.
