@@ -51,7 +51,7 @@ def _replacements(meter: Meter) -> Iterator[tuple[Any, str, Any]]:
     from transformers import GenerationMixin
     from transformers.utils import import_utils
 
-    from pipeline.backbone import fused, prompting
+    from pipeline.backbone import device, fused, prompting
     from pipeline.backbone.attention import segments
 
     equals, numpy = fused.equals, torch.Tensor.numpy
@@ -70,6 +70,7 @@ def _replacements(meter: Meter) -> Iterator[tuple[Any, str, Any]]:
         meter.read(tensor)
         return np.zeros(tuple(tensor.shape)).astype(int).tolist()
 
+    yield device, "check_usable", lambda _: None
     yield torch.nn.Module, "_apply", _apply
     yield torch.Tensor, "numpy", host_array
     yield FakeTensor, "tolist", host_list

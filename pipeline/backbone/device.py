@@ -31,7 +31,7 @@ def best_device() -> str:
     import torch
 
     if wanted := os.environ.get(DEVICE_VARIABLE):
-        _check_named(wanted)
+        check_usable(wanted)
         return wanted
     if torch.cuda.is_available():
         return "cuda"
@@ -40,8 +40,8 @@ def best_device() -> str:
     return "cpu"
 
 
-def _check_named(device: str) -> None:
-    """Raises BackboneError if the user's device is none; nothing is put on it, which would start CUDA here."""
+def check_usable(device: str) -> None:
+    """Raises BackboneError if torch cannot use a device. Nothing is put on it, which would start CUDA here."""
     import torch
 
     try:
