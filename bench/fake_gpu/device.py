@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import os
 import importlib.util
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ def build(folder: Path) -> Path:
     library = folder / f"fake-gpu-{key}.so"
     if not library.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = library.with_suffix(".unfinished")
+        scratch = library.with_suffix(f".{os.getpid()}")  # several processes may compile it at once
         includes = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
         links = [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"]
         command = [
