@@ -2,8 +2,8 @@
 
 import ctypes
 import hashlib
-import os
 import importlib.util
+import os
 import shutil
 import subprocess
 from pathlib import Path
