@@ -79,7 +79,7 @@ dimensions, are not normalised, and are compared by cosine. {share}{order}"""
 
 _SHARE = """\
 The predicted response has a share of {share} in
-them; the rest is the standardised reading of the text itself, which {joined}. """
+them; the rest is the {reading} reading of the text itself, which {joined}. """
 
 _UNORDERED = """\
 They were not trained to be truncated to fewer
@@ -170,9 +170,10 @@ def with_config(card: str, before: "EncoderConfig", after: "EncoderConfig") -> s
 
 def _embeddings(config: "EncoderConfig") -> str:
     share, joined = config.response_share, {"beside": "stands beside it", "added": "is added to it"}
+    reading = "decorrelated" if config.decorrelate_reading else "standardised"
     return _EMBEDDINGS.format(
         width=config.embedding_width,
-        share="" if share == 1 else _SHARE.format(share=share, joined=joined[config.response_form]),
+        share="" if share == 1 else _SHARE.format(share=share, reading=reading, joined=joined[config.response_form]),
         order=_ORDERED if config.ordered else _UNORDERED,
     )
 
