@@ -113,7 +113,8 @@ def test_parquet_holds_the_texts_too_and_says_who_made_it(workspace: Path) -> No
     assert table["text"].to_list() == texts
     np.testing.assert_array_equal(table["embedding"].to_numpy(), expected([f"I{text}" for text in texts]))
     made_by = json.loads(pq.read_schema("out.parquet").metadata[EMBEDDED_BY])
-    usual = {"response_share", "response_form", "pool", "rotated_width"}  # left out while they change nothing
+    # Left out while they change nothing.
+    usual = {"response_share", "response_form", "pool", "rotated_width", "decorrelate_reading"}
     config = CONFIG.model_dump(exclude={"teacher", "origin", "transform", *usual})
     assert made_by == {"encoder": {"sha256": "abc", "config": config}, "instruction": "I"}
 
