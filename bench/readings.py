@@ -127,7 +127,7 @@ def parsed() -> argparse.Namespace:
     add("--share", type=float, nargs="+", default=[0.3, 0.5, 1.0], help="of --sizes")
     add("--decorrelate", type=float, default=0.0, help="of the targets, with --sizes")
     add("--shrinkage", type=float, help="of --decorrelate; by default auto")
-    add("--decorrelate-reading", action="store_true", help="as well as the targets, with --sizes; form added alone")
+    add("--decorrelate-reading", action="store_true", help="as well as the targets, with --sizes")
     add("--refine", action="store_true", help="the closed form too, with --sizes")
     add("--checkpoint", type=Path, nargs="+", help="of a training: its student against its start and other students")
     add("options", nargs="*", help="of python -m pipeline readings, behind --")

@@ -57,13 +57,11 @@ def measured(folder: Path, draw: Draw, options: Line) -> Iterator[Line]:
 
     os.chdir(folder)
     request = Request(**options, rows=draw.size, skip=draw.skip)
-    # A reading that is decorrelated has no form beside.
-    forms = [form for form in FORMS if form == "added" or not request.decorrelate_reading]
-    for form in forms:
+    for form in FORMS:
         found = run(load(PARAMS_FILE, Inputs), replace(request, form=form))
         for line in found.lines:
             shared = line.share is not None and line.share < 1
-            if shared or form == forms[0]:
+            if shared or form == FORMS[0]:
                 yield {"size": draw.size, "form": form if shared else None, "rows": found.rows, **asdict(line)}
 
 

@@ -89,7 +89,8 @@ def reading_of(trainer: Trainer, features: np.ndarray) -> Reading:
 
     read = torch.from_numpy(features)
     reading = Reading.fit(trainer.student, read)
-    if trainer.reading_transform is None:
+    # Readings of one row, or of equal ones, have no correlation.
+    if trainer.reading_transform is None or not reading.scale.any():
         return reading
     found = decorrelation(reading.standardized(read).numpy(), trainer.reading_transform)
     return reading.with_map(torch.from_numpy(found.weight), torch.from_numpy(found.bias), read)

@@ -1,4 +1,4 @@
-"""The map of a standardised reading to targets that are a decorrelated reading of the backbone."""
+"""The map that decorrelates a standardised reading."""
 
 import numpy as np
 

@@ -75,7 +75,7 @@ class Trainer:
         curve: one dict a step: step, loss, align, recon (NaN if its weight is 0), learning_rate.
         facts: about the start, for the record, saved in checkpoints; and about the alignment, where it is fitted again.
         start: the student before its first step, of `start_tensors`; saved in checkpoints.
-        reading_transform: of the targets, if the reading is decorrelated as they are.
+        reading_transform: by which the standardised reading is decorrelated; None if it is not.
         track: gets the losses of each step, and held-out scores; of the first process alone.
     """
 

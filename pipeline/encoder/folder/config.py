@@ -131,8 +131,8 @@ def check_form(
     """
     if form == "added" and not (mapped or in_reading_space(teacher, transform)):
         raise TrainingError(
-            "added: the teacher must embed the queries too (embed.queries: true, then train), or the targets be a "
-            "reading of the backbone itself, its mean hidden states standardised (embed.teacher.kind: backbone, "
-            "embed.transform.kind: standardize): set that, or take the form beside",
+            "added: the teacher must embed the queries too (embed.queries: true and train.decorrelate_reading: false, "
+            "then train), or the targets be a reading of the backbone itself, its mean hidden states standardised "
+            "(embed.teacher.kind: backbone, embed.transform.kind: standardize): set that, or take the form beside",
             argument="response_form",
         )
